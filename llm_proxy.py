@@ -9847,6 +9847,18 @@ class SumNames:
         return start, shown[0], team, tag, shown[1], upstream
 
 
+SUM_TYPES = [int, *[str] * len(SUM_KEYS), *[int] * (len(SUM_COUNTS) + 3)]
+
+
+def read_sum(text: bytes) -> List[Union[int, str]]:
+    """Returns a row of SUM_COLUMNS that another box tells, whose calls are not here. Raises
+    ValueError."""
+    row = json.loads(text)
+    require(type(row) is list and list(map(type, row)) == SUM_TYPES and all(
+        [0 <= value <= MOST for value in row if type(value) is int]), "is no sum")
+    return [*row[:-3], MOST, 0, row[-1]]
+
+
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """Opens a database to read ("ro"), or also to write ("rw"). Raises sqlite3.Error."""
     path = os.path.abspath(path)
@@ -9905,7 +9917,8 @@ class Database:
         CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
         last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS ids (chunk INTEGER, id TEXT, call INTEGER,
-        PRIMARY KEY (chunk, id, call)) WITHOUT ROWID""" % (
+        PRIMARY KEY (chunk, id, call)) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS untold (id INTEGER PRIMARY KEY AUTOINCREMENT, sum TEXT)""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
             ", ".join([name + " TEXT" for name in SUM_KEYS]),
             ", ".join([name + " INTEGER" for name in SUM_COUNTS]), ", ".join(SUM_KEYS))
@@ -9916,6 +9929,7 @@ class Database:
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
 
     connection: Optional[sqlite3.Connection] = None
+    tells = False               # other boxes of these sums
 
     def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False,
                  shared: bool = False):
@@ -10056,17 +10070,47 @@ class Database:
     def add_up(self, first, last, **facts):
         """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
         sums = self.names.put(self.connection.execute(SUMS_OF_CALLS, (first, last)).fetchall())
+        self.add_sums(sums, facts, sums if self.tells else ())
+
+    def add_sums(self, sums, facts, told):
+        """Adds to the sums, with those that other boxes are to be told."""
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
+        execute = self.connection.execute
         with self.transaction():
             self.insert(ADD_TO_SUMS, sums)
+            if told:  # of which so many may wait
+                self.insert("INSERT INTO untold(sum) VALUES %s",
+                            [[json.dumps(row)] for row in told])
+                execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
             self.note(**facts)
         self.facts.update(facts)
 
     def note(self, **facts):
-        self.connection.executemany("UPDATE facts SET value = ? WHERE name = ?", [
-            (value, name) for name, value in facts.items()])
+        self.connection.executemany(
+            "INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+
+    # -- what boxes tell each other of sums
+
+    def untold(self, most: int) -> List[Tuple[int, str]]:
+        """Returns sums that the others have yet to be told, with a number each."""
+        return self.connection.execute(
+            "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
+
+    def hear(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
+        """Adds what other boxes told up to a moment, each sum once, and forgets what they were
+        told up to this number. A sum is (box, its number there, text)."""
+        found, facts = [], {"heard": moment}
+        for box, number, text in sums:
+            name = "heard of " + box
+            if number > facts.get(name, self.facts.get(name, 0)):
+                facts[name] = number
+                with contextlib.suppress(ValueError):
+                    found.append(read_sum(text))
+        if len(facts) > 1:
+            self.add_sums(found, facts, ())
+        self.connection.execute("DELETE FROM untold WHERE id <= ?", (told,))
 
     def roll_up(self, now: float) -> bool:
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
@@ -10173,8 +10217,7 @@ class Database:
     def note_processes(self, count: int):
         """Writes how many processes share the limits, for a start while Redis is away."""
         if count != self.facts.get("processes", 0):
-            self.connection.execute(
-                "INSERT OR REPLACE INTO facts VALUES ('processes', ?)", (count,))
+            self.note(processes=count)
             self.facts["processes"] = count
 
     def key_records(self) -> KeyRecords:
@@ -10898,6 +10941,8 @@ class Ledger(Writer):
     # is put into `records`.
     on_records: Optional[Callable[[KeyRecords], None]] = None
     records: Union[Tuple[()], "collections.deque[str]"] = ()
+    # ... and exchanges sums with others, in this thread, too.
+    trade: Optional[Callable[[Database], bool]] = None
 
     def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
                  clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes,
@@ -10963,12 +11008,14 @@ class Ledger(Writer):
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, wall_time(self.clock)
+        database.tells = self.trade is not None
         try:
             while (database.add_new() or database.add_older() or database.roll_up(wall)
                    or database.list_ids()):
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
                     return  # calls are to be written, too
-            self.sum_at = now + self.SUM_SECONDS
+            more = self.trade and self.trade(database)
+            self.sum_at = now if more else now + self.SUM_SECONDS
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
@@ -11959,6 +12006,9 @@ class Warnings(Watcher):
         self.log = log
         self.feed = feed
         self.webhook = webhook
+        # Calls what tells of a subject that several processes see, in one of them.
+        self.once: Callable[[Tuple[BucketKey, int], Callable[[], bool]], None] = (
+            lambda subject, tell: tell())
         self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
         self.down: Set[str] = set()  # the upstreams that are said to be
         self.dropped = 0             # calls that the ledger is said to have lost
@@ -12036,10 +12086,11 @@ class Marks(Watcher):
     def warn(self, entry, share, level, passed):
         rule, caller = level.rule, entry.caller.label
         line = "%s has used %d%% of %s" % (caller, 100 * share, rule.text)
-        self.warnings.tell(
-            "limit_near", (level.key, passed), line, caller=caller, rule=rule.text,
+        subject = level.key, passed
+        self.warnings.once(subject, functools.partial(
+            self.warnings.tell, "limit_near", subject, line, caller=caller, rule=rule.text,
             level=format_amount(rule, level.level), capacity=format_amount(rule, rule.capacity),
-            share=round(share, 4))
+            share=round(share, 4)))
 
 
 class Watchers(NamedTuple):
@@ -12051,11 +12102,12 @@ class Watchers(NamedTuple):
     traces: Optional[Traces] = None
     marks: Optional[Marks] = None
 
-    def families(self, routes: Routes, books: Books) -> List[Family]:
+    def families(self, routes: Routes, books: Books, buckets: Buckets) -> List[Family]:
         """Returns what may be added up over workers."""
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
-            "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook}
+            "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook,
+            "redis": buckets.redis}
         dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
         return [*self.metrics.families(), *load_families(routes),
                 Family("llm_proxy_dropped_total", "counter",
@@ -12153,23 +12205,32 @@ def plus(one, other):
 # --------------------------------------------------------------------------------------------------
 
 class Worker(NamedTuple):
-    """One of several processes that serve on one port, and what all have from their parent."""
+    """One of several processes that serve on one port, and what all have from their parent. It
+    stands above Workers because `build`, which those do not know, makes its parts by it."""
     listener: socket.socket
     lock: Optional[BinaryIO]  # of the database, where there is one
     secret: bytes             # by which digests of keys are blinded: all have the same labels
     tally: Tally
     number: int = 0
     lifeline: int = -1        # a descriptor that ends with the parent
+    again: bool = False       # whether one of this number has died
 
 
 # What errors of Redis mean, by their first word, for people.
-REDIS_ERRORS = {
-    "OOM": "is out of memory", "READONLY": "is read-only", "LOADING": "is loading its data",
-    "MASTERDOWN": "has lost its master", "CLUSTERDOWN": "is a cluster that is down",
-    "MOVED": "is a cluster whose keys have moved", "TRYAGAIN": "is a cluster whose keys move",
-    "NOAUTH": "asks for a password", "WRONGPASS": "does not take the user and password",
-    "NOPERM": "does not permit what it is asked for", "NOREPLICAS": "has too few replicas",
-    "MISCONF": "cannot write to its disk", "BUSY": "is busy with a script"}
+REDIS_ERRORS = dict(row.split(" ", 1) for row in """\
+OOM is out of memory
+READONLY is read-only
+LOADING is loading its data
+MASTERDOWN has lost its master
+CLUSTERDOWN is a cluster that is down
+MOVED is a cluster whose keys have moved
+TRYAGAIN is a cluster whose keys move
+NOAUTH asks for a password
+WRONGPASS does not take the user and password
+NOPERM does not permit what it is asked for
+NOREPLICAS has too few replicas
+MISCONF cannot write to its disk
+BUSY is busy with a script""".splitlines())
 
 
 class RedisFault(Exception):
@@ -12397,12 +12458,6 @@ class Redis(asyncio.Protocol):
     async def run(self, script: RedisScript, keys: Sequence[RedisPart],
                   *arguments: RedisPart) -> RedisReply:
         """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
-        try:
-            return await self.call(*self.script_parts(script, keys, arguments))
-        except RedisFault as fault:
-            if fault.code != "NOSCRIPT":  # somebody made the server forget it: SCRIPT FLUSH
-                raise
-        script.is_loaded = False
         return await self.call(*self.script_parts(script, keys, arguments))
 
     def send(self, *parts: RedisPart):
@@ -12641,43 +12696,55 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 
 # Takes, charges and settles for a batch of calls, once: batches of a process have numbers, and one
 # that comes again gets its first answer. A number is missing where Redis has lost what it knew. In
-# ARGV[1] are the number, '-' or 'put' or 'last', the kind and figures of each bucket, then what to
-# do. A key's text is 'level stamp (amount until)...', what was given beyond the rule; of running
-# calls '(process count until)...'. No key is a full bucket.
+# ARGV[1] are the number, the mode, the kind and figures of each bucket, then what to do: acts with
+# their arguments. A key's text is 'level stamp (amount until)...', what was given beyond the rule;
+# of running calls '(process count until)...'. No key is a full bucket.
+#
+# The mode is '-', or 'put' for levels that are put back, 'last' once all are, 'start' where the
+# process is new. What Redis has lost each process puts back as it saw it last, and charges again
+# what it had no answer for. So that who comes second does not take these charges of the first for
+# some that it has seen, a text made within 30 s of a loss also tells what was charged 'since' then.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
 local sequence, mode = number(), words()
-local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+local known = redis.call('HMGET', KEYS[1], 'last', 'lost')
+local last = tonumber(known[1] or 0)
+if (mode == 'put' or mode == 'last') and last == 0 then
+  known[2] = string.format('%.0f', now)
+  redis.call('HSET', KEYS[1], 'lost', known[2])
+end
+local lost_until = tonumber(known[2] or 0) + 30000000
 if mode == '-' and sequence > last + 1 then return 'gap' end
 if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
 local unpack = unpack or table.unpack
 local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
 
 local pass = {}
-function pass.b(b)  -- a bucket is refilled by whole intervals
+function pass.bucket(b)  -- it is refilled by whole intervals
   local steps = math.floor((now - b.stamp + 2) / b.interval)
   if steps > 0 then
     b.level = b.level + steps * b.refill
     b.stamp = b.stamp + steps * b.interval
   end
-  if b.level >= b.room then b.level, b.stamp = b.room, now end
+  if b.level >= b.room then b.level, b.stamp, b.since = b.room, now, b.since and 0 end
   b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
 end
 local function begin(b, stamp)
   b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
+  b.since = b.since and 0
 end
-function pass.w(b)  -- a window begins with its first call
+function pass.window(b)  -- it begins with its first call
   if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
   b.full_in = b.stamp + b.interval - now
 end
-function pass.d(b)  -- a day, a week or a month
+function pass.date(b)  -- a day, a week or a month
   if b.stamp ~= b.began then begin(b, b.began) end
   b.full_in = b.ends - now
 end
 
 local function read_running(text)
-  local b = {kind = 'r', capacity = number(), rows = {}, own = 0, stamp = now}
+  local b = {kind = 'running', capacity = number(), rows = {}, own = 0, stamp = now}
   b.level = b.capacity
   for process, count, ends in string.gmatch(text, '(%S+) (%d+) (%d+)') do
     if tonumber(ends) > now then
@@ -12690,18 +12757,22 @@ local function read_running(text)
 end
 local function read(text)
   local kind = words()
-  if kind == 'r' then return read_running(text) end
+  if kind == 'running' then return read_running(text) end
   local b = {kind = kind, known = text ~= '', capacity = number(), given = {}, extra = 0}
-  if kind == 'b' then b.refill, b.interval = number(), number() end
-  if kind == 'w' then b.interval = number() end
-  if kind == 'd' then
+  if kind == 'bucket' then b.refill, b.interval = number(), number() end
+  if kind == 'window' then b.interval = number() end
+  if kind == 'date' then
     local before, began, ends, after = number(), number(), number(), number()
     if now < began then began, ends = before, began end
     if now >= ends then began, ends = ends, after end
     b.began, b.ends = began, ends
   end
+  local plain, since, ends = string.match(text, '^(.*) since (%S+) (%S+)$')
+  if since then b.since, b.since_ends = tonumber(since), tonumber(ends)
+  elseif not b.known then b.since, b.since_ends = 0, lost_until end
+  if b.since and b.since_ends <= now then b.since = nil end
   local numbers = {}
-  for word in string.gmatch(text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
+  for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   for i = 3, #numbers, 2 do
     if numbers[i + 1] > now then
       b.given[#b.given + 1] = {numbers[i], numbers[i + 1]}
@@ -12717,7 +12788,8 @@ local buckets = {}
 for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
 
 local function charge(b, amount, age)
-  if amount < 0 and (b.kind == 'w' or b.kind == 'd') and now - age + 2 < b.stamp then return end
+  if amount < 0 and (b.kind == 'window' or b.kind == 'date')
+     and now - age + 2 < b.stamp then return end
   b.changed = true
   if b.own then
     amount = math.max(amount, -b.own)
@@ -12725,6 +12797,7 @@ local function charge(b, amount, age)
     b.level = b.level - amount
   else
     b.level = math.min(b.room, b.level - amount)
+    b.since = b.since and b.since + amount
   end
 end
 local function take(wanted)
@@ -12737,34 +12810,35 @@ local function take(wanted)
   return '1'
 end
 local flags, act = {}, {}
-function act.t()
+function act.take()
   local wanted = {}
   for i = 1, number() do wanted[i] = {buckets[number()], number()} end
   flags[#flags + 1] = take(wanted)
 end
-function act.c() charge(buckets[number()], number(), number()) end
-function act.g()
+function act.charge() charge(buckets[number()], number(), number()) end
+function act.give()
   local b, amount, length = buckets[number()], number(), number()
   b.given[#b.given + 1] = {amount, now + length}
   b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
   b.changed = true
 end
-function act.o()
+function act.count()
   local b, count = buckets[number()], number()
   charge(b, count - b.own, 0)
 end
-function act.p()
+function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
   if b.known and always == 0 then return end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
                began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
   if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
   pass[b.kind](put)
+  put.level = put.level - (b.since or 0)
   if put.level < b.level then
     b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
   end
 end
-function act.r() buckets[number()].changed = true end
+function act.renew() buckets[number()].changed = true end
 for word in words do act[word]() end
 
 local function text(value) return string.format('%.0f', value) end
@@ -12774,11 +12848,14 @@ local function save(b, key)
     local row = {ARGV[2], text(b.own), text(now + length)}
     if b.own > 0 then parts[#parts + 1] = table.concat(row, ' ') end
   elseif b.level < b.room or b.extra > 0 then
-    if b.kind == 'b' then pass.b(b) end
+    if b.kind == 'bucket' then pass.bucket(b) end
     parts, length = {text(b.level), string.format('%.3f', b.stamp)}, b.full_in
     for i, one in ipairs(b.given) do
       parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
       length = math.max(length, one[2] - now)
+    end
+    if b.since then
+      parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. text(b.since_ends)
     end
   else
     parts = {}
@@ -12855,14 +12932,14 @@ class Batch:
 
     def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
         self.charged[key] = self.charged.get(key, 0) + amount
-        self.act("c", rule, key, amount, age)
+        self.act("charge", rule, key, amount, age)
 
     def take(self, one: Take):
         self.takes.append(one)
         one.sent = True
         wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
                   for rule, key in one.keyed_rules]
-        self.acts.append("t %d %s" % (len(wanted), " ".join(wanted)))
+        self.acts.append("take %d %s" % (len(wanted), " ".join(wanted)))
 
     def text(self, mode: str) -> str:
         return " ".join([str(self.number), mode, *self.kinds, *self.acts])
@@ -12887,18 +12964,18 @@ def describe_kind(rule: Rule, wall: float) -> str:
     scale = NANODOLLAR if rule.unit == USD else 1
     capacity = rule.capacity // scale
     if rule.unit == RUNNING:
-        return "r %d" % capacity
+        return "running %d" % capacity
     if rule.zone:
         now = calendar_rule(rule, wall)
         ends = now.began + now.interval
         after = calendar_rule(rule, ends + 1)
-        return "d %d %d %d %d %d" % (capacity, *map(since_2020, (
+        return "date %d %d %d %d %d" % (capacity, *map(since_2020, (
             calendar_rule(rule, now.began - 1).began, now.began, ends,
             after.began + after.interval)))
     if rule.window:
-        return "w %d %d" % (capacity, rule.interval * 1_000_000)
+        return "window %d %d" % (capacity, rule.interval * 1_000_000)
     refill = max(1, rule.refill // scale)
-    return "b %d %d %.6f" % (
+    return "bucket %d %d %.6f" % (
         capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
 
 
@@ -12958,7 +13035,9 @@ class RedisBuckets(Buckets):
     MOST_KEPT = 20_000        # acts that wait
     WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
     CHARGE_SECONDS = 0.005
+    DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
+    START_BEATS = 3           # after which all that were started together are counted
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
     state = "returning"       # or "here", or "away"
     reason = "is not there"
@@ -12966,6 +13045,7 @@ class RedisBuckets(Buckets):
     beats = 0
     flushing = False
     fresh = True              # it was never here
+    succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
     grace: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
@@ -13029,7 +13109,7 @@ class RedisBuckets(Buckets):
         super().give(rule, key, amount, until, again)
         if not again:
             length = int((until - self.clock.monotonic()) * 1_000_000)
-            self.act("g", rule, key, stored_amount(rule, amount), length)
+            self.act("give", rule, key, stored_amount(rule, amount), length)
 
     def fill(self, owner):
         super().fill(owner)
@@ -13039,14 +13119,14 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("p", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
+            self.act("put", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
         gone = set(keys)
         super().drop(gone)
         self.acts = collections.deque(
-            [act for act in self.acts if act[0] != "p" or act[2] not in gone], self.MOST_KEPT)
+            [act for act in self.acts if act[0] != "put" or act[2] not in gone], self.MOST_KEPT)
 
     # -- what is asked of Redis
 
@@ -13079,6 +13159,15 @@ class RedisBuckets(Buckets):
             self.redis.ask(redis_command(self.batch_parts(batch)),
                            functools.partial(self.on_answer, batch))
         self.redis.flush()
+
+    async def drain(self, say: Callable[[str], None]):
+        """Waits until Redis has all, for a while."""
+        end = self.redis.loop.time() + self.DRAIN_SECONDS
+        while self.batches or self.acts or self.charges.unsent:
+            if self.redis.loop.time() > end:
+                return say("Redis is not told of all charges: it %s" % self.reason)
+            self.flush()
+            await asyncio.sleep(0.01)
 
     def next_batch(self):
         """Charges stand before takes, so that what is given back can be taken."""
@@ -13221,6 +13310,8 @@ class RedisBuckets(Buckets):
                 level = known.level // self.processes
                 if rule.unit == RUNNING:
                     level = share.capacity - self.charges.running[key]
+                elif self.succeeds and key not in self.levels:
+                    level = 0
                 self.local.store([known._replace(level=level, rule=share._replace(
                     began=known.rule.began, interval=share.interval))])
         return found
@@ -13262,14 +13353,17 @@ class RedisBuckets(Buckets):
         existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
         if last < done:
-            await self.put_back(done, () if self.fresh and existed else self.known_levels())
+            if self.fresh and existed:
+                await self.put_back(done, (), "start")
+            else:
+                await self.put_back(done, self.known_levels(), "last")
         self.fresh = False
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
         for key, count in charges.running.items():
             self.acts.appendleft(
-                ("o", charges.rules[key], key, count - charges.pending.get(key, 0)))
+                ("count", charges.rules[key], key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
         """Yields the acts that put levels back as they were without what is pending."""
@@ -13278,21 +13372,22 @@ class RedisBuckets(Buckets):
             level = self.level_of(rule, key)
             if rule.unit != RUNNING and level.level < rule.capacity:
                 amount = stored_amount(rule, level.level) + self.charges.pending.get(key, 0)
-                yield "p", rule, key, amount, int((level.now - level.refilled) * 1_000_000), 1
+                yield "put", rule, key, amount, int((level.now - level.refilled) * 1_000_000), 1
 
-    async def put_back(self, number, acts):
+    async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
         acts, batch = iter(acts), None
         while batch is None or batch.acts:
             batch = Batch(number, self.describe)
             for act in itertools.islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            await self.redis.ask_first(*self.batch_parts(batch, "put" if batch.acts else "last"))
+            await self.redis.ask_first(*self.batch_parts(batch, "put" if batch.acts else end))
 
     def come_back(self):
         was_away = self.state == "away"
         self.cancel_grace()
         self.state = "here"
+        self.succeeds = False
         self.local = Buckets(self.clock)
         if was_away:
             self.on_change()
@@ -13309,9 +13404,11 @@ class RedisBuckets(Buckets):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
         self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.beats += 1
+        if self.beats == self.START_BEATS:
+            self.on_change()
         if self.beats % self.RENEW_BEATS == 0:
             for key, rule in self.charges.rules.items():
-                self.act("r", rule, key)
+                self.act("renew", rule, key)
         self.redis.ask(redis_command(self.beat_parts()),
                        functools.partial(self.on_beat, self.number))
 
@@ -13521,6 +13618,12 @@ class SharedQueue(FairQueue):
                             *self.arguments(0, 0, self.leases))
 
 
+# Returns a hash and how often that was changed, where that is not as often as ARGV[1] says.
+LUA_CHANGED = """
+local changes = redis.call('GET', KEYS[2]) or ''
+return changes ~= ARGV[1] and {changes, redis.call('HGETALL', KEYS[1])}
+"""
+
 # Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it,
 # when it was changed, and the text.
 LUA_NEWER = """
@@ -13537,7 +13640,7 @@ class SharedKeys:
     LOOK_SECONDS = 0.3
     UNKNOWN = b"?"
     timer: Optional[asyncio.TimerHandle] = None
-    changes: RedisReply = UNKNOWN  # how often the hash was changed when it was read
+    changes = UNKNOWN  # how often the hash was changed when it was read
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
@@ -13562,19 +13665,15 @@ class SharedKeys:
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
         if self.redis.available:
-            self.redis.ask(redis_command(("GET", self.names[1])), self.on_changes)
+            self.redis.ask(redis_command(
+                ("EVAL", LUA_CHANGED, 2, *self.names, self.changes)), self.on_keys)
 
-    def on_changes(self, reply):
-        if reply != self.changes and not isinstance(reply, RedisFault):
-            self.redis.ask(redis_command(("HGETALL", self.names[0])),
-                           functools.partial(self.on_keys, reply))
-
-    def on_keys(self, changes, reply):
-        if isinstance(reply, RedisFault):
+    def on_keys(self, reply):
+        if type(reply) is not list:  # nothing new, or a fault
             return
-        self.changes = changes
+        self.changes, rows = reply
         self.there = {}
-        for name, text in zip(reply[::2], reply[1::2]):
+        for name, text in zip(rows[::2], rows[1::2]):
             when, _, record = text.decode("utf-8", "replace").partition(" ")
             with contextlib.suppress(ValueError):
                 name = name.decode("utf-8", "replace")
@@ -13590,6 +13689,73 @@ class SharedKeys:
             if when > self.there.get(name, 0):
                 self.there[name] = when
                 self.redis.send("EVAL", LUA_NEWER, 2, *self.names, name, repr(when), record)
+
+
+def entry_after(name: bytes) -> str:
+    """Returns the least name that an entry of a stream may have after this one."""
+    milliseconds, _, number = name.decode().partition("-")
+    return "%s-%d" % (milliseconds, int(number) + 1)
+
+
+# Adds sums to a stream, of the last 100,000, for a week, and returns what is new there: ARGV are
+# how many at most, from which entry on, the box that tells, then number and text of each.
+LUA_SUMS = """
+for i = 4, #ARGV, 2 do
+  redis.call('XADD', KEYS[1], 'MAXLEN', '~', 100000, '*', ARGV[3], ARGV[i] .. ' ' .. ARGV[i + 1])
+end
+redis.call('EXPIRE', KEYS[1], 604800)
+return redis.call('XRANGE', KEYS[1], ARGV[2], '+', 'COUNT', ARGV[1])
+"""
+
+
+class SharedSums:
+    """Has the sums of each box tell of all: it tells the others what it adds to them, and adds what
+    they tell, by which it goes on while Redis is away. Who is away for longer than that waits in
+    Redis misses some, and so do all where Redis loses what it was told in the last seconds."""
+    AT_ONCE = 200
+    WAIT_SECONDS = 1
+    SUM = re.compile(b"([0-9]{1,18}) (.*)", re.DOTALL)
+
+    def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
+        self.redis = redis
+        self.key = prefix + "sums"
+        self.box = short_digest(ledger.secret.hex())
+        self.after: Optional[str] = None  # where the stream is read from
+        self.script = RedisScript(LUA_SUMS)
+        redis.scripts.append(self.script)
+        ledger.trade = self.trade
+
+    def trade(self, database: Database) -> bool:
+        """Returns whether there may be more. Runs in the ledger's thread."""
+        if not self.redis.available:
+            return False
+        told = database.untold(self.AT_ONCE)
+        after = self.after or str(database.facts.get("heard", 0))
+        asking = self.redis.run(
+            self.script, [self.key], self.AT_ONCE, after, self.box, *itertools.chain(*told))
+        asked = asyncio.run_coroutine_threadsafe(asking, self.redis.loop)
+        try:
+            entries = asked.result(self.WAIT_SECONDS)
+        except (RedisFault, concurrent.futures.TimeoutError):
+            return False  # they are told again, and the others know them by their numbers
+        last = entries[-1][0] if entries else b"0-0"
+        database.hear(self.read(entries), int(last.partition(b"-")[0]), told[-1][0] if told else 0)
+        self.after = entry_after(last) if entries else after
+        return self.AT_ONCE in (len(told), len(entries))
+
+    def read(self, entries):
+        """Yields (box, number, text) of what others told."""
+        for _, (box, text, *_) in entries:
+            found = self.SUM.fullmatch(text)
+            if found and box != self.box.encode():
+                yield box.decode("latin-1"), int(found[1]), found[2]
+
+
+def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
+    """Has one process alone tell what several see; more than one may while Redis is away."""
+    redis.ask(redis_command(
+        ("SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
+         Warnings.QUIET_SECONDS)), lambda reply: reply is None or tell())
 
 
 class SharedFeed(Feed):
@@ -13635,9 +13801,8 @@ class SharedFeed(Feed):
             self.redis.ask(redis_command((
                 "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)), self.on_last_event)
         else:
-            milliseconds, _, number = self.last.decode().partition("-")
             self.redis.ask(redis_command((
-                "XRANGE", self.events_key, "%s-%d" % (milliseconds, int(number) + 1), "+",
+                "XRANGE", self.events_key, entry_after(self.last), "+",
                 "COUNT", self.MOST_READ)), self.on_events)
 
     def pulse(self, payload):
@@ -15006,8 +15171,10 @@ def share(proxy: Proxy, redis: Redis):
     proxy.read = read
     proxy.books.on_end.append(proxy.stored.record)
     prefix, ledger = buckets.prefix, proxy.books.ledger
+    proxy.watchers.warnings.once = functools.partial(tell_first, redis, prefix)
     if ledger and not ledger.worker:
         SharedKeys(redis, prefix, ledger)
+        SharedSums(redis, prefix, ledger)
     if config.share_slots == "on" or config.share_slots is None and config.workers > 1:
         for upstream in proxy.routes.all:
             queue = upstream.queue
@@ -15207,11 +15374,13 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
 
 
 def tell_of_redis(proxy: Proxy):
-    """Says that Redis went away, or came back."""
+    """Says that Redis is there, went away, or came back."""
     buckets = proxy.limits.buckets
     if buckets.is_degraded:
         line = "Redis %s: %s" % (
             buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
+    elif buckets.beats == buckets.START_BEATS:
+        return proxy.books.log.say("Redis is there, shared by %d processes" % buckets.processes)
     else:
         line = "Redis is there again: %d processes share the limits" % buckets.processes
     proxy.books.log.say(line)
@@ -15396,7 +15565,7 @@ class Pages:
     def count(self) -> List[Family]:
         """Returns what this process has counted, with other workers what all have."""
         proxy = self.proxy
-        families = proxy.watchers.families(proxy.routes, proxy.books)
+        families = proxy.watchers.families(proxy.routes, proxy.books, proxy.limits.buckets)
         if proxy.tally is None:
             return families
         proxy.tally.write(families)
@@ -15760,7 +15929,7 @@ class Admin:
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
-                       "running": [entry.progress(self.clock) for entry in self.running()],
+                       "running": [running_call(entry, self.clock) for entry in self.running()],
                        "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
         self.feed.exchange({**found, **details})
         self.pulse.seconds[-1] = found = self.feed.added_up(found)
@@ -16326,7 +16495,7 @@ const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === on
 // A call that the pulse does not tell of any more has ended unseen.
 function takeRunning(told) {
   const states = new Map(told.map(call => [call.key, call]));
-  for (const [key, call] of model.running) {
+  for (const [key, call] of (model.running = new Map([...states, ...model.running]))) {
     const isUnseen = told.length < 200 && !states.has(key);
     if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(key);
     else if (!call.ended) Object.assign(call, states.get(key)); }}
@@ -17512,7 +17681,7 @@ class Server(http.server.ThreadingHTTPServer):
         await self.emptying(1)
         await self.part()
         if self.proxy.redis:
-            self.proxy.limits.buckets.flush()
+            await self.proxy.limits.buckets.drain(self.proxy.books.log.say)
             await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
@@ -17584,14 +17753,15 @@ def catch_signals(names: Iterable[str], now: Callable[[], float]
 
 
 class Workers:
-    """Keeps processes running, each of which does `work(number, lifeline)` and ends with the code
-    that returns: the lifeline is a descriptor that ends with the parent."""
+    """Keeps processes running, each of which does `work(number, lifeline, again)` and ends with the
+    code that returns: the lifeline is a descriptor that ends with the parent, `again` tells that
+    one of this number has died."""
     SETTLED_SECONDS = 5  # who lived so long is started again at once;
     LEAST_SECONDS = 0.2  # who did not, after a pause that doubles each time,
     MOST_SECONDS = 30    # up to this
     SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1", "SIGCHLD")
 
-    def __init__(self, count: int, work: Callable[[int, int], int], clock: Any,
+    def __init__(self, count: int, work: Callable[[int, int, bool], int], clock: Any,
                  say: Callable[[str], None]):
         self.work = work
         self.clock = clock
@@ -17664,7 +17834,7 @@ class Workers:
                 one.close()
             os.close(self.lifeline[1])
             random.seed()
-            code = self.work(number, self.lifeline[0])
+            code = self.work(number, self.lifeline[0], number in self.pauses)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -18358,9 +18528,9 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
         workers.stop()
         common.listener.close()
 
-    def work(number, lifeline):
-        return run_worker(config, log_stream, reread,
-                          common._replace(number=number, lifeline=lifeline))
+    def work(number, lifeline, again):
+        return run_worker(config, log_stream, reread, common._replace(
+            number=number, lifeline=lifeline, again=again))
 
     say = functools.partial(say_at_once, log_stream, config.log_format == "json")
     try:
@@ -18368,7 +18538,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     except OSError as failure:
         say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         return 1
-    for line in [*greeting(config), *remarks]:
+    for line in [*greeting(config), "%d workers share the port" % config.workers, *remarks]:
         say(line)
     workers = Workers(config.workers, work, time, say)
     actions = {"SIGTERM": stop, "SIGINT": stop,
@@ -18416,8 +18586,9 @@ def run_worker(config, log_stream, reread, worker):
         return 2
     proxy.tally = worker.tally
     proxy.tally.begin(worker.number)
+    proxy.limits.buckets.succeeds = worker.again
     server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
-    return run_loop(server, reread, (), worker.lifeline)
+    return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
 
 
 def reload(server: Server, reread: Callable[[], Config]):
@@ -18569,11 +18740,19 @@ def read_usage(path, options, now):
         execute = connection.execute
         if options.id:
             return COLUMN_NAMES, find_call(execute, options.id)
+        tell_of_boxes(execute)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
     found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
+
+
+def tell_of_boxes(execute):
+    """Says that not only the calls of this box are added up, where that is so."""
+    (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'").fetchall()
+    if others:
+        print("with what %d other boxes have told" % others, file=sys.stderr)
 
 
 def find_call(execute, name):

@@ -8879,7 +8879,8 @@ class SumsTest(TableCase):
         clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9,
                                       monotonic=itertools.count(1).__next__)
         llm_proxy.Ledger.add_up(types.SimpleNamespace(
-            database=self.database, clock=clock, PAUSE=16, stop=threading.Event()), 0)
+            database=self.database, clock=clock, PAUSE=16, stop=threading.Event(),
+            trade=None), 0)
         self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
                          (self.DAY + 10 * 3600, 6))
 
@@ -9835,9 +9836,6 @@ class RedisTest(RedisCase):
         self.wait_for(lambda: redis.available)
         self.assertTrue(script.is_loaded)
         self.assertEqual(self.run_loop(redis.run(script, ["a"], "b")), b"ab")
-        server.ask("SCRIPT", "FLUSH")
-        self.assertEqual(self.run_loop(redis.run(script, ["a"], "b")), b"ab")
-        self.assertFalse(script.is_loaded)
 
     def test_a_server_that_stands_still_holds_nobody_for_long(self):
         self.patch_seconds(Redis_SILENT_SECONDS=0.15)
@@ -9961,6 +9959,22 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
         self.assertEqual(answers, [b"1. 1 0 0 0", b"1. 1 0 0 0", b"gap", b"1. 1 0 0 0"])
+
+    def test_levels_that_are_put_back_take_no_charges_of_another_process_for_their_own(self):
+        self.start()
+        store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
+        for process, mode, act, level in self.each((
+                ("c", "last", None, None), ("c", "-", ("charge", 1, 0), 9),  # who knew nothing
+                ("a", "put", ("put", 8, 0, 1), 7), ("a", "last", None, None),
+                ("a", "-", ("charge", 2, 0), 5),  # which nobody had an answer for
+                ("b", "put", ("put", 7, 0, 1), 4), ("b", "put", ("put", 9, 0, 1), 4))):
+            batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
+            if act:
+                batch.act(act[0], *pair, *act[1:])
+            with mock.patch.object(store, "process_key", "{test}:p:" + process):
+                parts = store.batch_parts(batch, mode)
+            answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
+            self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
 
 
 @NEEDS_REDIS
@@ -10107,6 +10121,14 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.admitted(4, "sk-1"), 3)
         self.assertFalse(one.is_degraded or two.is_degraded)
 
+    def test_scripts_that_redis_was_made_to_forget_are_told_again(self):
+        buckets = self.start_here(MAX_CONCURRENCY=1, SHARE_SLOTS="on")
+        for _ in range(2):
+            self.redis.ask("SCRIPT", "FLUSH")
+            self.assertEqual(self.admitted(3), 3)
+            self.is_back(buckets)
+        self.assertEqual(self.stored(), [4])
+
     def test_what_others_have_written_there_stops_nothing(self):
         for text in self.each([
                 ("nonsense",), ("inf inf inf",), (bytes(range(256)),), ("1e300 -1",)]):
@@ -10166,6 +10188,58 @@ class SharedLimitsTest(ProxyCase):
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assertEqual(self.stored(), [0])  # nothing twice
         self.assertEqual(self.admitted(1), 0)
+
+    def test_a_replica_that_takes_over_knows_all_or_is_told(self):
+        for lost, left in self.each(((0, 6), (2, 4))):
+            old, new = self.redis, _ = [RedisServer(self, port="--port") for _ in range(2)]
+            link = new_path(self, "link")
+            os.symlink(old.path, link)
+            new.ask("REPLICAOF", "127.0.0.1", old.port)
+            both = [self.start_here(REDIS_URL="unix://" + link) for _ in range(2)]
+            wait_for(lambda: [one.processes for one in both] == [2, 2])
+            self.assertEqual(self.admitted(4), 4)
+            self.redis = new
+            wait_for(lambda: self.stored() == [6], "the replica")
+            new.ask("REPLICAOF", "NO", "ONE")
+            self.assertEqual(self.admitted(lost), lost)  # as the old one knows alone
+            old.ask("REPLICAOF", "127.0.0.1", new.port)
+            for one in both:
+                self.is_away(one)
+                self.assertEqual(one.reason, "is read-only")
+            self.assertEqual(self.admitted(9), left // 2)
+            os.symlink(new.path, link + ".new")
+            os.replace(link + ".new", link)
+            for one in both:
+                self.is_back(one)
+            self.assertEqual(self.stored(), [left - left // 2])
+            self.assertEqual(self.admitted(9), left - left // 2)
+
+    def test_what_was_charged_while_redis_was_away_is_told_at_the_end(self):
+        for seconds in self.each(((2,), (0,))):
+            buckets = self.start_here(says(), self.RULE)
+            self.redis.kill()
+            self.is_away(buckets)
+            self.assertEqual(self.admitted(2), 2)
+            buckets.DRAIN_SECONDS, = seconds
+            with threads([self.redis.start] if seconds[0] else []):
+                self.drain(0)
+            if seconds[0]:
+                self.assertEqual(self.stored(), [8])
+        self.assert_said("Redis is not told of all charges: it is not there")
+
+    def test_who_follows_a_process_that_died_while_redis_is_away_has_what_comes_in(self):
+        for rule, admitted in self.each(((self.RULE, 0), ("each 2 running", 2),
+                                         ("each 90000 requests per hour", 1))):
+            self.redis.kill()
+            buckets = self.start(limits=rule)
+            buckets.succeeds = True
+            self.is_away(buckets)
+            self.admitted(1)  # its buckets are there from then on
+            time.sleep(0.045)
+            self.assertGreaterEqual(self.admitted(2), admitted)
+            self.redis.start()
+            self.is_back(buckets)
+            self.assertFalse(buckets.succeeds)
 
     def test_a_take_that_comes_too_late_is_given_back(self):
         buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
@@ -10488,6 +10562,90 @@ class SharedKeysTest(KeysCase):
 
 
 @NEEDS_REDIS
+class SharedSumsTest(ProxyCase):
+    """Books of several boxes, each with a DATABASE of its own."""
+
+    def setUp(self):
+        self.redis = RedisServer(self)
+
+    def box(self, path=None, **settings):
+        path = path or new_path(self, "box.db")
+        self.start(says_json({"usage": {"prompt_tokens": 20, "completion_tokens": 3}}),
+                   DATABASE=path, REDIS_URL=self.redis.url, PROXY_API_KEYS="ann=sk-a", **settings)
+        wait_for(lambda: self.proxy.redis.available)
+        return self.address, path
+
+    def call_at(self, box, count):
+        self.address, _ = box
+        for _ in range(count):
+            self.ask(call("sk-a"))
+
+    @staticmethod
+    def totals(path):
+        now = time.time()
+        found = llm_proxy.LedgerReader(path).totals("caller", now - 900, now + 1)
+        return [(name, one.calls, one.tokens()) for name, one in found.items()]
+
+    def assert_told(self, calls, *boxes):
+        for _, path in boxes:
+            wait_for(lambda: self.totals(path) == [("ann", calls, 23 * calls)],
+                     lambda: self.totals(path))
+
+    def test_each_box_tells_what_all_have_used_and_keeps_the_rows_of_its_own_calls(self):
+        one, two = self.box(), self.box()
+        self.call_at(one, 3)
+        self.call_at(two, 2)
+        self.assert_told(5, one, two)
+        for _, path in one, two:
+            reader = llm_proxy.LedgerReader(path, time.time())
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                (own,), = connection.execute("SELECT count(*) FROM calls").fetchall()
+            self.assertEqual(len(reader.calls(None, 9, {"caller": "ann"})["calls"]), own)
+            found = reader.usage("caller", "hour", reader.now - 900, reader.now, {})
+            self.assertEqual(found["total"]["calls"], 5)
+            options = types.SimpleNamespace(since="1d", by=None, id=None, caller=None)
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                _, (row,) = llm_proxy.read_usage(path, options, time.time())
+            self.assertEqual((row[:2], said.getvalue()),
+                             (("ann", 5), "with what 1 other boxes have told\n"))
+
+    def test_what_was_used_while_redis_or_a_box_was_away_is_told_later_and_once(self):
+        one, two = self.box(), self.box()
+        self.call_at(two, 2)
+        self.assert_told(2, one, two)
+        self.redis.kill()
+        self.call_at(one, 1)
+        self.call_at(two, 1)
+        self.assert_told(3, one, two)
+        self.redis.start()
+        self.assert_told(4, one, two)
+        two = self.box(two[1])  # which is started again
+        with mock.patch.object(llm_proxy.SharedSums, "AT_ONCE", 1):
+            self.call_at(one, 1)
+            self.call_at(two, 1)
+            self.assert_told(6, one, two)
+
+    def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
+        one, two = self.box(), self.box()
+        with mock.patch.object(llm_proxy.SharedSums, "WAIT_SECONDS", 0):
+            self.call_at(one, 2)
+            wait_for(lambda: self.redis.ask("XLEN", "{llm_proxy}:sums") > 1)
+        self.assert_told(2, one, two)
+
+    def test_what_is_no_sum_is_left_out(self):
+        one = self.box()
+        good = [0, *"abcde", *[1] * 13]
+        for row in self.each(("", "{", "{}", "[]", good[:-1], [*good[:-1], -1], [*good[:-1], "1"],
+                              [*good[:-1], 10 ** 19], [1.5, *good[1:]], [None, *good[1:]])):
+            text = row if type(row) is str else json.dumps(row)
+            self.redis.ask("XADD", "{llm_proxy}:sums", "*", "other", "1 " + text)
+            self.redis.ask("XADD", "{llm_proxy}:sums", "*", "other", text, "and", "more")
+        self.redis.ask("XADD", "{llm_proxy}:sums", "*", "another", "1 " + json.dumps(
+            [int(time.time() // 900) * 900, *"abcde", *[1] * 13]))
+        wait_for(lambda: self.totals(one[1]) == [("a", 1, 2)], lambda: self.totals(one[1]))
+
+
+@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
 class SharedStoredTest(ProxyCase):
     """What one process has noted, another one finds."""
     KEYS = {"PROXY_API_KEYS": "ann=sk-a,ben=sk-b"}
@@ -10497,10 +10655,12 @@ class SharedStoredTest(ProxyCase):
         redis, self.addresses = RedisServer(self), []
         super().start(**self.KEYS, REDIS_URL=redis.url, **settings)
         self.addresses.append(self.address)
+        self.proxies = [self.proxy]
         wait_for(lambda: self.proxy.redis.available)
         self.run_proxy(read_config({
             name: text for name, text in self.proxy.config.texts.items() if text}), time)
         self.addresses.append(self.address)
+        self.proxies.append(self.proxy)
         wait_for(lambda: self.proxy.redis.available)
         return redis
 
@@ -10523,6 +10683,23 @@ class SharedStoredTest(ProxyCase):
         wait_for(lambda: len(redis.ask("KEYS", "*:thing:*")) == 2)
         for key, status in self.each((("sk-b", 404), ("sk-a", 200))):
             self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key=key).status, status)
+
+    def test_that_a_limit_is_near_is_told_by_one_alone(self):
+        redis = self.start_two(LIMITS="each 400 tokens per day", WARN_AT="20%,60%",
+                               TOKEN_COST_MODE="usage", MAX_TOKENS=1)
+        self.stub.answer = says(completion(80, 5))
+        for place, told in self.each(((0, [1, 0]), (1, [1, 0]), (0, [2, 0]), (1, [2, 1]))):
+            self.ask_at(place, "POST", CHAT, b'{"max_tokens": 1}', key="sk-a")
+            wait_for(lambda: [sum(one.name == "warning" and one.about["event"] == "limit_near"
+                                  for one in list(proxy.watchers.feed.events))
+                              for proxy in self.proxies] == told)
+            wait_for(lambda: redis.process is None or all(
+                is_done(proxy.limits.buckets) for proxy in self.proxies))
+            if told == [2, 0]:
+                self.assertEqual([0 < redis.ask("TTL", name) <= 3600 for name in redis.ask(
+                    "KEYS", "*:told:*")], [True] * 2)
+                redis.kill()
+                wait_for(lambda: not self.proxies[1].redis.available)
 
     def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
         redis = self.start_two(LIMITS="each 1000 tokens per day")
@@ -12805,6 +12982,20 @@ class SharedEventsTest(AdminCase):
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
         self.assertEqual(two.watchers.feed.listeners, 0)
 
+    def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
+        (_, here), (_, there) = self.start_two()
+        self.stub.answer, self.address = None, there
+        running, asked = self.ask_stub(call("k", model="m"))
+        self.address = here
+        client, rows = self.listen(), []
+        while not rows:
+            _, pulse = self.hear(client, "pulse")
+            rows = pulse["running"]
+        self.assertEqual([(row["model"], row["state"], row["upstream"]) for row in rows],
+                         [("m", "first byte", "base")])
+        asked.answer()
+        running.read()
+
     def test_what_nobody_of_us_has_told_does_no_harm(self):
         (one, _), _ = self.start_two()
         client = self.listen()
@@ -14924,6 +15115,22 @@ class WorkersTest(ProcessCase):
         told = [sum(word in row for row in process.rows) for word in (": stopping", ": stopped\n")]
         self.assertEqual(told[0], told[1])  # one that has not begun to serve says nothing
         self.assertGreater(told[0], 0)
+
+    def test_one_that_dies_while_redis_is_away_gives_no_more_than_its_share(self):
+        process = self.start(3, LIMITS="all 9 requests per day")
+        self.assertTrue(process.said("3 workers share the port"))
+        wait_for(lambda: sum(": Redis is there, shared by " in row
+                             for row in process.rows) == 3, "the others")
+        self.redis.kill()
+        wait_for(lambda: sum("goes by its share of the limits, one of 3" in row
+                             for row in process.rows) == 3, "the absence of Redis")
+        admitted = itertools.accumulate(
+            self.ask(call()).body == b'{"said": "hi"}' for _ in itertools.count())
+        wait_for(lambda: next(admitted) == 9, "all that there is")
+        for pid in self.workers():
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: sum(": it serves again" in row for row in process.rows) == 3, "others")
+        self.assertEqual([next(admitted) for _ in range(30)], [9] * 30)
 
     def test_workers_end_with_their_parent(self):
         process = self.start(2)
