@@ -4542,6 +4542,8 @@ email -> <o'neil+x_1.y@mail.co-op.example.museum>, -> o'neil+x_1.y@mail.co-op.ex
 email -> mailto:a@b.co?x=1 -> a@b.co
 email -> 收件人bob@example.com。 -> bob@example.com
 email -> user=bob@example.com&x -> bob@example.com
+email -> bob@example.com-x -> bob@example.com
+email -> of bob@mail.example.org.1 -> bob@mail.example.org
 card -> card 4111111111111111, -> 4111111111111111
 card -> 4111 1111 1111 1111 123 -> 4111 1111 1111 1111
 card -> in 2027 4111-1111-1111-1111 -> 4111-1111-1111-1111
@@ -5056,7 +5058,7 @@ class UnmaskingTest(ProxyCase):
         for data, step in self.each((
                 (b"data: [[\n" + b"data:}\n" * 9000, 1 << 16),
                 (b"data: [[\n" + b"data: x\n" * 8000, 8), (b"[" * 60_000, 10),
-                (b"data: [[\n" + b"data:}\n" * 4000, 7))):
+                (b"data: [[\n" + b"data:}\n" * 4000, 7), (b'[{"": "[[' + b"}" * 60_000, 3))):
             began = cpu_seconds()
             for endpoint in ("chat", "array"):
                 self.assertEqual(self.unmask(endpoint, data, step), data)
@@ -5113,6 +5115,39 @@ class UnmaskingTest(ProxyCase):
         whole = json.dumps({"text": said + "\n", "a@b.example": 5})
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
         self.assertEqual(json.loads(found), {"text": shown + "\n", "[[EMAIL]]": 5})
+
+
+    def test_events_that_are_spelled_alike_but_for_ids_and_times_are_read_as_others_are(self):
+        chance = random.Random(3)
+        text = "to bob@example.org, \u4eba\n\"the\" fox [[EMAIL_1]] at 8.8.8.8 and so on. [["
+        shown = text.replace("bob@example.org", "[[EMAIL]]").replace("[[EMAIL_1]]", "ann@example.com")
+        for blocks in self.each(((0,), (0, 1))):
+            said = [{"created": chance.randrange(9 ** 9), "id": "c" * chance.randrange(1, 9),
+                     **delta(text[at:at + 3])} for at in range(0, len(text), 3) for _ in blocks]
+            for number, one in enumerate(said):
+                one["choices"] = [{**one["choices"][0], "index": number % len(blocks)}]
+            found = self.payloads("chat", self.unmask("chat", events(*said), answers=True))
+            self.assertEqual(set(self.said(found).values()), {shown})
+            self.assertEqual([one["created"] for one in found[:len(said)]],
+                             [one["created"] for one in said])
+
+    def test_no_probabilities_tell_what_is_masked(self):
+        choice = {"logprobs": {"content": [{"token": "bob@", "top_logprobs": []}]}}
+        for events_of in self.each((events, lambda one: json.dumps(one).encode())):
+            data = events_of({"choices": [{**choice, "delta": {"content": "x "}}], "logprobs": []})
+            shown = self.unmask("chat", data, answers=True, events=events_of is events)
+            self.assertEqual(json.loads(shown.split(b"data: ")[-1]), {
+                "choices": [{"logprobs": None, "delta": {"content": "x "}}], "logprobs": []})
+            self.assertEqual(self.unmask("chat", data, events=events_of is events), data)
+
+    def test_in_a_text_that_begins_as_json_values_are_spelled_as_in_json(self):
+        value = self.VALUES["[[SECRETS_12]]"]
+        found = self.unmask("chat", events(delta('{"k": "[[SECR'), delta('ETS_12]]"}')))
+        text, = self.said(self.payloads("chat", found)).values()
+        self.assertEqual(json.loads(text), {"k": value})
+        told = json.dumps({"content": '{"k": "[[SECRETS_12]]"}'}).encode()
+        found = json.loads(self.unmask("chat", told, events=False))
+        self.assertEqual(json.loads(found["content"]), {"k": value})
 
 
 class RedactedAnswersTest(ProxyCase):
