@@ -196,7 +196,7 @@ def listed(read, separator=","):
     return read_all
 
 
-def mapping(shape, message, convert=re.Match.groups, repeated=None):
+def mapping(shape, message, convert, repeated=None):
     """Returns a reader of 'a=b, c=d' -> {'a': 'b', 'c': 'd'}; no name may be repeated."""
     def read(text):
         found = listed(pattern(shape, message, convert))(text)
@@ -290,15 +290,6 @@ def printable(text):
 
 def listen_host(text):
     return printable(text).strip("[]")
-
-
-def pem_file(text):
-    try:
-        with open(text, "rb") as file:
-            file.read(1 << 20).index(b"-----BEGIN ")  # else a ValueError
-    except (OSError, ValueError):
-        raise ValueError("must be a PEM file that can be read") from None
-    return text
 
 
 def ca_file(text):
@@ -710,9 +701,8 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *text}
         self.numbers: Dict[int, int] = {}  # of repetitions, by identity
         self.choices = 0
-        self.walk(self.tree, set(), False)
         begin = self.beginning(self.tree)
-        self.bound(self.tree)
+        self.walk(self.tree, set(), False)
         if begin:  # else it would be tried from each character of a long word
             self.tree.insert(0, (PARSER.ASSERT_NOT, (-1, begin)))
         self.compiled = COMPILER.compile(self.tree)
@@ -734,20 +724,19 @@ class LinearPattern:
                 for inner in parts_within(op, value):
                     yield from self.sets(inner, needed)
 
-    def first(self, parts) -> Characters:
-        """Returns the characters that a match may begin with."""
-        found = frozenset()
+    def first(self, parts) -> Set[str]:
+        """Returns the characters that a match may begin with, and of a group all others in it."""
+        found = set()
         for part in parts:
-            found = found.union(*map(self.first, parts_within(*part)))
-            if part[0].name in TAKE_ONE:
-                found |= self.characters(part)
+            found.update(*self.sets([part], False))
             if self.alone(part).getwidth()[0]:
                 break
         return found
 
     def walk(self, parts, before, repeated):
-        """Goes along parts; returns the repetitions after them. `repeated`: all this is one."""
-        for op, value in parts:
+        """Goes along parts; returns the repetitions after them. `repeated`: all this is one. What
+        is unlimited, which else takes quadratic time, has a limit then."""
+        for place, (op, value) in enumerate(parts):
             name = op.name
             inner = parts_within(op, value)
             if name in TAKE_ONE:
@@ -755,6 +744,10 @@ class LinearPattern:
                 before = {one._replace(then=(*one.then, taken)) for one in before}
             elif name in REPEAT:
                 before = self.repeat(before, repeated, *value)
+                if value[1] == PARSER.MAXREPEAT:
+                    is_one = value[2].getwidth() == (1, 1)
+                    most = self.MOST_ROUNDS if is_one else self.MOST_OF_GROUPS
+                    parts[place] = op, (value[0], most, value[2])
             elif inner:
                 before = self.choose(inner, before, repeated)
             else:
@@ -764,7 +757,7 @@ class LinearPattern:
 
     def choose(self, ways, before, repeated):
         firsts = list(map(self.first, ways))
-        alike = sum(map(len, firsts)) > len(frozenset().union(*firsts))
+        alike = sum(map(len, firsts)) > len(set().union(*firsts))
         self.choices += alike
         require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
         require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
@@ -800,16 +793,6 @@ class LinearPattern:
         if op.name in REPEAT and value[1] == PARSER.MAXREPEAT and inner[0].getwidth() == (1, 1):
             return inner[0]
         return self.beginning(inner[0]) if len(inner) == 1 else None
-
-    def bound(self, parts):
-        """Limits what is unlimited, which else takes quadratic time."""
-        for place, (op, value) in enumerate(parts):
-            for inner in parts_within(op, value):
-                self.bound(inner)
-            if op.name in REPEAT:
-                least, most, inner = value
-                parts[place] = op, (least, min(most, self.MOST_ROUNDS if (
-                    inner.getwidth() == (1, 1)) else self.MOST_OF_GROUPS), inner)
 
 
 def linear_patterns(text):
@@ -941,9 +924,9 @@ SETTING_ROWS = {
          "connections of callers at once; more get a 503, or with TLS are closed"),
         ("MAX_CONNECTIONS_PER_ADDRESS", sixteen_bits,
          "those of one address (of IPv6, a /64); unset: 256, and any number from this machine"),
-        ("TLS_CERT_FILE", pem_file,
+        ("TLS_CERT_FILE", printable,
          "certificates (PEM) to serve https with, TLS 1.2 or newer; read again on SIGHUP"),
-        ("TLS_KEY_FILE", pem_file, "their key, if it is not in the same file"),
+        ("TLS_KEY_FILE", printable, "their key, if it is not in the same file"),
         ("TRUSTED_PROXIES", networks,
          "addresses or networks, by commas, whose X-Forwarded-For and CALLER_HEADER are believed"),
         ("CALLER_HEADER", field_name,
@@ -1023,7 +1006,8 @@ SETTING_ROWS = {
     "Who may look and steer": (
         ("ADMIN_KEY", visible_ascii,
          "key of /dashboard and /admin/api, which may change things; unset, and no stored key of"
-         " that role: a new one at each start, told where it starts", SECRET),
+         " that role: a new one at each start, told on the terminal or in a file beside DATABASE",
+         SECRET),
         ("VIEWER_KEY", visible_ascii, "key that may look at them, and change nothing", SECRET),
         ("METRICS=keys", one_of("keys", "open"),
          "keys: /metrics asks for a viewer's or an admin's key; open: for none"),
@@ -1099,8 +1083,6 @@ OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_F
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
-    if name == OPENSSL_FILE:
-        return None
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -1117,11 +1099,6 @@ def is_far(host: str) -> bool:
         return ipaddress.ip_address(host).is_global
     except ValueError:
         return "." in host and not host.endswith((".local", ".lan"))
-
-
-def is_hosted(url: Endpoint) -> bool:
-    """Tells whether a URL is that of somebody who sells, rather than of a machine nearby."""
-    return url.scheme == "https" and is_far(url.host)
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -1191,8 +1168,8 @@ class Config(types.SimpleNamespace):
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
         nobody has said is meant."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
-            upstream.key and is_hosted(url)
-            for upstream in self.all_upstreams() for url in upstream.url or ())
+            upstream.key and url.scheme == "https" and is_far(url.host)
+            for upstream in self.all_upstreams() for url in upstream.url)
 
     @property
     def scheme(self) -> str:
@@ -1222,11 +1199,7 @@ class Config(types.SimpleNamespace):
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
-                   for upstream in self.all_upstreams() for url in upstream.url or ())
-
-    def has_dialect(self, dialect: str) -> bool:
-        """Tells whether any upstream has this API."""
-        return any(upstream.dialect == dialect for upstream in self.all_upstreams())
+                   for upstream in self.all_upstreams() for url in upstream.url)
 
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but hardly meant."""
@@ -1245,7 +1218,7 @@ class Config(types.SimpleNamespace):
     def mistakes(self):
         """Yields the warnings that speak of one value."""
         for upstream in self.all_upstreams():
-            for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url or ()]):
+            for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
         for key, name in (self.proxy_api_keys or {}).items():
@@ -1271,7 +1244,12 @@ class Config(types.SimpleNamespace):
                    " does: an upstream that is silent never counts as failing")
         if self.caller_header and not self.trusted_proxies:
             yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        yield from self.doubts_of_callers()
+        if self.host_is_narrowed:
+            yield ("it listens on this machine alone, because anyone could spend the key of a"
+                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
+        elif self.is_open():
+            yield ("callers are not checked: whoever reaches this port can call, and every invented"
+                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
         if self.unknown_calls == "count" and not self.counts_requests():
             yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
                    " counts requests: of these calls, what names no tokens is free")
@@ -1281,14 +1259,6 @@ class Config(types.SimpleNamespace):
                    " sees")
         if not self.limits:
             yield from self.doubts_of_bucket()
-
-    def doubts_of_callers(self):
-        if self.host_is_narrowed:
-            yield ("it listens on this machine alone, because anyone could spend the key of a"
-                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open():
-            yield ("callers are not checked: whoever reaches this port can call, and every invented"
-                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -1398,8 +1368,6 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment, where most are not ours, is one misspelt."""
-    if name == OPENSSL_FILE:
-        return False
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
         difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
 
@@ -1453,7 +1421,7 @@ def named_upstream(name, options):
     if name in VENDORS:
         options.setdefault("url", endpoints(VENDORS[name]))
     require("url" in options, "URL is not set; only these need none: " + ", ".join(VENDORS))
-    urls = options["url"] or ()
+    urls = options["url"] = options["url"] or ()
     dialect = options.setdefault("dialect", usual_dialect(name, urls) or "openai")
     require(dialect not in BESIDE_V1 or not any(
         url.path.endswith(("/v1", "/openai")) for url in urls),
@@ -1486,7 +1454,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
     take_old_names(values, texts, found)
     config = Config(
         texts=texts,
-        unknown=[name for name in found if name not in texts and (
+        unknown=[name for name in found if name not in (OPENSSL_FILE, *texts) and (
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
@@ -1511,7 +1479,6 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
 class Refusal(Exception):
     """Why a call gets no answer of an upstream."""
     status = 400
-    kind = "invalid_request_error"    # what OpenAI calls the error's type
     outcome = "refused"               # for the log
     code: Optional[str] = None
     close_after = False               # the framing of the connection is lost, or it must end
@@ -1631,7 +1598,6 @@ class UpgradeRequired(Refusal):
 
 class Unauthorized(Refusal):
     status = 401
-    kind = "authentication_error"
     code = "invalid_api_key"
     message = "Missing or invalid proxy API key"
     fields = {"WWW-Authenticate": "Bearer", "x-should-retry": "false"}  # Claude Code asked 11 times
@@ -1640,7 +1606,6 @@ class Unauthorized(Refusal):
 class TooManyGuesses(Refusal):
     """Wrong keys from one address, which may be somebody who tries them all."""
     status = 429
-    kind = "rate_limit_error"
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
     fields = {"x-should-retry": "false"}
@@ -1654,7 +1619,6 @@ class ForeignOrigin(Refusal):
 
 class RequestTimeout(Refusal):
     status = 408
-    kind = "timeout_error"
     close_after = True
     message = "The request did not arrive in time"
 
@@ -1670,7 +1634,6 @@ class TextTooLarge(BodyTooLarge):
 
 class Overloaded(Refusal):
     status = 503
-    kind = "server_error"
     close_after = True
     message = "The proxy is busy, try again in a moment"
 
@@ -1682,7 +1645,6 @@ class Stopped(Overloaded):
 
 class InternalError(Refusal):
     status = 500
-    kind = "server_error"
     outcome = "internal_error"
     close_after = True
     message = "The proxy failed to handle this request"
@@ -1695,7 +1657,6 @@ class UpstreamFailed(Refusal):
     """The words of `failure`, or for it if it is an exception, go to the log and never to a caller.
     `broke_before_response` says that the connection ended before a proper response began."""
     status = 502
-    kind = "upstream_error"
     outcome = "upstream_failed"
     message = "The upstream could not be reached or did not answer properly"
 
@@ -1721,7 +1682,6 @@ CAUSES = {
 class KeyRefused(Refusal):
     """The upstream does not take the operator's key, which its caller has nothing to do with."""
     status = 502
-    kind = "upstream_error"
     outcome = "upstream_status"
     code = "upstream_refused_our_key"
     cause = "status 401"
@@ -1730,7 +1690,6 @@ class KeyRefused(Refusal):
 
 class UpstreamTimeout(Refusal):
     status = 504
-    kind = "timeout_error"
     outcome = "upstream_failed"
     cause = "timed out"
     message = "The upstream did not answer in time"
@@ -1739,7 +1698,6 @@ class UpstreamTimeout(Refusal):
 class BreakerOpen(Refusal):
     """Every address that could be asked has failed too often."""
     status = 503
-    kind = "upstream_error"
     outcome = "upstream_failed"
     cause = "breaker open"
     nothing_sent = True
@@ -1750,7 +1708,6 @@ class BreakerOpen(Refusal):
 class QueueRefused(Refusal):
     """The queue before the upstream is too long, or did not move in time."""
     status = 503
-    kind = "server_error"
     nothing_sent = True
     message = "The upstream is busy and the line before it is long, try again in a moment"
 
@@ -1762,12 +1719,9 @@ class QueueRefused(Refusal):
 class NotAStream(Refusal):
     """What came is no stream, and the caller's has begun; `body` is an error as the upstream says
     it."""
-    kind = "upstream_error"
+    status = 502
     outcome = "upstream_status"
     message = "The upstream did not answer with a stream"
-
-    def __init__(self, status: int, body: Optional[bytes]):
-        super().__init__(cause="status %d" % status, body=body)
 
 
 class NoRoute(Refusal):
@@ -1790,7 +1744,6 @@ class LimitReached(Refusal):
     """A bucket is short. Without `wait` the call costs more than the bucket ever holds. `tightest`
     is as in a Hold: the bucket as it is without the call."""
     status = 429
-    kind = "rate_limit_error"
     outcome = "limited"
     code = "rate_limit_exceeded"
 
@@ -1800,7 +1753,6 @@ class LimitReached(Refusal):
 
 class LimitsAway(Refusal):
     status = 503
-    kind = "server_error"
     code = "limits_away"
     message = "The limits cannot be looked up now, try again in a moment"
     fields = {"Retry-After": 1}
@@ -2217,7 +2169,10 @@ def format_amount(rule, amount):
 
 
 def format_wait(wait):
-    """300 -> '5 min', 61 -> '2 min', 12 -> '12s'."""
+    """12 -> '12s', 61 -> '2 min', 60_000 -> '17 hours', 200_000 -> '3 days'."""
+    for seconds, word in ((86400, "days"), (3600, "hours")):
+        if wait > 2 * seconds:
+            return "%d %s" % (math.ceil(wait / seconds), word)
     return "%ds" % math.ceil(wait) if wait <= 59 else "%d min" % math.ceil(wait / 60)
 
 
@@ -2567,8 +2522,12 @@ class Hold:
 
     def describe_charges(self) -> str:
         """Returns what every bucket was charged, for the books."""
-        return ";".join([f"{rule.text}={self.costs[rule.unit]}" for rule, _ in self.keyed_rules
-                         if self.costs[rule.unit]])
+        text = ""  # a list would cost as much again
+        for rule, _ in self.keyed_rules:
+            cost = self.costs[rule.unit]
+            if cost:
+                text += f";{rule.text}={cost}"
+        return text[1:]
 
     def __enter__(self):
         return self
@@ -2883,10 +2842,6 @@ class CutText(str):
         return found
 
 
-def sum_of_weights(texts: List[str]) -> int:
-    return sum(map(len if all(map(str.isascii, texts)) else text_weight, texts))
-
-
 PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
 
 
@@ -2913,9 +2868,8 @@ def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: Fr
     `media_texts` is not None, the second list has the weight of the text in each. None of them has
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
-    read = payload.copy()
-    read.pop(skip, None)
-    level, rest = look_through(read.values(), plain, names, media_texts, texts, media)
+    rest = 0
+    level = [value for key, value in payload.items() if key != skip]
     while level:
         kinds = set(map(type, level))
         if kinds == ONLY_TEXTS:  # the last level of nearly all
@@ -2926,7 +2880,7 @@ def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: Fr
         else:
             level, more = look_through(level, plain, names, media_texts, texts, media)
             rest += more
-    weight = sum_of_weights(texts) + len(texts) + rest
+    weight = text_weight(" ".join(texts)) + (rest + 1 if texts else rest)
     kind = kind_of_text(max(texts, key=len)) if texts else 0
     return weight - 1 if weight else 0, media, kind
 
@@ -3565,7 +3519,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique)
-BY_LOADS = PLAIN_JSON, STRICT_JSON
+QUICK_JSON = strict_decoder(unique, int)  # for what has no long number
+BY_LOADS = PLAIN_JSON, STRICT_JSON, QUICK_JSON
 
 
 KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
@@ -3604,12 +3559,6 @@ def decode_json(data, decoder=PLAIN_JSON):
     except (ValueError, StopIteration):
         pass
     raise ValueError("not valid JSON")
-
-
-def parse_json(body: bytes) -> JsonObject:
-    """Reads a JSON object in UTF-8 (RFC 8259); raises BadRequest for anything else that json.loads
-    would take or choke on."""
-    return JsonBody(body).parse()
 
 
 # How long a string without spaces must be to be cut out, where it stands at a key of media.
@@ -3673,9 +3622,9 @@ class JsonBody:
     def parse(self) -> JsonObject:
         """Raises BadRequest."""
         decoder, parse_int = STRICT_JSON, short_integer
-        if HAS_SCANNER and len(self.short) > 2 * MANY_NUMBERS and (
+        if len(self.short) <= LONG_NUMBER or HAS_SCANNER and (
                 self.short.count(b",") > MANY_NUMBERS and not may_have_long_number(self.short)):
-            decoder, parse_int = strict_decoder(unique, int), int
+            decoder, parse_int = QUICK_JSON, int
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(functools.partial(with_cuts, sizes), parse_int)
@@ -4118,10 +4067,6 @@ class Call(Billable):
         elif changed:
             self.upstream_body = self.json_body.spell(payload)
 
-    def request_usage(self) -> None:
-        """Asks for the usage of a stream, where the caller did not."""
-        self.dialect.request_usage(self)
-
     def prepare_unknown(self, model, payload, rename):
         """Puts the models where the call names some, which may be a batch of calls."""
         if self.put_model:
@@ -4174,6 +4119,10 @@ class Call(Billable):
     def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
+            if self.json_body and not self.json_body.cuts and PLAIN_CHAT.issuperset(payload):
+                self.length = chat_length(payload.get("messages"))
+                if self.length:  # as nearly always
+                    return self.length
             if payload.get(IMAGES_KEY):
                 payload = {**payload, IMAGES_KEY: None}
             self.length = text_length(payload, "model", TEXT_KEYS, PLAIN_KEYS, media_texts)
@@ -4185,22 +4134,30 @@ class Call(Billable):
         """Returns the largest limit that any server takes for one; null counts as unsaid, as at
         OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
         if self.limit is None:
-            limits, outputs = [], 1
-            for name, value in self.numbers():
-                if name in OUTPUT_LIMITS:
-                    limits.append(math.inf if value < 0 else value)
-                elif value > outputs:
-                    outputs = value
-            most = max(limits, default=None)
-            if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
-                most = sum(limits)
-            prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
-            for name in prompts.intersection(self.payload):
-                many = self.payload[name]
-                if type(many) is list and many and type(many[0]) in (str, list, dict):
-                    outputs *= len(many)
-            self.limit = most if most != math.inf else None, outputs
+            most = self.payload.get("max_tokens")
+            if self.endpoint == "chat" and UNUSUAL_NUMBERS.isdisjoint(self.payload) and (
+                    most is None or type(most) is int):  # as nearly always
+                self.limit = most if most is None or most >= 0 else None, 1
+            else:
+                self.limit = self.find_output_limit()
         return self.limit
+
+    def find_output_limit(self):
+        limits, outputs = [], 1
+        for name, value in self.numbers():
+            if name in OUTPUT_LIMITS:
+                limits.append(math.inf if value < 0 else value)
+            elif value > outputs:
+                outputs = value
+        most = max(limits, default=None)
+        if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
+            most = sum(limits)
+        prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
+        for name in prompts.intersection(self.payload):
+            many = self.payload[name]
+            if type(many) is list and many and type(many[0]) in (str, list, dict):
+                outputs *= len(many)
+        return most if most != math.inf else None, outputs
 
     def tiers(self) -> Tuple[str, ...]:
         return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
@@ -4289,6 +4246,8 @@ BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
+# What may say how much comes out of a chat, but for what nearly all say it by.
+UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(PROMPTS, OPTION_HOLDERS)
 MEDIA_TYPES = frozenset("""
     image_url input_image image input_audio file input_file document video_url
     audio_url""".split())  # of parts of a prompt: what is in them is no text
@@ -4308,6 +4267,25 @@ file_id file_uri fileUri filename title context citations annotations logprobs i
 functionCall functionResponse functionDeclarations args response include_usage effort
 budget_tokens""".split())
 TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
+
+
+# What stands in a call beside its messages, and is no text.
+PLAIN_CHAT = frozenset("""
+    messages model stream max_tokens max_completion_tokens temperature top_p seed""".split())
+ROLE, CONTENT = operator.itemgetter("role"), operator.itemgetter("content")
+
+
+def chat_length(messages):
+    """Returns the same as `text_length`, in a third of the time, for messages that have nothing but
+    a role and a text each; None for others."""
+    try:
+        contents = list(map(CONTENT, messages))
+        if sum(map(len, messages)) != 2 * len(contents):
+            return None
+        text = " ".join(itertools.chain(contents, map(ROLE, messages)))
+    except (KeyError, TypeError):
+        return None
+    return text_weight(text), [], kind_of_text(max(contents, key=len)) if contents else 0
 
 
 def is_media(part):
@@ -4587,6 +4565,7 @@ class Dialect:
     MODELS_PATH = "/v1/models"
     # Asks for a list of models that is whole.
     MODELS_QUERY = ""
+    LISTED = ("data", "id")  # at which keys the rows are, and in each the name
     # Where clients ask for it, and whether a lone upstream's own is passed on, or made over.
     LIST_PATHS = ()
     OWN_LIST = False
@@ -4606,7 +4585,7 @@ class Dialect:
     CONTENT = re.compile(b"(?!)")  # nothing
     # What else stands in events that do no more than that.
     ENVELOPE = frozenset()
-    # Templates of errors, which are named by their status or the refusal's kind
+    # Templates of errors, and their types by status; those of others are below 500, and above.
     ERROR = ""
     ERRORS = {}
     OTHER_ERRORS = ("", "")
@@ -4756,7 +4735,8 @@ class Dialect:
 
     def listed_models(self, payload: Any) -> List["Model"]:
         """Reads an upstream's list of models; raises LookupError or TypeError."""
-        return [Model(str(row["id"]), self, row) for row in payload["data"]]
+        rows, name = self.LISTED
+        return [Model(str(row[name]), self, row) for row in payload[rows]]
 
     # -- responses: text in events
 
@@ -4994,7 +4974,7 @@ class Dialect:
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
-        kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500]) or refusal.kind
+        kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500])
         seconds = refusal.fields.get("Retry-After")
         details = self.RETRY_DETAILS % {"seconds": seconds} if seconds else ""
         return (self.ERROR % {
@@ -5192,6 +5172,10 @@ class OpenAI(Dialect):
     BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
     BLOCK_END = re.compile(r"\.done$")
 
+    ERRORS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error",
+              500: "server_error", 502: "upstream_error", 503: "server_error",
+              504: "timeout_error"}
+    OTHER_ERRORS = ("invalid_request_error", "invalid_request_error")
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
     MODEL_LIST = '{"object": "list", "data": [%(rows)s]}'
@@ -5351,13 +5335,16 @@ GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role
 "candidatesTokenCount": 0, "totalTokenCount": 0}, "modelVersion": %(model)s, \
 "responseId": "limit-%(number)s"}"""
 # Google takes each key in two spellings, and mixed.
-GEMINI_FORMATS = dict.fromkeys(map(".".join, itertools.product(
-    ("generationConfig", "generation_config"),
-    ("responseMimeType", "response_mime_type", "responseSchema", "response_schema",
-     "responseJsonSchema", "response_json_schema"))), ("", {}, "text/plain"))
-GEMINI_CHOICES = dict.fromkeys(map(".".join, itertools.product(
-    ("toolConfig", "tool_config"), ("functionCallingConfig", "function_calling_config"),
-    ("mode",))), ("", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))
+GEMINI_FORMATS = """
+    generationConfig.responseMimeType generation_config.responseMimeType
+    generationConfig.response_mime_type generation_config.response_mime_type
+    generationConfig.responseSchema generation_config.responseSchema
+    generationConfig.response_schema generation_config.response_schema
+    generationConfig.responseJsonSchema generation_config.responseJsonSchema
+    generationConfig.response_json_schema generation_config.response_json_schema"""
+GEMINI_CHOICES = """
+    toolConfig.functionCallingConfig.mode tool_config.functionCallingConfig.mode
+    toolConfig.function_calling_config.mode tool_config.function_calling_config.mode"""
 # The place of OpenAI's API at Gemini: https://ai.google.dev/gemini-api/docs/openai
 OPENAI_AT_GEMINI = "/v1beta/openai/"
 
@@ -5395,7 +5382,10 @@ class Gemini(Google):
     USAGE_MARK = b'"usageMetadata"'
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
-    PARSED = {**GEMINI_FORMATS, **GEMINI_CHOICES}
+    PARSED = {
+        **dict.fromkeys(GEMINI_FORMATS.split(), ("", {}, "text/plain")),
+        **dict.fromkeys(GEMINI_CHOICES.split(), (
+            "", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))}
     TEXT_KEYS = ("text",)
     DELTAS = "candidates.content.parts.text"
     LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
@@ -5506,6 +5496,7 @@ class Ollama(Dialect):
         "/api/embeddings": "embed", "/api/show": "count"}
     STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
+    LISTED = ("models", "name")
     LIST_PATHS = (MODELS_PATH,)
     OWN_LIST = True
     events = NDJSON
@@ -5542,9 +5533,6 @@ class Ollama(Dialect):
         """It tells no count of a prompt that it has in its cache."""
         told = super().usage(counts, model, tier)
         return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
-
-    def listed_models(self, payload):
-        return [Model(str(row["name"]), self, row) for row in payload["models"]]
 
 
 DIALECTS = {dialect.name: dialect for dialect in (
@@ -5726,7 +5714,7 @@ class Dialects:
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -6024,7 +6012,7 @@ class UsageReader(UsageSource):
         end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
         if len(data) - end > self.MAX_LINE:
             if not self.streamed and not self.cut:
-                self.note(self.front(data[:self.MAX_KEPT]))
+                self.note(self.front(data))
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -6039,7 +6027,7 @@ class UsageReader(UsageSource):
 
     def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
-        found = {}
+        data, found = data[:self.MAX_KEPT], {}
         for key in (self.dialect.usage_key, "model"):
             start = value_start(data, key)
             if start >= 0 and not is_too_complex(data):
@@ -6146,7 +6134,7 @@ class UsageReader(UsageSource):
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
-                payload = {**self.front(data[:self.MAX_KEPT]), **payload} if payload else (
+                payload = {**self.front(data), **payload} if payload else (
                     object_in(data))
         if payload:
             found = self.dialect.counts_in(payload)
@@ -9388,7 +9376,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
     "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
     "redacted TEXT").split(", "))
-Row = collections.namedtuple("Row", [name for name, _ in COLUMNS])
+COLUMN_NAMES = tuple([name for name, _ in COLUMNS])
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
@@ -9407,8 +9395,6 @@ SUM_COUNTS = {
     "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
     **{name: name for name in (
         "input cached output reasoning estimated unpriced picodollars").split()}}
-# The columns of calls that this needs.
-ADDED = "time caller team tag served model upstream outcome ms".split() + [*SUM_COUNTS][3:]
 MOST = 9 * 10 ** 18  # SQLite's integers end at 2**63, and not all that upstreams tell is plausible
 LOG_FIELDS = (
     "time id caller method path status model upstream outcome cause stream first_ms ms queue_ms "
@@ -9524,14 +9510,14 @@ class Entry:
     @property
     def redacted(self):
         """How much was found that must not leave, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.found.items()]) or None
+        return ",".join(["%s=%d" % row for row in self.found.items()]) if self.found else None
 
     def who(self) -> str:
         """Returns who calls, as books have it."""
         return self.caller.label if self.caller else self.address
 
-    def as_row(self) -> Row:
-        """Returns what the ledger keeps; usage is 0 where there was no answer."""
+    def as_row(self) -> Tuple:
+        """Returns what the ledger keeps, by COLUMNS; usage is 0 where there was no answer."""
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
@@ -9542,14 +9528,18 @@ class Entry:
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
-        return Row._make(asked + (
+        return asked + (
             usage.input, usage.cached, usage.cache_write, usage.output,
             usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.redacted))
+            self.connect_ms, self.redacted)
+
+    def as_fields(self) -> JsonObject:
+        """Returns the row by the names of its columns."""
+        return dict(zip(COLUMN_NAMES, self.as_row()))
 
     def state(self) -> str:
         """Returns where a running call stands."""
@@ -9569,7 +9559,7 @@ class Entry:
         self.request_id = self.request_id or new_request_id()
         place = self.ticket.queue.position(self.ticket) if self.ticket else None
         return {"id": self.request_id, "key": self.started, "state": self.state(),
-                "position": place, "tokens": self.tokens_so_far(),
+                "position": place, "upstream": self.upstream, "tokens": self.tokens_so_far(),
                 "seconds": round(clock.monotonic() - self.started, 3)}
 
     def charged(self, nothing):
@@ -9577,12 +9567,11 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        cost = tightest.amount
-        return format_usd(cost) if tightest.rule.unit == USD else cost, tightest.remaining
+        return format_amount(tightest.rule, tightest.amount), tightest.remaining
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
-        fields = self.as_row()._asdict()
+        fields = self.as_fields()
         fields["time"] = format_moment(self.wall)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
@@ -9747,7 +9736,7 @@ class UsageLog(Log):
         super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
     def format(self, entry):
-        return json.dumps(entry.as_row()._asdict())
+        return json.dumps(entry.as_fields())
 
     def reopen(self):
         """Has the next lines go to a new file, where somebody has moved the old one."""
@@ -9797,19 +9786,25 @@ def exact_total(name: str) -> str:
     return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
 
 
-# Adds SUM_COLUMNS to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+# Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
 SUMMED_BY = ["start", *SUM_KEYS]
-SUM_COLUMNS = [*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"]
-ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH new(%s) AS (VALUES %%s) SELECT %d, %s, %s,
+SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
+    max(outcome = 'ok' OR %s) FROM calls WHERE rowid > ? AND rowid <= ? GROUP BY %s""" % (
+        START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
+        " OR ".join([name + " > 0" for name in [*SUM_COUNTS][3:]]),
+        ", ".join([str(number) for number, _ in enumerate(SUMMED_BY, 1)]))
+# Adds such to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
+ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
+    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT %d, %s, %s,
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
-        ", ".join(SUM_COLUMNS), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
+        ", ".join(SUMMED_BY), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
         ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
                    for name in SUM_COUNTS]),
         QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
-
-
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
@@ -9822,46 +9817,25 @@ FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
     AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
-ADDED_OF = operator.itemgetter(*map(Row._fields.index, ADDED))
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
 
 
-class SumsOfCalls:
-    """Adds up calls by quarters. Beyond NAMES a quarter, callers and models that got no answer go
-    by the name of `other`: whoever is refused may make up as many as they like. Beyond MOST_NAMES
-    all do."""
+class SumNames:
+    """Whose sums have names of their own. Beyond NAMES a quarter, callers and models that got no
+    answer go by the name of `other`: whoever is refused may make up as many as they like. Beyond
+    MOST_NAMES all do."""
     NAMES = 200
     MOST_NAMES = 2000
 
     def __init__(self):
         self.names = collections.defaultdict(set)  # by quarter and what they are of
 
-    def add_up(self, calls: Iterable[Tuple]) -> List[List[Union[int, str]]]:
-        """Takes rows of (rowid, *ADDED); returns rows of SUM_COLUMNS."""
-        groups = collections.defaultdict(list)
-        for key, rows in self.grouped(calls).items():
-            answered = any(outcome == "ok" or any(used) for _, outcome, _, *used in rows)
-            groups[self.named(key, answered)] += rows
+    def put(self, sums: Iterable[Sequence]) -> List[List[Union[int, str]]]:
+        """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        return [[*key, *self.counts(rows)] for key, rows in groups.items()]
-
-    @staticmethod
-    def counts(rows):
-        numbers, outcomes, waits, *used = zip(*rows)
-        failed = sum([outcome not in PASSED for outcome in outcomes])
-        return [len(rows), failed, outcomes.count("limited"), *[
-            min(MOST, sum(filter(None, column))) for column in used],
-            min(numbers), max(numbers), max(waits)]
-
-    @staticmethod
-    def grouped(calls):
-        groups = collections.defaultdict(list)
-        for number, end, caller, team, tag, served, model, upstream, outcome, ms, *used in calls:
-            key = (int((end or 0) // QUARTER) * QUARTER, caller or "-", team or "-", tag or "-",
-                   served or model or "-", upstream or "-")
-            groups[key].append((number, outcome, ms or 0, *used))
-        return groups
+        key = len(SUMMED_BY)
+        return [[*self.named(row[:key], answered), *row[key:]] for *row, answered in sums]
 
     def named(self, key, answered):
         """Returns the key of a sum, with names that are told apart."""
@@ -9910,7 +9884,9 @@ class Database:
     MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     CHUNK = 8192                # calls whose ids are listed together, by their order
-    BATCH = 500                 # calls that are added up at once
+    MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
+    BATCH = 5000                # calls that are added up at once,
+    FORGOTTEN = 500             # and that are removed
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -9951,9 +9927,7 @@ class Database:
         self.path = path
         self.lock = lock
         self.shared = shared
-        self.sums = SumsOfCalls()
-        self.fresh: List[Tuple] = []  # what is yet to be added up of the last calls,
-        self.behind = True            # of which there may be more in the file
+        self.names = SumNames()
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
@@ -10008,7 +9982,7 @@ class Database:
                 if "unable to open" in str(failure) or "locked" in str(failure):
                     raise
                 columns = ()
-        if not columns or columns != Row._fields[:len(columns)]:
+        if not columns or columns != COLUMN_NAMES[:len(columns)]:
             raise DatabaseFault("%s is damaged, or of another version; it was left as it is"
                                 % self.path)
 
@@ -10037,57 +10011,56 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    def insert(self, statement, rows):
+    def insert(self, statement, rows, *values):
         """Does this with many rows, a few dozen by one statement: after each, this thread must wait
-        for the interpreter again."""
+        for the interpreter again. `values` are for its marks before the rows."""
         width = len(rows[0]) if rows else 1
         marks = "(%s)" % ",".join("?" * width)
-        for start in range(0, len(rows), self.MOST_VALUES // width):
-            batch = rows[start:start + self.MOST_VALUES // width]
-            self.connection.execute(statement % ",".join([marks] * len(batch)),
-                                    list(itertools.chain(*batch)))
+        most = min((self.MOST_VALUES - len(values)) // width, self.MOST_ROWS)
+        for start in range(0, len(rows), most):
+            batch = rows[start:start + most]
+            self.connection.execute(statement.replace("%s", ",".join([marks] * len(batch))),
+                                    [*values, *itertools.chain.from_iterable(batch)])
 
-    def add(self, rows) -> List[Tuple]:
-        """Inserts calls; returns what is added up of them."""
-        self.insert("INSERT INTO calls VALUES %s", rows)
-        (last,), = self.connection.execute("SELECT max(rowid) FROM calls").fetchall()
-        first = (last or 0) - len(rows) + 1
-        return [] if self.shared else [
-            (number, *ADDED_OF(row)) for number, row in enumerate(rows, first)]
+    def add(self, rows: Sequence[Tuple]):
+        """Inserts calls. What is the same in all of them is given once, because each value costs
+        more than its place in the row."""
+        same, names, columns = {}, [], []
+        for name, column in zip(COLUMN_NAMES, zip(*rows)):
+            if name != "id" and column.count(column[0]) == len(column):
+                same[name] = column[0]
+            else:
+                names.append(name)
+                columns.append(column)
+        self.insert("INSERT INTO calls (%s) SELECT %s* FROM (VALUES %%s)" % (
+            ", ".join([*same, *names]), "?, " * len(same)), list(zip(*columns)), *same.values())
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
     def add_new(self) -> bool:
         """Adds calls to the sums that came since the last time."""
         summed = self.facts["summed"]
-        if self.behind or self.fresh and self.fresh[0][0] != summed + 1:
-            self.fresh = self.added("rowid > ? ORDER BY rowid LIMIT ?", summed, self.BATCH)
-            self.behind = self.shared or len(self.fresh) == self.BATCH
-        rows, rest = self.fresh[:self.BATCH], self.fresh[self.BATCH:]
-        if rows:
-            self.add_up(rows, "summed", rows[-1][0])
-        self.fresh = rest
-        return bool(rows)
+        (last,), = self.connection.execute(
+            "SELECT max(rowid) FROM (SELECT rowid FROM calls WHERE rowid > ? ORDER BY rowid"
+            " LIMIT ?)", (summed, self.BATCH)).fetchall()
+        if last is not None:
+            self.add_up(summed, last, summed=last)
+        return last is not None
 
     def add_older(self) -> bool:
         """Adds calls of an older version, which had no sums, the newest first."""
         last = self.facts["unsummed"]
         if last:
             first = max(0, last - self.BATCH)
-            self.add_up(self.added("rowid > ? AND rowid <= ?", first, last), "unsummed", first)
+            self.add_up(first, last, unsummed=first)
         return bool(last)
 
-    def added(self, where, *values):
-        return self.connection.execute("SELECT rowid, %s FROM calls WHERE %s" % (
-            ", ".join(ADDED), where), values).fetchall()
-
-    def add_up(self, calls, fact, value):
-        """Adds calls to the sums, and notes that."""
-        sums = self.sums.add_up(calls)
+    def add_up(self, first, last, **facts):
+        """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
+        sums = self.names.put(self.connection.execute(SUMS_OF_CALLS, (first, last)).fetchall())
         rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
         with self.transaction():
             self.insert(ADD_TO_SUMS, sums)
-            facts = {fact: value}
             if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
                 facts["rolled"] = rolled
             self.note(**facts)
@@ -10281,10 +10254,10 @@ class Database:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
         execute = self.connection.execute
-        calls = execute(FORGET_CALLS % self.BATCH, (before,)).rowcount
+        calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
         others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
             execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
-        return calls >= self.BATCH or any(others)
+        return calls >= self.FORGOTTEN or any(others)
 
 
 class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
@@ -10399,9 +10372,9 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def call_fields(row: Row, number: Optional[int] = None) -> JsonObject:
+def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
-    found = {"row": number, **row._asdict()}
+    found = {"row": number, **fields}
     found["usd"] = format_usd(found.pop("picodollars") or 0)
     for name in ("stream", "estimated", "unpriced"):
         found[name] = bool(found[name])
@@ -10586,8 +10559,8 @@ class LedgerReader:
                 ranges = self.all_calls(execute)
             where = " AND ".join([where for _, where in conditions]) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
-        return {"calls": [call_fields(Row._make(row), number) for number, *row in rows],
-                "next": following}
+        return {"calls": [call_fields(dict(zip(COLUMN_NAMES, row)), number)
+                          for number, *row in rows], "next": following}
 
     @staticmethod
     def read_filters(filters):
@@ -10993,11 +10966,11 @@ class Ledger(Writer):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, wall_time(self.clock)
         try:
-            for _ in range(16):
-                if not (database.add_new() or database.add_older() or database.roll_up(wall)
-                        or database.list_ids()):
-                    self.sum_at = now + self.SUM_SECONDS
-                    break
+            while (database.add_new() or database.add_older() or database.roll_up(wall)
+                   or database.list_ids()):
+                if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
+                    return  # calls are to be written, too
+            self.sum_at = now + self.SUM_SECONDS
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say("the sums of calls cannot be written: %s" % failure)
@@ -11103,14 +11076,12 @@ class Ledger(Writer):
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            added = self.database.add([entry.as_row() for entry in entries])
+            self.database.add([entry.as_row() for entry in entries])
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
                 self.forget_old(now)
-        if len(self.database.fresh) < self.ROOM:
-            self.database.fresh += added
         self.saved = levels
         for _ in things:
             self.stored.unsaved.popleft()
@@ -11241,13 +11212,13 @@ def running_call(entry: Entry, clock: Any) -> JsonObject:
     """Returns what the page shows of a call that runs."""
     call = entry.call
     return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
-            "model": clean(call.model), "upstream": entry.upstream, "stream": bool(call.stream),
+            "model": clean(call.model), "stream": bool(call.stream),
             "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
 def ended_call(entry: Entry) -> JsonObject:
     """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return {**call_fields(entry.as_row()), "key": entry.started}
+    return {**call_fields(entry.as_fields()), "key": entry.started}
 
 
 class Event:
@@ -11920,7 +11891,7 @@ class Traces(Watcher):
 
     def facts(self, entry):
         """Returns the row of a call, and what only spans tell."""
-        facts = {**entry.as_row()._asdict(), **self.kind(entry), "reasons": list(entry.reasons)}
+        facts = {**entry.as_fields(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
         if not entry.priced:
@@ -14173,7 +14144,8 @@ class Reply:
         except ValueError:
             found = None
         is_error = isinstance(found, dict) and response.status >= 400
-        raise NotAStream(response.status, to_json_bytes(found) if is_error else None)
+        raise NotAStream(cause="status %d" % response.status,
+                         body=to_json_bytes(found) if is_error else None)
 
     def begin(self, response: Response):
         """Send the head of a response, together with what has come of its body."""
@@ -14805,7 +14777,7 @@ class Proxy:
         """A stream reports its usage only when asked; an upstream that takes the question for an
         error is not asked again."""
         plain = call.upstream_body
-        call.request_usage()
+        call.dialect.request_usage(call)
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
@@ -15146,7 +15118,7 @@ def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
     steering = {config.viewer_key: "viewer", config.admin_key: "admin"}
     steering.pop(None, None)
     return Callers(keys, secret, config.trusted_proxies or (), config.caller_header,
-                   config.has_dialect("azure"), stored, steering)
+                   any(one.dialect == "azure" for one in config.all_upstreams()), stored, steering)
 
 
 def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:
@@ -15433,21 +15405,18 @@ class Pages:
         return proxy.tally.families()
 
     def usual_quota(self, entry):
-        charges = self.usual_charges(entry)
+        """Returns what is left for a small call."""
+        config, limits = self.proxy.config, self.proxy.limits
+        amount = 1 if config.limits else config.request_token_cost
+        charges = [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
+                   limits.matching(entry.caller, entry.address, config.base_model)]
         if not charges:
             return {}
-        quota, wait = self.proxy.limits.buckets.peek(charges)
+        quota, wait = limits.buckets.peek(charges)
         return {"quota": {
             "limit": quota.limit, "remaining": quota.remaining,
             "refill_tokens": quota.refill_tokens,
             "refill_interval_seconds": quota.refill_seconds, "wait_seconds": wait}}
-
-    def usual_charges(self, entry):
-        """Returns what a small call would cost, by each rule."""
-        config, limits = self.proxy.config, self.proxy.limits
-        amount = 1 if config.limits else config.request_token_cost
-        return [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
-                limits.matching(entry.caller, entry.address, config.base_model)]
 
     async def models(self, name, request, reply):
         """`name` is that of an upstream whose prefix the path has. It tells its list itself, but
@@ -15652,7 +15621,7 @@ class Admin:
         content = await reply.read_body()
         if len(content) > self.MAX_BODY:
             raise BodyTooLarge()
-        return parse_json(content) if content.strip() else {}
+        return JsonBody(content).parse() if content.strip() else {}
 
     async def run(self, jobs, reply, act, *arguments):
         """Returns what `act` does, in a helper thread. Raises BooksAway, Overloaded."""
@@ -15720,8 +15689,7 @@ class Admin:
             sums = await self.read_books(ask, LedgerReader.today)
         return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
-                "has_keys": bool(proxy.callers.stored.keys), "has_calls": bool(
-                    sums or self.pulse.callers),
+                "has_calls": bool(sums or self.pulse.callers),
                 "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
                 "running": [running_call(entry, self.clock) for entry in self.running()],
                 "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
@@ -16027,12 +15995,8 @@ class Admin:
 
     async def config(self, _):
         config = self.proxy.config
-        groups = {setting.name: group for group, rows in SETTINGS.items() for setting in rows}
-        rows = []
-        for name, text in config.texts.items():
-            setting = find_setting(name)
-            rows.append({"name": name, "group": groups[setting.name], "value": shown(name, text),
-                         "is_default": text == setting.default, "sentence": setting.sentence})
+        rows = [{"name": name, "value": shown(name, text), "default": find_setting(name).default}
+                for name, text in config.texts.items()]
         return {"settings": rows, "warnings": config.warnings()}
 
 
@@ -16114,7 +16078,7 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
   box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
 .level { height: 100%; background: var(--accent); transform-origin: left;
   transition: transform 900ms linear; } .low .level { background: var(--warn); }
-.big .track { flex-basis: 100%; height: 16px; margin-top: 12px; }
+.big .bucket { margin-top: 8px; } .big .track { flex-basis: min(100%, 480px); height: 16px; }
 .columns { grid-template-columns: minmax(0, 1fr) 440px; } .chart { position: relative; }
 .columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart text { fill: var(--muted); }
 .chart svg { width: 100%; height: 300px; touch-action: pan-y; }
@@ -16156,7 +16120,9 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
-  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; } }
+  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
+  .bucket { margin: 4px 0 8px; } .cards td.number { white-space: nowrap; }
+  #bar button { padding: 7px 20px 7px 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
@@ -16306,8 +16272,7 @@ const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
-    const result = await act();
-    if (done) notice(done);
+    const result = await act(); if (done) notice(done);
     return result ?? {};
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
@@ -16323,8 +16288,7 @@ async function listen() {
   stream?.abort(); const mine = stream = new AbortController();
   for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
     const since = heardAt, fault = await follow(mine.signal).catch(fault => fault);
-    if (mine.signal.aborted) return;
-    if (fault?.status === 401) return leave(FAULTS[401]);
+    if (mine.signal.aborted) return; if (fault?.status === 401) return leave(FAULTS[401]);
     if (heardAt > since) wait = 1;
     showLost(true); await new Promise(resolve => setTimeout(resolve, wait * 1000)); }}
 async function follow(end) {
@@ -16336,8 +16300,7 @@ async function follow(end) {
     const timer = setTimeout(() => silence.abort(), 10000); // a pulse comes each second
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
     if (done) return;
-    const events = (rest + value).split("\n\n");
-    rest = events.pop(); events.forEach(takeEvent); }}
+    const events = (rest + value).split("\n\n"); rest = events.pop(); events.forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
   lastId = id ?? lastId;
@@ -16349,19 +16312,16 @@ function showLost(isLost) {
 const EVENTS = {
   begin(call) { model.running.set(call.key, call); }, end(call) {
     Object.assign(model.running.get(call.key) ?? {}, {ended: now(), call}); model.has_calls = true;
-    view.ended?.(call);
-  }, pulse(pulse) {
+    view.ended?.(call); }, pulse(pulse) {
     skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
     model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
     for (const told of pulse.upstreams)
       Object.assign(model.upstreams.find(({name}) => name === told.name) ?? {}, told);
     for (const bucket of pulse.buckets) {
       takeBucket(model.near.filter(({caller}) => caller === bucket.caller), bucket);
-      view.bucket?.(bucket); }
-  }, warning({event, ...told}) {
+      view.bucket?.(bucket); } }, warning({event, ...told}) {
     const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean);
-    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); renew();
-  }, change({what}) {
+    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); renew(); }, change({what}) {
     if (what === "upstreams") renew();
     view.changed?.(what); }, lost: () => renew(), };
 const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === one.rule) ?? {}, one);
@@ -16410,9 +16370,10 @@ function minuteLine(values) { // what is null is a gap
   const top = Math.max(...values, 1), first = 60 - values.length;
   return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
     + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
-const WAITS = {line: "in line", "first byte": "waits for first byte"};
-const stateOf = call => call.ended ? "ended: " + words(call.call.outcome) : (WAITS[call.state]
-  ?? call.state) + (call.position ? ", place " + call.position : "");
+const WAITS = {"first byte": () => "waits for first byte",
+  line: ({position}) => "in line, " + (position ? position + " ahead" : "next")};
+const stateOf = call => call.ended ? "ended: " + words(call.call.outcome)
+  : WAITS[call.state]?.(call) ?? call.state;
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
 const RUNNING = [
   ["Caller", callerOf], ["Model", "model"], ["Upstream", "upstream"], ["State", stateOf],
@@ -16422,12 +16383,14 @@ const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act
   onkeydown: event => event.key === "Enter" && act()});
 const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", call.ended
   ? {id: call.id} : {caller: call.caller})));
-const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller)],
+const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller), "whole"],
   ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow(view) {
   view.draw = () => {
-    const calls = [...model.running.values()].sort((a, b) => b.started - a.started);
-    const running = plural(calls.filter(call => !call.ended).length, "running call");
+    const all = [...model.running.values()].sort((a, b) => b.started - a.started);
+    const gone = all.filter(call => call.ended), since = gone[4]?.started ?? 0;
+    const calls = all.filter(call => !call.ended || call.started >= since);
+    const running = plural(all.length - gone.length, "running call");
     return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, running), calls.length
       || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow)) : firstCall(),
       h("p", null, calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0 && [
@@ -16458,11 +16421,12 @@ function bucketBar(bucket) {
     h("span", null, words(bucketText(bucket, found)))); }
 // Callers: their buckets, what they used today, and what may be done about it.
 const CALLERS = [
-  ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)]],
+  ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)],
+    "whole"],
   ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar) : small("no limit"), "whole"],
   ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
   ["USD today", ({today}) => money(today, 2), "number"],
-  ["Last 24 hours", ({hours}) => hourBars(hours)],
+  ["Last 24 h", ({hours}) => hourBars(hours)],
   ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"), "actions whole"]];
 const RULES = [["Rule", "text"], ["Refused since the start", "refused", "number"]];
 async function openCallers(view, query) {
@@ -17258,13 +17222,14 @@ class ClientConnection:
 
 class LoopWatch:
     """Notices when something held the loop, and says so once a minute at most. The accepting thread
-    looks meanwhile at what that is."""
+    looks meanwhile at what that is. Where the process had hardly any CPU, it was the machine."""
     PERIOD = 0.25          # seconds, of looks at the loop, and what is too long
     REPORT_SECONDS = 60
 
     culprit = ""
     quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
+    used = 0.0  # seconds of CPU, until the last look
 
     def __init__(self, proxy: Proxy):
         self.loop = proxy.loop
@@ -17280,9 +17245,11 @@ class LoopWatch:
             self.metrics.held += late
             if now >= self.quiet_until:
                 self.quiet_until = now + self.REPORT_SECONDS
-                self.say("the event loop was held for %.2f s%s" % (late, self.culprit))
+                self.say("the event loop was held for %.2f s%s: the process had %.2f s of CPU" % (
+                    late, self.culprit, time.process_time() - self.used))
         self.metrics.sort_in()
         self.culprit = ""
+        self.used = time.process_time()
         self.thread = threading.get_ident()
         self.due = now + self.PERIOD
         self.timer = self.loop.call_at(self.due, self.tick)
@@ -17352,6 +17319,7 @@ class Server(http.server.ThreadingHTTPServer):
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
+    BEAT_SECONDS = 1        # what is shown or told second by second goes by it
     tls: Optional[ssl.SSLContext] = None
     draining = False
     emptied = None  # a future of that no connection is open
@@ -17505,7 +17473,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def beat(self):
         """Runs every second."""
-        self.beat_timer = self.loop.call_later(1, self.beat)
+        self.beat_timer = self.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.admin.beat()
         for one in self.proxy.sharers:
             one.beat()
@@ -18176,10 +18144,8 @@ def check(config):
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-24s %s" % (name, visible(line)))
-    for line in describe_redaction(config):
+    for line in greeting(config)[1:]:
         print(line)
-    for warning in config.warnings():
-        print("warning:", warning)
     faults = [*port_faults(config), *database_faults(config)]
     for fault in faults:
         print("fault:", fault)
@@ -18546,9 +18512,9 @@ def handle_signals(loop, actions):
 
 
 USAGE_OPTIONS = (
-    ("--since", "7d", "only the last minutes (30m), hours (12h) or days (7d)", "99999d"),
-    ("--caller", "NAME", "only the calls of this caller"),
-    ("--id", "REQUEST_ID", "all that is known of one call"))
+    ("--since", "7d", "99999d", "only the last minutes (30m), hours (12h) or days (7d)"),
+    ("--caller", "NAME", None, "only the calls of this caller"),
+    ("--id", "REQUEST_ID", None, "all that is known of one call"))
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -18604,7 +18570,7 @@ def read_usage(path, options, now):
     with contextlib.closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
-            return Row._fields, find_call(execute, options.id)
+            return COLUMN_NAMES, find_call(execute, options.id)
         found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
     found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
@@ -18661,50 +18627,30 @@ PRICES_URL = "https://models.dev/api.json"
 MAX_PRICES_BYTES = 64 << 20
 
 
-def price_columns(price):
-    """Returns a price in USD per million tokens, by name."""
-    found = {name: format_usd(value * 1_000_000)
-             for name, value in zip(Price._fields[:5], price)}
-    if price.above:
-        above = price_columns(price.above._replace(tiers={}))
-        found["above"] = {"tokens": price.above_tokens, **above}
-    tiers = {name: price_columns(tier) if isinstance(tier, Price) else str(tier)
-             for name, tier in price.tiers.items()}
-    return {**found, "tiers": tiers} if tiers else found
+def price_row(name, origin, price):
+    """Returns a price in USD per million tokens; of what costs more above a number of tokens, or in
+    a tier, input and output alone."""
+    def usd(values):
+        return " ".join([format_usd(value * 1_000_000) for value in values])
+
+    above = price.above and "%d: %s" % (price.above_tokens, usd(price.above[:2]))
+    tiers = ["%s %s" % (tier, usd(other[:1]) if isinstance(other, Price) else other)
+             for tier, other in price.tiers.items()]
+    return (name, origin, *usd(price[:5]).split(" "), above or "", " ".join(tiers))
 
 
 def known_prices(own):
     """Returns rows of the operator's own prices, then of the usual ones that stay."""
     known = Prices(own)
-    rows = [{"model": name, "from": "PRICES", **price_columns(price)}
-            for name, price in known.own.items()]
-    return rows + [
-        {"model": name, "from": "built in", **price_columns(price)}
-        for name, price in usual_prices().items()
+    return [price_row(name, "PRICES", price) for name, price in known.own.items()] + [
+        price_row(name, "built in", price) for name, price in usual_prices().items()
         if known.find(name) is known.usual[known.fold(name)]]
-
-
-def print_prices(rows):
-    """Prints them as a table, and of what costs more above a number of tokens, or in a tier, input
-    and output alone."""
-    names = ("model", "from", *Price._fields[:5], "above", "tiers")
-    texts = []
-    for row in rows:
-        above = row.get("above")
-        tiers = [(name, tier if isinstance(tier, str) else tier["input"])
-                 for name, tier in row.get("tiers", {}).items()]
-        texts.append([
-            *map(row.get, names[:-2]),
-            "{tokens}: {input} {output}".format(**above) if above else "",
-            " ".join(map(" ".join, tiers))])
-    print_table(names, texts)
 
 
 def update_prices(path, url=PRICES_URL):
     """Fetches a list of prices into a file, which stays as it was if that fails. Raises
     ConfigFaults."""
-    if not re.match("https?://", url):
-        raise ConfigFaults("URL must be http://... or https://... (got %r)" % url)
+    read_option("URL", web_address, url)
     part = path + ".part"
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llm_proxy/" + VERSION})
@@ -18732,15 +18678,8 @@ def prices_command(options, path):
             raise ConfigFaults("--update takes a file and a URL at most")
         update_prices(*options.update)
         return 0
-    try:
-        own = price_file(path) if path else None
-    except ValueError as fault:
-        raise ConfigFaults("PRICES %s (got %r)" % (fault, path)) from None
-    rows = known_prices(own)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print_prices(rows)
+    own = read_option("PRICES", price_file, path) if path else None
+    print_table(("model", "from", *Price._fields[:5], "above", "tiers"), known_prices(own))
     return 0
 
 
@@ -18762,13 +18701,17 @@ BENCH_OPTIONS = (
     ("--concurrency", "N", "50", "how many at once"))
 
 
+def add_options(parser, rows):
+    for flag, name, default, meaning in rows:
+        parser.add_argument(flag, metavar=name, default=default, help=meaning)
+
+
 def add_bench_command(commands):
     """Adds `bench` and `selftest`."""
     commands.add_parser("selftest", help="tell what this machine can do, in half a minute")
     bench = commands.add_parser("bench", help="time calls to a URL; see bench --help")
     bench.add_argument("url", metavar="URL")
-    for flag, name, default, meaning in BENCH_OPTIONS:
-        bench.add_argument(flag, metavar=name, default=default, help=meaning)
+    add_options(bench, BENCH_OPTIONS)
     bench.add_argument("--stream", action="store_true", help="ask for streams")
     bench.add_argument("--output", choices=("text", "json"), default="text")
 
@@ -19054,7 +18997,6 @@ def parse_arguments(arguments):
     prices.add_argument(
         "--update", nargs="+", metavar=("FILE", "URL"),
         help="fetch a list into FILE, by default from " + PRICES_URL)
-    prices.add_argument("--json", action="store_true")
     add_keys_command(commands)
     add_bench_command(commands)
     return parser.parse_args(arguments)
@@ -19065,8 +19007,7 @@ def add_usage_command(commands):
         "usage", help="print who used what, from DATABASE; see usage --help")
     report.add_argument("--by", metavar="day,model", action="append",
                         help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
-    for option in USAGE_OPTIONS:
-        report.add_argument(option[0], **dict(zip(("metavar", "help", "default"), option[1:])))
+    add_options(report, USAGE_OPTIONS)
     for flag in ("--json", "--csv"):
         report.add_argument(flag, action="store_true")
 

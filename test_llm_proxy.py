@@ -37,7 +37,6 @@ import math
 import os
 import pathlib
 import pwd
-import py_compile
 import queue
 import random
 import re
@@ -69,7 +68,7 @@ from unittest import mock
 
 import llm_proxy
 from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults, Limits,
-                       LimitReached, Malformed, build, parse_json, read_config)
+                       LimitReached, Malformed, build, read_config)
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
@@ -315,6 +314,12 @@ class Client:
     def exchange(self, data, method="POST"):
         """Send one request and read its answer."""
         return self.send(data).read(method)
+
+    def is_readable(self):
+        """Returns whether bytes have come, or the end of the connection."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def ending(self):
         """Wait for the end of the connection: 'closed' or 'reset'. Nothing may come before it."""
@@ -609,6 +614,14 @@ class TableCase(unittest.TestCase):
             yield row
         current.clear()
 
+    def patch_seconds(self, **seconds):
+        """Shrink deadlines, `Class_NAME=seconds`, for this test."""
+        for name, value in seconds.items():
+            owner, _, constant = name.partition("_")
+            patch = mock.patch.object(getattr(llm_proxy, owner), constant, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
 
 COLLECTING = collections.Counter()  # the CPU seconds of each thread that collected garbage
 
@@ -624,6 +637,7 @@ def cpu_seconds():
 
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
+llm_proxy.relax_garbage_collection()
 RUN = asyncio.events.Handle._run
 # Linux counts those of a thread; PyPy waits for its lock without any.
 SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
@@ -704,7 +718,7 @@ class ProxyCase(TableCase):
         if isinstance(clock, Clock):
             clock.loops.append(self.proxy.loop)
         threads = [threading.Thread(target=self.proxy.loop.run_forever, name="loop"),
-                   threading.Thread(target=self.server.serve_forever, args=(0.01,), name="accept")]
+                   threading.Thread(target=self.server.serve_forever, args=(0.002,), name="accept")]
         for thread in threads:
             thread.daemon = True
             thread.start()
@@ -759,14 +773,6 @@ class ProxyCase(TableCase):
         self.proxy.clock.now += seconds
         for _ in range(2):  # in the first round it finds out what is due
             self.on_loop(int)
-
-    def patch_seconds(self, **seconds):
-        """Shrink deadlines, `Class_NAME=seconds`, for this test."""
-        for name, value in seconds.items():
-            owner, _, constant = name.partition("_")
-            patch = mock.patch.object(getattr(llm_proxy, owner), constant, value)
-            patch.start()
-            self.addCleanup(patch.stop)
 
     def connect(self, **options):
         client = Client(self.address, **options)
@@ -891,8 +897,8 @@ def source(path=FILE):
 
 
 @functools.lru_cache(None)
-def tree(path=FILE):
-    return ast.parse(source(path))
+def tree():
+    return ast.parse(source())
 
 
 def functions():
@@ -944,6 +950,10 @@ def globals_in(code):
 
 @unittest.skipUnless(CPYTHON, "another interpreter reads the same text")
 class FileTest(TableCase):
+    @classmethod
+    def tearDownClass(cls):
+        tree.cache_clear()  # who collects garbage would look at it again and again
+
     def test_the_table_of_contents_names_every_section_in_order(self):
         contents = ast.get_docstring(tree()).partition("Contents")[2]
         listed = re.findall(r"^ {4}(\w+) {2,}\S", contents, re.MULTILINE)
@@ -966,18 +976,18 @@ class FileTest(TableCase):
 
     def test_no_name_of_the_module_is_given_twice(self):
         """Each statement may use its own again, as in a comprehension."""
-        names = [name for statement in ast.parse(source()).body
+        names = [name for statement in tree().body
                  for name in set(names_of(statement)) if hasattr(llm_proxy, name)]
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         self.assertEqual(twice, [])
 
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
-        nodes = [*ast.walk(tree()), *ast.walk(tree(__file__))]
-        imports = [node for node in nodes if isinstance(node, ast.Import)]
-        names = [alias.name for node in imports for alias in node.names]
-        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        roots = {name.partition(".")[0] for name in names}
+        statements = re.findall(r"(?m)^ *(?:import ([\w., ]+)$|from (\w+)[\w.]* import )",
+                                source() + source(__file__))
+        roots = {name.strip().partition(".")[0]
+                 for names in statements for name in "".join(names).split(",")}
+        self.assertGreater(len(roots), 40)
         self.assertLessEqual(roots, sys.stdlib_module_names | {"llm_proxy"})
 
     def test_no_module_state_is_changed_by_a_global_statement(self):
@@ -1355,6 +1365,12 @@ class ConfigTest(TableCase):
         for rows in readme_rows():
             self.assertIn("\n%s\n\n" % "\n".join(rows), readme)
 
+    def test_readme_is_short_but_for_its_tables(self):
+        readme = source(os.path.join(FOLDER, "README.md")).splitlines()
+        prose = [line for line in readme if not line.startswith("|")]
+        self.assertLessEqual(len(prose), 300)
+        self.assertEqual([line for line in prose if len(line) > 110], [])
+
     def test_the_examples_of_readme_are_without_a_fault(self):
         readme = source(os.path.join(FOLDER, "README.md"))
 
@@ -1521,16 +1537,12 @@ class PriceFileTest(TableCase):
 # --------------------------------------------------------------------------------------------------
 
 class RefusalsTest(TableCase):
-    KINDS = """invalid_request_error authentication_error upstream_error timeout_error
-        rate_limit_error server_error""".split()
-
-    def test_every_refusal_has_a_status_and_one_of_the_documented_types(self):
+    def test_every_refusal_has_a_status_of_an_error(self):
         found = [llm_proxy.Refusal]
         for refusal in found:  # which grows meanwhile
             found += refusal.__subclasses__()
         self.assertGreater(len(found), 10)
         for refusal in self.each(found):
-            self.assertIn(refusal.kind, self.KINDS)
             self.assertIn(refusal.status, range(400, 600))
 
 
@@ -1966,9 +1978,11 @@ class LimitsTest(LimitsCase):
         self.assertEqual(str(refusal), "5 min, {please}: 100%")
         self.assertEqual(refusal.fields, {"Retry-After": 300})
 
-    def test_waits_are_in_seconds_below_a_minute_and_in_minutes_rounded_up_above(self):
-        texts = [llm_proxy.format_wait(wait) for wait in (0.2, 12, 59, 59.5, 61, 300, 300.1)]
-        self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min")
+    def test_waits_are_rounded_up_in_the_words_of_people(self):
+        texts = [llm_proxy.format_wait(wait) for wait in (
+            0.2, 12, 59, 59.5, 61, 300, 300.1, 7200, 7201, 172800, 172801)]
+        self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min, 120 min,"
+                                           " 3 hours, 48 hours, 3 days")
 
     def test_any_number_of_keys_fits_into_a_bounded_table(self):
         self.start()
@@ -2453,7 +2467,7 @@ class LimitsOverHttpTest(ProxyCase):
         clock = Clock(0)  # Tuesday, 14 November 2023, 22:13:20 UTC
         for rule, wait, fields in self.each("""
                 each 2 requests per 90s window -> 2 min -> 2 0 2 90 90
-                each 2 requests per calendar day in Asia/Tokyo -> 1007 min -> 2 0 2 86400 60400"""):
+                each 2 requests per calendar day in Asia/Tokyo -> 17 hours -> 2 0 2 86400 60400"""):
             self.start(clock=clock, LIMITS=rule)
             for _ in range(3):
                 answered = self.ask(call("k"))
@@ -2495,6 +2509,22 @@ class UsageTest(ProxyCase):
             found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
                                           llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
             self.assertEqual(found[:2], (int(length), []))
+
+    def test_plain_messages_are_as_long_as_any_way_to_count_them_says(self):
+        """What is not plain is left to the other way."""
+        plain = [{"role": "user", "content": "hello"}, {"content": CHINESE, "role": "system"}]
+        rows = [
+            (plain, True), ([], True), (plain + [{"role": "user", "content": []}], False),
+            ([{"role": "user", "text": "a"}], False), ([{"role": 1, "content": "a"}], False),
+            ([{"role": "user", "content": "a", "x": 1}, {"role": "user"}], False),
+            (None, False), ("text", False), (["role"], False)]
+        for messages, is_plain in self.each(rows):
+            found = llm_proxy.chat_length(messages)
+            self.assertEqual(found is not None, is_plain)
+            if is_plain:
+                self.assertEqual(found, llm_proxy.text_length(
+                    {"messages": messages}, "model", llm_proxy.TEXT_KEYS, llm_proxy.PLAIN_KEYS,
+                    llm_proxy.media_texts))
 
     def test_prose_and_code_and_other_scripts_are_three_kinds_of_text(self):
         rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 1), ("a = b[key]", 1),
@@ -3009,15 +3039,15 @@ class JsonTest(ProxyCase):
                 '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
                 '{"a": [%s-1]}' % ("12, 3," * 50000),
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
-            self.assertEqual(parse_json(text.encode()), json.loads(text))
+            self.assertEqual(llm_proxy.JsonBody(text.encode()).parse(), json.loads(text))
 
     def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
         with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
-            self.assertEqual(parse_json(b'{"a": "\\": ", "b": {"a": 1.5}}'),
+            self.assertEqual(llm_proxy.JsonBody(b'{"a": "\\": ", "b": {"a": 1.5}}').parse(),
                              {"a": '": ', "b": {"a": 1.5}})
             for body in self.each(self.REFUSED):
                 with self.assertRaises(llm_proxy.BadRequest):
-                    parse_json(body)
+                    llm_proxy.JsonBody(body).parse()
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         self.start()
@@ -3087,7 +3117,7 @@ class JsonTest(ProxyCase):
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
             began = cpu_seconds()
             with self.assertRaises(llm_proxy.BadRequest):
-                parse_json(body)
+                llm_proxy.JsonBody(body).parse()
             self.assertLess(cpu_seconds() - began, CPU_SECONDS)
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
@@ -4804,6 +4834,14 @@ class RedactionTest(ProxyCase):
         for text in self.each(patterns):
             with self.assertRaises(ValueError):
                 llm_proxy.LinearPattern(text)
+
+    def test_a_pattern_that_is_taken_repeats_as_often_as_it_says(self):
+        for shape, least, most in self.each((
+                ("(?:ab){%d}c", 20, 20), ("(?:ab){1,%d}c", 1, 20), ("(?:ab)+c", 1, 16))):
+            pattern = llm_proxy.LinearPattern(shape.replace("%d", "20")).compiled
+            for times in (least, most):
+                self.assertTrue(pattern.fullmatch("ab" * times + "c"))
+            self.assertFalse(pattern.fullmatch("ab" * 21 + "c"))
 
     def test_a_pattern_that_is_taken_holds_nothing_up(self):
         for text in self.each(r"[a-z0-9-]+\.x (?:[a-z0-9-]+\.)+x <[^>]*> \s*a \d+,".split()):
@@ -8575,7 +8613,7 @@ class SumsTest(TableCase):
     def add(self, *rows):
         """Adds calls, and these to the sums."""
         with self.database.transaction():
-            self.database.fresh += self.database.add(list(map(columns_of, rows)))
+            self.database.add(list(map(columns_of, rows)))
         while self.database.add_new():
             pass
 
@@ -8740,12 +8778,23 @@ class SumsTest(TableCase):
         with self.assertRaises(llm_proxy.BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
 
+    def test_calls_are_kept_in_order_whatever_they_have_in_common(self):
+        kept = []
+        for count in self.each((1, 2, 29, 1000)):
+            rows = [columns_of({"id": "one", "agent": "x" * count, "queue_ms": number or None,
+                                "team": "ab"[number % 2]}) for number in range(count)]
+            with self.database.transaction():
+                self.database.add(rows)
+            kept += rows
+            self.assertEqual(
+                self.database.connection.execute("SELECT * FROM calls").fetchall(), kept)
+
     def test_a_call_is_told_as_the_ledger_has_it_but_for_its_money(self):
         self.add({"id": "one", "estimated": 1, "picodollars": 5 * 10 ** 11, "team": "t"})
         found = self.reader.call("one")
         self.assertEqual((found["row"], found["usd"], found["team"]), (1, "0.5", "t"))
         self.assertEqual((found["estimated"], found["stream"]), (True, False))
-        fields = {"row", *llm_proxy.Row._fields} - {"picodollars"}
+        fields = {"row", *llm_proxy.COLUMN_NAMES} - {"picodollars"}
         self.assertEqual(found.keys(), fields)
         self.assertIs(self.reader.call("two"), None)
 
@@ -8806,7 +8855,7 @@ class SumsTest(TableCase):
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.SumsOfCalls, "NAMES", 5):
+        with mock.patch.object(llm_proxy.SumNames, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
                           "input": 0, "cached": 0, "output": 0, "picodollars": 0,
@@ -8817,7 +8866,7 @@ class SumsTest(TableCase):
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
 
-        with mock.patch.object(llm_proxy.SumsOfCalls, "MOST_NAMES", 8):
+        with mock.patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
             self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
         found = self.reader.totals("model", self.DAY, self.DAY + 900)
         self.assertEqual((len(found), found["other"].calls), (9, 22))
@@ -8855,8 +8904,10 @@ class SumsTest(TableCase):
     def test_days_are_added_up_before_ids_are_listed_so_that_pages_are_quick_soon(self):
         self.add(*({"time": self.DAY + hour * 3600, "id": str(hour)} for hour in range(10)))
         self.database.CHUNK = 1
-        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9)
-        llm_proxy.Ledger.add_up(types.SimpleNamespace(database=self.database, clock=clock), 0)
+        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9,
+                                      monotonic=itertools.count(1).__next__)
+        llm_proxy.Ledger.add_up(types.SimpleNamespace(
+            database=self.database, clock=clock, PAUSE=16, stop=threading.Event()), 0)
         self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
                          (self.DAY + 10 * 3600, 6))
 
@@ -9535,7 +9586,7 @@ class WarningsTest(SignalsCase):
         told, = self.told()
         found = told["event"], told["key"], told["expires"]
         self.assertEqual(found, ("key_expires", "soon", end))
-        self.assert_said("the key soon expires in 300 min")
+        self.assert_said("the key soon expires in 5 hours")
 
     def test_rows_that_the_ledger_lost_are_told(self):
         self.start_warned()
@@ -9708,6 +9759,7 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(set(self.left), {"is not there"})
 
     def test_silence_and_half_a_reply_hold_nobody_for_long(self):
+        self.patch_seconds(Redis_SILENT_SECONDS=0.15)
         for half in self.each([(b"",), (b"$100\r\nab",), (b"*2\r\n:1\r\n",)]):
             self.left.clear()
             redis = self.start([b"+OK\r\n", *half])
@@ -9816,13 +9868,14 @@ class RedisTest(RedisCase):
         self.assertFalse(script.is_loaded)
 
     def test_a_server_that_stands_still_holds_nobody_for_long(self):
+        self.patch_seconds(Redis_SILENT_SECONDS=0.15)
         server = RedisServer(self)
         redis = self.client(server.url)
         self.wait_for(lambda: redis.available)
         stop, go_on = [functools.partial(server.process.send_signal, number)
                        for number in (signal.SIGSTOP, signal.SIGCONT)]
         for stand_still, wake in self.each([
-                (stop, go_on), (lambda: server.ask("CLIENT", "PAUSE", "500"), lambda: None)]):
+                (stop, go_on), (lambda: server.ask("CLIENT", "PAUSE", "300"), lambda: None)]):
             self.left.clear()
             stand_still()
             for _ in range(3):
@@ -9959,8 +10012,21 @@ class SharedLimitsTest(ProxyCase):
     """Proxies of one process, or of several, that share their limits."""
     RULE = "each 10 requests per hour"
 
+    @classmethod
+    def setUpClass(cls):
+        """Starts a cluster, which takes two seconds to be one, for the last of these tests."""
+        super().setUpClass()
+        case = types.SimpleNamespace(addCleanup=cls.addClassCleanup)
+        cls.nodes = [RedisServer(case, "--cluster-enabled", "yes", port="--port")
+                     for _ in range(3)]
+        for number, node in enumerate(cls.nodes):
+            slots = range(number * 5462, min(16384, number * 5462 + 5462))
+            node.ask("CLUSTER", "ADDSLOTS", *slots)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", cls.nodes[0].port)
+
     def setUp(self):
         self.redis = RedisServer(self, *self.OPTIONS)
+        self.patch_seconds(RedisBuckets_BEAT_SECONDS=0.02)
         self.proxies = []
 
     OPTIONS = ()
@@ -10041,7 +10107,7 @@ class SharedLimitsTest(ProxyCase):
             self.redis.kill()
             self.is_away(buckets)
             self.assertEqual(self.admitted(12), admitted)
-            self.assertEqual(self.ask(call("b")).status, status)
+            self.assert_status(status, call("b"))
             self.redis.start()
             self.is_back(buckets)
             self.assertEqual(self.stored()[:1], [] if left is None else [left])
@@ -10077,11 +10143,11 @@ class SharedLimitsTest(ProxyCase):
             self.is_back(buckets)
             name, = self.redis.ask("KEYS", "*:b:*")
             self.redis.ask("SET", name, *text)
-            self.assertEqual(self.ask(call()).status, 200)
+            self.assert_status(200)
             self.redis.ask("DEL", name)
             self.redis.ask("LPUSH", name, "a list")
             self.is_back(buckets)
-            self.assertEqual(self.ask(call()).status, 200)
+            self.assert_status(200)
             self.redis.ask("FLUSHALL")
 
     def test_a_wrong_password_is_told_and_shown_nowhere(self):
@@ -10119,12 +10185,13 @@ class SharedLimitsTest(ProxyCase):
             began = time.monotonic()
             self.assertEqual(self.admitted(1), 1)
             seconds.append(time.monotonic() - began)
-        self.assertLess(max(seconds), 0.1 + 0.05)  # of which 50 ms are this machine's
+        self.assertLess(statistics.median(seconds), 0.1 + 0.05)  # 50 ms are this machine's,
+        self.assertLess(max(seconds), PATIENCE / 4)              # which may have much to do
         self.is_away(buckets)
         self.redis.process.send_signal(signal.SIGCONT)
         began = time.monotonic()
         self.is_back(buckets)
-        self.assertLess(time.monotonic() - began, 1)
+        self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assertEqual(self.stored(), [0])  # nothing twice
         self.assertEqual(self.admitted(1), 0)
 
@@ -10134,7 +10201,7 @@ class SharedLimitsTest(ProxyCase):
                 llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
                     buckets, "policy", "closed"):
             self.redis.process.send_signal(signal.SIGSTOP)
-            self.assertEqual(self.ask(call()).status, 503)
+            self.assert_status(503)
             self.redis.process.send_signal(signal.SIGCONT)
             self.is_back(buckets)
         wait_for(lambda: not buckets.charges.running and not self.stored())
@@ -10187,17 +10254,11 @@ class SharedLimitsTest(ProxyCase):
             self.is_away(self.start(**settings))
             self.assertEqual(self.admitted(7), admitted)
 
-    def test_a_cluster_of_three_nodes_is_one_store_from_wherever_one_comes(self):
-        nodes = [RedisServer(self, "--cluster-enabled", "yes", port="--port")
-                 for _ in range(3)]
-        for number, node in enumerate(nodes):
-            slots = range(number * 5462, min(16384, number * 5462 + 5462))
-            node.ask("CLUSTER", "ADDSLOTS", *slots)
-            node.ask("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+    def test_wherever_one_comes_to_a_cluster_of_three_nodes_it_is_one_store(self):
         wait_for(lambda: all(b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
                              and b"known_nodes:3" in node.ask("CLUSTER", "INFO")
-                             for node in nodes), "the cluster")
-        for node, admitted in zip(nodes, (4, 4, 2)):
+                             for node in self.nodes), "the cluster")
+        for node, admitted in zip(self.nodes, (4, 4, 2)):
             self.start_here(REDIS_URL=node.url)
             self.assertEqual(self.admitted(4), admitted)
 
@@ -10259,7 +10320,7 @@ class BalanceInRedisTest(BalanceTest):
                             sorted(self.missing()))
 
 
-@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+@NEEDS_REDIS
 class SharedQueueTest(RedisCase):
     """Lines of several processes before slots that they share."""
 
@@ -10375,12 +10436,14 @@ class SharedQueueTest(RedisCase):
         self.assertEqual((self.taken(), self.running(), queue.leases), (0, [0], []))
 
 
-@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+@NEEDS_REDIS
 class SharedKeysTest(KeysCase):
     """Keys of several boxes, each with a DATABASE of its own."""
 
     def setUp(self):
         self.redis = RedisServer(self)
+        self.assertLess(llm_proxy.SharedKeys.LOOK_SECONDS, 0.5)
+        self.patch_seconds(SharedKeys_LOOK_SECONDS=0.03)
         self.boxes = []
 
     def box(self):
@@ -10409,9 +10472,7 @@ class SharedKeysTest(KeysCase):
         (_, _, here), (_, _, there) = self.box(), self.box()
         wait_for(lambda: all(proxy.redis.available for proxy, _, _ in self.boxes))
         secret = self.keys(here, "add", "ann", team="red").secret
-        began = time.monotonic()
         self.until(secret, 200, 200)
-        self.assertLess(time.monotonic() - began, 1.5)
         for path, act, statuses in self.each((
                 (there, "revoke", (401, 401)), (here, "restore", (200, 200)),
                 (here, "remove", (401, 401)))):
@@ -10454,7 +10515,7 @@ class SharedKeysTest(KeysCase):
         self.assertEqual([key.name for key in self.keys(path, "list")], ["ben"])
 
 
-@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+@NEEDS_REDIS
 class SharedStoredTest(ProxyCase):
     """What one process has noted, another one finds."""
     KEYS = {"PROXY_API_KEYS": "ann=sk-a,ben=sk-b"}
@@ -11964,7 +12025,7 @@ class RedactedCallsTest(KeysCase):
                       cachedContent="cachedContents/1"))]
         self.redact(says())
         for number, data in enumerate(self.each(opaque)):
-            self.assertEqual(self.ask(data).status, 200)
+            self.assert_status(200, data)
             self.assertEqual(self.row(number)["redacted"], "opaque=1")
         self.redact(says(), REDACT_OPAQUE="refuse")
         for data in self.each(opaque):
@@ -11989,7 +12050,7 @@ class RedactedCallsTest(KeysCase):
     def test_nothing_is_built_where_nothing_is_looked_for(self):
         self.start(says())
         self.assertIsNone(self.proxy.redaction)
-        self.assertEqual(self.ask(call()).status, 200)
+        self.assert_status(200)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -12407,7 +12468,7 @@ class AdminTest(AdminCase):
         rows = {row["name"]: row for row in answered.json()["settings"]}
         self.assertEqual(rows["ADMIN_KEY"]["value"], "set, not shown")
         self.assertEqual(rows["MAX_TOKENS"]["value"], "1000")
-        self.assertTrue(rows["PORT"]["is_default"])
+        self.assertEqual(rows["PORT"]["value"], rows["PORT"]["default"])
         for secret in (ADMIN, VIEWER, "sk-of-the-upstream"):
             self.assertNotIn(secret.encode(), answered.body)
 
@@ -12729,18 +12790,19 @@ class EventsTest(AdminCase):
         self.assertLess(time.monotonic() - began, PATIENCE)
 
 
-@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+@NEEDS_REDIS
 class SharedEventsTest(AdminCase):
     """What the page of one process shows of all."""
     listen, hear = EventsTest.listen, staticmethod(EventsTest.hear)
 
     def start(self, *arguments, **settings):
         self.redis = RedisServer(self)
+        self.patch_seconds(Server_BEAT_SECONDS=0.05)
         super().start(*arguments, REDIS_URL=self.redis.url, **settings)
         wait_for(lambda: self.proxy.redis.available)
 
     def start_two(self):
-        self.start(clock=time)
+        self.start()
         first = self.proxy, self.address
         self.run_proxy(read_config({
             name: text for name, text in self.proxy.config.texts.items() if text}), time)
@@ -12753,13 +12815,16 @@ class SharedEventsTest(AdminCase):
         client = self.listen()
         wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
         self.address = there
-        self.ask(call("k"))
-        _, begun = self.hear(client, "begin")
-        _, ended = self.hear(client, "end")
-        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
-        pulse = {"calls": 0}
-        while not pulse["calls"]:
-            _, pulse = self.hear(client, "pulse")
+
+        def tell():
+            """Makes a call; returns the pulses that tell of it. Where a process was held up, the
+            next second came before anybody had read that of the call."""
+            self.ask(call("k"))
+            (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
+            self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+            pulses = [self.hear(client, "pulse")[1] for _ in range(9)]
+            return [one for one in pulses if one["calls"]]
+        pulse, = wait_for(tell)
         self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
         client.close()
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
@@ -12897,9 +12962,11 @@ class PageTest(AdminCase):
     def setUpClass(cls):
         super().setUpClass()
         quick = llm_proxy.DASHBOARD.replace("painted + 1000", "painted + 50")
-        patch = mock.patch.object(llm_proxy, "DASHBOARD", quick.replace("wait * 1000", "wait * 50"))
-        patch.start()
-        cls.addClassCleanup(patch.stop)
+        quick = quick.replace("wait * 1000", "wait * 50")
+        for patch in (mock.patch.object(llm_proxy, "DASHBOARD", quick),
+                      mock.patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1)):
+            patch.start()
+            cls.addClassCleanup(patch.stop)
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         cls.addClassCleanup(folder.cleanup)
         cls.browser = Browser(folder.name)
@@ -12960,11 +13027,14 @@ class PageTest(AdminCase):
         path = within + "//*[self::button or self::a or self::summary][normalize-space()='%s']"
         self.until(lambda: self.browser.run(self.CLICK % json.dumps(path % name)))
 
+    ENTER = """(field => {
+        field?.focus(); field?.select();
+        return !!field && document.execCommand("insertText", false, %s);
+    })(document.querySelector("main input[name=%s]"))"""
+
     def enter(self, name, text):
-        """Put text into the field of this name."""
-        field = self.until(lambda: self.browser.find("//main//input[@name='%s']" % name))
-        self.browser.do("POST", field + "/clear", {})
-        self.browser.do("POST", field + "/value", {"text": text})
+        """Put text into the field of this name. (WebDriver's keys take ten times as long.)"""
+        self.until(lambda: self.browser.run(self.ENTER % (json.dumps(text), name)))
 
     def log_in(self, key=ADMIN, path="/dashboard"):
         self.browser.open(self.place + path)
@@ -12978,7 +13048,7 @@ class PageTest(AdminCase):
         self.log_in()
         self.see("0 running calls", "No call has come yet")
         client, asked = self.begin(event(1), key="ann", model="gemma")
-        self.see("1 running call", "gemma", "streaming")
+        self.see("1 running call", "gemma", "base\tstreaming")
         asked.send(chunk(b"data: [DONE]\n\n") + LAST)
         client.rest()
         self.see("ended: ok", "0 running calls")
@@ -13596,7 +13666,8 @@ class ServerTest(ServerCase):
         self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
-        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d")
+        said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d+:"
+                          r" the process had 0\.\d\d s of CPU")
 
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
@@ -13747,12 +13818,12 @@ class TlsTest(ServerCase):
 # Commands, with the demo: the file as people start it
 # --------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(None)
 def compiled():
-    """Returns the path of the file as bytecode: to compile it takes half of a start."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return py_compile.compile(FILE, os.path.join(folder.name, "llm_proxy.pyc"), doraise=True)
+    """Returns the path of the file as bytecode, which its import has left: to compile it takes most
+    of a start. Where that could not be written, it is the file itself."""
+    path = importlib.util.cache_from_source(FILE)
+    is_new = os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(FILE)
+    return path if is_new else FILE
 
 
 @functools.lru_cache(None)
@@ -13791,7 +13862,8 @@ class Forked:
             for file in files:
                 os.close(file)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        arguments, folder, settings = json.loads(message)
+        arguments, folder, settings, pause = json.loads(message)
+        llm_proxy.Writer.PAUSE = pause or llm_proxy.Writer.PAUSE
         child = os.fork()
         if child:
             for file in files[:3]:
@@ -13811,12 +13883,13 @@ class Forked:
         """)
     returncode = None
 
-    def __init__(self, arguments, folder, settings, stdin):
+    def __init__(self, arguments, folder, settings, stdin, pause):
         self.status, told = socket.socketpair()
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         with open(os.devnull) as nothing, told:
             files = nothing.fileno() if stdin is None else stdin, out_end, err_end, told.fileno()
-            socket.send_fds(template(), [json.dumps([arguments, folder, settings]).encode()], files)
+            message = json.dumps([arguments, folder, settings, pause])
+            socket.send_fds(template(), [message.encode()], files)
         os.close(out_end)
         os.close(err_end)
         self.stdout, self.stderr = open(out), open(err)
@@ -13844,17 +13917,18 @@ class Forked:
 class Process:
     """`llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), file=None, stdin=None, **settings):
-        """`before` are words of a command that starts this one; `file` is what else it runs."""
+    def __init__(self, *arguments, cwd="/", before=(), stdin=None, pause=None, **settings):
+        """`before` are words of a command that starts this one; `pause` is Writer.PAUSE of one
+        without."""
         settings = {"DATABASE": "off", **settings}
         settings = {name: str(value) for name, value in settings.items()}
-        if before or file:
+        if before:
             self.process = subprocess.Popen(
-                [*before, sys.executable, "-I", "-S", file or compiled(), *arguments], cwd=cwd,
+                [*before, sys.executable, "-I", "-S", compiled(), *arguments], cwd=cwd,
                 env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True)
         else:
-            self.process = Forked(arguments, cwd, settings, stdin)
+            self.process = Forked(arguments, cwd, settings, stdin, pause)
         self.rows = []
         self.reader = threading.Thread(
             target=lambda: self.rows.extend(self.process.stderr), daemon=True)
@@ -13887,9 +13961,10 @@ class Process:
 
 class ProcessCase(ServerCase):
     """A proxy in a process of its own, in front of `self.stub`."""
+    PAUSE = None  # of its writers, where a test waits for them
 
     def command(self, *arguments, **settings):
-        process = Process(*arguments, **settings)
+        process = Process(*arguments, pause=self.PAUSE, **settings)
         self.addCleanup(process.close)
         return process
 
@@ -13932,6 +14007,8 @@ class ProcessCase(ServerCase):
 
 
 class KeysCommandTest(ProcessCase):
+    PAUSE = 0.01
+
     def setUp(self):
         self.folder = new_path(self)
         self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
@@ -14246,7 +14323,7 @@ class BenchTest(ProcessCase):
         folder = new_path(self)
         self.patch_seconds(
             SelfTest_STREAMS=(10,), SelfTest_IDLE=10, SelfTest_CALL_SECONDS=0.05,
-            SelfTest_HANG_UPS=5, SelfTest_PAUSE=0.2, Demo_WORD_SECONDS=0.01, **patches)
+            SelfTest_HANG_UPS=5, SelfTest_PAUSE=0.1, Demo_WORD_SECONDS=0.004, **patches)
         started = []
 
         def start(test, *arguments):
@@ -14254,6 +14331,7 @@ class BenchTest(ProcessCase):
             return started[0]
         begin = llm_proxy.SelfTest.start
         with mock.patch.object(tempfile, "tempdir", folder), \
+                mock.patch.object(llm_proxy, "__file__", compiled()), \
                 mock.patch.object(llm_proxy.SelfTest, "start", start):
             found = self.finish("selftest")
         self.assertIsNotNone(started[0].returncode)
@@ -14281,7 +14359,7 @@ class BenchTest(ProcessCase):
     def test_a_selftest_that_is_stopped_leaves_nothing(self):
         folder = new_path(self)
         process = self.command("selftest", TMPDIR=folder)
-        self.assertIn("idle connection", process.process.stdout.readline())
+        wait_for(lambda: list(pathlib.Path(folder).glob("*/*.db")), "the proxy's files")
         code, _, err = process.stop().finish()
         self.assertEqual((code, err, os.listdir(folder)), (1, "", []))
 
@@ -14339,7 +14417,7 @@ class CommandsTest(ProcessCase):
         digest = hashlib.sha256(source().encode()).hexdigest()
         said = "llm_proxy %s, sha256 %s, %s %s\n" % (
             llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
-        self.assertEqual(self.command("--version", file=FILE).finish(), (0, said, ""))
+        self.assertEqual(self.finish("--version"), (0, said, ""))
 
     CALLS = (
         {"caller": "alice", "served": "m1", "picodollars": 5 * 10 ** 11},
@@ -14384,9 +14462,6 @@ class CommandsTest(ProcessCase):
         self.assertEqual(rows[2], "m PRICES 1 2 1 1 2 9: 3 0 fast 5 us 1.5".split())
         self.assertNotIn(["gpt-5.5", "built"], [row[:2] for row in rows])
         self.assertIn(["gpt-4o", "built", "in", "2.5", "10"], [row[:5] for row in rows])
-        _, out, _ = self.finish("prices", "--json", PRICES=path)
-        found = {row["model"]: row for row in json.loads(out)}
-        self.assertEqual((found["m"]["above"]["tokens"], found["m"]["tiers"]["us"]), (9, "1.5"))
         self.assert_fails(2, 1, "PRICES must be", "prices", PRICES=path + "x")
 
     def test_prices_are_fetched_into_a_file_when_asked_and_what_fails_leaves_it(self):
@@ -14761,7 +14836,7 @@ class CommandsTest(ProcessCase):
     def test_an_answer_of_the_demo_begins_when_it_is_told_to(self):
         process = self.serve("--demo", DEMO_FIRST_MS=50_000, FIRST_BYTE_TIMEOUT=0.2)
         wait_for(lambda: process.said("curl -N"))
-        self.assertEqual(self.ask(call(stream=True)).status, 504)
+        self.assert_status(504, call(stream=True))
 
     def assert_demo_stream(self, answered, said):
         self.assertTrue(answered.whole)
@@ -14777,6 +14852,7 @@ class CommandsTest(ProcessCase):
 
 class WorkersTest(ProcessCase):
     """Several processes on one port."""
+    PAUSE = 0.01
 
     def start(self, count=4, answer=says(), **settings):
         if not shutil.which("redis-server"):
@@ -14805,11 +14881,9 @@ class WorkersTest(ProcessCase):
         streams = [self.begin(event(1)) for _ in range(24)]
         killed = max(self.workers(), key=lambda pid: len(os.listdir("/proc/%d/fd" % pid)))
         os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: self.process.said("has ended (SIGKILL): it is started again"))
-        began = time.monotonic()
+        wait_for(lambda: self.process.said("(SIGKILL): it is started again\n"), "no pause")
         wait_for(lambda: len(self.workers()) == 4 and killed not in self.workers(), "a new one")
-        self.assertLess(time.monotonic() - began, 1)
-        cut = [client for client, _ in streams if self.is_ended(client)]
+        cut = [client for client, _ in streams if client.is_readable()]
         self.assertIn(len(cut), range(1, 24))
         for client, asked in streams:
             if client in cut:
@@ -14820,16 +14894,10 @@ class WorkersTest(ProcessCase):
                 self.assertTrue(client.rest().whole)
         self.assertEqual(self.process.stop().wait(), 0)
 
-    @staticmethod
-    def is_ended(client):
-        poll = select.poll()
-        poll.register(client.sock, select.POLLIN)
-        return bool(poll.poll(200))
-
     def test_counts_add_up_and_never_go_back(self):
         self.start()
         for _ in range(40):
-            self.assertEqual(self.ask(call("k")).status, 200)
+            self.assert_status(200, call("k"))
         wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
             wait_for(lambda: connection.execute("SELECT count(*) FROM calls").fetchall() == [(40,)])
@@ -14891,7 +14959,13 @@ class WorkersTest(ProcessCase):
         process = self.start(2)
         left = self.workers()
         process.stop(signal.SIGKILL)
-        wait_for(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in left), "their end")
+        wait_for(lambda: not any(map(self.runs, left)), "their end")
+
+    @staticmethod
+    def runs(pid):
+        """Returns whether it has not ended; whether somebody has noted that does not matter."""
+        with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, encoding="ascii") as file:
+            return file.read().rpartition(") ")[2][0] != "Z"
 
     def test_lines_of_all_are_whole(self):
         process = self.start(LOG_FORMAT="json")
@@ -14965,13 +15039,6 @@ class EnduranceCase(ProcessCase):
     def p99_milliseconds(seconds):
         """Returns the milliseconds that 99 of 100 stayed under."""
         return 1000 * sorted(seconds)[len(seconds) * 99 // 100]
-
-    @staticmethod
-    def is_readable(client):
-        """Returns whether bytes have come for it, or the end of its connection."""
-        poll = select.poll()
-        poll.register(client.sock, select.POLLIN)
-        return bool(poll.poll(0))
 
     def launch(self, answer, **settings):
         """Starts a proxy in this process, or in one of its own in the long form."""
@@ -15205,7 +15272,7 @@ class DoorTest(EnduranceCase):
                 with contextlib.suppress(OSError):
                     client.send(b"x")
             time.sleep(0.05)
-            waiting = [client for client in waiting if not self.is_readable(client)]
+            waiting = [client for client in waiting if not client.is_readable()]
             if waiting != clients:
                 self.assertGreater(time.monotonic(), began + deadline - 0.05)
         for client in clients:
@@ -15592,7 +15659,7 @@ class FaultsTest(EnduranceCase):
             self.assertEqual(client.exchange(HEALTH).status, 200)
         late = time.monotonic() + seconds + self.size(8, 1)
         for client in clients:
-            while not self.is_readable(client):
+            while not client.is_readable():
                 self.assertLess(time.monotonic(), late)
                 delays.append(self.seconds_of_an_event(*next(streams)))
             self.assertGreater(time.monotonic(), began + seconds - 0.1)
