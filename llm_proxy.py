@@ -6379,7 +6379,7 @@ SHAPES = (
     shape("email", r"""
         [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
         @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
-        (?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
+        (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
         |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
@@ -6891,8 +6891,8 @@ class Unmasking(Edit):
             [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
 
     def without_logprobs(self, event):
-        """Returns an event, or JSON, that does not tell a text once more, token by token, where some
-        of it may be masked."""
+        """Returns an event, or JSON, that does not tell a text once more, token by token, where
+        some of it may be masked."""
         if not self.restorer.redactor or not self.dialect.LOGPROBS.search(event):
             return event
         payload = self.events.payload(event) if self.events else object_in(event)
@@ -9593,7 +9593,7 @@ class Entry:
         usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
-        redacted = f" redacted={sum(self.found.values())}" if self.found else ""
+        redacted = f" redacted={self.redacted}" if self.found else ""
         return (
             f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
             f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
