@@ -6229,12 +6229,12 @@ URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
-    """Leaves out a password before the host of a URL, and what Git clones from."""
-    text, start = match.string, match.start()
-    if text.startswith("git@", start) or (text.startswith(":", start - 1) and start and (
-            URL_PASSWORD.search(text, max(0, start - 80), start))):
+    """Leaves out a password before the host of a URL."""
+    text = match.string
+    start, end = match.span()
+    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
         return 0
-    return match.end()
+    return end
 
 
 DOUBLED = bytes.maketrans(b"0123456789", bytes([48 + n for n in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]))
@@ -6377,9 +6377,9 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
-        [A-Za-z0-9_](?<![A-Za-z0-9_].)[A-Za-z0-9_.%+'-]{0,63}
+        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
         @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
-        (?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
+        (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
         |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
@@ -6477,10 +6477,12 @@ class Redactor:
             matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
-                ends = list(map(one.check, some))
-                yield [(match.start(), last, one.kind) for match, last in zip(some, ends)
-                       if last and match.start() < end
-                       and not (self.allow and self.may_leave(match.string[match.start():last]))]
+                found = [(match.start(), last, one.kind)
+                         for match, last in zip(some, map(one.check, some)) if last]
+                if self.allow or (found and found[-1][0] >= end):
+                    found = [row for row in found
+                             if row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                yield found
                 if len(some) < self.BATCH or some[-1].start() >= end:
                     break
 
@@ -9591,7 +9593,7 @@ class Entry:
         usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
-        redacted = f" redacted={sum(self.found.values())}" if self.found else ""
+        redacted = f" redacted={self.redacted}" if self.found else ""
         return (
             f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
             f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
