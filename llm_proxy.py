@@ -3348,7 +3348,9 @@ class CostEstimator:
             if reported.estimated:  # its input was not told
                 own = self.habits(call).of(caller)
                 return reported._replace(input=self.estimated_input(call, own))
-            self.learn(call, caller, reported, source)
+            # Where no rule counts tokens, what is learned is for the books alone.
+            if self.needs_estimate or random.random() < self.LEARN_SHARE:
+                self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
