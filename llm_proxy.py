@@ -4271,15 +4271,15 @@ budget_tokens""".split())
 TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
 
 
-# What stands in a call beside its messages, and is no text.
+# What stands in a call beside its messages: no server reads text there.
 PLAIN_CHAT = frozenset("""
     messages model stream max_tokens max_completion_tokens temperature top_p seed""".split())
 ROLE, CONTENT = operator.itemgetter("role"), operator.itemgetter("content")
 
 
 def chat_length(messages):
-    """Returns the same as `text_length`, in a third of the time, for messages that have nothing but
-    a role and a text each; None for others."""
+    """Returns what `text_length` does, in a third of the time, for messages that have nothing but a
+    role and a text each; None for others."""
     try:
         contents = list(map(CONTENT, messages))
         if sum(map(len, messages)) != 2 * len(contents):
@@ -5879,7 +5879,7 @@ class Editor:
         events = self.events.cut(data[begin:])
         if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
             self.held = events.pop()
-        if len(self.held) <= self.LARGE:
+        if events or len(self.held) <= self.LARGE:
             self.looks = self.next_look = 0
         return data[:begin] + b"".join(map(self.edited, events))
 
@@ -5892,9 +5892,9 @@ class Editor:
         return False
 
     def is_one(self, data):
-        end = self.events.ends[0]
+        end, prefix = self.events.ends[0], self.events.prefix.rstrip()
         return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
-            self.events.at_boundary(data))
+            self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
         whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
@@ -6668,7 +6668,7 @@ class Restorer:
     BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
     WORDS, ANY_WORDS = [re.compile(
-        "%s*(?:(?<![a-z])(?: (?:[A-Z]{4}|[A-Z().-]{0,3}[0-9])[!-`{-~]*)+%s*)?" % (letter, letter))
+        "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
 
@@ -6813,7 +6813,7 @@ def varied(data, fixed):
     pieces = []
     last = 0
     for fact in FACT.finditer(data):
-        if fact[1].decode() not in fixed:
+        if fact[1].decode("latin-1") not in fixed:
             other = rb'"[^"\\]+"' if fact[2][:1] == b'"' else b"[0-9][0-9.]*"
             pieces += re.escape(data[last:fact.start(2)]), other
             last = fact.end(2)
@@ -10102,6 +10102,16 @@ class Database:
         return self.connection.execute(
             "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
 
+    def renumber(self):
+        """Gives the next sum to be told a higher number than any that was told, also of a file that
+        was in the place of this one."""
+        self.connection.execute(
+            "INSERT INTO sqlite_sequence SELECT 'untold', 0 WHERE NOT EXISTS "
+            "(SELECT 1 FROM sqlite_sequence WHERE name = 'untold')")
+        self.connection.execute(
+            "UPDATE sqlite_sequence SET seq = max(seq, CAST((julianday('now') - 2440587.5) "
+            "* 86400000 AS INTEGER)) WHERE name = 'untold'")
+
     def hear(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
         """Adds what other boxes told up to a moment, each sum once, and forgets what they were
         told up to this number. A sum is (box, its number there, text)."""
@@ -10110,7 +10120,7 @@ class Database:
             name = "heard of " + box
             if number > facts.get(name, self.facts.get(name, 0)):
                 facts[name] = number
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     found.append(read_sum(text))
         if len(facts) > 1:
             self.add_sums(found, facts, ())
@@ -13725,6 +13735,7 @@ class SharedSums:
         self.key = prefix + "sums"
         self.box = short_digest(ledger.secret.hex())
         self.after: Optional[str] = None  # where the stream is read from
+        self.database: Optional[Database] = None  # a lost one is followed by another
         self.script = RedisScript(LUA_SUMS)
         redis.scripts.append(self.script)
         ledger.trade = self.trade
@@ -13733,6 +13744,9 @@ class SharedSums:
         """Returns whether there may be more. Runs in the ledger's thread."""
         if not self.redis.available:
             return False
+        if database is not self.database:
+            database.renumber()
+            self.database = database
         told = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
         asking = self.redis.run(

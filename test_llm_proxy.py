@@ -5141,6 +5141,26 @@ class UnmaskingTest(ProxyCase):
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
         self.assertEqual(json.loads(found), {"text": shown + "\n", "[[EMAIL]]": 5})
 
+    def test_a_number_in_groups_is_masked_wherever_its_text_is_cut(self):
+        for text in self.each(("call +49 171 1234567,see9 5 x", "at +49  171 1234567 now",
+                               "+49/ 171 1234567. And", "+4+4(+49 171 1234567\u00e9 5 x")):
+            cuts = [(at, at) for at in range(len(text))] + [
+                (at, at + 1 + at % 7) for at in range(len(text))]
+            for first, last in cuts:
+                said = [delta(text[:first]), delta(text[first:last]), delta(text[last:])]
+                masks = llm_proxy.Masks(llm_proxy.Redactor(["phone"]))
+                found = self.unmask("chat", events(*said, "[DONE]"), answers=True, masks=masks)
+                shown, = self.said(self.payloads("chat", found)).values()
+                self.assertNotIn("1234567", shown, (first, last))
+
+    def test_events_that_end_in_one_line_end_are_not_taken_for_one(self):
+        data = b"data: %b\ndata: %b\n\n" % tuple(
+            json.dumps(delta(one)).encode() for one in ("to bob@exa", "mple.org "))
+        self.assertNotIn(b"mple.org", self.unmask("chat", data, answers=True))
+
+    def test_what_is_no_text_stands_in_events_that_are_read(self):
+        odd = b': "\xff": 1\n' + events(delta("an ordinary text "))
+        self.assertIn(b"ordinary", self.unmask("chat", odd + events("[DONE]"), answers=True))
 
     def test_events_that_are_spelled_alike_but_for_ids_and_times_are_read_as_others_are(self):
         chance = random.Random(3)
@@ -10655,10 +10675,22 @@ class SharedSumsTest(ProxyCase):
             wait_for(lambda: self.redis.ask("XLEN", "{llm_proxy}:sums") > 1)
         self.assert_told(2, one, two)
 
+    def test_a_file_in_the_place_of_another_tells_its_sums_by_higher_numbers(self):
+        """By lower ones the others would take them for sums that they know."""
+        moment = time.time_ns() // 10 ** 6
+        database = llm_proxy.Database(new_path(self, "box.db"))
+        for before in range(2):
+            database.renumber()
+            database.insert("INSERT INTO untold(sum) VALUES %s", [["[]"]])
+            number = database.untold(9)[before][0]
+            self.assertTrue(moment < number < moment + 60_000, number)
+        database.close()
+
     def test_what_is_no_sum_is_left_out(self):
         one = self.box()
         good = [0, *"abcde", *[1] * 13]
-        for row in self.each(("", "{", "{}", "[]", good[:-1], [*good[:-1], -1], [*good[:-1], "1"],
+        for row in self.each(("", "{", "{}", "[]", "[" * 9999, good[:-1],
+                              [*good[:-1], -1], [*good[:-1], "1"],
                               [*good[:-1], 10 ** 19], [1.5, *good[1:]], [None, *good[1:]])):
             text = row if type(row) is str else json.dumps(row)
             self.redis.ask("XADD", "{llm_proxy}:sums", "*", "other", "1 " + text)
@@ -14102,15 +14134,17 @@ class Forked:
 class Process:
     """`llm_proxy.py` as a process of its own, with no environment but the settings."""
 
-    def __init__(self, *arguments, cwd="/", before=(), stdin=None, pause=None, **settings):
-        """`before` are words of a command that starts this one; `pause` is Writer.PAUSE of one
-        without."""
+    def __init__(self, *arguments, cwd="/", before=(), program=None, stdin=None, pause=None,
+                 **settings):
+        """`before` are words of a command that starts this one, `program` is what runs instead of
+        the file; `pause` is Writer.PAUSE of one without either."""
         settings = {"DATABASE": "off", **settings}
         settings = {name: str(value) for name, value in settings.items()}
-        if before:
+        if before or program:
+            file = ["-c", program] if program else [compiled()]
             self.process = subprocess.Popen(
-                [*before, sys.executable, "-I", "-S", compiled(), *arguments], cwd=cwd,
-                env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                [*before, sys.executable, "-I", "-S", *file, *arguments], cwd=cwd, env=settings,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True)
         else:
             self.process = Forked(arguments, cwd, settings, stdin, pause)
@@ -16921,8 +16955,8 @@ sys.exit(llm_proxy.main())
         self.addCleanup(metronome.close)
         self.longest = new_path(self, "longest")
         return metronome, self.serve_both(
-            sink, UPSTREAM_BEAT_URL=metronome.url, file=pem_file(self, self.MEASURING),
-            FOLDER=FOLDER, LONGEST=self.longest, **settings)
+            sink, UPSTREAM_BEAT_URL=metronome.url, program=self.MEASURING, FOLDER=FOLDER,
+            LONGEST=self.longest, **settings)
 
     def test_no_request_makes_the_events_of_others_late_or_fills_the_memory(self):
         sink, path = self.start_attacker(), pem_file(self)
