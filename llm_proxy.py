@@ -3671,8 +3671,11 @@ class JsonBody:
         """Returns JSON with what was cut out in its place."""
         if not self.cuts:
             return short
-        return re.sub(b"<%b:[0-9]+>" % self.secret,
-                      lambda mark: self.data[self.cuts[mark[0]]], short)
+        data, pieces, last = memoryview(self.data), [], 0  # which is copied once
+        for mark in re.finditer(b"<%b:[0-9]+>" % self.secret, short):
+            pieces += short[last:mark.start()], data[self.cuts[mark[0]]]
+            last = mark.end()
+        return b"".join((*pieces, short[last:]))
 
 
 def parse_response(data: bytes) -> Any:
@@ -4106,7 +4109,7 @@ class Call(Billable):
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
-        if self.json_body and not MAY_REFER(self.body):  # as nearly always
+        if self.json_body and not may_refer(self.json_body.short):  # as nearly always
             return []
         found = []
         meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
@@ -4425,9 +4428,7 @@ REFERENCES = frozenset("""
 PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
 # Objects of these types name one by their id.
 REFERENCE_TYPES = ("item_reference", "file_id")
-# Finds where JSON may do either: at one of these words, or where an escape may spell one.
-MAY_REFER = re.compile(
-    (r'\\u|"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode()).search
+REFERENCE = re.compile(('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode())
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
@@ -4450,6 +4451,12 @@ HAVE_RESULTS = ("batches", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
     results""".split()
+
+
+def may_refer(data):
+    """Returns whether JSON may name something stored: by one of these words, or where an escape may
+    spell one. Quotes in texts, which begin no word, would each be looked at."""
+    return data.find(b"\\u") >= 0 or REFERENCE.search(data.replace(b'\\"', b"")) is not None
 
 
 def says_of_things(part):
@@ -14089,6 +14096,7 @@ class Reply:
             content = await self.body.read(most, self.context)
             self.entry.held_up += self.context.loop.time() - began
             if len(content) > Turns.SMALL:
+                await asyncio.sleep(0)  # to join it took its time
                 try:
                     await self.parts.turns.take(owner, self.context)
                 except TimeoutError:  # its own time is over
