@@ -6827,6 +6827,11 @@ def varied(data, fixed):
     return b"".join((*pieces, re.escape(data[last:])))
 
 
+def text_at(way: Way) -> str:
+    holder, key = way[-1]
+    return holder[key]
+
+
 def is_beside(block: Block, other: Block) -> bool:
     """Returns whether two blocks of text are of one message, but not two in a list: then one has
     ended where the other goes on."""
@@ -6888,7 +6893,8 @@ class Unmasking(Edit):
             self.learn(event, *texts[0])
         if True in changed:
             event = self.events.replaced(event, to_json_bytes(payload))
-        if not texts or not self.restorer.redactor:
+        # Text that goes on is done with: what came back must not be masked.
+        if not self.restorer.redactor or not any([text_at(way) for _, way in texts]):
             event = self.restorer.restore_json(event)
         return b"".join((*before, event))
 
@@ -6897,7 +6903,7 @@ class Unmasking(Edit):
         if block in [other for other, _ in texts]:
             return False
         return self.dialect.ends_block(payload, block) or any(
-            [is_beside(block, other) and way[-1][0][way[-1][1]] for other, way in texts])
+            [is_beside(block, other) and text_at(way) for other, way in texts])
 
     def without_logprobs(self, event):
         """Returns an event, or JSON, that does not tell a text once more, token by token, where

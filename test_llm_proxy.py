@@ -5153,6 +5153,13 @@ class UnmaskingTest(ProxyCase):
                 shown, = self.said(self.payloads("chat", found)).values()
                 self.assertNotIn("1234567", shown, (first, last))
 
+    def test_arguments_of_a_tool_beside_an_empty_text_are_masked(self):
+        call = {"function": {"name": "mail", "arguments": {"to": "bob@example.org"}}}
+        said = {"message": {"role": "assistant", "content": "", "tool_calls": [call]}}
+        found = self.unmask("ollama", json.dumps(said).encode() + b"\n", answers=True)
+        call["function"]["arguments"]["to"] = "[[EMAIL]]"
+        self.assertEqual(json.loads(found), said)
+
     def test_events_that_end_in_one_line_end_are_not_taken_for_one(self):
         data = b"data: %b\ndata: %b\n\n" % tuple(
             json.dumps(delta(one)).encode() for one in ("to bob@exa", "mple.org "))
