@@ -18618,7 +18618,8 @@ def run_worker(config, log_stream, reread, worker):
         return 2
     proxy.tally = worker.tally
     proxy.tally.begin(worker.number)
-    proxy.limits.buckets.succeeds = worker.again
+    if proxy.redis:
+        proxy.limits.buckets.succeeds = worker.again
     server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
 
