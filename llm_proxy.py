@@ -2205,23 +2205,18 @@ class Level(NamedTuple):
     now: float
 
     @property
-    def remaining(self) -> Amount:
-        return format_amount(self.rule, max(0, self.level))
-
-    @property
     def quota(self) -> Quota:
-        level, rule = self.level, self.rule
+        level, refilled, rule, _, _, now = self
+        _, _, unit, capacity, _, length, (amount, interval), _, _, _, _ = rule
         left = level if level > 0 else 0
-        capacity = rule.capacity
-        if rule.unit == RUNNING:
+        if unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
-        amount, interval = rule.rate
         reset = 0
         if level < capacity:
-            reset = math.ceil(self.refilled + rule.interval - self.now)
+            reset = math.ceil(refilled + length - now)
         elif level > capacity:  # more was given
             capacity = level
-        if rule.unit == USD:
+        if unit == USD:
             return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
         return Quota(capacity, left, amount, interval, reset)
@@ -2355,10 +2350,10 @@ class Buckets:
         now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            unit, capacity, refill, interval = rule[2:6]
+            _, _, unit, capacity, refill, interval, _, _, window, _, _ = rule
             if self.given:
                 capacity += self.given_to(key, now)
-            if rule.window:
+            if window:
                 levels.append(self.window_after(
                     rule, key, capacity, costs[unit], taken[unit], taken_at))
                 continue
@@ -2425,7 +2420,7 @@ class Buckets:
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
         for level in levels:
-            key = level.key
+            _, _, _, key, _, _ = level
             if self.levels.pop(key, None) is None:
                 self.make_room()
             self.levels[key] = level
@@ -2480,8 +2475,6 @@ class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
-    ended = False
-
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None,
                  taken_at: float = 0.0):
@@ -2491,6 +2484,7 @@ class Hold:
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
         self.taken_at = tightest.now if tightest else taken_at  # on the monotonic clock
+        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -2506,7 +2500,8 @@ class Hold:
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
-            if costs[rule.unit] != taken[rule.unit]:
+            unit = rule.unit
+            if costs[unit] != taken[unit]:
                 self.tightest = self.buckets.settle(
                     self.keyed_rules, costs, taken, self.taken_at)
                 break
@@ -3334,7 +3329,7 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output = used.input, used.output
+        prompt, output = used[:2]
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -3594,10 +3589,10 @@ class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
     spelled again. `cuts` are by the mark that stands for each."""
-    cuts: Dict[bytes, slice] = {}
 
     def __init__(self, data: bytes):
         self.data = self.short = data
+        self.cuts: Dict[bytes, slice] = {}
         if len(data) > 2 * MEDIA_BYTES:
             self.short = self.cut_media()
 
@@ -4010,15 +4005,9 @@ class Call(Billable):
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
-    forgotten = False  # what is large of the payload
-    masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
-    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
-    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
-    made: Sequence[str] = ()                               # and these are they
+    made: Sequence[str] = ()  # the names of what was made
     trace: Optional["Trace"] = None
-    # A call in the background whose usage nobody knows yet, where this asks for its answer
-    owes: Optional["Call"] = None
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
@@ -4033,7 +4022,14 @@ class Call(Billable):
         self.path = path
         self.query = query
         self.payload: JsonObject = {}
+        self.forgotten = False  # what is large of it
+        self.length = None      # until it is asked for
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
+        self.masked: Optional[JsonObject] = None  # the payload without what must not leave,
+        self.masks: Optional["Masks"] = None      # and what stands for that
+        self.on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was
+        # A call in the background whose usage nobody knows yet, where this asks for its answer
+        self.owes: Optional["Call"] = None
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -5945,18 +5941,11 @@ class UsageReader(UsageSource):
     MAX_UNPACKED = 1 << 20
 
     characters = 0
-    size = 0
     compact_above = MAX_KEPT
-    cut = False     # the beginning of a line or of JSON is gone
-    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
     usual: Optional[Usage] = None  # by usual_usage
-    end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
-    running = False       # it has not ended, which is told
-    fault = 0             # the status of the error that the response is
     inflater = None
-    said_nothing = False  # it is an error, or has no end, and had no text and told of none
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
@@ -5975,7 +5964,14 @@ class UsageReader(UsageSource):
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.editor = Editor(self.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
+        self.size = 0
+        self.cut = False  # the beginning of a line or of JSON is gone
         self.counts: JsonObject = {}
+        self.final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+        self.end_is_read = False
+        self.running = False       # it has not ended, which is told
+        self.fault = 0             # the status of the error that the response is
+        self.said_nothing = False  # it is one, or has no end, and had no text and told of none
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -7525,21 +7521,14 @@ class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
     because of `failure` where it is set."""
-    reading = False       # whether the loop tells when there is something to read
-    writing = False       # whether it tells when there is room
-    wrote_at = 0.0        # when a slow peer last took something
-    ended = False
     failure: Optional[OSError] = None
-    write_failed = False  # what is written is dropped,
-    unsent = b""          # and so was this
-    discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[Wakeup] = None        # of who awaits that more comes,
-    write_waiter: Optional[Wakeup] = None  # or that something goes
-    source: Optional["Stream"] = None              # the stream to pause while this one is slow
-    poller = None         # for what can be read
-    # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
-    # paused.
-    sink = on_end = on_full = on_write_failed = None
+    wrote_at = 0.0  # when a slow peer last took something
+    unsent = b""    # what was dropped when writing failed
+    write_waiter: Optional[Wakeup] = None  # of who awaits that something goes
+    source: Optional["Stream"] = None      # the stream to pause while this one is slow
+    poller = None   # for what can be read
+    # Callbacks. `on_full`: so much was read ahead that reading was paused.
+    on_end = on_full = on_write_failed = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket):
         sock.setblocking(False)
@@ -7549,6 +7538,13 @@ class Stream:
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self.read_buffer = b""
         self.write_buffer = bytearray()
+        # What is read for every call is not left to the class: CPython would look there last.
+        self.reading = self.writing = False  # whether the loop tells when it can be done
+        self.ended = False
+        self.write_failed = False            # what is written is dropped
+        self.discarding = False              # nobody will use what comes: a refused body's rest
+        self.waiter: Optional[Wakeup] = None  # of who awaits that more comes
+        self.sink: Optional[Callable[[bytes], None]] = None  # is given what comes
 
     def __repr__(self) -> str:
         state = "failed" if self.failure else "ended" if self.ended else "open"
@@ -8564,9 +8560,7 @@ class Response:
     """An upstream's response: a checked head, and a body that is still arriving. As a with-block it
     keeps the connection for the next call if, and only if, the body came whole and nothing
     after."""
-    ticket: Optional[Ticket] = None  # the place of its call, which ends with it
-    streamed = False                 # whether its body is a stream of events
-    bodiless = False                 # whether it has none by its nature, though some send one
+    streamed = False  # whether its body is a stream of events
     released = False
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
@@ -8576,8 +8570,10 @@ class Response:
         self.head = head
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
-        if method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
-            self.bodiless = True
+        self.ticket: Optional[Ticket] = None  # the place of its call, which ends with it
+        # Whether it has no body by its nature (RFC 9112 6.3), though some send one
+        self.bodiless = method == "HEAD" or head.status in (204, 304)
+        if self.bodiless:
             self.framing = Sized(0)
         elif head.length is not None:
             self.framing = Sized(head.length)
@@ -8712,13 +8708,12 @@ Subject = Tuple[str, CallerKey]  # which model is asked for whom
 class Breakers:
     """Those of one address: one for its connections, and one for each model that failed lately,
     because what one caller asks for must not close it to the others."""
-    troubled = False  # whether anything failed lately
-
     def __init__(self, most: int, seconds: float):
         self.most = most
         self.seconds = seconds
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
+        self.troubled = False  # whether anything failed lately
 
     def fails_for_all(self) -> bool:
         """Tells whether it fails, for more callers than one."""
@@ -8826,6 +8821,7 @@ class Address:
         self.spares = collections.deque()  # (reusable from, stream), oldest left
         self.partings: Set[asyncio.Task] = set()
         self.last = None                   # the head of its last response
+        self.first_byte_timeout = transport.first_byte_timeout
         self.tls = transport.tls if endpoint.scheme == "https" else None
         bypass = {"no": transport.no_tunnel}
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
@@ -8917,9 +8913,10 @@ class Address:
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
         stopped reading, before it had it all (RFC 9112 9.5)."""
-        deadline = context.loop.time() + self.transport.first_byte_timeout
+        seconds = self.first_byte_timeout
+        deadline = context.loop.time() + seconds
         if not stream.read_buffer:
-            await stream.more(context, self.transport.first_byte_timeout, self.what_head)
+            await stream.more(context, seconds, self.what_head)
         for _ in range(MAX_INTERIM_RESPONSES):
             data = stream.take_head() or await stream.read_head(
                 STATUS_LINE, context, deadline - context.loop.time(), self.what_head)
@@ -9392,6 +9389,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
     "redacted TEXT").split(", "))
 COLUMN_NAMES = tuple([name for name, _ in COLUMNS])
+TIME_COLUMN = COLUMN_NAMES.index("time")
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
@@ -9446,6 +9444,7 @@ def user_agent(fields: Fields) -> Optional[str]:
     return visible(fields.get("user-agent", "")[:MAX_AGENT]) or None
 
 
+@functools.lru_cache(1000)
 def one_word(text):
     """Returns one word of printable ASCII, quoted where the text is none."""
     if not text:
@@ -9460,8 +9459,7 @@ def format_second(second):
 
 def format_moment(nanoseconds):
     """Returns a time since 1970 in UTC, as logs have it."""
-    second, rest = divmod(nanoseconds, 10 ** 9)
-    return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
+    return f"{format_second(nanoseconds // 10 ** 9)}.{nanoseconds // 10 ** 6 % 1000:03d}Z"
 
 
 class Entry:
@@ -9470,7 +9468,6 @@ class Entry:
     # By how what is awaited begins.
     STATES = (("its turn at", "line"), ("a connection", "connecting"),
               ("the response of", "first byte"), ("the body of", "first byte"))
-    request_id = None
     caller: Optional[Caller] = None
     method = None
     path = None
@@ -9478,21 +9475,15 @@ class Entry:
     upstream = None     # its name
     hold: Optional[Hold] = None
     status = 0
-    outcome = "ok"
-    cause = None
-    gave_up = False     # the caller did not wait for the end
     reader: Optional[UsageReader] = None
     usage: Optional[Usage] = None
     picodollars = 0
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
-    queued = None       # milliseconds in line; None where there was none
     connect_ms = None   # until there was a connection; None where a spare one served
     agent = None        # what the client calls itself
-    found: Dict[str, int] = {}  # by kind, how much that must not leave
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    held_up = 0.0       # seconds before that in which others were awaited
     trace: Optional["Trace"] = None        # where traces are wanted,
     reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
@@ -9502,6 +9493,13 @@ class Entry:
         """`peer` is where the connection comes from, `address` who that stands for."""
         self.address = address
         self.peer = peer
+        self.request_id = None
+        self.outcome = "ok"
+        self.cause = None
+        self.gave_up = False  # the caller did not wait for the end
+        self.queued = None    # milliseconds in line; None where there was none
+        self.held_up = 0.0    # seconds before the first byte in which others were awaited
+        self.found: Optional[Dict[str, int]] = None  # by kind, how much that must not leave
 
     def __repr__(self) -> str:
         return "<Entry %s %s %s %s>" % (self.request_id, self.method, self.path, self.outcome)
@@ -9582,7 +9580,8 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        return format_amount(tightest.rule, tightest.amount), tightest.remaining
+        level, _, rule, _, amount, _ = tightest
+        return format_amount(rule, amount), format_amount(rule, max(0, level))
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -9597,27 +9596,29 @@ class Entry:
 
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
-        call = self.call
-        usage = self.usage
-        first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
+        call, usage, started = self.call, self.usage, self.started
+        first = "-" if self.first_byte is None else f"{int((self.first_byte - started) * 1000)}ms"
         cost, left = self.charged("-")
         used = ""
         if usage:
             mark = "~" if usage.estimated else ""
             used = f" in={mark}{usage.input} out={mark}{usage.output}"
         usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
-        queue = f" queue={self.queued}ms" if self.queued else ""
-        cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
-        redacted = f" redacted={self.redacted}" if self.found else ""
+        remarks = self.remarks() if self.queued or self.cause or self.found else ""
         return (
-            f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
-            f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
-            f"{self.outcome} "
+            f"{format_moment(self.wall)} {self.who()} "
+            f"{self.method or '-'} {(self.path or '-')[:200]} {one_word(call and call.model)} "
+            f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
-            f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
+            f"all={int((self.ended - started) * 1000)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
-            f"id={self.request_id or '-'}{queue}{cause}{redacted}")
+            f"id={self.request_id or '-'}{remarks}")
+
+    def remarks(self):
+        queue = f" queue={self.queued}ms" if self.queued else ""
+        cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        return queue + cause + (f" redacted={self.redacted}" if self.found else "")
 
 
 class Writer:
@@ -9635,7 +9636,7 @@ class Writer:
     def __repr__(self) -> str:
         return "<%s: %d queued, %d dropped>" % (self.thread.name, len(self.queue), self.dropped)
 
-    def record(self, item: Union[str, Entry]):
+    def record(self, item: Union[str, JsonObject, Entry]):
         if len(self.queue) >= self.ROOM:
             self.dropped += 1
         else:
@@ -9702,13 +9703,20 @@ class Log(Writer):
         """Queues the traceback of the exception being handled: a bug of ours."""
         self.say(traceback.format_exc().rstrip())
 
+    def record(self, item):
+        """Queues a line, of a call as it is now: entries that are kept until they are written would
+        crowd the processor's cache."""
+        if len(self.queue) >= self.ROOM:
+            self.dropped += 1
+        else:
+            self.queue.append(item if type(item) is str else self.format(item))
+
     def format(self, entry):
         return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
 
     def write_queued(self):
         while self.queue:
-            batch = self.take(self.BATCH)
-            lines = [line if isinstance(line, str) else self.format(line) for line in batch]
+            lines = self.take(self.BATCH)
             untold = self.dropped - self.told
             if untold:
                 lines.append(self.message("%d log lines dropped" % untold))
@@ -11002,6 +11010,15 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
+    def record(self, entry):
+        """Queues what is kept of a call, so that nothing else of it is."""
+        if len(self.queue) >= self.ROOM:
+            self.dropped += 1
+        else:
+            key = entry.caller and entry.caller.stored_key
+            self.queue.append((entry.as_row(), key and key.name,
+                               entry.hold.keyed_rules if entry.hold else ()))
+
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
@@ -11020,8 +11037,9 @@ class Ledger(Writer):
             if not self.is_open(now):
                 return
             self.read_news(now)
-            self.write(batch, now)
-            self.note_use(batch, now)
+            rows, names, rules = zip(*batch) if batch else ((), (), ())
+            self.write(rows, rules, now)
+            self.note_use(dict(zip(names, rows)), now)
         except sqlite3.Error as failure:
             return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
@@ -11111,10 +11129,9 @@ class Ledger(Writer):
         self.done = {one._replace(done=1) for one in found}
         return new
 
-    def note_use(self, entries, now):
+    def note_use(self, last_rows, now):
         """Writes when keys were used, to the minute, and how many processes there are."""
-        used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
-                if entry.caller and entry.caller.stored_key}
+        used = {name: row[TIME_COLUMN] for name, row in last_rows.items() if name}
         try:
             self.database.note_use(used)
             self.database.note_processes(self.limits.buckets.processes)
@@ -11126,29 +11143,29 @@ class Ledger(Writer):
             self.complain_at = now + 60
             self.log.say(text)
 
-    def recent_levels(self, entries):
+    def recent_levels(self, keyed_rules):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
         these took is not lost with the process."""
-        keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
+        keys = {key for each in keyed_rules for _, key in each}
         offset = wall_time(self.clock) - self.clock.monotonic()
         return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
 
-    def write(self, entries, now):
+    def write(self, rows, keyed_rules, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
         snapshot = self.levels
-        levels = self.recent_levels(entries)
+        levels = self.recent_levels(keyed_rules)
         saved = self.saved
         things = self.stored.unsaved.copy()
-        if not (entries or things) and levels is saved and now < self.forget_at:
+        if not (rows or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            self.database.add([entry.as_row() for entry in entries])
+            self.database.add(rows)
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
@@ -11316,8 +11333,9 @@ class Event:
 
 class Feed(Watcher):
     """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
-    which a page that was cut off goes on."""
+    which a page that was cut off goes on. While nobody looks, calls cost nothing here."""
     ROOM = 1000
+    KEPT_SECONDS = 60  # for a page that was cut off, after which it begins anew
     PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
 
     def __init__(self, clock: Any):
@@ -11326,6 +11344,7 @@ class Feed(Watcher):
         self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
         self.told = 0       # of calls, in this second
         self.listeners = 0  # pages that are open
+        self.kept = 0       # seconds for which events are kept yet
         self.waiting: Set["asyncio.Future[bool]"] = set()
         self.closed = False
 
@@ -11347,7 +11366,7 @@ class Feed(Watcher):
             self.tell("begin", running_call(entry, self.clock))
 
     def record(self, entry):
-        if entry.call and self.told < self.PER_SECOND:
+        if (self.kept or self.listeners) and entry.call and self.told < self.PER_SECOND:
             self.told += 1
             self.tell("end", entry)
 
@@ -11362,7 +11381,13 @@ class Feed(Watcher):
         """A second is over."""
         self.told = 0
         if self.listeners:
+            self.kept = self.KEPT_SECONDS
             self.tell("pulse", payload)
+        elif self.kept:
+            self.kept -= 1
+            if not self.kept:
+                self.number += 1  # so that a page that comes back is told that it lost some
+                self.events.clear()
 
     def close(self, wait):
         self.closed = True
@@ -14035,14 +14060,17 @@ def status_line(status, reason):
     return "HTTP/1.1 %d %s" % (status, reason)
 
 
-class ReplyParts(NamedTuple):
+class ReplyParts:
     """What all replies share."""
-    config: Config
-    clock: Any
-    dialects: Dialects
-    budget: MemoryBudget
-    turns: Turns
-    origins: Origins
+
+    def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
+                 turns: Turns, origins: Origins):
+        self.config = config
+        self.clock = clock
+        self.dialects = dialects
+        self.budget = budget
+        self.turns = turns
+        self.origins = origins
 
 
 IDENTITY, PACKED, UNREADABLE = range(3)
@@ -14059,23 +14087,24 @@ class Reply:
     WAITING = "waiting for the model"
 
     request: Optional[Request] = None
-    content: Optional[bytes] = None         # its body, where that came with its head,
-    body: Optional[RequestBody] = None      # or what is still to come of it
-    call: Optional[Call] = None
+    content: Optional[bytes] = None         # its body, where that came with its head
     adapter: Optional[BodyAdapter] = None   # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
-    begun = early = close_after = until_close = reset = False
+    begun = close_after = until_close = reset = False
     patience = math.inf                     # seconds that the caller has for one wait
-    end_at = math.inf                       # when the call is to be over, in the loop's time
     started = 0                             # unix nanoseconds, when the request's head was there
-    comment_timer = None
 
     def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
         self.client = client
         self.context = context
         self.parts = parts
         self.entry = entry
+        self.body: Optional[RequestBody] = None  # what is still to come of the request's
+        self.call: Optional[Call] = None
+        self.early = False
+        self.end_at = math.inf  # when the call is to be over, in the loop's time
+        self.comment_timer = None
 
     def take(self, request: Request):
         """Take the head of the request that is to be answered."""
@@ -14356,8 +14385,9 @@ class Reply:
             lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
         if usage and not self.call.stream:
-            lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
-                      f"X-LLM-Output-Tokens: {usage.output}\r\n"
+            prompt, output = usage[:2]
+            lines += (f"X-LLM-Input-Tokens: {prompt}\r\n"
+                      f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
         self.client.write(self.head(response.status, lines) + self.first)
@@ -17153,7 +17183,6 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    leave_timer = None
     full_timer = None
 
     def __init__(self, server, sock, peer, address):
@@ -17169,6 +17198,7 @@ class ClientConnection:
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
+        self.leave_timer = None
 
     def __repr__(self) -> str:
         """One line, for `kill -USR1` and a debugger."""
@@ -17520,12 +17550,12 @@ class Server(http.server.ThreadingHTTPServer):
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
     BEAT_SECONDS = 1        # what is shown or told second by second goes by it
     tls: Optional[ssl.SSLContext] = None
-    draining = False
     emptied = None  # a future of that no connection is open
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int,
                  listener: Optional[socket.socket] = None):
         """`listener` is a socket that listens already, for several processes."""
+        self.draining = False
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
