@@ -5118,9 +5118,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
 
 
-# Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+# The names of three counts, as most servers tell no more, and what stands around such a count
+USUAL_COUNTS = b"prompt_tokens", b"completion_tokens", b"total_tokens"
+AROUND_COUNT = b":,} \t\r\n"
 
 
 @functools.lru_cache(KNOWN_MODELS)
@@ -5205,18 +5205,23 @@ class OpenAI(Dialect):
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
     def usual_usage(self, data, model):
-        """Finds three counts, as most servers tell no more, in what then ends the response."""
+        """Finds three counts in what ends the response."""
         if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
                 data.find(model_mark(model)) < 0
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
-        end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        if not end:
+        parts = data[data.rfind(self.USAGE_MARK):].split(b'"')
+        if len(parts) != 9 or parts[-1].count(b"}") != 2:  # its own, and that of all
             return None
-        name, count, other, other_count, third, third_count = end.groups()
-        found = {name: int(count), other: int(other_count), third: int(third_count)}
-        prompt, output = found.get(b"prompt"), found.get(b"completion")
-        if len(found) < 3 or prompt + output != found[b"total"]:
+        _, _, _, name, count, other, other_count, third, third_count = parts
+        try:
+            found = {name: int(count.strip(AROUND_COUNT)),
+                     other: int(other_count.strip(AROUND_COUNT)),
+                     third: int(third_count.strip(AROUND_COUNT))}
+            prompt, output, total = [found[name] for name in USUAL_COUNTS]
+        except (ValueError, LookupError):
+            return None
+        if not 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
             return None
         return Usage(prompt, output, 0, 0, 0, False, 0, model)
 

@@ -3634,7 +3634,10 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","service_tier":"flex",TOLD} -> False
         {"model":"m",TOLD,"cached_tokens":5} -> False
         {"model":"m","choices":[{TOLD}]} -> False
-        {"model":"m",TOLD,"system_fingerprint":"x"} -> True
+        {"model":"m",TOLD,"system_fingerprint":"x"} -> False
+        {"model":"m","choices":[{TOLD},{"a":1}]} -> False
+        {"model":"m","choices":{TOLD}} -> False
+        {"model":"m", TOLD } -> True
         {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
