@@ -16212,7 +16212,7 @@ DASHBOARD = r"""<!doctype html>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
 <style nonce="%NONCE%">
-:root { color-scheme: light dark;
+:root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
   --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
   --lines: light-dark(#dddcd6, #35342f);   --accent: light-dark(#1f5fbf, #82aef0);
@@ -16232,7 +16232,7 @@ small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400
 header { border-bottom: var(--edge); margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
 #bar, .tools, #states, .bucket, nav { display: flex; align-items: center; flex-wrap: wrap; }
-#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: 1; }
+#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
 .tools { gap: 8px 16px; margin-bottom: 16px; } .bucket { gap: 0 12px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
 nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
@@ -16259,9 +16259,10 @@ th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: to
 th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
   white-space: nowrap; } .total td { font-weight: 600; border: 0; }
 tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
-.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
-.actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
-  width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 196px; }
+.actions button { margin-left: 4px; } .actions:has(.ask) > button { display: none; }
+.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; width: 196px; justify-content: end;
+  align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -16294,7 +16295,8 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
 .s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
 .timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; } dd { margin: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0;
+  align-items: baseline; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
   font: 13px/20px ui-monospace, monospace; } .login { max-width: 360px; margin: 15vh auto 0; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
@@ -16306,22 +16308,23 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .stale .live, .stale .live * { color: var(--muted); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
-  .columns { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 719px) { .wide, main { padding-left: 16px; padding-right: 16px; }
+  .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
+@media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
     justify-content: space-between; }
-  .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
-  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; } .ask { width: auto; }
-  .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
+  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; }
+  .ask { width: auto; justify-content: start; } .track { flex-basis: 100%; }
+  .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
-    grid-template-columns: repeat(2, minmax(0, 1fr)); } .cards td > svg { display: inline-block; }
+    grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
+  .cards td > svg { display: inline-block; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
   .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
   .bucket { margin: 4px 0 8px; } .cards td.number { white-space: nowrap; }
-  #bar button { padding: 7px 20px 7px 0; } }
+  #bar button { padding: 7px 8px 7px 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
@@ -16387,8 +16390,7 @@ function paintSoon() {
   planned ??= setTimeout(() => paint(false, planned = null), painted + 1000 - performance.now()); }
 function patch(old, fresh) {
   if (!fresh.acts && !old.acts && old.isEqualNode(fresh)) return;
-  if (!fresh.attributes) return old.data = fresh.data;
-  old.acts = fresh.acts;
+  if (!fresh.attributes) return old.data = fresh.data; old.acts = fresh.acts;
   const isSet = name => name !== "style" && name !== "open"; // who looks opens and closes
   for (const {name} of [...old.attributes])
     if (isSet(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
@@ -16447,8 +16449,7 @@ let session = {}; // from log-in to log-out: how it is `starting`, and the key t
 let model = null; // the summary, kept up to date by events
 let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
 let skew = 0;     // seconds by which the proxy's clock is ahead
-const now = () => Date.now() / 1000 + skew;
-const isAdmin = () => model.you.role === "admin";
+const now = () => Date.now() / 1000 + skew, isAdmin = () => model.you.role === "admin";
 const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
 const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
 // What was asked for before a log-out is never answered: who logs in then has nothing of it.
@@ -16471,15 +16472,13 @@ const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
-    const result = await act(); if (done) notice(done);
-    return result ?? {};
+    const result = await act(); if (done) notice(done); return result ?? {};
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
     else notice(`${what} failed: ${fault.message}`, "bad", 30); }}
 function notice(text, kind = "good", lasts = 8) {
   const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
-  $("notices").append(box);
-  if ($("notices").children.length > 3) $("notices").firstChild.remove();
+  $("notices").append(box); if ($("notices").children.length > 3) $("notices").firstChild.remove();
   setTimeout(() => box.remove(), lasts * 1000); }
 // Events: one stream, read by fetch, because an EventSource sends no key.
 let stream = null, lastId = "", heardAt = 0;
@@ -16502,16 +16501,15 @@ async function follow(end) {
     const events = (rest + value).split("\n\n"); rest = events.pop(); events.forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
-  lastId = id ?? lastId;
-  if (!Object.hasOwn(EVENTS, event)) return;
+  lastId = id ?? lastId; if (!Object.hasOwn(EVENTS, event)) return;
   EVENTS[event](JSON.parse(data || "{}")); heardAt = now(); showLost(false); paintSoon(); }
 function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
   $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : ""; }
 const EVENTS = {
   begin(call) { model.running.set(call.key, call); }, end(call) {
-    Object.assign(model.running.get(call.key) ?? {}, {ended: now(), call}); model.has_calls = true;
-    view.ended?.(call); }, pulse(pulse) {
+    const {upstream, key} = call; model.has_calls = true; view.ended?.(call);
+    Object.assign(model.running.get(key) ?? {}, {ended: now(), call, upstream}); }, pulse(pulse) {
     skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
     model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
     for (const told of pulse.upstreams)
@@ -16571,7 +16569,9 @@ function minuteLine(values) { // what is null is a gap
     + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
 const WAITS = {"first byte": () => "waits for first byte",
   line: ({position}) => "in line, " + (position ? position + " ahead" : "next")};
-const stateOf = call => call.ended ? "ended: " + words(call.call.outcome)
+const outcomeOf = ({outcome, status}) =>
+  outcome === "upstream_status" ? "upstream said " + status : words(outcome);
+const stateOf = call => call.ended ? "ended: " + outcomeOf(call.call)
   : WAITS[call.state]?.(call) ?? call.state;
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
 const RUNNING = [
@@ -16580,8 +16580,7 @@ const RUNNING = [
   ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
 const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
   onkeydown: event => event.key === "Enter" && act()});
-const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", call.ended
-  ? {id: call.id} : {caller: call.caller})));
+const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", {id: call.id})));
 const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller), "whole"],
   ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow(view) {
@@ -16607,6 +16606,7 @@ function bucketNow(bucket) {
   return {level, capacity, refill: interval && refill, next, full}; }
 function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   const amount = number => unit === "usd" ? usd(number, 2) : count(number);
+  if (unit === "running") return `${capacity - level} running, room for ${count(level)} more`;
   const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
   const text = `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`;
   const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
@@ -16795,8 +16795,7 @@ function chart(data) {
     view.pointed = Math.max(-1, Math.min(steps.length - 1, to)); paint(true); };
   const onkeydown = event => {
     const to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length}[event.key];
-    if (to === undefined) return;
-    event.preventDefault(); point(to < -1 ? steps.length : to); };
+    if (to === undefined) return; event.preventDefault(); point(to < -1 ? steps.length : to); };
   return h("div", {class: "chart live"}, svg("svg", {id: "chart", tabindex: 0, role: "img",
     "aria-label": label + ". The table has the same numbers.", onkeydown, onblur: () => point(-1),
     onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
@@ -16844,7 +16843,8 @@ const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: nu
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
 const CALLS = [
   ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", "model"],
-  ["Outcome", ({outcome}) => mark(OUTCOMES[outcome] ?? "bad", words(outcome))],
+  ["Outcome", call => call.outcome ? mark(OUTCOMES[call.outcome] ?? "bad", outcomeOf(call))
+    : mark("off", stateOf(call))],
   ["Tokens", call => count(tokensOf(call)), "number"],
   ["USD", call => money(call, 4), "number"], ["ms", "ms", "number"]];
 function chips(tab, query, names) { // what narrows a view: a click takes it away
@@ -16862,17 +16862,15 @@ function meaning(text) {
   if (name in FILTERS && (value || name === "failed")) return {[name]: value || 1};
   return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text}; }
 const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
-  && (!failed || !["ok", "limited", "caller_gone"].includes(call.outcome))
+  && (!failed || !["ok", "limited", "caller_gone", undefined].includes(call.outcome))
   && Object.entries(same).every(([name, value]) => nameOf(call, name) === value);
 async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
-  const narrow = text => go("calls", {...chosen, ...meaning(text)});
-  let before = null;
+  const narrow = text => go("calls", {...chosen, ...meaning(text)}); let before = null;
   const load = () => attempt("Loading", async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
     calls.push(...page.calls); before = page.next;
-    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call)));
-    paint(true); });
+    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); paint(true); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
   const isRead = () => view.open.size || scrollY > 200 || one("tbody:hover");
   const take = () => calls.unshift(...fresh.splice(0));
@@ -16881,15 +16879,19 @@ async function openCalls(view, query) {
       "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"}));
   view.open = new Set();
   view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
+  const running = () => [...model.running.values()].map(call => ({...call, time: call.started,
+    ms: 1000 * (now() - call.started)})).filter(call => !call.ended && isLike(call, chosen));
   view.draw = () => {
     if (!isRead()) take();
+    const known = calls.map(call => callRows(CALLS, call));
+    const rows = query.size ? [...running().map(call => row(CALLS, call, call.key)), known] : known;
+    const none = before == null ? "No such call so far. " : "None among the latest calls so far. ";
     return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
       () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
-      "new call"), () => paint(take()))), chips("calls", query, FILTERS), calls.length
-      ? table(CALLS, calls.map(call => callRows(CALLS, call))) : query.size ? h("p", null,
-      before == null ? "No such call, or it still runs. " : "None among the latest calls so far. ",
-      link("calls", {}, "Show all calls")) : firstCall(),
-      before != null && button(calls.length ? "Older calls" : "Look further back", load)]; };
+      "new call"), () => paint(take()))), chips("calls", query, FILTERS), rows.flat().length
+      ? table(CALLS, rows) : query.size ? h("p", null, none, link("calls", {}, "Show all calls"))
+      : firstCall(), before != null && button(calls.length ? "Older calls" : "Look further back",
+      load)]; };
   await load(); }
 function callRows(columns, call) {
   const key = keyOf(call), isOpen = view.open.has(key), toggle = () => {
@@ -16904,7 +16906,7 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
   const rest = Math.max(0, ms - line - connect - first), pace = count(1000 * output / rest);
   return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
     `${name} was slow to take a connection`], ["to first byte", first,
-    `${name} took it to begin, after ${count(input)} tokens of input`], ["streaming", rest,
+    `${name} needed that to begin its answer to ${count(input)} tokens`], ["streaming", rest,
     `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
@@ -16932,10 +16934,10 @@ const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
-  ["Role", ({role, team}) => [role, below(team)]],
+  ["Role", ({role, team}) => [role, below(team)], "line"],
   ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
-  ["Expires", ({expires}) => expires ? year(expires) : "never"],
-  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never"],
+  ["Expires", ({expires}) => expires ? year(expires) : "never", "line"],
+  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never", "line"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
     : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
 async function openKeys(view) {
@@ -16967,7 +16969,7 @@ function keyActions(key) {
 function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    "data-first": name === "name" && innerWidth > 719, disabled: key && name === "name",
+    "data-first": name === "name" && innerWidth > 1099, disabled: key && name === "name",
     placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
@@ -16981,7 +16983,7 @@ function keyForm(key) {
   const [name, limits, ...more] = Object.keys(FIELDS).map(field);
   const roles = ["caller", "viewer", "admin"].map(role =>
     h("option", {selected: role === key?.role}, role));
-  return h("details", {class: "side", open: key || innerWidth > 719, "data-key": key?.name
+  return h("details", {class: "side", open: key || innerWidth > 1099, "data-key": key?.name
     + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
     form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
     h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
@@ -16999,7 +17001,7 @@ const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h
   link("calls", {caller: name}, `Watch the calls of ${name}`)));
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", "name"], ["State", stateMark], ["Addresses", ({addresses}) => addresses, "number"],
+  ["Name", "name", "line"], ["State", stateMark], ["Addresses", one => one.addresses, "number"],
   ["In flight", ({in_flight, max_concurrency}) => max_concurrency
     ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
   ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
@@ -17071,8 +17073,7 @@ async function show() {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
       button("Try again", show)]; }
-  mine.isLoading = false;
-  if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
+  mine.isLoading = false; if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
 async function start() {
   await loadSummary().finally(() => { session.starting = null; });
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
@@ -17093,8 +17094,7 @@ function setTheme(theme) {
 function press(event) {
   if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
     event.preventDefault(); $("filter").focus(); }
-  if (event.key !== "Escape" || !model) return;
-  if (view.asked) return ask(null);
+  if (event.key !== "Escape" || !model) return; if (view.asked) return ask(null);
   [view.pointed, view.edited] = [-1, null]; view.open?.clear(); $("notices").replaceChildren();
   paint(true); }
 const THEMES = {auto: "light", light: "dark", dark: "auto"};

@@ -13081,7 +13081,8 @@ class Browser:
     """Chromium without a window, driven by WebDriver (https://www.w3.org/TR/webdriver2/)."""
     PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
     DRIVER = shutil.which("chromedriver")
-    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--window-size=1200,900"]
 
     def __init__(self, folder):
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
@@ -13302,7 +13303,7 @@ class PageTest(AdminCase):
         first = self.made_key()
         self.assert_status(200, call(first))
         self.click("Callers")
-        self.see("4 of 5 requests", "Refused since the start")
+        self.see("4 of 5 requests", "0 running, room for 2 more", "Refused since the start")
         self.ask(call(first))
         self.see("3 of 5 requests")
         self.click("Give", self.KEY)
@@ -13436,6 +13437,22 @@ class PageTest(AdminCase):
         self.ask(call("ann", model="gemma"))
         self.until(lambda: self.count("tr") == 1)
 
+    def test_who_watches_a_caller_sees_its_call_run_and_end(self):
+        self.start(PROXY_API_KEYS="ann=ann,ben=ben")
+        self.stub.answer = None
+        self.log_in()
+        self.browser.run("location.hash = '#calls?caller=ann'")
+        self.see("No such call so far")
+        (client, asked), _ = [self.begin(event(1), key=key) for key in ("ann", "ben")]
+        self.until(lambda: (self.count("tr"), "streaming" in self.text()) == (1, True))
+        self.enter("text", "failed")
+        self.browser.run("document.querySelector('#filter').form.requestSubmit()")
+        self.see("No such call so far")
+        self.click("failed ×")
+        asked.send(chunk(b"data: [DONE]\n\n") + LAST)
+        client.rest()
+        self.until(lambda: (self.count("tr"), "ok" in self.text()) == (1, True))
+
     def test_a_search_that_is_not_at_its_end_says_so(self):
         self.start()
         self.log_in()
@@ -13479,7 +13496,7 @@ class PageTest(AdminCase):
         self.call("ann", "User-Agent: " + self.EVIL, model=self.EVIL)
         self.log_in()
         self.click("Calls")
-        self.see(self.EVIL)
+        self.see(self.EVIL, "upstream said 400")
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
         self.see("Agent", "Request id")
         self.click("Usage")
