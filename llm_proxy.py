@@ -15710,10 +15710,10 @@ class Ask(NamedTuple):
 class Jobs:
     """Helper threads for what blocks, and a bounded line before them, so that nobody's questions
     hold up another's for long."""
-    MOST = 20
     SECONDS = 30
 
-    def __init__(self, threads: int, name: str):
+    def __init__(self, threads: int, name: str, most: int = 20):
+        self.most = most
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
         self.owners = collections.Counter()  # whose jobs are waiting or running
 
@@ -15722,7 +15722,7 @@ class Jobs:
         """Returns what `act` does in a helper thread. A job whose owner has left before it began is
         dropped; one that has begun counts until it ends. Raises Overloaded, and what `act`
         raises."""
-        if sum(self.owners.values()) >= self.MOST:
+        if sum(self.owners.values()) >= self.most:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
@@ -15762,7 +15762,7 @@ class Admin:
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
         self.reading = Jobs(2, "pages")
-        self.changing = Jobs(1, "changes")
+        self.changing = Jobs(1, "changes", 200)  # a program may make many keys at once
         self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
@@ -17122,10 +17122,21 @@ async def send_dashboard(_, reply: Reply):
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
 
 
+MOVED = {"/admin": "dashboard", "/admin/": "../dashboard", "/dashboard/": "../dashboard",
+         "/me/": "../me"}
+
+
+async def send_to_dashboard(request: Request, reply: Reply):
+    reply.send(307, b"", ["Location: " + MOVED[request.path]])
+
+
 def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
-    is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
-    return send_dashboard if is_asked else None
+    if request.method not in ("GET", "HEAD"):
+        return None
+    if request.path in ("/dashboard", "/me"):
+        return send_dashboard
+    return send_to_dashboard if request.path in MOVED else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -18377,30 +18388,42 @@ def port_faults(config):
 
 
 def database_faults(config):
-    """Yields why a start could not use the database, which stays as it is."""
-    path = config.database
-    folder = os.path.dirname(os.path.abspath(path))
+    """Yields why a start could not use the database, which stays as it is; says where it would go
+    without."""
     try:
-        if path == "off":
-            return
-        if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).close()
-        if os.path.exists(lock_name(path)):
-            with lock_for_service(path) or contextlib.nullcontext():
-                pass
-        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-            raise Unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
+        if config.database != "off":
+            look_at_database(config.database)
+    except Unwritable as fault:
+        if config.texts["DATABASE"] == DEFAULT_DATABASE:
+            print(IN_MEMORY % fault)
+        else:
+            yield str(fault)
     except DatabaseFault as fault:
         yield str(fault)
 
 
+def look_at_database(path):
+    """Raises DatabaseFault where a service could not use it."""
+    if os.path.exists(path) and os.path.getsize(path):
+        Database(path, reading=True).close()
+    if os.path.exists(lock_name(path)):
+        with lock_for_service(path) or contextlib.nullcontext():
+            pass
+    folder = os.path.dirname(os.path.abspath(path))
+    number = errno.EACCES if os.path.isdir(folder) else errno.ENOENT
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise Unwritable(path, OSError(number, os.strerror(number)))
+
+
+IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
 CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
 
 
 def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
     differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
-    where it stays. Raises ConfigFaults for a CPU that this process may not use."""
+    where it stays; those that write, which run already, are left free: they would hold it up when
+    they have much to do. Raises ConfigFaults for a CPU that this process may not use."""
     if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
     allowed = sorted(os.sched_getaffinity(0))
@@ -18448,7 +18471,7 @@ def open_database(config, log_stream, remarks):
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
-        remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
+        remarks.append(IN_MEMORY % fault)
 
 
 def open_patiently(log_stream, path, lock, shared=False, tries=12):
@@ -18513,7 +18536,6 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     raise_descriptor_limit()
     if config.workers > 1:
         return run_workers(config, log_stream, remarks, reread)
-    take_one_cpu(config.cpu_affinity, config.port)
     try:
         proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     except OSError as failure:
@@ -18525,6 +18547,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
         proxy.books.close(1)
         return 1
+    take_one_cpu(config.cpu_affinity, config.port)
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     code = run_loop(server, reread, words)
     remove_admin_key(config)
@@ -18609,18 +18632,18 @@ def run_worker(config, log_stream, reread, worker):
     """Serve as one of several processes; returns the exit code."""
     database = None
     try:
-        take_one_cpu(config.cpu_affinity, config.port, worker.number)
         if worker.lock:
             database = open_patiently(log_stream, config.database, worker.lock, shared=True)
         proxy = build(config, log_stream, database=database, worker=worker)
+        proxy.tally = worker.tally
+        proxy.tally.begin(worker.number)
+        if proxy.redis:
+            proxy.limits.buckets.succeeds = worker.again
+        server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
+        take_one_cpu(config.cpu_affinity, config.port, worker.number)
     except (ConfigFaults, DatabaseFault, OSError) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
-    proxy.tally = worker.tally
-    proxy.tally.begin(worker.number)
-    if proxy.redis:
-        proxy.limits.buckets.succeeds = worker.again
-    server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
 
 
@@ -19047,7 +19070,7 @@ def keys_command(options, found, log_stream):
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
-             if name not in NOT_OF_KEYS and value is not None}
+             if name not in NOT_OF_KEYS and value not in (None, False)}
     try:
         with contextlib.closing(database):
             if options.act in ("give", "reset"):

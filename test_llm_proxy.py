@@ -12875,7 +12875,7 @@ class AdminBooksTest(AdminCase):
 
         with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
             clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
-                       for _ in range(llm_proxy.Jobs.MOST)]
+                       for _ in range(self.server.admin.reading.most)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
             self.assertEqual(self.admin("GET", "/calls").status, 503)
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
@@ -12887,6 +12887,13 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(sum(self.server.admin.reading.owners.values()), 2)
             leaves.set()
         wait_for(lambda: not self.server.admin.reading.owners, "the end of all jobs")
+
+    def test_a_program_may_make_many_keys_at_once(self):
+        self.start()
+        clients = [self.connect().send(request(
+            "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
+            for number in range(2 * self.server.admin.reading.most)]
+        self.assertEqual({client.read().status for client in clients}, {201})
 
     def test_without_a_database_there_is_what_the_process_knows(self):
         self.start(DATABASE="off")
@@ -13150,6 +13157,13 @@ class DashboardTest(AdminCase):
             self.assertIn("default-src 'none'", policy)
             self.assertEqual(first.get("cache-control"), "no-store")
             self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
+
+    def test_paths_that_are_nearly_those_of_the_page_lead_to_it(self):
+        self.start()
+        for path, place in self.each((("/admin", "dashboard"), ("/admin/", "../dashboard"),
+                                      ("/dashboard/", "../dashboard"), ("/me/", "../me"))):
+            answered = self.ask(request("GET", path))
+            self.assertEqual((answered.status, answered.get("location")), (307, place))
 
     def test_the_page_is_small_and_makes_no_markup_of_text(self):
         page = llm_proxy.DASHBOARD
@@ -14335,6 +14349,7 @@ class KeysCommandTest(ProcessCase):
                 (1, "stored already", "add", "ann"),
                 (1, "expires must be", "add", "b", "--expires", "x"),
                 (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "done: set name=ann note=x\n", "set", "ann", "--note", "x"),
                 (0, "done: give name=old amount=2 unit=usd", "give", "old", "2", "usd"),
                 (0, "done: reset name=192.0.2.1", "reset", "192.0.2.1"),
                 (1, "amount must be", "give", "ann", "x", "usd"),
@@ -14828,11 +14843,18 @@ class CommandsTest(ProcessCase):
         for said, settings in self.each((
                 ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
                 ("is used by another llm_proxy", {"DATABASE": used}),
-                ("DATABASE must be a file", {"DATABASE": "/nonexistent/x.db"}),
+                ("x.db': No such file", {"DATABASE": "/nonexistent/x.db"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
+
+    def test_check_knows_that_a_start_goes_without_the_usual_database(self):
+        for path, is_usual in self.each((("", True), ("x.db", False))):
+            config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
+            with contextlib.redirect_stdout(out), mock.patch("os.access", return_value=False):
+                faults = list(llm_proxy.database_faults(config))
+            self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
