@@ -15490,9 +15490,9 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        lists = [models for name, models in self.lists.items() if upstream in (None, name)]
-        for model in itertools.chain(*lists):
-            found.setdefault(model.name, model)
+        for name in [upstream] if upstream else [one.name for one in self.upstreams]:
+            for model in self.lists.get(name, ()):
+                found.setdefault(model.name, model)
         return found
 
     async def ask_all(self, loop):
@@ -15641,6 +15641,9 @@ class Pages:
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return None
+        bound = self.proxy.routes.by_name.get(key.upstream) if key else None
+        if bound not in (None, *self.catalogue.upstreams):  # others see it by its prefix alone
+            await self.catalogue.ask(self.proxy.loop, bound)
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
             return None  # it may speak the client's API alone

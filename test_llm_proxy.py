@@ -11331,6 +11331,14 @@ class KeysTest(KeysCase):
         answered = self.ask(request("GET", "/box/v1/models", key=keys[0]))
         self.assertEqual([one["id"] for one in answered.json()["data"]], ["gemma-3"])  # as before
 
+    def test_who_is_bound_to_an_upstream_sees_the_list_that_others_see_by_its_prefix(self):
+        box, = self.start_named("box")
+        box.answer = says_json({"data": [{"id": "gemma-3"}]})
+        for upstream, names in self.each((("box", ["gemma-3"]), (None, []), ("gone", []))):
+            key = self.add(str(upstream), upstream=upstream)
+            answered = self.ask(request("GET", "/v1/models", key=key))
+            self.assertEqual([one["id"] for one in answered.json()["data"]], names)
+
     def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
         one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
         ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
@@ -14880,6 +14888,15 @@ class CommandsTest(ProcessCase):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity") and os.path.isdir("/proc/self/task"),
+                         "this system keeps no thread on a CPU")
+    def test_the_loop_stays_on_one_cpu_and_what_writes_is_free(self):
+        pid = self.serve(DATABASE=new_path(self, "books.db")).process.pid
+        found = {int(task): os.sched_getaffinity(int(task))
+                 for task in os.listdir("/proc/%d/task" % pid)}
+        self.assertEqual(len(found.pop(pid)), 1)
+        self.assertGreaterEqual(list(found.values()).count(os.sched_getaffinity(0)), 2)
 
     def test_it_runs_with_its_standard_files_closed(self):
         closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
