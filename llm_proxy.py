@@ -1221,15 +1221,13 @@ class Config(types.SimpleNamespace):
             for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
-        for key, name in (self.proxy_api_keys or {}).items():
-            if len(key) < 16:
-                yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
-                       " characters: it can be guessed")
+        keys = [(f"the key {name or 'without a name'} in PROXY_API_KEYS", key)
+                for key, name in (self.proxy_api_keys or {}).items()]
+        for name, key in (*keys, ("ADMIN_KEY", self.admin_key), ("VIEWER_KEY", self.viewer_key)):
+            if key and len(key) < 16:
+                yield name + " has less than 16 characters: it can be guessed"
         if (self.redact or self.redact_patterns) and not self.redacted_upstreams():
             yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
-        for name in ("ADMIN_KEY", "VIEWER_KEY"):
-            if len(getattr(self, name.lower()) or name * 2) < 16:
-                yield name + " has less than 16 characters: it can be guessed"
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -15779,15 +15777,15 @@ class Admin:
     def find(self, method, path):
         """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
         MethodNotAllowed."""
-        found = [(match, row) for shape, row in self.rows
-                 for match in [shape.fullmatch(path or "/")] if match]
-        if not found:
-            raise NoSuchPage()
-        for match, row in found:
-            if row.method == method or (
-                    (row.method, method) == ("GET", "HEAD") and row.handler != "events"):
+        refusal = NoSuchPage
+        for shape, row in self.rows:
+            match = shape.fullmatch(path or "/")
+            if match and (row.method == method or (
+                    (row.method, method) == ("GET", "HEAD") and row.handler != "events")):
                 return row, urllib.parse.unquote("".join(match.groups()))
-        raise MethodNotAllowed()
+            if match:
+                refusal = MethodNotAllowed
+        raise refusal()
 
     async def answer(self, request: Request, reply: Reply):
         """A page: any of the admin API."""
@@ -15894,7 +15892,7 @@ class Admin:
                 "has_calls": bool(sums or self.pulse.callers),
                 "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
                 "running": [running_call(entry, self.clock) for entry in self.running()],
-                "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
+                "near": self.near(), **await self.upstreams(ask)}
 
     def near(self):
         """Returns the buckets that are nearest to their end."""
@@ -15973,16 +15971,14 @@ class Admin:
     @staticmethod
     def upstream_now(upstream):
         stats = upstream.stats()
-        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
-                "waiting": stats.get("queue", {}).get("waiting", 0)}
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue}
 
     # -- upstreams
 
     def describe(self, upstream):
-        stats = upstream.stats()
-        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
         known = self.lists.get(upstream.name, [])  # as it told them before
-        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+        return {**self.upstream_now(upstream), **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
                 "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
                 "max_concurrency": upstream.queue.slots() if upstream.queue else 0}
@@ -17502,7 +17498,6 @@ class Handshakes:
 collect_a_little = getattr(gc, "collect_step", lambda: None)
 
 
-REUSE_ADDRESS = os.name == "posix"  # elsewhere it would let two servers share a port
 BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -17513,7 +17508,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         if host == "::":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
+        # Elsewhere than on POSIX it would let two servers share a port.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         keep_alive(listener)
         listener.bind((host, port))
         listener.listen(BACKLOG)
@@ -18380,14 +18376,15 @@ def check(config):
 
 def port_faults(config):
     """Yields why a start could not listen."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
-            trial.bind((config.host, config.port))
-            trial.listen()
+        listen(config.host, config.port).close()
     except OSError as failure:
-        yield CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure)
+        yield cannot_listen(config, failure)
+
+
+def cannot_listen(config, failure):
+    return "cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
+        config.host, config.port, failure.strerror or failure)
 
 
 def database_faults(config):
@@ -18413,13 +18410,11 @@ def look_at_database(path):
         with lock_for_service(path) or contextlib.nullcontext():
             pass
     folder = os.path.dirname(os.path.abspath(path))
-    number = errno.EACCES if os.path.isdir(folder) else errno.ENOENT
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise Unwritable(path, OSError(number, os.strerror(number)))
+        raise Unwritable(path, OSError("no such folder, or no permission"))
 
 
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
-CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
 
 
 def take_one_cpu(cpu, port, worker=0):
@@ -18547,7 +18542,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        log.say(cannot_listen(config, failure))
         proxy.books.close(1)
         return 1
     take_one_cpu(config.cpu_affinity, config.port)
@@ -18594,7 +18589,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     try:
         common = prepare_workers(config, log_stream, remarks)
     except OSError as failure:
-        say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        say(cannot_listen(config, failure))
         return 1
     for line in [*greeting(config), "%d workers share the port" % config.workers, *remarks]:
         say(line)
@@ -18695,8 +18690,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
 def report_calls(server):
     """Say which calls are running."""
     calls = server.running_calls()
-    noun = "call is" if len(calls) == 1 else "calls are"
-    for line in ["%d %s running" % (len(calls), noun), *calls]:
+    for line in ["running calls: %d" % len(calls), *calls]:
         server.proxy.books.log.say(line)
 
 

@@ -14851,7 +14851,7 @@ class CommandsTest(ProcessCase):
         for said, settings in self.each((
                 ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
                 ("is used by another llm_proxy", {"DATABASE": used}),
-                ("x.db': No such file", {"DATABASE": "/nonexistent/x.db"}),
+                ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
@@ -15049,12 +15049,12 @@ class CommandsTest(ProcessCase):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
         self.begin(event(1))
         process.stop(signal.SIGUSR1)
-        wait_for(lambda: process.said("1 call is running\n"))
+        wait_for(lambda: process.said("running calls: 1\n"))
         self.connect().send(call("k"))
         wait_for(lambda: b'"waiting": 1' in self.ask(HEALTH).body, "a call in line")
         process.stop(signal.SIGUSR1)
         for said in self.each((
-                "2 calls are running\n",
+                "running calls: 2\n",
                 "127.0.0.1 POST %s " % CHAT,
                 "s upstream=base awaits the body of the response of http://127.0.0.1:",
                 "s upstream=base awaits its turn at base for ")):
@@ -15211,7 +15211,7 @@ class WorkersTest(ProcessCase):
             wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
                               for _ in range(20)} == {status}, act)
         for number, said in self.each((
-                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+                (signal.SIGUSR1, ": running calls: 0"), (signal.SIGHUP, "were read again"))):
             process.stop(number)
             wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
 
