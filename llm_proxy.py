@@ -288,10 +288,6 @@ def printable(text):
     return text
 
 
-def listen_host(text):
-    return printable(text).strip("[]")
-
-
 def ca_file(text):
     try:
         ssl.create_default_context(cafile=text)
@@ -910,7 +906,7 @@ SETTING_ROWS = {
          " gives up; 0: off"),
     ),
     "Where callers come in": (
-        ("HOST", listen_host,
+        ("HOST", lambda text: printable(text).strip("[]"),
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4; unset:"
          " 0.0.0.0, but 127.0.0.1 where anyone could spend our key at a vendor"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
@@ -15555,11 +15551,9 @@ class Pages:
         try:
             proxy.identify(request, entry)
         except Refusal as refusal:
-            guess = None
             with contextlib.suppress(BadRequest):
-                guess = proxy.callers.credential_in(request, request.query)
-            if guess:
-                entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
+                if proxy.callers.credential_in(request, request.query):  # it may be guessing
+                    entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
         found.update(self.usual_quota(entry))
@@ -15584,8 +15578,7 @@ class Pages:
         if proxy.config.metrics != "open":
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
-        families = self.count()
-        for family in [*families, *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
+        for family in [*self.count(), *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
             for line in family.lines():
                 lines.append(line)
                 if len(lines) % self.MANY_LINES == 0:
@@ -15957,13 +15950,14 @@ class Admin:
     def beat(self):
         """A second is over: tell those who look what was in it."""
         proxy = self.proxy
-        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
-        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        upstreams = list(map(self.upstream_now, proxy.routes.all))
+        waiting = sum([one["waiting"] for one in upstreams])
+        found = self.pulse.tick(len(proxy.books.running), waiting)
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
                        "running": [running_call(entry, self.clock) for entry in self.running()],
-                       "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+                       "upstreams": upstreams}
         self.feed.exchange({**found, **details})
         self.pulse.seconds[-1] = found = self.feed.added_up(found)
         self.feed.pulse({**found, **self.feed.added_up(details)})
@@ -17113,29 +17107,26 @@ Content-Security-Policy: default-src 'none'; script-src 'nonce-%NONCE%'; style-s
 """.replace("\n ", " ").splitlines()
 
 
-async def send_dashboard(_, reply: Reply):
+# Paths of the page, and where those lead that are nearly so: its own addresses are relative.
+PAGE_PATHS = {"/dashboard": None, "/me": None, "/admin": "dashboard", "/admin/": "../dashboard",
+              "/dashboard/": "../dashboard", "/me/": "../me"}
+
+
+async def send_dashboard(request: Request, reply: Reply):
     """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
     but what carries the nonce of this answer."""
+    place = PAGE_PATHS[request.path]
+    if place:
+        return reply.send(307, b"", ["Location: " + place])
     nonce = os.urandom(16).hex()
     page, *lines = [text.replace("%NONCE%", nonce) for text in (DASHBOARD, *PAGE_LINES)]
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
 
 
-MOVED = {"/admin": "dashboard", "/admin/": "../dashboard", "/dashboard/": "../dashboard",
-         "/me/": "../me"}
-
-
-async def send_to_dashboard(request: Request, reply: Reply):
-    reply.send(307, b"", ["Location: " + MOVED[request.path]])
-
-
 def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
-    if request.method not in ("GET", "HEAD"):
-        return None
-    if request.path in ("/dashboard", "/me"):
-        return send_dashboard
-    return send_to_dashboard if request.path in MOVED else None
+    is_asked = request.path in PAGE_PATHS and request.method in ("GET", "HEAD")
+    return send_dashboard if is_asked else None
 
 
 # --------------------------------------------------------------------------------------------------
