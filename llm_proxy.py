@@ -15578,7 +15578,8 @@ class Pages:
         if proxy.config.metrics != "open":
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
-        for family in [*self.count(), *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
+        own = proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)
+        for family in [*self.count(), *own]:
             for line in family.lines():
                 lines.append(line)
                 if len(lines) % self.MANY_LINES == 0:
