@@ -288,10 +288,6 @@ def printable(text):
     return text
 
 
-def listen_host(text):
-    return printable(text).strip("[]")
-
-
 def ca_file(text):
     try:
         ssl.create_default_context(cafile=text)
@@ -910,7 +906,7 @@ SETTING_ROWS = {
          " gives up; 0: off"),
     ),
     "Where callers come in": (
-        ("HOST", listen_host,
+        ("HOST", lambda text: printable(text).strip("[]"),
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4; unset:"
          " 0.0.0.0, but 127.0.0.1 where anyone could spend our key at a vendor"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
@@ -1221,15 +1217,13 @@ class Config(types.SimpleNamespace):
             for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
-        for key, name in (self.proxy_api_keys or {}).items():
-            if len(key) < 16:
-                yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
-                       " characters: it can be guessed")
+        keys = [(f"the key {name or 'without a name'} in PROXY_API_KEYS", key)
+                for key, name in (self.proxy_api_keys or {}).items()]
+        for name, key in (*keys, ("ADMIN_KEY", self.admin_key), ("VIEWER_KEY", self.viewer_key)):
+            if key and len(key) < 16:
+                yield name + " has less than 16 characters: it can be guessed"
         if (self.redact or self.redact_patterns) and not self.redacted_upstreams():
             yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
-        for name in ("ADMIN_KEY", "VIEWER_KEY"):
-            if len(getattr(self, name.lower()) or name * 2) < 16:
-                yield name + " has less than 16 characters: it can be guessed"
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -15525,9 +15519,9 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        lists = [models for name, models in self.lists.items() if upstream in (None, name)]
-        for model in itertools.chain(*lists):
-            found.setdefault(model.name, model)
+        for name in [upstream] if upstream else [one.name for one in self.upstreams]:
+            for model in self.lists.get(name, ()):
+                found.setdefault(model.name, model)
         return found
 
     async def ask_all(self, loop):
@@ -15592,11 +15586,9 @@ class Pages:
         try:
             proxy.identify(request, entry)
         except Refusal as refusal:
-            guess = None
             with contextlib.suppress(BadRequest):
-                guess = proxy.callers.credential_in(request, request.query)
-            if guess:
-                entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
+                if proxy.callers.credential_in(request, request.query):  # it may be guessing
+                    entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
         found.update(self.usual_quota(entry))
@@ -15621,8 +15613,8 @@ class Pages:
         if proxy.config.metrics != "open":
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
-        families = self.count()
-        for family in [*families, *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
+        own = proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)
+        for family in [*self.count(), *own]:
             for line in family.lines():
                 lines.append(line)
                 if len(lines) % self.MANY_LINES == 0:
@@ -15676,6 +15668,9 @@ class Pages:
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return None
+        bound = self.proxy.routes.by_name.get(key.upstream) if key else None
+        if bound not in (None, *self.catalogue.upstreams):  # others see it by its prefix alone
+            await self.catalogue.ask(self.proxy.loop, bound)
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
             return None  # it may speak the client's API alone
@@ -15745,10 +15740,10 @@ class Ask(NamedTuple):
 class Jobs:
     """Helper threads for what blocks, and a bounded line before them, so that nobody's questions
     hold up another's for long."""
-    MOST = 20
     SECONDS = 30
 
-    def __init__(self, threads: int, name: str):
+    def __init__(self, threads: int, name: str, most: int = 20):
+        self.most = most
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
         self.owners = collections.Counter()  # whose jobs are waiting or running
 
@@ -15757,7 +15752,7 @@ class Jobs:
         """Returns what `act` does in a helper thread. A job whose owner has left before it began is
         dropped; one that has begun counts until it ends. Raises Overloaded, and what `act`
         raises."""
-        if sum(self.owners.values()) >= self.MOST:
+        if sum(self.owners.values()) >= self.most:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
@@ -15797,7 +15792,7 @@ class Admin:
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
         self.reading = Jobs(2, "pages")
-        self.changing = Jobs(1, "changes")
+        self.changing = Jobs(1, "changes", 200)  # a program may make many keys at once
         self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
@@ -15811,15 +15806,15 @@ class Admin:
     def find(self, method, path):
         """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
         MethodNotAllowed."""
-        found = [(match, row) for shape, row in self.rows
-                 for match in [shape.fullmatch(path or "/")] if match]
-        if not found:
-            raise NoSuchPage()
-        for match, row in found:
-            if row.method == method or (
-                    (row.method, method) == ("GET", "HEAD") and row.handler != "events"):
+        refusal = NoSuchPage
+        for shape, row in self.rows:
+            match = shape.fullmatch(path or "/")
+            if match and (row.method == method or (
+                    (row.method, method) == ("GET", "HEAD") and row.handler != "events")):
                 return row, urllib.parse.unquote("".join(match.groups()))
-        raise MethodNotAllowed()
+            if match:
+                refusal = MethodNotAllowed
+        raise refusal()
 
     async def answer(self, request: Request, reply: Reply):
         """A page: any of the admin API."""
@@ -15926,7 +15921,7 @@ class Admin:
                 "has_calls": bool(sums or self.pulse.callers),
                 "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
                 "running": [running_call(entry, self.clock) for entry in self.running()],
-                "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
+                "near": self.near(), **await self.upstreams(ask)}
 
     def near(self):
         """Returns the buckets that are nearest to their end."""
@@ -15991,13 +15986,14 @@ class Admin:
     def beat(self):
         """A second is over: tell those who look what was in it."""
         proxy = self.proxy
-        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
-        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        upstreams = list(map(self.upstream_now, proxy.routes.all))
+        waiting = sum([one["waiting"] for one in upstreams])
+        found = self.pulse.tick(len(proxy.books.running), waiting)
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
                        "running": [running_call(entry, self.clock) for entry in self.running()],
-                       "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+                       "upstreams": upstreams}
         self.feed.exchange({**found, **details})
         self.pulse.seconds[-1] = found = self.feed.added_up(found)
         self.feed.pulse({**found, **self.feed.added_up(details)})
@@ -16005,16 +16001,14 @@ class Admin:
     @staticmethod
     def upstream_now(upstream):
         stats = upstream.stats()
-        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
-                "waiting": stats.get("queue", {}).get("waiting", 0)}
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue}
 
     # -- upstreams
 
     def describe(self, upstream):
-        stats = upstream.stats()
-        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
         known = self.lists.get(upstream.name, [])  # as it told them before
-        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+        return {**self.upstream_now(upstream), **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
                 "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
                 "max_concurrency": upstream.queue.slots() if upstream.queue else 0}
@@ -16247,7 +16241,7 @@ DASHBOARD = r"""<!doctype html>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
 <style nonce="%NONCE%">
-:root { color-scheme: light dark;
+:root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
   --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
   --lines: light-dark(#dddcd6, #35342f);   --accent: light-dark(#1f5fbf, #82aef0);
@@ -16267,7 +16261,7 @@ small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400
 header { border-bottom: var(--edge); margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
 #bar, .tools, #states, .bucket, nav { display: flex; align-items: center; flex-wrap: wrap; }
-#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: 1; }
+#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
 .tools { gap: 8px 16px; margin-bottom: 16px; } .bucket { gap: 0 12px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
 nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
@@ -16294,9 +16288,10 @@ th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: to
 th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
   white-space: nowrap; } .total td { font-weight: 600; border: 0; }
 tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
-.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
-.actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
-  width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 196px; }
+.actions button { margin-left: 4px; } .actions:has(.ask) > button { display: none; }
+.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; width: 196px; justify-content: end;
+  align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -16329,7 +16324,8 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
 .s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
 .timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; } dd { margin: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0;
+  align-items: baseline; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
   font: 13px/20px ui-monospace, monospace; } .login { max-width: 360px; margin: 15vh auto 0; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
@@ -16341,22 +16337,23 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .stale .live, .stale .live * { color: var(--muted); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
-  .columns { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 719px) { .wide, main { padding-left: 16px; padding-right: 16px; }
+  .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
+@media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
     justify-content: space-between; }
-  .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
-  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; } .ask { width: auto; }
-  .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
+  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; }
+  .ask { width: auto; justify-content: start; } .track { flex-basis: 100%; }
+  .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
-    grid-template-columns: repeat(2, minmax(0, 1fr)); } .cards td > svg { display: inline-block; }
+    grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
+  .cards td > svg { display: inline-block; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
   .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
   .bucket { margin: 4px 0 8px; } .cards td.number { white-space: nowrap; }
-  #bar button { padding: 7px 20px 7px 0; } }
+  #bar button { padding: 7px 8px 7px 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
@@ -16422,8 +16419,7 @@ function paintSoon() {
   planned ??= setTimeout(() => paint(false, planned = null), painted + 1000 - performance.now()); }
 function patch(old, fresh) {
   if (!fresh.acts && !old.acts && old.isEqualNode(fresh)) return;
-  if (!fresh.attributes) return old.data = fresh.data;
-  old.acts = fresh.acts;
+  if (!fresh.attributes) return old.data = fresh.data; old.acts = fresh.acts;
   const isSet = name => name !== "style" && name !== "open"; // who looks opens and closes
   for (const {name} of [...old.attributes])
     if (isSet(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
@@ -16482,8 +16478,7 @@ let session = {}; // from log-in to log-out: how it is `starting`, and the key t
 let model = null; // the summary, kept up to date by events
 let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
 let skew = 0;     // seconds by which the proxy's clock is ahead
-const now = () => Date.now() / 1000 + skew;
-const isAdmin = () => model.you.role === "admin";
+const now = () => Date.now() / 1000 + skew, isAdmin = () => model.you.role === "admin";
 const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
 const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
 // What was asked for before a log-out is never answered: who logs in then has nothing of it.
@@ -16506,15 +16501,13 @@ const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
-    const result = await act(); if (done) notice(done);
-    return result ?? {};
+    const result = await act(); if (done) notice(done); return result ?? {};
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
     else notice(`${what} failed: ${fault.message}`, "bad", 30); }}
 function notice(text, kind = "good", lasts = 8) {
   const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
-  $("notices").append(box);
-  if ($("notices").children.length > 3) $("notices").firstChild.remove();
+  $("notices").append(box); if ($("notices").children.length > 3) $("notices").firstChild.remove();
   setTimeout(() => box.remove(), lasts * 1000); }
 // Events: one stream, read by fetch, because an EventSource sends no key.
 let stream = null, lastId = "", heardAt = 0;
@@ -16537,16 +16530,15 @@ async function follow(end) {
     const events = (rest + value).split("\n\n"); rest = events.pop(); events.forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
-  lastId = id ?? lastId;
-  if (!Object.hasOwn(EVENTS, event)) return;
+  lastId = id ?? lastId; if (!Object.hasOwn(EVENTS, event)) return;
   EVENTS[event](JSON.parse(data || "{}")); heardAt = now(); showLost(false); paintSoon(); }
 function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
   $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : ""; }
 const EVENTS = {
   begin(call) { model.running.set(call.key, call); }, end(call) {
-    Object.assign(model.running.get(call.key) ?? {}, {ended: now(), call}); model.has_calls = true;
-    view.ended?.(call); }, pulse(pulse) {
+    const {upstream, key} = call; model.has_calls = true; view.ended?.(call);
+    Object.assign(model.running.get(key) ?? {}, {ended: now(), call, upstream}); }, pulse(pulse) {
     skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
     model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
     for (const told of pulse.upstreams)
@@ -16606,7 +16598,9 @@ function minuteLine(values) { // what is null is a gap
     + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
 const WAITS = {"first byte": () => "waits for first byte",
   line: ({position}) => "in line, " + (position ? position + " ahead" : "next")};
-const stateOf = call => call.ended ? "ended: " + words(call.call.outcome)
+const outcomeOf = ({outcome, status}) =>
+  outcome === "upstream_status" ? "upstream said " + status : words(outcome);
+const stateOf = call => call.ended ? "ended: " + outcomeOf(call.call)
   : WAITS[call.state]?.(call) ?? call.state;
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
 const RUNNING = [
@@ -16615,8 +16609,7 @@ const RUNNING = [
   ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
 const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
   onkeydown: event => event.key === "Enter" && act()});
-const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", call.ended
-  ? {id: call.id} : {caller: call.caller})));
+const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", {id: call.id})));
 const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller), "whole"],
   ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow(view) {
@@ -16642,6 +16635,7 @@ function bucketNow(bucket) {
   return {level, capacity, refill: interval && refill, next, full}; }
 function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   const amount = number => unit === "usd" ? usd(number, 2) : count(number);
+  if (unit === "running") return `${capacity - level} running, room for ${count(level)} more`;
   const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
   const text = `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`;
   const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
@@ -16830,8 +16824,7 @@ function chart(data) {
     view.pointed = Math.max(-1, Math.min(steps.length - 1, to)); paint(true); };
   const onkeydown = event => {
     const to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length}[event.key];
-    if (to === undefined) return;
-    event.preventDefault(); point(to < -1 ? steps.length : to); };
+    if (to === undefined) return; event.preventDefault(); point(to < -1 ? steps.length : to); };
   return h("div", {class: "chart live"}, svg("svg", {id: "chart", tabindex: 0, role: "img",
     "aria-label": label + ". The table has the same numbers.", onkeydown, onblur: () => point(-1),
     onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
@@ -16879,7 +16872,8 @@ const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: nu
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
 const CALLS = [
   ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", "model"],
-  ["Outcome", ({outcome}) => mark(OUTCOMES[outcome] ?? "bad", words(outcome))],
+  ["Outcome", call => call.outcome ? mark(OUTCOMES[call.outcome] ?? "bad", outcomeOf(call))
+    : mark("off", stateOf(call))],
   ["Tokens", call => count(tokensOf(call)), "number"],
   ["USD", call => money(call, 4), "number"], ["ms", "ms", "number"]];
 function chips(tab, query, names) { // what narrows a view: a click takes it away
@@ -16897,17 +16891,15 @@ function meaning(text) {
   if (name in FILTERS && (value || name === "failed")) return {[name]: value || 1};
   return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text}; }
 const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
-  && (!failed || !["ok", "limited", "caller_gone"].includes(call.outcome))
+  && (!failed || !["ok", "limited", "caller_gone", undefined].includes(call.outcome))
   && Object.entries(same).every(([name, value]) => nameOf(call, name) === value);
 async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
-  const narrow = text => go("calls", {...chosen, ...meaning(text)});
-  let before = null;
+  const narrow = text => go("calls", {...chosen, ...meaning(text)}); let before = null;
   const load = () => attempt("Loading", async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
     calls.push(...page.calls); before = page.next;
-    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call)));
-    paint(true); });
+    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); paint(true); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
   const isRead = () => view.open.size || scrollY > 200 || one("tbody:hover");
   const take = () => calls.unshift(...fresh.splice(0));
@@ -16916,15 +16908,19 @@ async function openCalls(view, query) {
       "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"}));
   view.open = new Set();
   view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
+  const running = () => [...model.running.values()].map(call => ({...call, time: call.started,
+    ms: 1000 * (now() - call.started)})).filter(call => !call.ended && isLike(call, chosen));
   view.draw = () => {
     if (!isRead()) take();
+    const known = calls.map(call => callRows(CALLS, call));
+    const rows = query.size ? [...running().map(call => row(CALLS, call, call.key)), known] : known;
+    const none = before == null ? "No such call so far. " : "None among the latest calls so far. ";
     return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
       () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
-      "new call"), () => paint(take()))), chips("calls", query, FILTERS), calls.length
-      ? table(CALLS, calls.map(call => callRows(CALLS, call))) : query.size ? h("p", null,
-      before == null ? "No such call, or it still runs. " : "None among the latest calls so far. ",
-      link("calls", {}, "Show all calls")) : firstCall(),
-      before != null && button(calls.length ? "Older calls" : "Look further back", load)]; };
+      "new call"), () => paint(take()))), chips("calls", query, FILTERS), rows.flat().length
+      ? table(CALLS, rows) : query.size ? h("p", null, none, link("calls", {}, "Show all calls"))
+      : firstCall(), before != null && button(calls.length ? "Older calls" : "Look further back",
+      load)]; };
   await load(); }
 function callRows(columns, call) {
   const key = keyOf(call), isOpen = view.open.has(key), toggle = () => {
@@ -16939,7 +16935,7 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
   const rest = Math.max(0, ms - line - connect - first), pace = count(1000 * output / rest);
   return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
     `${name} was slow to take a connection`], ["to first byte", first,
-    `${name} took it to begin, after ${count(input)} tokens of input`], ["streaming", rest,
+    `${name} needed that to begin its answer to ${count(input)} tokens`], ["streaming", rest,
     `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
@@ -16967,10 +16963,10 @@ const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
-  ["Role", ({role, team}) => [role, below(team)]],
+  ["Role", ({role, team}) => [role, below(team)], "line"],
   ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
-  ["Expires", ({expires}) => expires ? year(expires) : "never"],
-  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never"],
+  ["Expires", ({expires}) => expires ? year(expires) : "never", "line"],
+  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never", "line"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
     : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
 async function openKeys(view) {
@@ -17002,7 +16998,7 @@ function keyActions(key) {
 function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    "data-first": name === "name" && innerWidth > 719, disabled: key && name === "name",
+    "data-first": name === "name" && innerWidth > 1099, disabled: key && name === "name",
     placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
@@ -17016,7 +17012,7 @@ function keyForm(key) {
   const [name, limits, ...more] = Object.keys(FIELDS).map(field);
   const roles = ["caller", "viewer", "admin"].map(role =>
     h("option", {selected: role === key?.role}, role));
-  return h("details", {class: "side", open: key || innerWidth > 719, "data-key": key?.name
+  return h("details", {class: "side", open: key || innerWidth > 1099, "data-key": key?.name
     + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
     form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
     h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
@@ -17034,7 +17030,7 @@ const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h
   link("calls", {caller: name}, `Watch the calls of ${name}`)));
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", "name"], ["State", stateMark], ["Addresses", ({addresses}) => addresses, "number"],
+  ["Name", "name", "line"], ["State", stateMark], ["Addresses", one => one.addresses, "number"],
   ["In flight", ({in_flight, max_concurrency}) => max_concurrency
     ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
   ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
@@ -17106,8 +17102,7 @@ async function show() {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
       button("Try again", show)]; }
-  mine.isLoading = false;
-  if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
+  mine.isLoading = false; if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
 async function start() {
   await loadSummary().finally(() => { session.starting = null; });
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
@@ -17128,8 +17123,7 @@ function setTheme(theme) {
 function press(event) {
   if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
     event.preventDefault(); $("filter").focus(); }
-  if (event.key !== "Escape" || !model) return;
-  if (view.asked) return ask(null);
+  if (event.key !== "Escape" || !model) return; if (view.asked) return ask(null);
   [view.pointed, view.edited] = [-1, null]; view.open?.clear(); $("notices").replaceChildren();
   paint(true); }
 const THEMES = {auto: "light", light: "dark", dark: "auto"};
@@ -17149,9 +17143,17 @@ Content-Security-Policy: default-src 'none'; script-src 'nonce-%NONCE%'; style-s
 """.replace("\n ", " ").splitlines()
 
 
-async def send_dashboard(_, reply: Reply):
+# Paths of the page, and where those lead that are nearly so: its own addresses are relative.
+PAGE_PATHS = {"/dashboard": None, "/me": None, "/admin": "dashboard", "/admin/": "../dashboard",
+              "/dashboard/": "../dashboard", "/me/": "../me"}
+
+
+async def send_dashboard(request: Request, reply: Reply):
     """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
     but what carries the nonce of this answer."""
+    place = PAGE_PATHS[request.path]
+    if place:
+        return reply.send(307, b"", ["Location: " + place])
     nonce = os.urandom(16).hex()
     page, *lines = [text.replace("%NONCE%", nonce) for text in (DASHBOARD, *PAGE_LINES)]
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
@@ -17159,7 +17161,7 @@ async def send_dashboard(_, reply: Reply):
 
 def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
-    is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
+    is_asked = request.path in PAGE_PATHS and request.method in ("GET", "HEAD")
     return send_dashboard if is_asked else None
 
 
@@ -17523,7 +17525,6 @@ class Handshakes:
 collect_a_little = getattr(gc, "collect_step", lambda: None)
 
 
-REUSE_ADDRESS = os.name == "posix"  # elsewhere it would let two servers share a port
 BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -17534,7 +17535,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         if host == "::":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
+        # Elsewhere than on POSIX it would let two servers share a port.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         keep_alive(listener)
         listener.bind((host, port))
         listener.listen(BACKLOG)
@@ -18401,41 +18403,52 @@ def check(config):
 
 def port_faults(config):
     """Yields why a start could not listen."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
-            trial.bind((config.host, config.port))
-            trial.listen()
+        listen(config.host, config.port).close()
     except OSError as failure:
-        yield CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure)
+        yield cannot_listen(config, failure)
+
+
+def cannot_listen(config, failure):
+    return "cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
+        config.host, config.port, failure.strerror or failure)
 
 
 def database_faults(config):
-    """Yields why a start could not use the database, which stays as it is."""
-    path = config.database
-    folder = os.path.dirname(os.path.abspath(path))
+    """Yields why a start could not use the database, which stays as it is; says where it would go
+    without."""
     try:
-        if path == "off":
-            return
-        if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).close()
-        if os.path.exists(lock_name(path)):
-            with lock_for_service(path) or contextlib.nullcontext():
-                pass
-        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-            raise Unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
+        if config.database != "off":
+            look_at_database(config.database)
+    except Unwritable as fault:
+        if config.texts["DATABASE"] == DEFAULT_DATABASE:
+            print(IN_MEMORY % fault)
+        else:
+            yield str(fault)
     except DatabaseFault as fault:
         yield str(fault)
 
 
-CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
+def look_at_database(path):
+    """Raises DatabaseFault where a service could not use it."""
+    if os.path.exists(path) and os.path.getsize(path):
+        Database(path, reading=True).close()
+    if os.path.exists(lock_name(path)):
+        with lock_for_service(path) or contextlib.nullcontext():
+            pass
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise Unwritable(path, OSError("no such folder, or no permission"))
+
+
+IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
 
 
 def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
     differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
-    where it stays. Raises ConfigFaults for a CPU that this process may not use."""
+    where it stays; those that write, which run already, are left free: they would hold it up when
+    they have much to do. Raises ConfigFaults for a CPU that this process may not use."""
     if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
     allowed = sorted(os.sched_getaffinity(0))
@@ -18483,7 +18496,7 @@ def open_database(config, log_stream, remarks):
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
-        remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
+        remarks.append(IN_MEMORY % fault)
 
 
 def open_patiently(log_stream, path, lock, shared=False, tries=12):
@@ -18548,7 +18561,6 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     raise_descriptor_limit()
     if config.workers > 1:
         return run_workers(config, log_stream, remarks, reread)
-    take_one_cpu(config.cpu_affinity, config.port)
     try:
         proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     except OSError as failure:
@@ -18557,9 +18569,10 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        log.say(cannot_listen(config, failure))
         proxy.books.close(1)
         return 1
+    take_one_cpu(config.cpu_affinity, config.port)
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     code = run_loop(server, reread, words)
     remove_admin_key(config)
@@ -18603,7 +18616,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     try:
         common = prepare_workers(config, log_stream, remarks)
     except OSError as failure:
-        say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        say(cannot_listen(config, failure))
         return 1
     for line in [*greeting(config), "%d workers share the port" % config.workers, *remarks]:
         say(line)
@@ -18644,18 +18657,18 @@ def run_worker(config, log_stream, reread, worker):
     """Serve as one of several processes; returns the exit code."""
     database = None
     try:
-        take_one_cpu(config.cpu_affinity, config.port, worker.number)
         if worker.lock:
             database = open_patiently(log_stream, config.database, worker.lock, shared=True)
         proxy = build(config, log_stream, database=database, worker=worker)
+        proxy.tally = worker.tally
+        proxy.tally.begin(worker.number)
+        if proxy.redis:
+            proxy.limits.buckets.succeeds = worker.again
+        server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
+        take_one_cpu(config.cpu_affinity, config.port, worker.number)
     except (ConfigFaults, DatabaseFault, OSError) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
-    proxy.tally = worker.tally
-    proxy.tally.begin(worker.number)
-    if proxy.redis:
-        proxy.limits.buckets.succeeds = worker.again
-    server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
 
 
@@ -18704,8 +18717,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
 def report_calls(server):
     """Say which calls are running."""
     calls = server.running_calls()
-    noun = "call is" if len(calls) == 1 else "calls are"
-    for line in ["%d %s running" % (len(calls), noun), *calls]:
+    for line in ["running calls: %d" % len(calls), *calls]:
         server.proxy.books.log.say(line)
 
 
@@ -19082,7 +19094,7 @@ def keys_command(options, found, log_stream):
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
-             if name not in NOT_OF_KEYS and value is not None}
+             if name not in NOT_OF_KEYS and value not in (None, False)}
     try:
         with contextlib.closing(database):
             if options.act in ("give", "reset"):

@@ -11334,6 +11334,14 @@ class KeysTest(KeysCase):
         answered = self.ask(request("GET", "/box/v1/models", key=keys[0]))
         self.assertEqual([one["id"] for one in answered.json()["data"]], ["gemma-3"])  # as before
 
+    def test_who_is_bound_to_an_upstream_sees_the_list_that_others_see_by_its_prefix(self):
+        box, = self.start_named("box")
+        box.answer = says_json({"data": [{"id": "gemma-3"}]})
+        for upstream, names in self.each((("box", ["gemma-3"]), (None, []), ("gone", []))):
+            key = self.add(str(upstream), upstream=upstream)
+            answered = self.ask(request("GET", "/v1/models", key=key))
+            self.assertEqual([one["id"] for one in answered.json()["data"]], names)
+
     def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
         one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
         ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
@@ -12878,7 +12886,7 @@ class AdminBooksTest(AdminCase):
 
         with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
             clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
-                       for _ in range(llm_proxy.Jobs.MOST)]
+                       for _ in range(self.server.admin.reading.most)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
             self.assertEqual(self.admin("GET", "/calls").status, 503)
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
@@ -12890,6 +12898,13 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(sum(self.server.admin.reading.owners.values()), 2)
             leaves.set()
         wait_for(lambda: not self.server.admin.reading.owners, "the end of all jobs")
+
+    def test_a_program_may_make_many_keys_at_once(self):
+        self.start()
+        clients = [self.connect().send(request(
+            "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
+            for number in range(2 * self.server.admin.reading.most)]
+        self.assertEqual({client.read().status for client in clients}, {201})
 
     def test_without_a_database_there_is_what_the_process_knows(self):
         self.start(DATABASE="off")
@@ -13084,7 +13099,8 @@ class Browser:
     """Chromium without a window, driven by WebDriver (https://www.w3.org/TR/webdriver2/)."""
     PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
     DRIVER = shutil.which("chromedriver")
-    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--window-size=1200,900"]
 
     def __init__(self, folder):
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
@@ -13152,6 +13168,13 @@ class DashboardTest(AdminCase):
             self.assertIn("default-src 'none'", policy)
             self.assertEqual(first.get("cache-control"), "no-store")
             self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
+
+    def test_paths_that_are_nearly_those_of_the_page_lead_to_it(self):
+        self.start()
+        for path, place in self.each((("/admin", "dashboard"), ("/admin/", "../dashboard"),
+                                      ("/dashboard/", "../dashboard"), ("/me/", "../me"))):
+            answered = self.ask(request("GET", path))
+            self.assertEqual((answered.status, answered.get("location")), (307, place))
 
     def test_the_page_is_small_and_makes_no_markup_of_text(self):
         page = llm_proxy.DASHBOARD
@@ -13305,7 +13328,7 @@ class PageTest(AdminCase):
         first = self.made_key()
         self.assert_status(200, call(first))
         self.click("Callers")
-        self.see("4 of 5 requests", "Refused since the start")
+        self.see("4 of 5 requests", "0 running, room for 2 more", "Refused since the start")
         self.ask(call(first))
         self.see("3 of 5 requests")
         self.click("Give", self.KEY)
@@ -13439,6 +13462,22 @@ class PageTest(AdminCase):
         self.ask(call("ann", model="gemma"))
         self.until(lambda: self.count("tr") == 1)
 
+    def test_who_watches_a_caller_sees_its_call_run_and_end(self):
+        self.start(PROXY_API_KEYS="ann=ann,ben=ben")
+        self.stub.answer = None
+        self.log_in()
+        self.browser.run("location.hash = '#calls?caller=ann'")
+        self.see("No such call so far")
+        (client, asked), _ = [self.begin(event(1), key=key) for key in ("ann", "ben")]
+        self.until(lambda: (self.count("tr"), "streaming" in self.text()) == (1, True))
+        self.enter("text", "failed")
+        self.browser.run("document.querySelector('#filter').form.requestSubmit()")
+        self.see("No such call so far")
+        self.click("failed ×")
+        asked.send(chunk(b"data: [DONE]\n\n") + LAST)
+        client.rest()
+        self.until(lambda: (self.count("tr"), "ok" in self.text()) == (1, True))
+
     def test_a_search_that_is_not_at_its_end_says_so(self):
         self.start()
         self.log_in()
@@ -13482,7 +13521,7 @@ class PageTest(AdminCase):
         self.call("ann", "User-Agent: " + self.EVIL, model=self.EVIL)
         self.log_in()
         self.click("Calls")
-        self.see(self.EVIL)
+        self.see(self.EVIL, "upstream said 400")
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
         self.see("Agent", "Request id")
         self.click("Usage")
@@ -14321,6 +14360,7 @@ class KeysCommandTest(ProcessCase):
                 (1, "stored already", "add", "ann"),
                 (1, "expires must be", "add", "b", "--expires", "x"),
                 (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "done: set name=ann note=x\n", "set", "ann", "--note", "x"),
                 (0, "done: give name=old amount=2 unit=usd", "give", "old", "2", "usd"),
                 (0, "done: reset name=192.0.2.1", "reset", "192.0.2.1"),
                 (1, "amount must be", "give", "ann", "x", "usd"),
@@ -14814,11 +14854,18 @@ class CommandsTest(ProcessCase):
         for said, settings in self.each((
                 ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
                 ("is used by another llm_proxy", {"DATABASE": used}),
-                ("DATABASE must be a file", {"DATABASE": "/nonexistent/x.db"}),
+                ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
+
+    def test_check_knows_that_a_start_goes_without_the_usual_database(self):
+        for path, is_usual in self.each((("", True), ("x.db", False))):
+            config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
+            with contextlib.redirect_stdout(out), mock.patch("os.access", return_value=False):
+                faults = list(llm_proxy.database_faults(config))
+            self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
@@ -14844,6 +14891,15 @@ class CommandsTest(ProcessCase):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity") and os.path.isdir("/proc/self/task"),
+                         "this system keeps no thread on a CPU")
+    def test_the_loop_stays_on_one_cpu_and_what_writes_is_free(self):
+        pid = self.serve(DATABASE=new_path(self, "books.db")).process.pid
+        found = {int(task): os.sched_getaffinity(int(task))
+                 for task in os.listdir("/proc/%d/task" % pid)}
+        self.assertEqual(len(found.pop(pid)), 1)
+        self.assertGreaterEqual(list(found.values()).count(os.sched_getaffinity(0)), 2)
 
     def test_it_runs_with_its_standard_files_closed(self):
         closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
@@ -14996,12 +15052,12 @@ class CommandsTest(ProcessCase):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
         self.begin(event(1))
         process.stop(signal.SIGUSR1)
-        wait_for(lambda: process.said("1 call is running\n"))
+        wait_for(lambda: process.said("running calls: 1\n"))
         self.connect().send(call("k"))
         wait_for(lambda: b'"waiting": 1' in self.ask(HEALTH).body, "a call in line")
         process.stop(signal.SIGUSR1)
         for said in self.each((
-                "2 calls are running\n",
+                "running calls: 2\n",
                 "127.0.0.1 POST %s " % CHAT,
                 "s upstream=base awaits the body of the response of http://127.0.0.1:",
                 "s upstream=base awaits its turn at base for ")):
@@ -15158,7 +15214,7 @@ class WorkersTest(ProcessCase):
             wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
                               for _ in range(20)} == {status}, act)
         for number, said in self.each((
-                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+                (signal.SIGUSR1, ": running calls: 0"), (signal.SIGHUP, "were read again"))):
             process.stop(number)
             wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
 
