@@ -18461,12 +18461,15 @@ def take_one_cpu(cpu, port, worker=0):
                 "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
 
 
-def relax_garbage_collection():
+def tune_interpreter():
     """Lets CPython look for cycles less often: calls leave hardly any, but a look that comes too
-    seldom takes long, and streams wait meanwhile."""
+    seldom takes long, and streams wait meanwhile. PyPy forgets in time how often code ran, so that
+    it compiles late what runs once for a call: from now on it forgets nothing."""
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
+    if "pypyjit" in sys.builtin_module_names:
+        __import__("pypyjit").set_param("decay=0")
 
 
 def raise_descriptor_limit():
@@ -19302,7 +19305,7 @@ def run_other_command(options, found, log_stream):
         return keys_command(options, found, log_stream)
     if options.command == "usage":
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    relax_garbage_collection()
+    tune_interpreter()
     raise_descriptor_limit()
     return (bench_command if options.command == "bench" else selftest_command)(options, found)
 
@@ -19325,7 +19328,7 @@ def run_command(options, environ, log_stream):
         return check(config)
     if demo:
         demo.first_seconds = config.demo_first_ms / 1000
-    relax_garbage_collection()
+    tune_interpreter()
     remarks = []
     if options.demo:
         remarks.append(DEMO_HINT % (config.scheme, config.port))

@@ -637,7 +637,7 @@ def cpu_seconds():
 
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
-llm_proxy.relax_garbage_collection()
+llm_proxy.tune_interpreter()
 RUN = asyncio.events.Handle._run
 # Linux counts those of a thread; PyPy waits for its lock without any.
 SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
@@ -14463,7 +14463,7 @@ class BenchTest(ProcessCase):
 
     def setUp(self):
         super().setUp()
-        for name in ("raise_descriptor_limit", "relax_garbage_collection"):
+        for name in ("raise_descriptor_limit", "tune_interpreter"):
             patch = mock.patch.object(llm_proxy, name)
             patch.start()
             self.addCleanup(patch.stop)
@@ -15082,6 +15082,15 @@ class CommandsTest(ProcessCase):
         wait_for(lambda: process.stop().process.poll() is not None)
         self.assertNotEqual(process.wait(), 0)
         self.assertFalse(client.rest().whole)
+
+    def test_pypy_is_told_to_compile_what_runs_seldom_too_and_cpython_nothing(self):
+        pypyjit = mock.Mock()
+        for names in (("pypyjit",), ()):
+            with mock.patch.dict(sys.modules, pypyjit=pypyjit), \
+                    mock.patch.object(sys, "builtin_module_names", names), \
+                    mock.patch.object(llm_proxy, "gc", None):
+                llm_proxy.tune_interpreter()
+        self.assertEqual(pypyjit.mock_calls, [mock.call.set_param("decay=0")])
 
     def test_the_demo_brings_its_own_endpoint(self):
         process = self.serve("--demo", MAX_TOKENS=1)
