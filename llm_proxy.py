@@ -2546,7 +2546,8 @@ MODEL_SELLER = re.compile(
 MODEL_VARIANT = re.compile(
     r"(?:-latest|-00[0-9]|-[0-9]{4}-[0-9]{2}-[0-9]{2}|-[0-9]{8}"
     r"|(?<=[0-9])-v[0-9]+|(?<![0-9])-v[0-9]+(?=:)"
-    r"|:(?:[0-9]+|latest|free|thinking|online|nitro|floor|beta|extended|exacto))+$")
+    r"|:(?:[0-9]+k?|latest|free|thinking|online|nitro|floor|beta|extended|exacto|fastest|cheapest)"
+    r"|\[[0-9]+m\])+$")
 VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 WILDCARD = re.compile(r"[*?[]")
 
@@ -3142,7 +3143,8 @@ class Prices:
         price = self.find(served) if served else None
         if price is None or price is self.default:
             price = self.find(asked)
-        names = sorted(map(str.casefold, tiers),
+        # Google says ON_DEMAND_FLEX for flex; some say one twice.
+        names = sorted({name.casefold().removeprefix("on_demand_") for name in tiers},
                        key=lambda name: not isinstance(price and price.tiers.get(name), Price))
         for name in names:  # those with prices of their own before factors
             price = price and price.in_tier(name)
@@ -4094,7 +4096,7 @@ class Call(Billable):
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
         return True in map(self.payload.get, LATER) or (
-            self.endpoint == UNKNOWN and bool(BATCH_PATH.search(self.path)))
+            self.endpoint == UNKNOWN and bool(LATER_PATH.search(self.path)))
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
@@ -4112,12 +4114,15 @@ class Call(Billable):
         if self.json_body and not may_refer(self.json_body.short):  # as nearly always
             return []
         found = []
-        meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
+        is_chat = self.endpoint == "chat"
+        meant = REFERENCES - CONVERSATIONS if is_chat else REFERENCES
         for part in objects_in(self.payload, says_of_things):
             if not meant.isdisjoint(part):
                 for key in meant.intersection(part):
-                    found += names_of_things(part[key], PREFIXES.get(key, ""))
-            if part.get("type") in REFERENCE_TYPES:
+                    found += names_of_things(part[key], key)
+            kind = part.get("type")
+            if kind in REFERENCE_TYPES or (
+                    kind is None and not is_chat and part.keys() <= {"id", "type"}):
                 found += names_of_things(part)
         return found
 
@@ -4234,19 +4239,21 @@ def is_small(value):
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
-BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
+LATER_PATH = re.compile("/batches/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
     max_tokens max_completion_tokens max_output_tokens maxOutputTokens max_new_tokens n_predict
     num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
-    min_tokens""".split())
+    max_tokens_to_generate tokens_to_generate maximum_tokens min_tokens
+    min_new_tokens""".split())
 # How many answers there are to one prompt.
 OUTPUT_COUNTS = frozenset("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
-    numResults""".split())
+    numResults sampleCount""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
-PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
+# Lists of these are several prompts: each has an output.
+PROMPTS = frozenset("prompt prompts text inputs instances".split())
 BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
@@ -4421,18 +4428,22 @@ class Model(NamedTuple):
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
-    training_file validation_file video_id vector_store_id vector_store_ids container container_id
-    cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names eval_id skill_id prompt""".split())
-# At these there may be something else, too: how names of stored things begin.
-PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
-# Objects of these types name one by their id.
+    training_file validation_file validation_files video_id vector_store_id vector_store_ids
+    container container_id cachedContent cached_content fileUri file_uri fileSearchStoreNames
+    file_search_store_names eval_id dataset_id library_ids collection_ids memory_store_id vault_ids
+    environment_id skill_id prompt video agent uri fileName file_name""".split())
+# At these there may be something else, too: so the names of stored things begin.
+MIXED = frozenset("skill_id prompt video agent uri fileName file_name".split())
+MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
+# Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
 REFERENCE = re.compile(('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode())
+ID_ALONE = re.compile(
+    rb'\{\s*(?:"type"\s*:\s*null\s*,\s*)?"id"\s*:\s*"[^"]*"\s*(?:,\s*"type"\s*:\s*null\s*)?\}')
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata client_metadata
+    input_schema inputSchema schema json_schema properties metadata client_metadata plugins
     annotations""".split())
 # Chat has none of these, though some clients name theirs so.
 CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".split())
@@ -4441,13 +4452,13 @@ ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/|projects/.*/)?"
-    r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"((?:files|cachedContents|fileSearchStores)/[^/:?#\s]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
-    file_id""".split()
+NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id output_file error_file
+    responsesFile container_id file_id collection_id""".split()
 # These make files when they are done.
-HAVE_RESULTS = ("batches", "fine_tuning/jobs")
+HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
     results""".split()
@@ -4456,7 +4467,10 @@ MADE_IN = """response interaction conversation container file output content ann
 def may_refer(data):
     """Returns whether JSON may name something stored: by one of these words, or where an escape may
     spell one. Quotes in texts, which begin no word, would each be looked at."""
-    return data.find(b"\\u") >= 0 or REFERENCE.search(data.replace(b'\\"', b"")) is not None
+    if data.find(b"\\u") >= 0:
+        return True
+    plain = data.replace(b'\\"', b"")
+    return REFERENCE.search(plain) is not None or ID_ALONE.search(plain) is not None
 
 
 def says_of_things(part):
@@ -4468,12 +4482,12 @@ def says_of_things(part):
     return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
-def names_of_things(value, prefix=""):
+def names_of_things(value, key=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
     names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
     matches = [THING_NAME.fullmatch(name) for name in names
-               if type(name) is str and name.startswith(prefix)]
+               if type(name) is str and (key not in MIXED or MIXED_NAME.match(name))]
     return [match[match.lastindex] for match in matches if match]
 
 
@@ -4494,11 +4508,11 @@ def names_made(payload):
 OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
 FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
-FAULTS = frozenset(("error", "response.failed", "failed"))
-# Errors by which an upstream says that the caller is to blame, or its own account
-BLAMELESS = re.compile(
-    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
-    "|safety", re.IGNORECASE)
+FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
+# Errors by which an upstream says that its own account is to blame, or else the caller
+ACCOUNTS_FAULT = re.compile(
+    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
+CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safety", re.IGNORECASE)
 
 
 def without_masks(query):
@@ -4507,12 +4521,15 @@ def without_masks(query):
         part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
 
 
-def fault_status(value):
-    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
-    one that speaks of the caller, and 502."""
-    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+def fault_status(*values):
+    """Returns the status of an error in a response: what it says itself, else 429 or 400 where its
+    kind is one that speaks of the account or the caller, and 502."""
+    words = " ".join([str(dig(value, key)) for value in values
+                      for key in ("code", "status", "status_code", "type")])
     told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
-    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
+    if told:
+        return int(told[0])
+    return 429 if ACCOUNTS_FAULT.search(words) else 400 if CALLERS_FAULT.search(words) else 502
 
 
 def is_name(value):
@@ -4610,15 +4627,16 @@ class Dialect:
     MODEL_KEYS = ("id",)  # at which its name stands
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
-    USAGE_HOLDERS = """response interaction message choices delta x_groq data result stats meta_info
-        meta tokens""".split()
+    USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
+        meta_info meta tokens billed_units metrics details""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count""",
+            total_input_tokens prompt_eval_count promptTokens input_token_count input_length""",
         "tools": "toolUsePromptTokenCount total_tool_use_tokens",
         "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
-            total_output_tokens candidatesTokenCount""",
+            total_output_tokens candidatesTokenCount completionTokens output_token_count
+            generated_token_count generated_tokens""",
         "total": "total_tokens totalTokens totalTokenCount",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
@@ -4633,8 +4651,9 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
-    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
-    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra, LLM Gateway;
+    # xAI's ticks.
+    MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
     # How it was served.
     TIERS = ("service_tier", "speed", "inference_geo")
@@ -4650,7 +4669,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
+    LAST_STATES = ("completed", "succeeded", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -4831,7 +4850,7 @@ class Dialect:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
         if is_name(model):
-            tier = payload.get(self.TIERS[0])
+            tier = "batch" if payload.get("object") == "batch" else payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
@@ -4863,11 +4882,16 @@ class Dialect:
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *self.parts(payload)):
+        parts = (payload, *self.parts(payload))
+        for part in parts:
             error = part.get("error") or part.get("errors")
-            code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
-                return fault_status(as_list(error)[0] if error else part)
+            if error:
+                return fault_status(as_list(error)[0], part)
+        for part in parts:  # the latter are Baidu's, Z.ai's and MiniMax's
+            if any([FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]) or (
+                    part.get("error_code") or part.get("success") is False
+                    or dig(part, "base_resp", "status_code")):
+                return fault_status(part)
         return 0
 
     def usual_usage(self, data, model):
@@ -4904,7 +4928,8 @@ class Dialect:
         return with_iterations(told, [part for part in parts if part])
 
     def plain_usage(self, counts, model, tier):
-        """Returns the usage that counts and their details tell, but for iterations."""
+        """Returns the usage that counts and their details tell, but for iterations. An input of
+        nothing is none that was told: some leave out what was in a cache."""
         parts = [counts, *[part for part in counts.values() if type(part) is dict]]
         found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
@@ -4913,7 +4938,7 @@ class Dialect:
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), not prompt,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
     def found(self, parts):
@@ -5119,7 +5144,7 @@ FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
 # Marks of what stands around a gap, as models are trained to fill it
-FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
+FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_cursor|cursor)")
 
 
 # Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
@@ -5137,12 +5162,17 @@ def model_mark(model):
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
 
+ANTHROPICS_CACHE = frozenset(("cache_read_input_tokens", "cache_creation_input_tokens"))
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
     ENDPOINTS = {
+        "/async/chat/completions": UNKNOWN,                               # Perplexity's
         "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
+        "/edit/completions": "fim", "/apply/completions": "fim",          # Inception's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
         "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
@@ -5165,8 +5195,8 @@ class OpenAI(Dialect):
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
         "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
-            guided_choice guided_grammar guided_decoding nvext prediction regex
-            ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
+            guided_choice guided_grammar guided_decoding nvext prediction regex ebnf
+            regex_pattern grammar_string""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp, TabbyAPI
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = RESPONSE_PARTS
@@ -5228,9 +5258,9 @@ class OpenAI(Dialect):
         prompt, output, total = map(
             counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
         if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
-                0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
+                0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
             return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
-        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+        if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
             return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
         return super().usage(counts, model, tier)
 
@@ -5362,6 +5392,7 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
+    TIERS = ("service_tier", "serviceTier", "trafficType")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -5538,11 +5569,6 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
-    def usage(self, counts, model=None, tier=None):
-        """It tells no count of a prompt that it has in its cache."""
-        told = super().usage(counts, model, tier)
-        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
-
 
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
@@ -5574,8 +5600,9 @@ STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
-    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
-    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
+    "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions".split()
@@ -5585,9 +5612,10 @@ CANCEL = ("/cancel", ":cancel")
 # credentials: these wherever they stand,
 ADMIN_PARTS = """
     client_secrets transcription_sessions auth_tokens organizations? credits billing slots
-    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_?up collective_rpc scale_elastic_ep
     is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
     init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    generate_auth_token single-use-token api[-_]?keys?
     (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
     update_weight.* send_weights_to_remote_instance get_weights_by_name
     abort_requests? fault_tolerance flush_cache freeze_gc slow_down
@@ -5596,8 +5624,8 @@ ADMIN_PARTS = """
     (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
     get_load set_trace_level (add|remove)_worker
     (add|remove|list)_external_(corpus|corpora) dumper stop-generation
-    realtime/(sessions|calls) chatkit/sessions auth/keys
-    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
+    realtime(api)?/(sessions|calls) chatkit/sessions auth/(keys?|grant)
+    v1/(key|activity|streams?|usage|costs|balance|account|me) users?/(me|info|balance)
     api/(pull|push|create|copy|delete|blobs|signout|admin)
     models/(load|unload|sse|download|apply|delete)
     (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
@@ -5799,7 +5827,7 @@ class Dialects:
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # The latter is llama.cpp's.
-NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
+NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
 def may_be_fault(data):
@@ -6103,10 +6131,10 @@ class UsageReader(UsageSource):
         lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
         events = 0
         for event in reversed(self.events.cut(b"".join(lines))):
-            if NAMED_FAULT.search(event):
-                self.fault = self.fault or 502
             found = self.events.all_data(event)
             payload = object_in(found)
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
             if found.strip() == LAST_DATA:
                 self.closed = True
             elif payload:
@@ -6128,7 +6156,7 @@ class UsageReader(UsageSource):
             self.note_server(payload)
         else:  # it may be told without a mark
             self.note(payload)
-        if may_be_fault(data):
+        if not self.counts or may_be_fault(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data):
@@ -6150,9 +6178,9 @@ class UsageReader(UsageSource):
             self.counts = merged(self.counts, found) if self.counts else found
             self.note_server(payload)
             state = payload.get("status")
-            self.closed = state in self.dialect.LAST_STATES
+            self.closed = str(state).lower() in self.dialect.LAST_STATES
             self.running = type(state) is str and not self.closed
-            if may_be_fault(data):
+            if not self.counts or may_be_fault(data):
                 self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
