@@ -3567,9 +3567,12 @@ def decode_json(data, decoder=PLAIN_JSON):
 
 # How long a string without spaces must be to be cut out, where it stands at a key of media.
 MEDIA_BYTES = 1 << 15
+# Keys of which the value is no text, where it has no spaces
+DATA_KEYS = frozenset("""
+    data url image_url video_url audio_url document_url image images audio video file_data file_url
+    image_base64 image_embeds audio_embeds bytes bytesBase64Encoded""".split())
 BEFORE_MEDIA = re.compile(
-    rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
-    rb'\s*:\s*\[?\s*|,\s*)"$')
+    (r'(?:"(?:%s|b64_json)"\s*:\s*\[?\s*|,\s*)"$' % "|".join(DATA_KEYS)).encode())
 # A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
 JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
@@ -4077,6 +4080,7 @@ class Call(Billable):
     def prepare_unknown(self, model, payload, rename):
         """Puts the models where the call names some, which may be a batch of calls."""
         if self.put_model:
+            self.path, _ = UNKNOWN_DIALECT.with_model(self.path, {}, model)
             self.upstream_body = self.body if model == self.model else self.put_model(model)
             return
         renamed = json.loads(to_json_bytes(payload))
@@ -4261,14 +4265,13 @@ OPTION_HOLDERS = frozenset(
 # What may say how much comes out of a chat, but for what nearly all say it by.
 UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(PROMPTS, OPTION_HOLDERS)
 MEDIA_TYPES = frozenset("""
-    image_url input_image image input_audio file input_file document video_url
-    audio_url""".split())  # of parts of a prompt: what is in them is no text
+    image_url input_image image input_audio audio file input_file document document_url video_url
+    input_video video audio_url image_base64 image_embeds audio_embeds
+    computer_screenshot""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
+MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
 MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
-DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
-    IMAGES_KEY))
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -4332,10 +4335,9 @@ READ_FIRST = "tools functions system instructions systemInstruction system_instr
 # What a tool is given and gives, as an object: there keys are words of somebody, too.
 TOOL_DATA = frozenset("arguments args input response result output".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
-NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
-    thought_signature mimeType mime_type media_type""".split())
+NOT_WORDS = MEDIA_OBJECTS.union("""images id ids type model role signature encrypted_content
+    thoughtSignature thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
-MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -5827,6 +5829,7 @@ class Dialects:
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # The latter is llama.cpp's.
+EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
@@ -6114,12 +6117,15 @@ class UsageReader(UsageSource):
         data = b"".join(self.pieces)
         self.pieces = [data]
         if self.streamed:
-            self.scan_for_usage(data)
-            self.read_last_events(data)
-            self.ended = self.ended or self.closed or bool(self.final)
+            self.read_events(data)
         elif whole:
             self.ended = True
             self.read_json(data)
+
+    def read_events(self, data):
+        self.scan_for_usage(data)
+        self.read_last_events(data)
+        self.ended = self.ended or self.closed or bool(self.final)
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
@@ -6167,6 +6173,9 @@ class UsageReader(UsageSource):
             if self.usual:
                 return
         payload = object_in(data) if small else {}
+        if not payload and EVENT_BEGIN.match(data):  # under another type
+            self.streamed = True
+            return self.read_events(data)
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
@@ -6174,14 +6183,17 @@ class UsageReader(UsageSource):
                 payload = {**self.front(data), **payload} if payload else (
                     object_in(data))
         if payload:
-            found = self.dialect.counts_in(payload)
-            self.counts = merged(self.counts, found) if self.counts else found
-            self.note_server(payload)
-            state = payload.get("status")
-            self.closed = str(state).lower() in self.dialect.LAST_STATES
-            self.running = type(state) is str and not self.closed
-            if not self.counts or may_be_fault(data):
-                self.fault = self.dialect.fault(payload)
+            self.note_json(payload, data)
+
+    def note_json(self, payload, data):
+        found = self.dialect.counts_in(payload)
+        self.counts = merged(self.counts, found) if self.counts else found
+        self.note_server(payload)
+        state = payload.get("status")
+        self.closed = str(state).lower() in self.dialect.LAST_STATES
+        self.running = type(state) is str and not self.closed
+        if not self.counts or may_be_fault(data):
+            self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -14021,7 +14033,9 @@ class SharedStored(Stored):
 # --------------------------------------------------------------------------------------------------
 
 # User agents with these words, in lower case, are where a person sits and reads.
-PEOPLES_AGENTS = re.compile("mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/")
+PEOPLES_AGENTS = re.compile(
+    "mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/|kimicli/|roo-?code|kilo-?code"
+    "|cline/|zed/")
 # These sleep for as long as Retry-After says, were it for hours.
 SLEEPING_AGENTS = re.compile("codex[_-]")
 PATIENT_SECONDS = 60  # who must wait longer need not ask again

@@ -2604,7 +2604,11 @@ class UsageTest(ProxyCase):
             {"inline_data": {"data": DATA}}
             {"type": "input_audio", "input_audio": {"data": DATA}}
             {"type": "document", "source": {"data": DATA}}
-            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
+            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}
+            {"type": "document_url", "document_url": DATA}
+            {"type": "audio", "data": DATA}
+            {"type": "video", "video": [DATA, DATA]}
+            {"image": {"source": {"bytes": DATA}}}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
         ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
@@ -3388,6 +3392,17 @@ class FormsTest(ManyCase):
                 self.assertEqual(asked.get("content-type"), "multipart/form-data; boundary=B")
         self.assertEqual(self.left(), 1000 - 3)
 
+    def test_a_form_has_its_model_in_the_path_too(self):
+        one = self.start_routed()
+        path = "/openai/deployments/%s/audio/transcriptions"
+        for name in self.each(("model", "language")):
+            body = ("".join((self.PART % (name, "fast"), "--B--\r\n"))).encode()
+            kind = "Content-Type: multipart/form-data; boundary=B"
+            self.assert_status(200, request("POST", path % "fast", body, kind))
+            asked = one.requests[-1]
+            real = body.replace(b"fast", b"real") if name == "model" else body
+            self.assertEqual((asked.target, asked.body), ("/v1" + path % "real", real))
+
     def test_a_form_that_two_readers_could_take_apart_differently_is_refused(self):
         self.start()
         model = self.PART % ('"model"', "m")
@@ -3943,6 +3958,12 @@ class UsageReaderTest(ProxyCase):
                 self.hear(text.encode(), 50, streamed=False)
                 self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(20, 4), True))
 
+    def test_a_stream_that_comes_under_another_type_is_read_as_one(self):
+        told = [*[delta("word ")] * 99, LAST_DELTA, USAGE_EVENT, "[DONE]"]
+        for data in self.each((events(*told), b": ping\r\n\r\n" + events(*told, end="\r\n\r\n"))):
+            found = self.hear(data, 50, streamed=False)
+            self.assertEqual(found, (data, (20, 4), True, 495))
+
     def test_a_stream_of_gemini_as_a_json_array_is_understood(self):
         data = json.dumps(GEMINI_EVENTS).encode()
         found = self.hear(data, 30, endpoint="generate", streamed=False)
@@ -4410,6 +4431,8 @@ class LimitReplyTest(ProxyCase):
         auto -> User-Agent: GeminiCLI/0.20.0/gemini-2.5-pro (linux; x64) -> 200
         auto -> User-Agent: opencode/1.0.1 ai-sdk/provider-utils/3.0 -> 200
         auto -> User-Agent: QwenCode/0.2.0 (linux; x64) -> 200
+        auto -> User-Agent: KimiCLI/1.12.0 -> 200
+        auto -> User-Agent: RooCode/3.36 -> 200
         auto -> X-OpenWebUI-User-Id: 7 -> 200"""
     EVENT_NAMES = {
         "/v1/responses": """
