@@ -4313,20 +4313,22 @@ def is_media(part):
 
 
 def media_texts(part):
-    """Returns what is text in an image and the like; None where a part is none."""
+    """Returns what is text in an image and the like; None where a part is none. So is the data of
+    a file that says it is text."""
     if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
         return None
-    texts = [key for key in part if key not in PLAIN_KEYS]
+    texts, data = [key for key in part if key not in PLAIN_KEYS], []
     pairs = list(part.items())
     for key, value in pairs:  # the list grows meanwhile
-        if type(value) is str:
-            if key not in DATA_KEYS or " " in value:
-                texts.append(value)
+        if isinstance(value, str):
+            (data if key in DATA_KEYS and " " not in value else texts).append(value)
         elif type(value) is list:
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
+    if any([text.startswith(("text/", "data:text/")) for text in texts + data]):
+        texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
 
 
@@ -4517,10 +4519,13 @@ ACCOUNTS_FAULT = re.compile(
 CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safety", re.IGNORECASE)
 
 
+# What leaves out parts of a response at Google's servers, or spells it so that nobody can read it
+MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
+
+
 def without_masks(query):
-    """Returns a query without what leaves out parts of a response at Google's servers."""
-    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
-        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+    return "&".join([part for part in query.split("&")
+                     if not MASK.fullmatch(urllib.parse.unquote_plus(part))])
 
 
 def fault_status(*values):
@@ -5600,14 +5605,15 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 # What upstreams store for an account, and where
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
-    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos/characters"
+    "|videos|evals"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
     "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
     "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"
     "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
-VERBS = "input_tokens compact runs generations edits extensions".split()
+VERBS = "input_tokens compact runs generations edits extensions upload list retrieve".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out

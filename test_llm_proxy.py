@@ -2626,10 +2626,13 @@ class UsageTest(ProxyCase):
             {"type": "image", "source": {"data": "AAAA"}, "title": TEXT} -> 2003
             {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
             {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
+            {"inlineData": {"mimeType": "text/plain", "data": DATA}} -> 2004
+            {"type": "input_file", "file_data": CSV} -> 25009
             {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
         row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
         rows = [row % tuple(line.split(" -> ")) for line in parts.strip().splitlines()]
-        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000)
+        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000, DATA="A" * 8000,
+                              CSV="data:text/csv;base64," + "A" * 100000)
 
     def test_an_estimate_cannot_be_talked_down(self):
         self.assert_estimates("""
@@ -11053,7 +11056,8 @@ class SettlingTest(LedgerCase):
         path = "/v1beta/models/m:generateContent?"
         for query, left in self.each((
                 ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
-                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"))):
+                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"),
+                ("alt=proto&$callback=x&alt", ""), ("a=b&%24alt=json", "a=b&%24alt=json"))):
             self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
             asked = self.stub.requests[-1]
             self.assertEqual(asked.target, (path + left).rstrip("?"))
