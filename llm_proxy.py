@@ -2937,11 +2937,8 @@ class Usage(NamedTuple):
         """Returns the same with what other models did in its counts."""
         if not self.others:
             return self
-        input, output, cached, cache_write, reasoning, _, hour_write = map(
-            sum, zip(*[one[:7] for one in (self, *self.others)]))
-        return self._replace(
-            input=input, output=output, cached=cached, cache_write=cache_write,
-            reasoning=reasoning, hour_write=hour_write, others=())
+        *sums, _, hour_write = map(sum, zip(*[one[:7] for one in (self, *self.others)]))
+        return Usage(*sums, self.estimated, hour_write, self.model, self.tiers, self.picodollars)
 
 
 class Billable:
@@ -3106,8 +3103,7 @@ class Prices:
         self.usual = {self.fold(name): price for name, price in usual.items()}
         self.own = {name.casefold(): self.with_usual_tiers(name, price)
                     for name, price in (own or {}).items()}
-        globs = [name for name in self.own if WILDCARD.search(name)]
-        self.globs = [(glob, fold_glob(glob), self.own[glob]) for glob in globs]
+        self.globs = [name for name in self.own if WILDCARD.search(name)]
         # Of several spellings the shortest counts, which has no date, and of these the last.
         self.folded = {self.fold(name): self.own[name]
                        for name in sorted(self.own, key=len, reverse=True)}
@@ -3130,9 +3126,8 @@ class Prices:
         name = model.casefold()
         folded = self.fold(name)
         plain = fold_model(name)
-        found = self.own.get(name) or self.folded.get(folded) or next(iter([
-            price for glob, _, price in self.globs if fnmatch.fnmatchcase(name, glob)] + [
-            price for _, glob, price in self.globs if fnmatch.fnmatchcase(plain, glob)]), None)
+        found = self.own.get(name) or self.folded.get(folded) or next(
+            (self.own[glob] for glob in self.globs if may_use((glob,), name)), None)
         if found is None and name.endswith(":free"):
             return self.folded.get(plain, self.FREE)  # the operator knows better
         return found or self.usual.get(folded) or self.usual.get(plain) or self.default
@@ -3725,42 +3720,34 @@ FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
 FIELD_HEAD = re.compile(rb"""
-    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    \r\n(?:(?!.*content-disposition)[^\r\n]+\r\n)*
     content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
     [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
-    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
+    (?:\r\n(?!.*content-disposition)[^\r\n]+)*\r\n\r\n""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_parts(body, content_type):
-    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
     at = len(mark) if body.startswith(mark) else len(body)
     for _ in range(MAX_FORM_FIELDS):
         end = body.find(mark, at)
-        if boundary and body[at:at + 2] == b"--" and end < 0:
+        if boundary and end < 0 and body[at:at + 2] == b"--":
             return
-        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
-        start = at + len(head) + len(blank)
-        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+        head = FIELD_HEAD.match(body, at, min(end, at + MAX_FIELD_HEAD))
+        if not head or body[max(head.end(), end - 2):end] != b"\r\n":
             break
-        yield head[2:], start, end - 2
+        name = head[head.lastindex].decode("latin-1")
+        if name == "model" and b"encoding:" in head[0].lower():
+            break
+        yield name, head.end(), end - 2
         at = end + len(mark)
-    raise BadRequest("The request body is not a form as its Content-Type says")
-
-
-def form_fields(body, content_type):
-    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
-    for head, start, end in form_parts(body, content_type):
-        match = FIELD_HEAD.fullmatch(head)
-        name = match and match[match.lastindex].decode("latin-1")
-        if not match or (name == "model" and b"encoding:" in head.lower()):
-            raise BadRequest("A field of the form is not named plainly")
-        yield name, start, end
+    raise BadRequest("The request body is not a plain form as its Content-Type says")
 
 
 def query_fields(body):
@@ -3782,22 +3769,19 @@ def read_form(body, content_type, named):
     elif kind.startswith("application/x-www-form-urlencoded"):
         fields = query_fields(body)
         decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
-    found = None
-    for name, *place in fields:
+    model = place = None
+    for name, start, end in fields:
         keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
         is_model = name.lower() == "model"
         if keys or is_model:
-            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+            value = decode(body[start:end].decode("utf-8", "replace"))
         for key in keys:
             named.setdefault(key, []).append(value)
         if is_model:
-            if found or name != "model":
+            if place or name != "model":
                 raise BadRequest("The field model must stand once in the form, and plainly")
-            found = value, place
-    if not found:
-        return None, None
-    model, (start, end) = found
-    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
+            model, place = value, (body[:start], body[end:])
+    return model, place and (lambda other: encode(other).encode().join(place))
 
 
 def objects_in(value, values_of=dict.values):
@@ -4106,10 +4090,8 @@ class Call(Billable):
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
             return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
-        if self.stored and self.endpoint is None:
-            made = self.stored.name and self.stored.collection in HAVE_RESULTS
-            return self.path.endswith("/" + self.stored.name) if made else not (
-                self.stored.name or self.stored.is_listed)
+        if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
+            return self.path.endswith("/" + self.stored.name)
         return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
             self.endpoint == "other" and "/videos/" in self.path)
 
@@ -4180,13 +4162,8 @@ class Call(Billable):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
         if self.endpoint == UNKNOWN:
             return objects_in(self.payload)
-        found = [self.payload]
-        if not OPTION_HOLDERS.isdisjoint(self.payload):
-            options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
-            found += [one for one in options if type(one) is dict]
-            if len(found) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
-                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-        return found
+        found = [self.payload, *map(self.payload.get, OPTION_HOLDERS)]
+        return [one for one in found if type(one) is dict]
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
@@ -4271,7 +4248,6 @@ MEDIA_TYPES = frozenset("""
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
 MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
 MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
-MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -4281,7 +4257,7 @@ signature cache_control ttl source media_type mimeType mime_type detail format i
 file_id file_uri fileUri filename title context citations annotations logprobs is_error
 functionCall functionResponse functionDeclarations args response include_usage effort
 budget_tokens""".split())
-TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
+TEXT_KEYS = PLAIN_KEYS - MEDIA_KEYS - {"type"}  # of parts that are text for sure
 
 
 # What stands in a call beside its messages: no server reads text there.
@@ -4315,7 +4291,7 @@ def is_media(part):
 def media_texts(part):
     """Returns what is text in an image and the like; None where a part is none. So is the data of
     a file that says it is text."""
-    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
+    if not is_media(part):
         return None
     texts, data = [key for key in part if key not in PLAIN_KEYS], []
     pairs = list(part.items())
@@ -4889,16 +4865,12 @@ class Dialect:
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        parts = (payload, *self.parts(payload))
-        for part in parts:
+        for part in (*self.parts(payload), payload):
             error = part.get("error") or part.get("errors")
-            if error:
-                return fault_status(as_list(error)[0], part)
-        for part in parts:  # the latter are Baidu's, Z.ai's and MiniMax's
-            if any([FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]) or (
-                    part.get("error_code") or part.get("success") is False
-                    or dig(part, "base_resp", "status_code")):
-                return fault_status(part)
+            code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
+            if error or code or part.get("success") is False or any(
+                    [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
+                return fault_status(*as_list(error)[:1], part, payload.get("error"))
         return 0
 
     def usual_usage(self, data, model):
@@ -5262,11 +5234,6 @@ class OpenAI(Dialect):
         return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
     def usage(self, counts, model=None, tier=None):
-        prompt, output, total = map(
-            counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
-        if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
-                0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
         if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
             return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
         return super().usage(counts, model, tier)
@@ -8531,7 +8498,7 @@ class Stored:
 
 class NameReader:
     """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
-    first event that names something. `reader`, if any, sees it as well."""
+    first events that name something. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
@@ -8552,8 +8519,9 @@ class NameReader:
                 self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
                 match = self.FIRST_NAME.match(self.kept)
-                self.tell([match[1].decode("utf-8", "replace")] if match else [])
                 self.kept = None
+                if match:
+                    self.found([match[1].decode("utf-8", "replace")])
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
@@ -8562,22 +8530,14 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look(self):
-        if not self.events:
-            self.tries += 1
-            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
-        events = self.events.cut(self.kept)
-        self.kept = events[-1]  # which may not be whole
-        for event in events:
-            self.tries += 1
-            if self.kept is not None:
-                self.tell(names_made(self.events.payload(event)))
-        if self.tries >= self.MAX_TRIES:
-            self.kept = None
-
-    def tell(self, names):
+        pieces = self.events.cut(self.kept) if self.events else [self.kept]
+        read = self.events.payload if self.events else object_in  # {} where it has not come whole
+        names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
+        self.tries += 1
+        is_over = names or (self.events and self.tries >= self.MAX_TRIES)
+        self.kept = None if is_over else pieces[-1]  # which may not be whole
         if names:
             self.found(names)
-            self.kept = None
 
 
 # --------------------------------------------------------------------------------------------------
