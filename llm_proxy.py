@@ -4063,10 +4063,6 @@ class Call(Billable):
 
     def prepare_unknown(self, model, payload, rename):
         """Puts the models where the call names some, which may be a batch of calls."""
-        if self.put_model:
-            self.path, _ = UNKNOWN_DIALECT.with_model(self.path, {}, model)
-            self.upstream_body = self.body if model == self.model else self.put_model(model)
-            return
         renamed = json.loads(to_json_bytes(payload))
         named = []
         for one in objects_in(renamed):
@@ -4079,7 +4075,10 @@ class Call(Billable):
             payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
-        self.spell(payload)
+        if self.json_body:
+            self.spell(payload)
+        elif self.put_model and model != self.model:
+            self.upstream_body = self.put_model(model)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
@@ -4162,8 +4161,10 @@ class Call(Billable):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
         if self.endpoint == UNKNOWN:
             return objects_in(self.payload)
-        found = [self.payload, *map(self.payload.get, OPTION_HOLDERS)]
-        return [one for one in found if type(one) is dict]
+        options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+        if not {dict}.issuperset(map(type, options)) and self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest("generationConfig, options and the like must be objects")
+        return [self.payload, *[one for one in options if type(one) is dict]]
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
