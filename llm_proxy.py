@@ -2535,7 +2535,8 @@ MODEL_SELLER = re.compile(
 MODEL_VARIANT = re.compile(
     r"(?:-latest|-00[0-9]|-[0-9]{4}-[0-9]{2}-[0-9]{2}|-[0-9]{8}"
     r"|(?<=[0-9])-v[0-9]+|(?<![0-9])-v[0-9]+(?=:)"
-    r"|:(?:[0-9]+|latest|free|thinking|online|nitro|floor|beta|extended|exacto))+$")
+    r"|:(?:[0-9]+k?|latest|free|thinking|online|nitro|floor|beta|extended|exacto|fastest|cheapest)"
+    r"|\[[0-9]+m\])+$")
 VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 WILDCARD = re.compile(r"[*?[]")
 
@@ -2925,11 +2926,8 @@ class Usage(NamedTuple):
         """Returns the same with what other models did in its counts."""
         if not self.others:
             return self
-        input, output, cached, cache_write, reasoning, _, hour_write = map(
-            sum, zip(*[one[:7] for one in (self, *self.others)]))
-        return self._replace(
-            input=input, output=output, cached=cached, cache_write=cache_write,
-            reasoning=reasoning, hour_write=hour_write, others=())
+        *sums, _, hour_write = map(sum, zip(*[one[:7] for one in (self, *self.others)]))
+        return Usage(*sums, self.estimated, hour_write, self.model, self.tiers, self.picodollars)
 
 
 class Billable:
@@ -3094,8 +3092,7 @@ class Prices:
         self.usual = {self.fold(name): price for name, price in usual.items()}
         self.own = {name.casefold(): self.with_usual_tiers(name, price)
                     for name, price in (own or {}).items()}
-        globs = [name for name in self.own if WILDCARD.search(name)]
-        self.globs = [(glob, fold_glob(glob), self.own[glob]) for glob in globs]
+        self.globs = [name for name in self.own if WILDCARD.search(name)]
         # Of several spellings the shortest counts, which has no date, and of these the last.
         self.folded = {self.fold(name): self.own[name]
                        for name in sorted(self.own, key=len, reverse=True)}
@@ -3118,9 +3115,8 @@ class Prices:
         name = model.casefold()
         folded = self.fold(name)
         plain = fold_model(name)
-        found = self.own.get(name) or self.folded.get(folded) or next(iter([
-            price for glob, _, price in self.globs if fnmatch.fnmatchcase(name, glob)] + [
-            price for _, glob, price in self.globs if fnmatch.fnmatchcase(plain, glob)]), None)
+        found = self.own.get(name) or self.folded.get(folded) or next(
+            (self.own[glob] for glob in self.globs if may_use((glob,), name)), None)
         if found is None and name.endswith(":free"):
             return self.folded.get(plain, self.FREE)  # the operator knows better
         return found or self.usual.get(folded) or self.usual.get(plain) or self.default
@@ -3131,7 +3127,8 @@ class Prices:
         price = self.find(served) if served else None
         if price is None or price is self.default:
             price = self.find(asked)
-        names = sorted(map(str.casefold, tiers),
+        # Google says ON_DEMAND_FLEX for flex; some say one twice.
+        names = sorted({name.casefold().removeprefix("on_demand_") for name in tiers},
                        key=lambda name: not isinstance(price and price.tiers.get(name), Price))
         for name in names:  # those with prices of their own before factors
             price = price and price.in_tier(name)
@@ -3554,9 +3551,12 @@ def decode_json(data, decoder=PLAIN_JSON):
 
 # How long a string without spaces must be to be cut out, where it stands at a key of media.
 MEDIA_BYTES = 1 << 15
+# Keys of which the value is no text, where it has no spaces
+DATA_KEYS = frozenset("""
+    data url image_url video_url audio_url document_url image images audio video file_data file_url
+    image_base64 image_embeds audio_embeds bytes bytesBase64Encoded""".split())
 BEFORE_MEDIA = re.compile(
-    rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
-    rb'\s*:\s*\[?\s*|,\s*)"$')
+    (r'(?:"(?:%s|b64_json)"\s*:\s*\[?\s*|,\s*)"$' % "|".join(DATA_KEYS)).encode())
 # A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
 JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
@@ -3709,42 +3709,34 @@ FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
 FIELD_HEAD = re.compile(rb"""
-    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    \r\n(?:(?!.*content-disposition)[^\r\n]+\r\n)*
     content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
     [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
-    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
+    (?:\r\n(?!.*content-disposition)[^\r\n]+)*\r\n\r\n""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_parts(body, content_type):
-    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
     at = len(mark) if body.startswith(mark) else len(body)
     for _ in range(MAX_FORM_FIELDS):
         end = body.find(mark, at)
-        if boundary and body[at:at + 2] == b"--" and end < 0:
+        if boundary and end < 0 and body[at:at + 2] == b"--":
             return
-        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
-        start = at + len(head) + len(blank)
-        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+        head = FIELD_HEAD.match(body, at, min(end, at + MAX_FIELD_HEAD))
+        if not head or body[max(head.end(), end - 2):end] != b"\r\n":
             break
-        yield head[2:], start, end - 2
+        name = head[head.lastindex].decode("latin-1")
+        if name == "model" and b"encoding:" in head[0].lower():
+            break
+        yield name, head.end(), end - 2
         at = end + len(mark)
-    raise BadRequest("The request body is not a form as its Content-Type says")
-
-
-def form_fields(body, content_type):
-    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
-    for head, start, end in form_parts(body, content_type):
-        match = FIELD_HEAD.fullmatch(head)
-        name = match and match[match.lastindex].decode("latin-1")
-        if not match or (name == "model" and b"encoding:" in head.lower()):
-            raise BadRequest("A field of the form is not named plainly")
-        yield name, start, end
+    raise BadRequest("The request body is not a plain form as its Content-Type says")
 
 
 def query_fields(body):
@@ -3766,22 +3758,19 @@ def read_form(body, content_type, named):
     elif kind.startswith("application/x-www-form-urlencoded"):
         fields = query_fields(body)
         decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
-    found = None
-    for name, *place in fields:
+    model = place = None
+    for name, start, end in fields:
         keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
         is_model = name.lower() == "model"
         if keys or is_model:
-            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+            value = decode(body[start:end].decode("utf-8", "replace"))
         for key in keys:
             named.setdefault(key, []).append(value)
         if is_model:
-            if found or name != "model":
+            if place or name != "model":
                 raise BadRequest("The field model must stand once in the form, and plainly")
-            found = value, place
-    if not found:
-        return None, None
-    model, (start, end) = found
-    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
+            model, place = value, (body[:start], body[end:])
+    return model, place and (lambda other: encode(other).encode().join(place))
 
 
 def objects_in(value, values_of=dict.values):
@@ -4064,9 +4053,6 @@ class Call(Billable):
 
     def prepare_unknown(self, model, payload, rename):
         """Puts the models where the call names some, which may be a batch of calls."""
-        if self.put_model:
-            self.upstream_body = self.body if model == self.model else self.put_model(model)
-            return
         renamed = json.loads(to_json_bytes(payload))
         named = []
         for one in objects_in(renamed):
@@ -4079,21 +4065,22 @@ class Call(Billable):
             payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
-        self.spell(payload)
+        if self.json_body:
+            self.spell(payload)
+        elif self.put_model and model != self.model:
+            self.upstream_body = self.put_model(model)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
         return True in map(self.payload.get, LATER) or (
-            self.endpoint == UNKNOWN and bool(BATCH_PATH.search(self.path)))
+            self.endpoint == UNKNOWN and bool(LATER_PATH.search(self.path)))
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
             return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
-        if self.stored and self.endpoint is None:
-            made = self.stored.name and self.stored.collection in HAVE_RESULTS
-            return self.path.endswith("/" + self.stored.name) if made else not (
-                self.stored.name or self.stored.is_listed)
+        if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
+            return self.path.endswith("/" + self.stored.name)
         return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
             self.endpoint == "other" and "/videos/" in self.path)
 
@@ -4102,12 +4089,15 @@ class Call(Billable):
         if self.json_body and not may_refer(self.json_body.short):  # as nearly always
             return []
         found = []
-        meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
+        is_chat = self.endpoint == "chat"
+        meant = REFERENCES - CONVERSATIONS if is_chat else REFERENCES
         for part in objects_in(self.payload, says_of_things):
             if not meant.isdisjoint(part):
                 for key in meant.intersection(part):
-                    found += names_of_things(part[key], PREFIXES.get(key, ""))
-            if part.get("type") in REFERENCE_TYPES:
+                    found += names_of_things(part[key], key)
+            kind = part.get("type")
+            if kind in REFERENCE_TYPES or (
+                    kind is None and not is_chat and part.keys() <= {"id", "type"}):
                 found += names_of_things(part)
         return found
 
@@ -4161,13 +4151,10 @@ class Call(Billable):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
         if self.endpoint == UNKNOWN:
             return objects_in(self.payload)
-        found = [self.payload]
-        if not OPTION_HOLDERS.isdisjoint(self.payload):
-            options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
-            found += [one for one in options if type(one) is dict]
-            if len(found) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
-                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-        return found
+        options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+        if not {dict}.issuperset(map(type, options)) and self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest("generationConfig, options and the like must be objects")
+        return [self.payload, *[one for one in options if type(one) is dict]]
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
@@ -4224,19 +4211,21 @@ def is_small(value):
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
-BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
+LATER_PATH = re.compile("/batches/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
     max_tokens max_completion_tokens max_output_tokens maxOutputTokens max_new_tokens n_predict
     num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
-    min_tokens""".split())
+    max_tokens_to_generate tokens_to_generate maximum_tokens min_tokens
+    min_new_tokens""".split())
 # How many answers there are to one prompt.
 OUTPUT_COUNTS = frozenset("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
-    numResults""".split())
+    numResults sampleCount""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
-PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
+# Lists of these are several prompts: each has an output.
+PROMPTS = frozenset("prompt prompts text inputs instances".split())
 BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
@@ -4244,14 +4233,12 @@ OPTION_HOLDERS = frozenset(
 # What may say how much comes out of a chat, but for what nearly all say it by.
 UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(PROMPTS, OPTION_HOLDERS)
 MEDIA_TYPES = frozenset("""
-    image_url input_image image input_audio file input_file document video_url
-    audio_url""".split())  # of parts of a prompt: what is in them is no text
+    image_url input_image image input_audio audio file input_file document document_url video_url
+    input_video video audio_url image_base64 image_embeds audio_embeds
+    computer_screenshot""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
-MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
-DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
-    IMAGES_KEY))
+MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -4261,7 +4248,7 @@ signature cache_control ttl source media_type mimeType mime_type detail format i
 file_id file_uri fileUri filename title context citations annotations logprobs is_error
 functionCall functionResponse functionDeclarations args response include_usage effort
 budget_tokens""".split())
-TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
+TEXT_KEYS = PLAIN_KEYS - MEDIA_KEYS - {"type"}  # of parts that are text for sure
 
 
 # What stands in a call beside its messages: no server reads text there.
@@ -4293,20 +4280,22 @@ def is_media(part):
 
 
 def media_texts(part):
-    """Returns what is text in an image and the like; None where a part is none."""
-    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
+    """Returns what is text in an image and the like; None where a part is none. So is the data of
+    a file that says it is text."""
+    if not is_media(part):
         return None
-    texts = [key for key in part if key not in PLAIN_KEYS]
+    texts, data = [key for key in part if key not in PLAIN_KEYS], []
     pairs = list(part.items())
     for key, value in pairs:  # the list grows meanwhile
-        if type(value) is str:
-            if key not in DATA_KEYS or " " in value:
-                texts.append(value)
+        if isinstance(value, str):
+            (data if key in DATA_KEYS and " " not in value else texts).append(value)
         elif type(value) is list:
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
+    if any([text.startswith(("text/", "data:text/")) for text in texts + data]):
+        texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
 
 
@@ -4315,10 +4304,9 @@ READ_FIRST = "tools functions system instructions systemInstruction system_instr
 # What a tool is given and gives, as an object: there keys are words of somebody, too.
 TOOL_DATA = frozenset("arguments args input response result output".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
-NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
-    thought_signature mimeType mime_type media_type""".split())
+NOT_WORDS = MEDIA_OBJECTS.union("""images id ids type model role signature encrypted_content
+    thoughtSignature thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
-MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4411,18 +4399,22 @@ class Model(NamedTuple):
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
-    training_file validation_file video_id vector_store_id vector_store_ids container container_id
-    cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names eval_id skill_id prompt""".split())
-# At these there may be something else, too: how names of stored things begin.
-PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
-# Objects of these types name one by their id.
+    training_file validation_file validation_files video_id vector_store_id vector_store_ids
+    container container_id cachedContent cached_content fileUri file_uri fileSearchStoreNames
+    file_search_store_names eval_id dataset_id library_ids collection_ids memory_store_id vault_ids
+    environment_id skill_id prompt video agent uri fileName file_name""".split())
+# At these there may be something else, too: so the names of stored things begin.
+MIXED = frozenset("skill_id prompt video agent uri fileName file_name".split())
+MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
+# Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
 REFERENCE = re.compile(('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode())
+ID_ALONE = re.compile(
+    rb'\{\s*(?:"type"\s*:\s*null\s*,\s*)?"id"\s*:\s*"[^"]*"\s*(?:,\s*"type"\s*:\s*null\s*)?\}')
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata client_metadata
+    input_schema inputSchema schema json_schema properties metadata client_metadata plugins
     annotations""".split())
 # Chat has none of these, though some clients name theirs so.
 CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".split())
@@ -4431,13 +4423,13 @@ ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/|projects/.*/)?"
-    r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"((?:files|cachedContents|fileSearchStores)/[^/:?#\s]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
-    file_id""".split()
+NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id output_file error_file
+    responsesFile container_id file_id collection_id""".split()
 # These make files when they are done.
-HAVE_RESULTS = ("batches", "fine_tuning/jobs")
+HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
     results""".split()
@@ -4446,7 +4438,10 @@ MADE_IN = """response interaction conversation container file output content ann
 def may_refer(data):
     """Returns whether JSON may name something stored: by one of these words, or where an escape may
     spell one. Quotes in texts, which begin no word, would each be looked at."""
-    return data.find(b"\\u") >= 0 or REFERENCE.search(data.replace(b'\\"', b"")) is not None
+    if data.find(b"\\u") >= 0:
+        return True
+    plain = data.replace(b'\\"', b"")
+    return REFERENCE.search(plain) is not None or ID_ALONE.search(plain) is not None
 
 
 def says_of_things(part):
@@ -4458,12 +4453,12 @@ def says_of_things(part):
     return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
-def names_of_things(value, prefix=""):
+def names_of_things(value, key=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
     names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
     matches = [THING_NAME.fullmatch(name) for name in names
-               if type(name) is str and name.startswith(prefix)]
+               if type(name) is str and (key not in MIXED or MIXED_NAME.match(name))]
     return [match[match.lastindex] for match in matches if match]
 
 
@@ -4484,25 +4479,31 @@ def names_made(payload):
 OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
 FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
-FAULTS = frozenset(("error", "response.failed", "failed"))
-# Errors by which an upstream says that the caller is to blame, or its own account
-BLAMELESS = re.compile(
-    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
-    "|safety", re.IGNORECASE)
+FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
+# Errors by which an upstream says that its own account is to blame, or else the caller
+ACCOUNTS_FAULT = re.compile(
+    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
+CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safety", re.IGNORECASE)
+
+
+# What leaves out parts of a response at Google's servers, or spells it so that nobody can read it
+MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
 
 
 def without_masks(query):
-    """Returns a query without what leaves out parts of a response at Google's servers."""
-    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
-        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+    return "&".join([part for part in query.split("&")
+                     if not MASK.fullmatch(urllib.parse.unquote_plus(part))])
 
 
-def fault_status(value):
-    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
-    one that speaks of the caller, and 502."""
-    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+def fault_status(*values):
+    """Returns the status of an error in a response: what it says itself, else 429 or 400 where its
+    kind is one that speaks of the account or the caller, and 502."""
+    words = " ".join([str(dig(value, key)) for value in values
+                      for key in ("code", "status", "status_code", "type")])
     told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
-    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
+    if told:
+        return int(told[0])
+    return 429 if ACCOUNTS_FAULT.search(words) else 400 if CALLERS_FAULT.search(words) else 502
 
 
 def is_name(value):
@@ -4600,15 +4601,16 @@ class Dialect:
     MODEL_KEYS = ("id",)  # at which its name stands
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
-    USAGE_HOLDERS = """response interaction message choices delta x_groq data result stats meta_info
-        meta tokens""".split()
+    USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
+        meta_info meta tokens billed_units metrics details""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count""",
+            total_input_tokens prompt_eval_count promptTokens input_token_count input_length""",
         "tools": "toolUsePromptTokenCount total_tool_use_tokens",
         "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
-            total_output_tokens candidatesTokenCount""",
+            total_output_tokens candidatesTokenCount completionTokens output_token_count
+            generated_token_count generated_tokens""",
         "total": "total_tokens totalTokens totalTokenCount",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
@@ -4623,8 +4625,9 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
-    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
-    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra, LLM Gateway;
+    # xAI's ticks.
+    MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
     # How it was served.
     TIERS = ("service_tier", "speed", "inference_geo")
@@ -4640,7 +4643,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
+    LAST_STATES = ("completed", "succeeded", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -4821,7 +4824,7 @@ class Dialect:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
         if is_name(model):
-            tier = payload.get(self.TIERS[0])
+            tier = "batch" if payload.get("object") == "batch" else payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
@@ -4853,11 +4856,12 @@ class Dialect:
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *self.parts(payload)):
+        for part in (*self.parts(payload), payload):
             error = part.get("error") or part.get("errors")
-            code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
-                return fault_status(as_list(error)[0] if error else part)
+            code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
+            if error or code or part.get("success") is False or any(
+                    [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
+                return fault_status(*as_list(error)[:1], part, payload.get("error"))
         return 0
 
     def usual_usage(self, data, model):
@@ -4894,7 +4898,8 @@ class Dialect:
         return with_iterations(told, [part for part in parts if part])
 
     def plain_usage(self, counts, model, tier):
-        """Returns the usage that counts and their details tell, but for iterations."""
+        """Returns the usage that counts and their details tell, but for iterations. An input of
+        nothing is none that was told: some leave out what was in a cache."""
         parts = [counts, *[part for part in counts.values() if type(part) is dict]]
         found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
@@ -4903,7 +4908,7 @@ class Dialect:
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), not prompt,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
     def found(self, parts):
@@ -5109,7 +5114,7 @@ FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
 # Marks of what stands around a gap, as models are trained to fill it
-FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
+FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_cursor|cursor)")
 
 
 # The names of three counts, as most servers tell no more, and what stands around such a count
@@ -5127,12 +5132,17 @@ def model_mark(model):
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
 
+ANTHROPICS_CACHE = frozenset(("cache_read_input_tokens", "cache_creation_input_tokens"))
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
     ENDPOINTS = {
+        "/async/chat/completions": UNKNOWN,                               # Perplexity's
         "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
+        "/edit/completions": "fim", "/apply/completions": "fim",          # Inception's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
         "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
@@ -5155,8 +5165,8 @@ class OpenAI(Dialect):
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
         "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
-            guided_choice guided_grammar guided_decoding nvext prediction regex
-            ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
+            guided_choice guided_grammar guided_decoding nvext prediction regex ebnf
+            regex_pattern grammar_string""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp, TabbyAPI
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = RESPONSE_PARTS
@@ -5220,12 +5230,7 @@ class OpenAI(Dialect):
         return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
     def usage(self, counts, model=None, tier=None):
-        prompt, output, total = map(
-            counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
-        if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
-                0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
-        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+        if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
             return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
         return super().usage(counts, model, tier)
 
@@ -5357,6 +5362,7 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
+    TIERS = ("service_tier", "serviceTier", "trafficType")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -5533,11 +5539,6 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
-    def usage(self, counts, model=None, tier=None):
-        """It tells no count of a prompt that it has in its cache."""
-        told = super().usage(counts, model, tier)
-        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
-
 
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
@@ -5567,22 +5568,25 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 # What upstreams store for an account, and where
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
-    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos/characters"
+    "|videos|evals"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
-    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
-    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
+    "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
-VERBS = "input_tokens compact runs generations edits extensions".split()
+VERBS = "input_tokens compact runs generations edits extensions upload list retrieve".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
 # credentials: these wherever they stand,
 ADMIN_PARTS = """
     client_secrets transcription_sessions auth_tokens organizations? credits billing slots
-    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_?up collective_rpc scale_elastic_ep
     is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
     init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    generate_auth_token single-use-token api[-_]?keys?
     (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
     update_weight.* send_weights_to_remote_instance get_weights_by_name
     abort_requests? fault_tolerance flush_cache freeze_gc slow_down
@@ -5591,8 +5595,8 @@ ADMIN_PARTS = """
     (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
     get_load set_trace_level (add|remove)_worker
     (add|remove|list)_external_(corpus|corpora) dumper stop-generation
-    realtime/(sessions|calls) chatkit/sessions auth/keys
-    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
+    realtime(api)?/(sessions|calls) chatkit/sessions auth/(keys?|grant)
+    v1/(key|activity|streams?|usage|costs|balance|account|me) users?/(me|info|balance)
     api/(pull|push|create|copy|delete|blobs|signout|admin)
     models/(load|unload|sse|download|apply|delete)
     (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
@@ -5794,7 +5798,8 @@ class Dialects:
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # The latter is llama.cpp's.
-NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
+EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
+NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
 def may_be_fault(data):
@@ -6081,12 +6086,15 @@ class UsageReader(UsageSource):
         data = b"".join(self.pieces)
         self.pieces = [data]
         if self.streamed:
-            self.scan_for_usage(data)
-            self.read_last_events(data)
-            self.ended = self.ended or self.closed or bool(self.final)
+            self.read_events(data)
         elif whole:
             self.ended = True
             self.read_json(data)
+
+    def read_events(self, data):
+        self.scan_for_usage(data)
+        self.read_last_events(data)
+        self.ended = self.ended or self.closed or bool(self.final)
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
@@ -6098,10 +6106,10 @@ class UsageReader(UsageSource):
         lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
         events = 0
         for event in reversed(self.events.cut(b"".join(lines))):
-            if NAMED_FAULT.search(event):
-                self.fault = self.fault or 502
             found = self.events.all_data(event)
             payload = object_in(found)
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
             if found.strip() == LAST_DATA:
                 self.closed = True
             elif payload:
@@ -6123,7 +6131,7 @@ class UsageReader(UsageSource):
             self.note_server(payload)
         else:  # it may be told without a mark
             self.note(payload)
-        if may_be_fault(data):
+        if not self.counts or may_be_fault(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data):
@@ -6134,6 +6142,9 @@ class UsageReader(UsageSource):
             if self.usual:
                 return
         payload = object_in(data) if small else {}
+        if not payload and EVENT_BEGIN.match(data):  # under another type
+            self.streamed = True
+            return self.read_events(data)
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
@@ -6141,14 +6152,17 @@ class UsageReader(UsageSource):
                 payload = {**self.front(data), **payload} if payload else (
                     object_in(data))
         if payload:
-            found = self.dialect.counts_in(payload)
-            self.counts = merged(self.counts, found) if self.counts else found
-            self.note_server(payload)
-            state = payload.get("status")
-            self.closed = state in self.dialect.LAST_STATES
-            self.running = type(state) is str and not self.closed
-            if may_be_fault(data):
-                self.fault = self.dialect.fault(payload)
+            self.note_json(payload, data)
+
+    def note_json(self, payload, data):
+        found = self.dialect.counts_in(payload)
+        self.counts = merged(self.counts, found) if self.counts else found
+        self.note_server(payload)
+        state = payload.get("status")
+        self.closed = str(state).lower() in self.dialect.LAST_STATES
+        self.running = type(state) is str and not self.closed
+        if not self.counts or may_be_fault(data):
+            self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -8480,7 +8494,7 @@ class Stored:
 
 class NameReader:
     """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
-    first event that names something. `reader`, if any, sees it as well."""
+    first events that name something. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
@@ -8501,8 +8515,9 @@ class NameReader:
                 self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
                 match = self.FIRST_NAME.match(self.kept)
-                self.tell([match[1].decode("utf-8", "replace")] if match else [])
                 self.kept = None
+                if match:
+                    self.found([match[1].decode("utf-8", "replace")])
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
@@ -8511,22 +8526,14 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look(self):
-        if not self.events:
-            self.tries += 1
-            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
-        events = self.events.cut(self.kept)
-        self.kept = events[-1]  # which may not be whole
-        for event in events:
-            self.tries += 1
-            if self.kept is not None:
-                self.tell(names_made(self.events.payload(event)))
-        if self.tries >= self.MAX_TRIES:
-            self.kept = None
-
-    def tell(self, names):
+        pieces = self.events.cut(self.kept) if self.events else [self.kept]
+        read = self.events.payload if self.events else object_in  # {} where it has not come whole
+        names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
+        self.tries += 1
+        is_over = names or (self.events and self.tries >= self.MAX_TRIES)
+        self.kept = None if is_over else pieces[-1]  # which may not be whole
         if names:
             self.found(names)
-            self.kept = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -14017,7 +14024,9 @@ class SharedStored(Stored):
 # --------------------------------------------------------------------------------------------------
 
 # User agents with these words, in lower case, are where a person sits and reads.
-PEOPLES_AGENTS = re.compile("mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/")
+PEOPLES_AGENTS = re.compile(
+    "mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/|kimicli/|roo-?code|kilo-?code"
+    "|cline/|zed/")
 # These sleep for as long as Retry-After says, were it for hours.
 SLEEPING_AGENTS = re.compile("codex[_-]")
 PATIENT_SECONDS = 60  # who must wait longer need not ask again
