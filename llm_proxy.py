@@ -12458,6 +12458,7 @@ class Redis(asyncio.Protocol):
         self.greetings: List[Callable[[], Awaitable[None]]] = []
         self.on_return: List[Callable[[], None]] = []
         self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
+        self.on_flush: List[Callable[[], None]] = []  # ask what has waited for the end of a pass
         self.unsent: List[Asked] = []
         self.asked: "collections.deque[Asked]" = collections.deque()
         self.waiting: "collections.deque[bytes]" = collections.deque()
@@ -12516,6 +12517,9 @@ class Redis(asyncio.Protocol):
         if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
             return self.drop([one])
         self.unsent.append(one)
+        self.flush_soon()
+
+    def flush_soon(self):
         if not self.flushing:
             self.flushing = True
             self.loop.call_soon(self.flush)
@@ -12660,7 +12664,11 @@ class Redis(asyncio.Protocol):
 
     def flush(self):
         """Sends what was asked for in one pass of the loop."""
-        self.flushing = False
+        try:
+            for ask in self.on_flush:
+                ask()
+        finally:
+            self.flushing = False
         unsent, self.unsent = self.unsent, []
         now = self.loop.time()
         for one in unsent:
@@ -13070,7 +13078,6 @@ class RedisBuckets(Buckets):
     reason = "is not there"
     number = 1                # of the last batch
     beats = 0
-    flushing = False
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
@@ -13097,6 +13104,7 @@ class RedisBuckets(Buckets):
         self.local = Buckets(clock)  # what this process may use while Redis is away
         self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
         redis.scripts += [self.batch_script, self.beat_script]
+        redis.on_flush.append(self.flush)
         redis.join(self.catch_up, self.come_back, self.on_leave)
 
     @property
@@ -13115,7 +13123,7 @@ class RedisBuckets(Buckets):
             return self.take_here(keyed_rules, costs, None)
         one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
         self.takes.append(one)
-        self.flush_soon()
+        self.redis.flush_soon()
         await one.future
         if one.levels is None:
             return self.take_here(keyed_rules, costs, one if one.sent else None)
@@ -13159,22 +13167,16 @@ class RedisBuckets(Buckets):
 
     def act(self, *act):
         self.acts.append(act)
-        self.flush_soon()
+        self.redis.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
         """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
         self.charges.add(rule, key, amount, taken_at)
         if not self.charging:
-            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.flush)
-
-    def flush_soon(self):
-        if not self.flushing:
-            self.flushing = True
-            self.redis.loop.call_soon(self.flush)
+            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
     def flush(self):
         """Sends what there is, as far as not too much is on its way."""
-        self.flushing = False
         if self.charging:
             self.charging.cancel()
             self.charging = None
@@ -13185,7 +13187,6 @@ class RedisBuckets(Buckets):
             self.batches.append(batch)
             self.redis.ask(redis_command(self.batch_parts(batch)),
                            functools.partial(self.on_answer, batch))
-        self.redis.flush()
 
     async def drain(self, say: Callable[[str], None]):
         """Waits until Redis has all, for a while."""
@@ -13193,7 +13194,7 @@ class RedisBuckets(Buckets):
         while self.batches or self.acts or self.charges.unsent:
             if self.redis.loop.time() > end:
                 return say("Redis is not told of all charges: it %s" % self.reason)
-            self.flush()
+            self.redis.flush_soon()
             await asyncio.sleep(0.01)
 
     def next_batch(self):
@@ -13250,8 +13251,8 @@ class RedisBuckets(Buckets):
             except (AttributeError, ValueError):  # somebody else has written there
                 self.decide(batch.takes)
                 self.redis.leave(RedisFault("has other things under these names"))
-            if self.takes or self.charges.unsent:
-                self.flush_soon()
+            if not self.charging:  # what there is was too much for one batch
+                self.redis.flush_soon()
 
     def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
@@ -13418,7 +13419,7 @@ class RedisBuckets(Buckets):
         self.local = Buckets(self.clock)
         if was_away:
             self.on_change()
-        self.flush()
+        self.redis.flush_soon()
         self.beat()
         if self.fills:
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
