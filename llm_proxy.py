@@ -13102,7 +13102,8 @@ class RedisBuckets(Buckets):
         self.batches: "collections.deque[Batch]" = collections.deque()
         self.names: Dict[BucketKey, Tuple[str, str, float]] = {}
         self.local = Buckets(clock)  # what this process may use while Redis is away
-        self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
+        # Is told that it is "away", "again" there, or "there" since the start.
+        self.on_change: Callable[[str], None] = lambda change: None
         redis.scripts += [self.batch_script, self.beat_script]
         redis.on_flush.append(self.flush)
         redis.join(self.catch_up, self.come_back, self.on_leave)
@@ -13363,7 +13364,7 @@ class RedisBuckets(Buckets):
     def go_away(self):
         self.cancel_grace()
         self.state = "away"
-        self.on_change()
+        self.on_change("away")
         takes = [one for batch in self.batches for one in batch.takes]
         self.decide([*takes, *self.takes])
         self.takes.clear()
@@ -13418,7 +13419,7 @@ class RedisBuckets(Buckets):
         self.succeeds = False
         self.local = Buckets(self.clock)
         if was_away:
-            self.on_change()
+            self.on_change("again")
         self.redis.flush_soon()
         self.beat()
         if self.fills:
@@ -13433,7 +13434,7 @@ class RedisBuckets(Buckets):
         self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.beats += 1
         if self.beats == self.START_BEATS:
-            self.on_change()
+            self.on_change("there")
         if self.beats % self.RENEW_BEATS == 0:
             for key, rule in self.charges.rules.items():
                 self.act("renew", rule, key)
@@ -13796,17 +13797,20 @@ class SharedFeed(Feed):
     FRESH_SECONDS = 2.5
     GONE_SECONDS = 60
     MOST_READ = 500  # events at once
-    SUMS = "calls", "tokens", "failed", "in_flight", "line"
+    SUMS = "in_flight", "line"
+    # What these come to since its start each tells, so that a second that nobody has read is not
+    # lost.
+    COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": decimal.Decimal}
     TOLD = "begin", "end", "change", "warning"
-    NOTHING = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}  # of what was counted before
 
     def __init__(self, clock: Any, redis: Redis, prefix: str):
         super().__init__(clock)
         self.redis = redis
         self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
         self.process = os.urandom(8).hex()
-        self.others: List[JsonObject] = []  # what they told of the last second
-        self.counted: Dict[bytes, float] = {}   # and when that was
+        self.totals = collections.Counter()       # by COUNTED
+        self.others: Dict[bytes, JsonObject] = {}  # what each told last,
+        self.more = collections.Counter()         # and what all counted meanwhile
         self.elsewhere = False                  # whether pages are open there
         self.last: Optional[bytes] = None       # event that was read
 
@@ -13819,12 +13823,14 @@ class SharedFeed(Feed):
 
     def exchange(self, payload: JsonObject):
         """Tells the others what was in this second, and asks what they told."""
+        for name, number in self.COUNTED.items():
+            self.totals[name] += number(payload[name])
         if not self.redis.available:
-            self.others = []
+            self.others = {}
             return
         looking = self.listeners > self.elsewhere
-        self.redis.send("HSET", self.seconds_key, self.process,
-                        json.dumps({**payload, "looking": looking}))
+        told = {**payload, **self.totals, "looking": looking}
+        self.redis.send("HSET", self.seconds_key, self.process, json.dumps(told, default=str))
         self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
         self.redis.ask(redis_command(("HGETALL", self.seconds_key)), self.on_seconds)
         if not looking:
@@ -13839,26 +13845,25 @@ class SharedFeed(Feed):
 
     def pulse(self, payload):
         super().pulse(payload)
-        for one in self.others:
-            one.update(self.NOTHING)
+        self.more.clear()
 
     def on_seconds(self, reply):
         if isinstance(reply, RedisFault):
             return
         now = wall_time(self.clock)
-        found = []
-        with contextlib.suppress(ValueError, TypeError, LookupError):
+        found = {}
+        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
             for name, text in zip(reply[::2], reply[1::2]):
                 one = json.loads(text)
                 if one["now"] < now - self.GONE_SECONDS:
                     self.redis.send("HDEL", self.seconds_key, name)
                 elif one["now"] > now - self.FRESH_SECONDS and name != self.process.encode():
-                    found.append(one)
-                    if self.counted.get(name) == one["now"]:
-                        one.update(self.NOTHING)
-                    self.counted[name] = one["now"]
+                    found[name] = one
+                    before = self.others.get(name, one)
+                    for count, number in self.COUNTED.items():
+                        self.more[count] += number(one[count]) - number(before[count])
         self.others = found
-        elsewhere = any([one["looking"] for one in found if "looking" in one])
+        elsewhere = any([one.get("looking") for one in found.values()])
         self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
         self.elsewhere = elsewhere
 
@@ -13878,7 +13883,10 @@ class SharedFeed(Feed):
         """Returns what was in a second of all."""
         found = dict(payload)
         with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
-            for other in self.others:
+            for name in self.COUNTED.keys() & found.keys():
+                value = found[name]
+                found[name] = type(value)(self.COUNTED[name](value) + self.more[name])
+            for other in self.others.values():
                 self.add(found, other)
         return found
 
@@ -13887,8 +13895,6 @@ class SharedFeed(Feed):
             more = other.get(name)
             if name in self.SUMS:
                 found[name] = value + more
-            elif name == "usd":
-                found[name] = str(decimal.Decimal(value) + decimal.Decimal(more))
             elif name.startswith("first_"):
                 found[name] = max(value or 0, more or 0) or None
             elif name in ("running", "buckets"):
@@ -15406,19 +15412,17 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
               "closed": "calls are refused by all of %d processes"}
 
 
-def tell_of_redis(proxy: Proxy):
-    """Says that Redis is there, went away, or came back."""
+def tell_of_redis(proxy: Proxy, change: str):
+    """Says that Redis is "there", "away", or there "again"."""
     buckets = proxy.limits.buckets
-    if buckets.is_degraded:
-        line = "Redis %s: %s" % (
-            buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
-    elif buckets.beats == buckets.START_BEATS:
-        return proxy.books.log.say("Redis is there, shared by %d processes" % buckets.processes)
-    else:
-        line = "Redis is there again: %d processes share the limits" % buckets.processes
+    count = buckets.processes
+    line = {"there": "Redis is there, shared by %d processes" % count,
+            "away": "Redis %s: %s" % (buckets.reason, WHILE_AWAY[buckets.policy] % count),
+            "again": "Redis is there again: %d processes share the limits" % count}[change]
     proxy.books.log.say(line)
-    proxy.watchers.warnings.tell(
-        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, text=line)
+    if change != "there":
+        proxy.watchers.warnings.tell(
+            "limits_degraded" if change == "away" else "limits_shared", (), None, text=line)
 
 
 def build_dialects(config: Config) -> Dialects:

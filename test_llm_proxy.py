@@ -10119,6 +10119,7 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.admitted(2), 2)
         self.redis.kill()
         self.is_away(two)
+        one.beats = two.beats = two.START_BEATS  # after which Redis is said to be there
         began = time.monotonic()
         self.assertEqual(self.admitted(6), 4)  # of the 8 that are left
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
@@ -13033,19 +13034,32 @@ class SharedEventsTest(AdminCase):
         wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
         self.address = there
 
-        def tell():
-            """Makes a call; returns the pulses that tell of it. Where a process was held up, the
-            next second came before anybody had read that of the call."""
-            self.ask(call("k"))
-            (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
-            self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
-            pulses = [self.hear(client, "pulse")[1] for _ in range(9)]
-            return [one for one in pulses if one["calls"]]
-        pulse, = wait_for(tell)
+        self.ask(call("k"))
+        (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
+        self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
+        pulse = {"calls": 0}
+        while not pulse["calls"]:
+            _, pulse = self.hear(client, "pulse")
         self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
         client.close()
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
         self.assertEqual(two.watchers.feed.listeners, 0)
+
+    def test_what_others_counted_is_told_once_whether_or_not_each_second_was_read(self):
+        one = llm_proxy.SharedFeed(Clock(), types.SimpleNamespace(available=False), "x:")
+        nothing, told = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}, []
+        for calls, usd in (
+                (5, "1"), (5, "1"), (7, "1.5"), (7, "nan!"), (9, "2"), (10 ** 99, "1e9999999")):
+            text = json.dumps({"now": one.clock.time_ns() / 1e9, "calls": calls, "tokens": 2 * calls,
+                               "failed": 0, "usd": usd})
+            one.on_seconds([b"other", text.encode()])
+            found = one.added_up(nothing)
+            one.pulse({})
+            told.append((found["calls"], found["tokens"], found["usd"]))
+        self.assertEqual(told[:3], [(0, 0, "0"), (0, 0, "0"), (2, 4, "0.5")])
+        for _ in range(3):
+            one.exchange({**nothing, "calls": 2, "usd": "0.1"})
+        self.assertEqual((one.totals["calls"], str(one.totals["usd"])), (6, "0.3"))
 
     def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
         (_, here), (_, there) = self.start_two()
