@@ -9808,23 +9808,26 @@ SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0
         START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
         " OR ".join([name + " > 0" for name in [*SUM_COUNTS][3:]]),
         ", ".join([str(number) for number, _ in enumerate(SUMMED_BY, 1)]))
-# Adds such to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+# Adds such to the sums of a span: ON CONFLICT DO UPDATE is new in SQLite 3.24.
 SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
 ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
-    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT %d, %s, %s,
+    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT {0}, %s, %s,
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
-    FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
+    FROM new LEFT JOIN sums AS old ON old.span = {0} AND %s""" % (
         SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
-        ", ".join(SUMMED_BY), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        ", ".join(SUMMED_BY), ", ".join(["new." + name for name in SUMMED_BY]),
         ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
                    for name in SUM_COUNTS]),
-        QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
+        " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
         ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
+# The sums of which days are made, by hours, and those since, the latest first.
+HISTORY = """SELECT %s FROM sums WHERE span = %d AND start < ? OR span = %d AND start >= ?
+    ORDER BY start DESC LIMIT 50000""" % (SUM_COLUMNS, HOUR, QUARTER)
 # The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
@@ -9914,6 +9917,7 @@ class Database:
     MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
     BATCH = 5000                # calls that are added up at once,
     FORGOTTEN = 500             # and that are removed
+    TELL = "INSERT INTO untold(sum) VALUES %s"
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -10091,16 +10095,15 @@ class Database:
 
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
-        rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
+        late = [row for row in sums if row[0] < self.facts["rolled"]]
         execute = self.connection.execute
         with self.transaction():
-            self.insert(ADD_TO_SUMS, sums)
+            for span, rows in (QUARTER, sums), (HOUR, late), (DAY, late):
+                self.insert(ADD_TO_SUMS.format(span), [
+                    (row[0] // span * span, *row[1:]) for row in rows])
             if told:  # of which so many may wait
-                self.insert("INSERT INTO untold(sum) VALUES %s",
-                            [[json.dumps(row)] for row in told])
+                self.insert(self.TELL, [[json.dumps(row)] for row in told])
                 execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
-            if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
-                facts["rolled"] = rolled
             self.note(**facts)
         self.facts.update(facts)
 
@@ -10115,15 +10118,19 @@ class Database:
         return self.connection.execute(
             "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
 
-    def renumber(self):
-        """Gives the next sum to be told a higher number than any that was told, also of a file that
-        was in the place of this one."""
-        self.connection.execute(
-            "INSERT INTO sqlite_sequence SELECT 'untold', 0 WHERE NOT EXISTS "
-            "(SELECT 1 FROM sqlite_sequence WHERE name = 'untold')")
-        self.connection.execute(
-            "UPDATE sqlite_sequence SET seq = max(seq, CAST((julianday('now') - 2440587.5) "
-            "* 86400000 AS INTEGER)) WHERE name = 'untold'")
+    def begin_to_tell(self):
+        """Has others told what is added from now on, and, the first time, what was added before, the
+        latest first. The next sum to be told gets a higher number than any that was told, also of a
+        file that was in the place of this one."""
+        execute = self.connection.execute
+        with self.transaction():
+            if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'").fetchall():
+                execute("INSERT INTO sqlite_sequence VALUES ('untold', 0)")
+                self.insert(self.TELL, [[json.dumps(row)] for row in execute(
+                    HISTORY, (self.facts["rolled"],) * 2)])
+            execute("UPDATE sqlite_sequence SET seq = max(seq, CAST((julianday('now') - 2440587.5) "
+                    "* 86400000 AS INTEGER)) WHERE name = 'untold'")
+        self.tells = True
 
     def hear(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
         """Adds what other boxes told up to a moment, each sum once, and forgets what they were
@@ -11035,8 +11042,9 @@ class Ledger(Writer):
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, wall_time(self.clock)
-        database.tells = self.trade is not None
         try:
+            if self.trade and not database.tells:
+                database.begin_to_tell()
             while (database.add_new() or database.add_older() or database.roll_up(wall)
                    or database.list_ids()):
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
@@ -13750,7 +13758,6 @@ class SharedSums:
         self.key = prefix + "sums"
         self.box = short_digest(ledger.secret.hex())
         self.after: Optional[str] = None  # where the stream is read from
-        self.database: Optional[Database] = None  # a lost one is followed by another
         self.script = RedisScript(LUA_SUMS)
         redis.scripts.append(self.script)
         ledger.trade = self.trade
@@ -13759,9 +13766,6 @@ class SharedSums:
         """Returns whether there may be more. Runs in the ledger's thread."""
         if not self.redis.available:
             return False
-        if database is not self.database:
-            database.renumber()
-            self.database = database
         told = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
         asking = self.redis.run(

@@ -8908,8 +8908,11 @@ class SumsTest(TableCase):
 
     def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
         self.add_many(50)
+        self.roll_up(self.DAY + 86400)
         for moment in self.each((self.DAY + 5000, self.DAY + 86400, 0)):
+            rolled = self.database.facts["rolled"]
             self.add({"time": moment})
+            self.assertEqual(self.database.facts["rolled"], rolled)  # nothing is made again
             for _ in range(2):
                 found = self.reader.totals("upstream", 0, self.DAY + 9 * 86400)
                 self.assertEqual(self.told(found), self.counted("coalesce(upstream, '-')"))
@@ -10621,9 +10624,10 @@ class SharedSumsTest(ProxyCase):
 
     def box(self, path=None, **settings):
         path = path or new_path(self, "box.db")
+        settings = {"REDIS_URL": self.redis.url, **settings}
         self.start(says_json({"usage": {"prompt_tokens": 20, "completion_tokens": 3}}),
-                   DATABASE=path, REDIS_URL=self.redis.url, PROXY_API_KEYS="ann=sk-a", **settings)
-        wait_for(lambda: self.proxy.redis.available)
+                   DATABASE=path, PROXY_API_KEYS="ann=sk-a", **settings)
+        wait_for(lambda: not self.proxy.redis or self.proxy.redis.available)
         return self.address, path
 
     def call_at(self, box, count):
@@ -10660,6 +10664,16 @@ class SharedSumsTest(ProxyCase):
             self.assertEqual((row[:2], said.getvalue()),
                              (("ann", 5), "with what 1 other boxes have told\n"))
 
+    def test_a_box_that_has_sums_from_before_it_shared_any_tells_those_too_and_once(self):
+        two = self.box()
+        one = self.box(REDIS_URL="")
+        self.call_at(one, 3)
+        self.assert_told(3, one)
+        for _ in range(2):
+            self.proxy.books.close(PATIENCE)
+            one = self.box(one[1])
+            self.assert_told(3, one, two)
+
     def test_what_was_used_while_redis_or_a_box_was_away_is_told_later_and_once(self):
         one, two = self.box(), self.box()
         self.call_at(two, 2)
@@ -10688,7 +10702,7 @@ class SharedSumsTest(ProxyCase):
         moment = time.time_ns() // 10 ** 6
         database = llm_proxy.Database(new_path(self, "box.db"))
         for before in range(2):
-            database.renumber()
+            database.begin_to_tell()
             database.insert("INSERT INTO untold(sum) VALUES %s", [["[]"]])
             number = database.untold(9)[before][0]
             self.assertTrue(moment < number < moment + 60_000, number)
