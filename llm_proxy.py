@@ -12730,8 +12730,9 @@ class Redis(asyncio.Protocol):
             self.dropped += 1
 
 
-# What holds for both scripts: KEYS[1] is the hash of the process that asks; `now` is in
-# microseconds since 2020, which a double holds to a fraction; amounts are whole, below 2^53.
+# What holds for both scripts: KEYS[1] is the hash of the process that asks, KEYS[2] the number of
+# the last time that Redis has lost something, for 30 s; `now` is in microseconds since 2020, which
+# a double holds to a fraction; amounts are whole, below 2^53.
 LUA_TIME = """
 local time = redis.call('TIME')
 local now = (time[1] - 1577836800) * 1000000 + time[2]
@@ -12743,25 +12744,28 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # their arguments. A key's text is 'level stamp (amount until)...', what was given beyond the rule;
 # of running calls '(process count until)...'. No key is a full bucket.
 #
-# The mode is '-', or 'put' for levels that are put back, 'last' once all are, 'start' where the
-# process is new. What Redis has lost each process puts back as it saw it last, and charges again
-# what it had no answer for. So that who comes second does not take these charges of the first for
-# some that it has seen, a text made within 30 s of a loss also tells what was charged 'since' then.
+# The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
+# of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
+# saw it last, and charges again what it had no answer for. So that who comes second does not take
+# these charges of the first for some that it has seen, a text made within 30 s of a loss also tells
+# what was charged 'since' then.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
 local sequence, mode = number(), words()
-local known = redis.call('HMGET', KEYS[1], 'last', 'lost')
-local last = tonumber(known[1] or 0)
-if (mode == 'put' or mode == 'last') and last == 0 then
-  known[2] = string.format('%.0f', now)
-  redis.call('HSET', KEYS[1], 'lost', known[2])
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+local unpack = unpack or table.unpack
+local found = redis.call('MGET', unpack(KEYS, 2))
+local loss = found[1]
+if mode == 'put' or mode == 'last' then
+  local told = words()
+  if tonumber(told) > (tonumber(loss) or 0) then
+    loss = told
+    redis.call('SET', KEYS[2], loss, 'PX', 30000)
+  end
 end
-local lost_until = tonumber(known[2] or 0) + 30000000
 if mode == '-' and sequence > last + 1 then return 'gap' end
 if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
-local unpack = unpack or table.unpack
-local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
 
 local pass = {}
 function pass.bucket(b)  -- it is refilled by whole intervals
@@ -12810,10 +12814,8 @@ local function read(text)
     if now >= ends then began, ends = ends, after end
     b.began, b.ends = began, ends
   end
-  local plain, since, ends = string.match(text, '^(.*) since (%S+) (%S+)$')
-  if since then b.since, b.since_ends = tonumber(since), tonumber(ends)
-  elseif not b.known then b.since, b.since_ends = 0, lost_until end
-  if b.since and b.since_ends <= now then b.since = nil end
+  local plain, since, of = string.match(text, '^(.*) since (%S+) (%S+)$')
+  if loss then b.since = of == loss and tonumber(since) or 0 end
   local numbers = {}
   for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   for i = 3, #numbers, 2 do
@@ -12828,7 +12830,7 @@ local function read(text)
   return b
 end
 local buckets = {}
-for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
+for i = 1, #KEYS - 2 do buckets[i] = read(found[i + 1] or '') end
 
 local function charge(b, amount, age)
   if amount < 0 and (b.kind == 'window' or b.kind == 'date')
@@ -12897,9 +12899,7 @@ local function save(b, key)
       parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
       length = math.max(length, one[2] - now)
     end
-    if b.since then
-      parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. text(b.since_ends)
-    end
+    if b.since then parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. loss end
   else
     parts = {}
   end
@@ -12909,7 +12909,7 @@ local function save(b, key)
 end
 local answer = {table.concat(flags) .. '.'}
 for i, b in ipairs(buckets) do
-  if b.changed then save(b, KEYS[i + 1]) end
+  if b.changed then save(b, KEYS[i + 2]) end
   local ends = b.given and b.given[1] and b.given[1][2] - now or 0
   answer[#answer + 1] = table.concat(
     {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
@@ -12920,14 +12920,15 @@ redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
 return answer
 """
 
-# Tells that a process is there. KEYS[2] are all that are; returns whether there were any, how many
-# there are, and the number of the last batch of this one.
+# Tells that a process is there. KEYS[3] are all that are; returns whether there were any, how many
+# there are, the number of the last batch of this one, and that of the last loss.
 LUA_BEAT = LUA_TIME + """
-local existed = redis.call('EXISTS', KEYS[2])
-redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
+local existed = redis.call('EXISTS', KEYS[3])
+redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 5000000))
 redis.call('PEXPIRE', KEYS[1], 86400000)
-return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
+return {existed, redis.call('ZCARD', KEYS[3]), redis.call('HGET', KEYS[1], 'last') or '0',
+        redis.call('GET', KEYS[2]) or '0'}
 """
 
 
@@ -13085,6 +13086,7 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
+    loss = 0                  # number of the last time that Redis has lost something
     beats = 0
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
@@ -13101,7 +13103,7 @@ class RedisBuckets(Buckets):
         self.counts = collections.deque(maxlen=10)
         self.name = "%08x" % random.getrandbits(32)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
-        self.process_key = self.prefix + "p:" + self.name
+        self.keys = self.prefix + "p:" + self.name, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
         self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
@@ -13237,7 +13239,7 @@ class RedisBuckets(Buckets):
 
     def batch_parts(self, batch, mode="-"):
         return self.redis.script_parts(
-            self.batch_script, [self.process_key, *batch.names], [batch.text(mode), self.name])
+            self.batch_script, [*self.keys, *batch.names], [batch.text(mode), self.name])
 
     # -- what Redis answers
 
@@ -13387,13 +13389,14 @@ class RedisBuckets(Buckets):
     async def catch_up(self):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
+        before = self.loss
         existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
-        if last < done:
-            if self.fresh and existed:
-                await self.put_back(done, (), "start")
-            else:
-                await self.put_back(done, self.known_levels(), "last")
+        if last < done and self.fresh and existed:
+            await self.put_back(done, (), "start")
+        elif last < done:
+            self.loss = max(self.loss, before + 1)  # as others tell it already, or one more
+            await self.put_back(done, self.known_levels(), "last %d" % self.loss)
         self.fresh = False
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
@@ -13418,7 +13421,8 @@ class RedisBuckets(Buckets):
             batch = Batch(number, self.describe)
             for act in itertools.islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            await self.redis.ask_first(*self.batch_parts(batch, "put" if batch.acts else end))
+            mode = "put %d" % self.loss if batch.acts else end
+            await self.redis.ask_first(*self.batch_parts(batch, mode))
 
     def come_back(self):
         was_away = self.state == "away"
@@ -13435,7 +13439,7 @@ class RedisBuckets(Buckets):
 
     def beat_parts(self):
         return self.redis.script_parts(
-            self.beat_script, [self.process_key, self.prefix + "processes"], [self.name])
+            self.beat_script, [*self.keys, self.prefix + "processes"], [self.name])
 
     def beat(self):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
@@ -13453,9 +13457,10 @@ class RedisBuckets(Buckets):
         """Returns whether anybody was there before, and the last batch that was done. Where Redis
         has lost who is there, the others tell soon. Raises RedisFault."""
         try:
-            existed, count, last = map(int, reply)
+            existed, count, last, loss = map(int, reply)
         except (TypeError, ValueError):
             raise RedisFault("answers with nonsense") from None
+        self.loss = max(self.loss, loss)
         self.counts.append(count)
         self.processes = max(self.counts)
         return existed, last

@@ -10016,18 +10016,30 @@ class LimitsInRedisTest(InRedis, LimitsTest):
     def test_levels_that_are_put_back_take_no_charges_of_another_process_for_their_own(self):
         self.start()
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
+        name, _ = store.describe(*pair)
+        stale = None
         for process, mode, act, level in self.each((
-                ("c", "last", None, None), ("c", "-", ("charge", 1, 0), 9),  # who knew nothing
-                ("a", "put", ("put", 8, 0, 1), 7), ("a", "last", None, None),
+                ("c", "last 1", None, None), ("c", "-", ("charge", 1, 0), 9),  # who knew nothing
+                ("a", "put 1", ("put", 8, 0, 1), 7), ("a", "last 1", None, None),
                 ("a", "-", ("charge", 2, 0), 5),  # which nobody had an answer for
-                ("b", "put", ("put", 7, 0, 1), 4), ("b", "put", ("put", 9, 0, 1), 4))):
+                ("new", "start", None, None), ("new", "-", ("charge", 1, 0), 4),
+                ("b", "put 1", ("put", 7, 0, 1), 3), ("b", "put 1", ("put", 9, 0, 1), 3),
+                ("lost again", None, None, None),  # what came after the first charge
+                ("b", "put 2", ("put", 3, 0, 1), 3), ("b", "last 2", None, None),
+                ("b", "-", ("charge", 1, 0), 2), ("c", "put 2", ("put", 4, 0, 1), 2),
+                ("a", "put 2", ("put", 3, 0, 1), 2))):
+            if not mode:
+                self.server.ask("SET", name, stale)
+                self.server.ask("DEL", *["{test}:p:" + one for one in ("a", "b", "c", "new")])
+                continue
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
                 batch.act(act[0], *pair, *act[1:])
-            with mock.patch.object(store, "process_key", "{test}:p:" + process):
+            with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
                 parts = store.batch_parts(batch, mode)
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
+            stale = stale or self.server.ask("GET", name)
 
 
 @NEEDS_REDIS
@@ -10258,8 +10270,7 @@ class SharedLimitsTest(ProxyCase):
             self.assertEqual(self.admitted(lost), lost)  # as the old one knows alone
             old.ask("REPLICAOF", "127.0.0.1", new.port)
             for one in both:
-                self.is_away(one)
-                self.assertEqual(one.reason, "is read-only")
+                wait_for(lambda: one.reason == "is read-only")
             self.assertEqual(self.admitted(9), left // 2)
             os.symlink(new.path, link + ".new")
             os.replace(link + ".new", link)
