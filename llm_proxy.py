@@ -12430,7 +12430,7 @@ class Redis(asyncio.Protocol):
     write, and answers come in that order. It is away from the moment it is refused, cut, silent
     for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
     it is `available` again when all of these went well."""
-    ANSWER_SECONDS = 0.07    # until who waits for an answer is told that it is late
+    ANSWER_SECONDS = 0.05    # until who waits for an answer is told that it is late
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -13077,7 +13077,7 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    WAIT_SECONDS = 0.03       # for a connection that was lost a moment ago
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13281,6 +13281,7 @@ class RedisBuckets(Buckets):
         if rule.window:
             rule, refilled = self.window_of(rule, key, refilled, now)
         self.given.pop(key, None)
+        self.local.levels.pop(key, None)  # which was its share of what was seen before
         scale = NANODOLLAR if rule.unit == USD else 1
         if given:
             self.given[key] = [(given * scale, now + given_for / 1_000_000)]

@@ -10237,7 +10237,8 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.stored(), [8])
 
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
-        buckets = self.start_here()
+        buckets, client = self.start_here(), llm_proxy.Redis
+        self.assertLess(client.ANSWER_SECONDS + client.LOOK_SECONDS + buckets.WAIT_SECONDS, 0.101)
         self.assertEqual(self.admitted(1), 1)
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
@@ -10316,6 +10317,17 @@ class SharedLimitsTest(ProxyCase):
             self.redis.process.send_signal(signal.SIGCONT)
             self.is_back(buckets)
         wait_for(lambda: not buckets.charges.running and not self.stored())
+
+    def test_what_is_decided_here_goes_by_what_was_seen_last(self):
+        buckets = self.start_here(limits="each 3 requests per hour")
+        for late, in_time in self.each(((1, 2), (0, 0))):
+            with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
+                    llm_proxy.Redis, "LOOK_SECONDS", 0):
+                self.redis.process.send_signal(signal.SIGSTOP)
+                self.assertEqual(self.admitted(1), late)
+                self.redis.process.send_signal(signal.SIGCONT)
+                self.is_back(buckets)
+            self.assertEqual(self.admitted(4), in_time)
 
     def test_what_is_given_and_filled_is_so_for_all(self):
         rule, key = "each 10 requests per hour", "sk-1"
