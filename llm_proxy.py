@@ -10119,9 +10119,9 @@ class Database:
             "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
 
     def begin_to_tell(self):
-        """Has others told what is added from now on, and, the first time, what was added before, the
-        latest first. The next sum to be told gets a higher number than any that was told, also of a
-        file that was in the place of this one."""
+        """Has others told what is added from now on, and, the first time, what was added before. The
+        next sum to be told gets a higher number than any that was told, also of a file that was in
+        the place of this one."""
         execute = self.connection.execute
         with self.transaction():
             if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'").fetchall():
@@ -12460,6 +12460,7 @@ class Redis(asyncio.Protocol):
         self.tls = tls
         self.loop = loop
         self.name = name
+        self.process = os.urandom(8).hex()  # as which others know this one
         self.scripts: List[RedisScript] = []
         # Are awaited on each new connection before it is available; they use `ask_first`, and
         # raise RedisFault.
@@ -12476,13 +12477,6 @@ class Redis(asyncio.Protocol):
             "available" if self.available else "away", len(self.asked), len(self.waiting))
 
     # -- for everyone, on the loop
-
-    def join(self, greet: Callable[[], Awaitable[None]], come_back: Callable[[], None],
-             on_leave: Callable[[RedisFault], None]):
-        """Has somebody be there on each new connection, when it is available, and at its end."""
-        self.greetings.append(greet)
-        self.on_return.append(come_back)
-        self.on_leave.append(on_leave)
 
     async def call(self, *parts: RedisPart) -> RedisReply:
         """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
@@ -13003,14 +12997,25 @@ def since_2020(moment: float) -> int:
     return int((moment - 1577836800) * 1_000_000)
 
 
-def describe_kind(rule: Rule, wall: float) -> str:
-    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH."""
+def short_digest(thing: Union[str, CallerKey]) -> str:
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(20_000)
+def bucket_name(kind: str, key: BucketKey) -> str:
+    return "%s:%s:%s" % (kind, ".".join(map(short_digest, key[1:])), short_digest(key[0]))
+
+
+@functools.lru_cache(1000)
+def describe_kind(rule: Rule, hour: float) -> str:
+    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH. Those of a date hold
+    for this hour since 1970, and longer."""
     scale = NANODOLLAR if rule.unit == USD else 1
     capacity = rule.capacity // scale
     if rule.unit == RUNNING:
         return "running %d" % capacity
     if rule.zone:
-        now = calendar_rule(rule, wall)
+        now = calendar_rule(rule, 3600 * hour)
         ends = now.began + now.interval
         after = calendar_rule(rule, ends + 1)
         return "date %d %d %d %d %d" % (capacity, *map(since_2020, (
@@ -13101,22 +13106,22 @@ class RedisBuckets(Buckets):
         self.policy = policy
         self.processes = peers
         self.counts = collections.deque(maxlen=10)
-        self.name = "%08x" % random.getrandbits(32)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
-        self.keys = self.prefix + "p:" + self.name, self.prefix + "lost"
+        self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
         self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
         self.takes: "collections.deque[Take]" = collections.deque()
         self.batches: "collections.deque[Batch]" = collections.deque()
-        self.names: Dict[BucketKey, Tuple[str, str, float]] = {}
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
         self.on_change: Callable[[str], None] = lambda change: None
         redis.scripts += [self.batch_script, self.beat_script]
         redis.on_flush.append(self.flush)
-        redis.join(self.catch_up, self.come_back, self.on_leave)
+        redis.greetings.append(self.catch_up)
+        redis.on_return.append(self.come_back)
+        redis.on_leave.append(self.on_leave)
 
     @property
     def is_degraded(self) -> bool:
@@ -13224,22 +13229,14 @@ class RedisBuckets(Buckets):
 
     def describe(self, rule, key):
         """Returns the name of a bucket in Redis, its kind and figures."""
-        name, kind, until = self.names.get(key, ("", "", 0))
-        wall = wall_time(self.clock)
-        if wall >= until:
-            kind = describe_kind(rule, wall)
-            until = wall + 3600 if rule.zone else math.inf
-            name = "%s%s:%s:%s" % (
-                self.prefix, "r" if rule.unit == RUNNING else "b",
-                ".".join(map(short_digest, key[1:])), short_digest(key[0]))
-            if len(self.names) >= self.room:
-                self.names.clear()
-            self.names[key] = name, kind, until
-        return name, kind
+        hour = wall_time(self.clock) // 3600 if rule.zone else 0
+        name = bucket_name("r" if rule.unit == RUNNING else "b", key)
+        return self.prefix + name, describe_kind(rule, hour)
 
     def batch_parts(self, batch, mode="-"):
         return self.redis.script_parts(
-            self.batch_script, [*self.keys, *batch.names], [batch.text(mode), self.name])
+            self.batch_script, [*self.keys, *batch.names],
+            [batch.text(mode), self.redis.process])
 
     # -- what Redis answers
 
@@ -13373,17 +13370,13 @@ class RedisBuckets(Buckets):
             self.go_away()
 
     def go_away(self):
-        self.cancel_grace()
+        if self.grace:
+            self.grace.cancel()
         self.state = "away"
         self.on_change("away")
         takes = [one for batch in self.batches for one in batch.takes]
         self.decide([*takes, *self.takes])
         self.takes.clear()
-
-    def cancel_grace(self):
-        if self.grace:
-            self.grace.cancel()
-            self.grace = None
 
     # -- when it is back
 
@@ -13393,7 +13386,7 @@ class RedisBuckets(Buckets):
         before = self.loss
         existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
-        if last < done and self.fresh and existed:
+        if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
             self.loss = max(self.loss, before + 1)  # as others tell it already, or one more
@@ -13427,7 +13420,8 @@ class RedisBuckets(Buckets):
 
     def come_back(self):
         was_away = self.state == "away"
-        self.cancel_grace()
+        if self.grace:
+            self.grace.cancel()
         self.state = "here"
         self.succeeds = False
         self.local = Buckets(self.clock)
@@ -13440,7 +13434,8 @@ class RedisBuckets(Buckets):
 
     def beat_parts(self):
         return self.redis.script_parts(
-            self.beat_script, [*self.keys, self.prefix + "processes"], [self.name])
+            self.beat_script, [*self.keys, self.prefix + "processes"],
+            [self.redis.process])
 
     def beat(self):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
@@ -13491,10 +13486,6 @@ class RedisBuckets(Buckets):
                     if cursor == b"0":
                         break
                 self.fills.discard(owner)
-
-
-def short_digest(thing: Union[str, CallerKey]) -> str:
-    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
 # Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
@@ -13554,7 +13545,6 @@ class SharedQueue(FairQueue):
         redis.on_return.append(self.begin)
         redis.on_leave.append(lambda fault: self.go_alone())
         self.keys = [name + end for end in ("", ":line", ":asking")]
-        self.process = os.urandom(8).hex()
         self.leases: List[str] = []  # one for each slot that this process has
 
     def slots(self) -> int:
@@ -13576,13 +13566,9 @@ class SharedQueue(FairQueue):
 
     def ask_soon(self):
         if self.redis.available and self.task is None:
-            self.cancel_timer()
+            if self.timer:
+                self.timer.cancel()
             self.task = self.redis.loop.create_task(self.ask(), name="asks for slots")
-
-    def cancel_timer(self):
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
 
     async def ask(self):
         """Ask for a slot for each call that waits."""
@@ -13607,10 +13593,10 @@ class SharedQueue(FairQueue):
             self.be_short()
 
     def arguments(self, age, wanted, names):
-        return [self.all, self.LEASE_MS, self.process, age, wanted, *names]
+        return [self.all, self.LEASE_MS, self.redis.process, age, wanted, *names]
 
     def new_names(self, count):
-        return ["%s:%d" % (self.process, next(self.numbers)) for _ in range(count)]
+        return ["%s:%d" % (self.redis.process, next(self.numbers)) for _ in range(count)]
 
     def take(self, names):
         """Starts calls in these slots; whoever wanted one may have left."""
@@ -13645,7 +13631,8 @@ class SharedQueue(FairQueue):
 
     def go_alone(self):
         """Redis is away: this process has its part, beside what it has."""
-        self.cancel_timer()
+        if self.timer:
+            self.timer.cancel()
         self.leases = []
         self.most = self.part(self.all)
         self.short = True
@@ -13817,7 +13804,6 @@ class SharedFeed(Feed):
         super().__init__(clock)
         self.redis = redis
         self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
-        self.process = os.urandom(8).hex()
         self.totals = collections.Counter()       # by COUNTED
         self.others: Dict[bytes, JsonObject] = {}  # what each told last,
         self.more = collections.Counter()         # and what all counted meanwhile
@@ -13829,7 +13815,7 @@ class SharedFeed(Feed):
         if self.elsewhere and name in self.TOLD and self.redis.available:
             payload = ended_call(about) if isinstance(about, Entry) else about
             self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
-                            "from", self.process, name, json.dumps(payload))
+                            "from", self.redis.process, name, json.dumps(payload))
 
     def exchange(self, payload: JsonObject):
         """Tells the others what was in this second, and asks what they told."""
@@ -13840,7 +13826,8 @@ class SharedFeed(Feed):
             return
         looking = self.listeners > self.elsewhere
         told = {**payload, **self.totals, "looking": looking}
-        self.redis.send("HSET", self.seconds_key, self.process, json.dumps(told, default=str))
+        self.redis.send("HSET", self.seconds_key, self.redis.process,
+                        json.dumps(told, default=str))
         self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
         self.redis.ask(redis_command(("HGETALL", self.seconds_key)), self.on_seconds)
         if not looking:
@@ -13867,7 +13854,8 @@ class SharedFeed(Feed):
                 one = json.loads(text)
                 if one["now"] < now - self.GONE_SECONDS:
                     self.redis.send("HDEL", self.seconds_key, name)
-                elif one["now"] > now - self.FRESH_SECONDS and name != self.process.encode():
+                elif (one["now"] > now - self.FRESH_SECONDS
+                      and name.decode() != self.redis.process):
                     found[name] = one
                     before = self.others.get(name, one)
                     for count, number in self.COUNTED.items():
@@ -13886,7 +13874,7 @@ class SharedFeed(Feed):
             return
         with contextlib.suppress(ValueError, TypeError, LookupError):
             for self.last, (_, process, name, text) in reply:
-                if process != self.process.encode() and name.decode() in self.TOLD:
+                if process.decode() != self.redis.process and name.decode() in self.TOLD:
                     super().tell(name.decode(), json.loads(text))
 
     def added_up(self, payload: JsonObject) -> JsonObject:
