@@ -10119,9 +10119,9 @@ class Database:
             "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
 
     def begin_to_tell(self):
-        """Has others told what is added from now on, and, the first time, what was added before. The
-        next sum to be told gets a higher number than any that was told, also of a file that was in
-        the place of this one."""
+        """Has others told what is added from now on, and, the first time, what was before. The next
+        sum to be told gets a higher number than any that was told, also of a file that was in the
+        place of this one."""
         execute = self.connection.execute
         with self.transaction():
             if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'").fetchall():
@@ -12494,7 +12494,7 @@ class Redis(asyncio.Protocol):
         """Has a command done, now or when Redis is there again; never waits. Where a connection is
         lost it may be done twice."""
         if self.available:
-            self.ask(redis_command(parts), None)
+            self.ask(None, *parts)
         else:
             self.keep(redis_command(parts))
 
@@ -12506,16 +12506,16 @@ class Redis(asyncio.Protocol):
             if not answered.done():
                 answered.set_result(reply)
 
-        self.ask(redis_command(parts), answer)
+        self.ask(answer, *parts)
         reply = await answered
         if isinstance(reply, RedisFault):
             raise reply
         return reply
 
-    def ask(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+    def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
         a fault."""
-        one = Asked(data, answer)
+        one = Asked(redis_command(parts), answer)
         if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
             return self.drop([one])
         self.unsent.append(one)
@@ -12626,8 +12626,9 @@ class Redis(asyncio.Protocol):
             raise self.reason
         self.available = True
         self.late_times = 0
-        for _ in range(len(self.waiting)):
-            self.ask(self.waiting.popleft(), None)
+        self.unsent += [Asked(data, None) for data in self.waiting]
+        self.waiting.clear()
+        self.flush_soon()
         for act in self.on_return:
             act()
 
@@ -12983,7 +12984,6 @@ class Batch:
         return " ".join([str(self.number), mode, *self.kinds, *self.acts])
 
 
-Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
 ONE = ord("1")
 
 
@@ -13110,7 +13110,8 @@ class RedisBuckets(Buckets):
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
-        self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
+        # (word of LUA_BATCH, rule, bucket, numbers ...)
+        self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
         self.takes: "collections.deque[Take]" = collections.deque()
         self.batches: "collections.deque[Batch]" = collections.deque()
@@ -13201,8 +13202,8 @@ class RedisBuckets(Buckets):
             self.number += 1
             batch = self.next_batch()
             self.batches.append(batch)
-            self.redis.ask(redis_command(self.batch_parts(batch)),
-                           functools.partial(self.on_answer, batch))
+            self.redis.ask(
+                functools.partial(self.on_answer, batch), *self.batch_parts(batch))
 
     async def drain(self, say: Callable[[str], None]):
         """Waits until Redis has all, for a while."""
@@ -13446,8 +13447,7 @@ class RedisBuckets(Buckets):
         if self.beats % self.RENEW_BEATS == 0:
             for key, rule in self.charges.rules.items():
                 self.act("renew", rule, key)
-        self.redis.ask(redis_command(self.beat_parts()),
-                       functools.partial(self.on_beat, self.number))
+        self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
 
     def read_beat(self, reply):
         """Returns whether anybody was there before, and the last batch that was done. Where Redis
@@ -13695,8 +13695,7 @@ class SharedKeys:
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
         if self.redis.available:
-            self.redis.ask(redis_command(
-                ("EVAL", LUA_CHANGED, 2, *self.names, self.changes)), self.on_keys)
+            self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
 
     def on_keys(self, reply):
         if type(reply) is not list:  # nothing new, or a fault
@@ -13783,9 +13782,9 @@ class SharedSums:
 
 def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
     """Has one process alone tell what several see; more than one may while Redis is away."""
-    redis.ask(redis_command(
-        ("SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
-         Warnings.QUIET_SECONDS)), lambda reply: reply is None or tell())
+    redis.ask(lambda reply: reply is None or tell(),
+              "SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
+              Warnings.QUIET_SECONDS)
 
 
 class SharedFeed(Feed):
@@ -13829,16 +13828,16 @@ class SharedFeed(Feed):
         self.redis.send("HSET", self.seconds_key, self.redis.process,
                         json.dumps(told, default=str))
         self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
-        self.redis.ask(redis_command(("HGETALL", self.seconds_key)), self.on_seconds)
+        self.redis.ask(self.on_seconds, "HGETALL", self.seconds_key)
         if not looking:
             self.last = None
         elif self.last is None:
-            self.redis.ask(redis_command((
-                "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)), self.on_last_event)
+            self.redis.ask(
+                self.on_last_event, "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)
         else:
-            self.redis.ask(redis_command((
-                "XRANGE", self.events_key, entry_after(self.last), "+",
-                "COUNT", self.MOST_READ)), self.on_events)
+            self.redis.ask(
+                self.on_events, "XRANGE", self.events_key, entry_after(self.last), "+",
+                "COUNT", self.MOST_READ)
 
     def pulse(self, payload):
         super().pulse(payload)
