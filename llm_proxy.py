@@ -12472,10 +12472,6 @@ class Redis(asyncio.Protocol):
         self.asked: "collections.deque[Asked]" = collections.deque()
         self.waiting: "collections.deque[bytes]" = collections.deque()
 
-    def __repr__(self):
-        return "<Redis %s asked=%d waiting=%d>" % (
-            "available" if self.available else "away", len(self.asked), len(self.waiting))
-
     # -- for everyone, on the loop
 
     async def call(self, *parts: RedisPart) -> RedisReply:
@@ -12954,7 +12950,7 @@ class Batch:
         self.kinds: List[str] = []
         self.acts: List[str] = []
         self.takes: List[Take] = []
-        self.charged: Dict[BucketKey, int] = {}
+        self.charged: Dict[BucketKey, int] = collections.Counter()
 
     def place(self, rule, key):
         found = self.places.get(key)
@@ -12970,7 +12966,7 @@ class Batch:
         self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
 
     def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
-        self.charged[key] = self.charged.get(key, 0) + amount
+        self.charged[key] += amount
         self.act("charge", rule, key, amount, age)
 
     def take(self, one: Take):
@@ -13268,7 +13264,7 @@ class RedisBuckets(Buckets):
         found = {}
         for rule, key, *values in zip(
                 batch.rules, batch.places, *[numbers[place::4] for place in range(4)]):
-            found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
+            found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
 

@@ -13088,8 +13088,8 @@ class SharedEventsTest(AdminCase):
         nothing, told = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}, []
         for calls, usd in (
                 (5, "1"), (5, "1"), (7, "1.5"), (7, "nan!"), (9, "2"), (10 ** 99, "1e9999999")):
-            text = json.dumps({"now": one.clock.time_ns() / 1e9, "calls": calls, "tokens": 2 * calls,
-                               "failed": 0, "usd": usd})
+            text = json.dumps({"now": one.clock.time_ns() / 1e9, "calls": calls,
+                               "tokens": 2 * calls, "failed": 0, "usd": usd})
             one.on_seconds([b"other", text.encode()])
             found = one.added_up(nothing)
             one.pulse({})
