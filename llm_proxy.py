@@ -9822,23 +9822,26 @@ SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0
         START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
         " OR ".join([name + " > 0" for name in [*SUM_COUNTS][3:]]),
         ", ".join([str(number) for number, _ in enumerate(SUMMED_BY, 1)]))
-# Adds such to what there is: ON CONFLICT DO UPDATE is new in SQLite 3.24.
+# Adds such to the sums of a span: ON CONFLICT DO UPDATE is new in SQLite 3.24.
 SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
 ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
-    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT %d, %s, %s,
+    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT {0}, %s, %s,
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
-    FROM new LEFT JOIN sums AS old ON old.span = %d AND %s""" % (
+    FROM new LEFT JOIN sums AS old ON old.span = {0} AND %s""" % (
         SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
-        ", ".join(SUMMED_BY), QUARTER, ", ".join(["new." + name for name in SUMMED_BY]),
+        ", ".join(SUMMED_BY), ", ".join(["new." + name for name in SUMMED_BY]),
         ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
                    for name in SUM_COUNTS]),
-        QUARTER, " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
+        " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
         ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
+# The sums of which days are made, by hours, and those since, the latest first.
+HISTORY = """SELECT %s FROM sums WHERE span = %d AND start < ? OR span = %d AND start >= ?
+    ORDER BY start DESC LIMIT 50000""" % (SUM_COLUMNS, HOUR, QUARTER)
 # The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
@@ -9928,6 +9931,7 @@ class Database:
     MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
     BATCH = 5000                # calls that are added up at once,
     FORGOTTEN = 500             # and that are removed
+    TELL = "INSERT INTO untold(sum) VALUES %s"
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
@@ -10105,16 +10109,15 @@ class Database:
 
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
-        rolled = min([row[0] for row in sums], default=MOST) // HOUR * HOUR
+        late = [row for row in sums if row[0] < self.facts["rolled"]]
         execute = self.connection.execute
         with self.transaction():
-            self.insert(ADD_TO_SUMS, sums)
+            for span, rows in (QUARTER, sums), (HOUR, late), (DAY, late):
+                self.insert(ADD_TO_SUMS.format(span), [
+                    (row[0] // span * span, *row[1:]) for row in rows])
             if told:  # of which so many may wait
-                self.insert("INSERT INTO untold(sum) VALUES %s",
-                            [[json.dumps(row)] for row in told])
+                self.insert(self.TELL, [[json.dumps(row)] for row in told])
                 execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
-            if rolled < self.facts["rolled"]:  # a clock was set back: hours and days are made again
-                facts["rolled"] = rolled
             self.note(**facts)
         self.facts.update(facts)
 
@@ -10129,15 +10132,19 @@ class Database:
         return self.connection.execute(
             "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
 
-    def renumber(self):
-        """Gives the next sum to be told a higher number than any that was told, also of a file that
-        was in the place of this one."""
-        self.connection.execute(
-            "INSERT INTO sqlite_sequence SELECT 'untold', 0 WHERE NOT EXISTS "
-            "(SELECT 1 FROM sqlite_sequence WHERE name = 'untold')")
-        self.connection.execute(
-            "UPDATE sqlite_sequence SET seq = max(seq, CAST((julianday('now') - 2440587.5) "
-            "* 86400000 AS INTEGER)) WHERE name = 'untold'")
+    def begin_to_tell(self):
+        """Has others told what is added from now on, and, the first time, what was before. The next
+        sum to be told gets a higher number than any that was told, also of a file that was in the
+        place of this one."""
+        execute = self.connection.execute
+        with self.transaction():
+            if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'").fetchall():
+                execute("INSERT INTO sqlite_sequence VALUES ('untold', 0)")
+                self.insert(self.TELL, [[json.dumps(row)] for row in execute(
+                    HISTORY, (self.facts["rolled"],) * 2)])
+            execute("UPDATE sqlite_sequence SET seq = max(seq, CAST((julianday('now') - 2440587.5) "
+                    "* 86400000 AS INTEGER)) WHERE name = 'untold'")
+        self.tells = True
 
     def hear(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
         """Adds what other boxes told up to a moment, each sum once, and forgets what they were
@@ -11059,8 +11066,9 @@ class Ledger(Writer):
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
         database, wall = self.database, wall_time(self.clock)
-        database.tells = self.trade is not None
         try:
+            if self.trade and not database.tells:
+                database.begin_to_tell()
             while (database.add_new() or database.add_older() or database.roll_up(wall)
                    or database.list_ids()):
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
@@ -12453,7 +12461,7 @@ class Redis(asyncio.Protocol):
     write, and answers come in that order. It is away from the moment it is refused, cut, silent
     for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
     it is `available` again when all of these went well."""
-    ANSWER_SECONDS = 0.07    # until who waits for an answer is told that it is late
+    ANSWER_SECONDS = 0.05    # until who waits for an answer is told that it is late
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -12483,28 +12491,19 @@ class Redis(asyncio.Protocol):
         self.tls = tls
         self.loop = loop
         self.name = name
+        self.process = os.urandom(8).hex()  # as which others know this one
         self.scripts: List[RedisScript] = []
         # Are awaited on each new connection before it is available; they use `ask_first`, and
         # raise RedisFault.
         self.greetings: List[Callable[[], Awaitable[None]]] = []
         self.on_return: List[Callable[[], None]] = []
         self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
+        self.on_flush: List[Callable[[], None]] = []  # ask what has waited for the end of a pass
         self.unsent: List[Asked] = []
         self.asked: "collections.deque[Asked]" = collections.deque()
         self.waiting: "collections.deque[bytes]" = collections.deque()
 
-    def __repr__(self):
-        return "<Redis %s asked=%d waiting=%d>" % (
-            "available" if self.available else "away", len(self.asked), len(self.waiting))
-
     # -- for everyone, on the loop
-
-    def join(self, greet: Callable[[], Awaitable[None]], come_back: Callable[[], None],
-             on_leave: Callable[[RedisFault], None]):
-        """Has somebody be there on each new connection, when it is available, and at its end."""
-        self.greetings.append(greet)
-        self.on_return.append(come_back)
-        self.on_leave.append(on_leave)
 
     async def call(self, *parts: RedisPart) -> RedisReply:
         """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
@@ -12522,7 +12521,7 @@ class Redis(asyncio.Protocol):
         """Has a command done, now or when Redis is there again; never waits. Where a connection is
         lost it may be done twice."""
         if self.available:
-            self.ask(redis_command(parts), None)
+            self.ask(None, *parts)
         else:
             self.keep(redis_command(parts))
 
@@ -12534,19 +12533,22 @@ class Redis(asyncio.Protocol):
             if not answered.done():
                 answered.set_result(reply)
 
-        self.ask(redis_command(parts), answer)
+        self.ask(answer, *parts)
         reply = await answered
         if isinstance(reply, RedisFault):
             raise reply
         return reply
 
-    def ask(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
+    def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
         a fault."""
-        one = Asked(data, answer)
+        one = Asked(redis_command(parts), answer)
         if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
             return self.drop([one])
         self.unsent.append(one)
+        self.flush_soon()
+
+    def flush_soon(self):
         if not self.flushing:
             self.flushing = True
             self.loop.call_soon(self.flush)
@@ -12651,8 +12653,9 @@ class Redis(asyncio.Protocol):
             raise self.reason
         self.available = True
         self.late_times = 0
-        for _ in range(len(self.waiting)):
-            self.ask(self.waiting.popleft(), None)
+        self.unsent += [Asked(data, None) for data in self.waiting]
+        self.waiting.clear()
+        self.flush_soon()
         for act in self.on_return:
             act()
 
@@ -12691,7 +12694,11 @@ class Redis(asyncio.Protocol):
 
     def flush(self):
         """Sends what was asked for in one pass of the loop."""
-        self.flushing = False
+        try:
+            for ask in self.on_flush:
+                ask()
+        finally:
+            self.flushing = False
         unsent, self.unsent = self.unsent, []
         now = self.loop.time()
         for one in unsent:
@@ -12745,8 +12752,9 @@ class Redis(asyncio.Protocol):
             self.dropped += 1
 
 
-# What holds for both scripts: KEYS[1] is the hash of the process that asks; `now` is in
-# microseconds since 2020, which a double holds to a fraction; amounts are whole, below 2^53.
+# What holds for both scripts: KEYS[1] is the hash of the process that asks, KEYS[2] the number of
+# the last time that Redis has lost something, for 30 s; `now` is in microseconds since 2020, which
+# a double holds to a fraction; amounts are whole, below 2^53.
 LUA_TIME = """
 local time = redis.call('TIME')
 local now = (time[1] - 1577836800) * 1000000 + time[2]
@@ -12758,25 +12766,28 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # their arguments. A key's text is 'level stamp (amount until)...', what was given beyond the rule;
 # of running calls '(process count until)...'. No key is a full bucket.
 #
-# The mode is '-', or 'put' for levels that are put back, 'last' once all are, 'start' where the
-# process is new. What Redis has lost each process puts back as it saw it last, and charges again
-# what it had no answer for. So that who comes second does not take these charges of the first for
-# some that it has seen, a text made within 30 s of a loss also tells what was charged 'since' then.
+# The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
+# of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
+# saw it last, and charges again what it had no answer for. So that who comes second does not take
+# these charges of the first for some that it has seen, a text made within 30 s of a loss also tells
+# what was charged 'since' then.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
 local sequence, mode = number(), words()
-local known = redis.call('HMGET', KEYS[1], 'last', 'lost')
-local last = tonumber(known[1] or 0)
-if (mode == 'put' or mode == 'last') and last == 0 then
-  known[2] = string.format('%.0f', now)
-  redis.call('HSET', KEYS[1], 'lost', known[2])
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+local unpack = unpack or table.unpack
+local found = redis.call('MGET', unpack(KEYS, 2))
+local loss = found[1]
+if mode == 'put' or mode == 'last' then
+  local told = words()
+  if tonumber(told) > (tonumber(loss) or 0) then
+    loss = told
+    redis.call('SET', KEYS[2], loss, 'PX', 30000)
+  end
 end
-local lost_until = tonumber(known[2] or 0) + 30000000
 if mode == '-' and sequence > last + 1 then return 'gap' end
 if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
-local unpack = unpack or table.unpack
-local found = KEYS[2] and redis.call('MGET', unpack(KEYS, 2)) or {}
 
 local pass = {}
 function pass.bucket(b)  -- it is refilled by whole intervals
@@ -12825,10 +12836,8 @@ local function read(text)
     if now >= ends then began, ends = ends, after end
     b.began, b.ends = began, ends
   end
-  local plain, since, ends = string.match(text, '^(.*) since (%S+) (%S+)$')
-  if since then b.since, b.since_ends = tonumber(since), tonumber(ends)
-  elseif not b.known then b.since, b.since_ends = 0, lost_until end
-  if b.since and b.since_ends <= now then b.since = nil end
+  local plain, since, of = string.match(text, '^(.*) since (%S+) (%S+)$')
+  if loss then b.since = of == loss and tonumber(since) or 0 end
   local numbers = {}
   for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   for i = 3, #numbers, 2 do
@@ -12843,7 +12852,7 @@ local function read(text)
   return b
 end
 local buckets = {}
-for i = 1, #KEYS - 1 do buckets[i] = read(found[i] or '') end
+for i = 1, #KEYS - 2 do buckets[i] = read(found[i + 1] or '') end
 
 local function charge(b, amount, age)
   if amount < 0 and (b.kind == 'window' or b.kind == 'date')
@@ -12912,9 +12921,7 @@ local function save(b, key)
       parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
       length = math.max(length, one[2] - now)
     end
-    if b.since then
-      parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. text(b.since_ends)
-    end
+    if b.since then parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. loss end
   else
     parts = {}
   end
@@ -12924,7 +12931,7 @@ local function save(b, key)
 end
 local answer = {table.concat(flags) .. '.'}
 for i, b in ipairs(buckets) do
-  if b.changed then save(b, KEYS[i + 1]) end
+  if b.changed then save(b, KEYS[i + 2]) end
   local ends = b.given and b.given[1] and b.given[1][2] - now or 0
   answer[#answer + 1] = table.concat(
     {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
@@ -12935,14 +12942,15 @@ redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
 return answer
 """
 
-# Tells that a process is there. KEYS[2] are all that are; returns whether there were any, how many
-# there are, and the number of the last batch of this one.
+# Tells that a process is there. KEYS[3] are all that are; returns whether there were any, how many
+# there are, the number of the last batch of this one, and that of the last loss.
 LUA_BEAT = LUA_TIME + """
-local existed = redis.call('EXISTS', KEYS[2])
-redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 5000000))
+local existed = redis.call('EXISTS', KEYS[3])
+redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 5000000))
 redis.call('PEXPIRE', KEYS[1], 86400000)
-return {existed, redis.call('ZCARD', KEYS[2]), redis.call('HGET', KEYS[1], 'last') or '0'}
+return {existed, redis.call('ZCARD', KEYS[3]), redis.call('HGET', KEYS[1], 'last') or '0',
+        redis.call('GET', KEYS[2]) or '0'}
 """
 
 
@@ -12973,7 +12981,7 @@ class Batch:
         self.kinds: List[str] = []
         self.acts: List[str] = []
         self.takes: List[Take] = []
-        self.charged: Dict[BucketKey, int] = {}
+        self.charged: Dict[BucketKey, int] = collections.Counter()
 
     def place(self, rule, key):
         found = self.places.get(key)
@@ -12989,7 +12997,7 @@ class Batch:
         self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
 
     def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
-        self.charged[key] = self.charged.get(key, 0) + amount
+        self.charged[key] += amount
         self.act("charge", rule, key, amount, age)
 
     def take(self, one: Take):
@@ -13003,7 +13011,6 @@ class Batch:
         return " ".join([str(self.number), mode, *self.kinds, *self.acts])
 
 
-Act = Tuple[Any, ...]  # a word of LUA_BATCH, rule, bucket, numbers
 ONE = ord("1")
 
 
@@ -13017,14 +13024,25 @@ def since_2020(moment: float) -> int:
     return int((moment - 1577836800) * 1_000_000)
 
 
-def describe_kind(rule: Rule, wall: float) -> str:
-    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH."""
+def short_digest(thing: Union[str, CallerKey]) -> str:
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(20_000)
+def bucket_name(kind: str, key: BucketKey) -> str:
+    return "%s:%s:%s" % (kind, ".".join(map(short_digest, key[1:])), short_digest(key[0]))
+
+
+@functools.lru_cache(1000)
+def describe_kind(rule: Rule, hour: float) -> str:
+    """Returns the kind of a bucket and its figures, in the words of LUA_BATCH. Those of a date hold
+    for this hour since 1970, and longer."""
     scale = NANODOLLAR if rule.unit == USD else 1
     capacity = rule.capacity // scale
     if rule.unit == RUNNING:
         return "running %d" % capacity
     if rule.zone:
-        now = calendar_rule(rule, wall)
+        now = calendar_rule(rule, 3600 * hour)
         ends = now.began + now.interval
         after = calendar_rule(rule, ends + 1)
         return "date %d %d %d %d %d" % (capacity, *map(since_2020, (
@@ -13091,7 +13109,7 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.07       # for a connection that was lost a moment ago
+    WAIT_SECONDS = 0.03       # for a connection that was lost a moment ago
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13100,8 +13118,8 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
+    loss = 0                  # number of the last time that Redis has lost something
     beats = 0
-    flushing = False
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
@@ -13115,20 +13133,23 @@ class RedisBuckets(Buckets):
         self.policy = policy
         self.processes = peers
         self.counts = collections.deque(maxlen=10)
-        self.name = "%08x" % random.getrandbits(32)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
-        self.process_key = self.prefix + "p:" + self.name
+        self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
-        self.acts: "collections.deque[Act]" = collections.deque(maxlen=self.MOST_KEPT)
+        # (word of LUA_BATCH, rule, bucket, numbers ...)
+        self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
         self.takes: "collections.deque[Take]" = collections.deque()
         self.batches: "collections.deque[Batch]" = collections.deque()
-        self.names: Dict[BucketKey, Tuple[str, str, float]] = {}
         self.local = Buckets(clock)  # what this process may use while Redis is away
-        self.on_change: Callable[[], None] = lambda: None  # it went away, or came back
+        # Is told that it is "away", "again" there, or "there" since the start.
+        self.on_change: Callable[[str], None] = lambda change: None
         redis.scripts += [self.batch_script, self.beat_script]
-        redis.join(self.catch_up, self.come_back, self.on_leave)
+        redis.on_flush.append(self.flush)
+        redis.greetings.append(self.catch_up)
+        redis.on_return.append(self.come_back)
+        redis.on_leave.append(self.on_leave)
 
     @property
     def is_degraded(self) -> bool:
@@ -13146,7 +13167,7 @@ class RedisBuckets(Buckets):
             return self.take_here(keyed_rules, costs, None)
         one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
         self.takes.append(one)
-        self.flush_soon()
+        self.redis.flush_soon()
         await one.future
         if one.levels is None:
             return self.take_here(keyed_rules, costs, one if one.sent else None)
@@ -13190,22 +13211,16 @@ class RedisBuckets(Buckets):
 
     def act(self, *act):
         self.acts.append(act)
-        self.flush_soon()
+        self.redis.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
         """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
         self.charges.add(rule, key, amount, taken_at)
         if not self.charging:
-            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.flush)
-
-    def flush_soon(self):
-        if not self.flushing:
-            self.flushing = True
-            self.redis.loop.call_soon(self.flush)
+            self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
     def flush(self):
         """Sends what there is, as far as not too much is on its way."""
-        self.flushing = False
         if self.charging:
             self.charging.cancel()
             self.charging = None
@@ -13214,9 +13229,8 @@ class RedisBuckets(Buckets):
             self.number += 1
             batch = self.next_batch()
             self.batches.append(batch)
-            self.redis.ask(redis_command(self.batch_parts(batch)),
-                           functools.partial(self.on_answer, batch))
-        self.redis.flush()
+            self.redis.ask(
+                functools.partial(self.on_answer, batch), *self.batch_parts(batch))
 
     async def drain(self, say: Callable[[str], None]):
         """Waits until Redis has all, for a while."""
@@ -13224,7 +13238,7 @@ class RedisBuckets(Buckets):
         while self.batches or self.acts or self.charges.unsent:
             if self.redis.loop.time() > end:
                 return say("Redis is not told of all charges: it %s" % self.reason)
-            self.flush()
+            self.redis.flush_soon()
             await asyncio.sleep(0.01)
 
     def next_batch(self):
@@ -13243,22 +13257,14 @@ class RedisBuckets(Buckets):
 
     def describe(self, rule, key):
         """Returns the name of a bucket in Redis, its kind and figures."""
-        name, kind, until = self.names.get(key, ("", "", 0))
-        wall = wall_time(self.clock)
-        if wall >= until:
-            kind = describe_kind(rule, wall)
-            until = wall + 3600 if rule.zone else math.inf
-            name = "%s%s:%s:%s" % (
-                self.prefix, "r" if rule.unit == RUNNING else "b",
-                ".".join(map(short_digest, key[1:])), short_digest(key[0]))
-            if len(self.names) >= self.room:
-                self.names.clear()
-            self.names[key] = name, kind, until
-        return name, kind
+        hour = wall_time(self.clock) // 3600 if rule.zone else 0
+        name = bucket_name("r" if rule.unit == RUNNING else "b", key)
+        return self.prefix + name, describe_kind(rule, hour)
 
     def batch_parts(self, batch, mode="-"):
         return self.redis.script_parts(
-            self.batch_script, [self.process_key, *batch.names], [batch.text(mode), self.name])
+            self.batch_script, [*self.keys, *batch.names],
+            [batch.text(mode), self.redis.process])
 
     # -- what Redis answers
 
@@ -13281,15 +13287,15 @@ class RedisBuckets(Buckets):
             except (AttributeError, ValueError):  # somebody else has written there
                 self.decide(batch.takes)
                 self.redis.leave(RedisFault("has other things under these names"))
-            if self.takes or self.charges.unsent:
-                self.flush_soon()
+            if not self.charging:  # what there is was too much for one batch
+                self.redis.flush_soon()
 
     def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
         for rule, key, *values in zip(
                 batch.rules, batch.places, *[numbers[place::4] for place in range(4)]):
-            found[key] = self.note_level(rule, key, batch.charged.get(key, 0), *values, now)
+            found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
 
@@ -13300,6 +13306,7 @@ class RedisBuckets(Buckets):
         if rule.window:
             rule, refilled = self.window_of(rule, key, refilled, now)
         self.given.pop(key, None)
+        self.local.levels.pop(key, None)  # which was its share of what was seen before
         scale = NANODOLLAR if rule.unit == USD else 1
         if given:
             self.given[key] = [(given * scale, now + given_for / 1_000_000)]
@@ -13391,30 +13398,27 @@ class RedisBuckets(Buckets):
             self.go_away()
 
     def go_away(self):
-        self.cancel_grace()
+        if self.grace:
+            self.grace.cancel()
         self.state = "away"
-        self.on_change()
+        self.on_change("away")
         takes = [one for batch in self.batches for one in batch.takes]
         self.decide([*takes, *self.takes])
         self.takes.clear()
-
-    def cancel_grace(self):
-        if self.grace:
-            self.grace.cancel()
-            self.grace = None
 
     # -- when it is back
 
     async def catch_up(self):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
+        before = self.loss
         existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
-        if last < done:
-            if self.fresh and existed:
-                await self.put_back(done, (), "start")
-            else:
-                await self.put_back(done, self.known_levels(), "last")
+        if self.fresh and existed:
+            await self.put_back(done, (), "start")
+        elif last < done:
+            self.loss = max(self.loss, before + 1)  # as others tell it already, or one more
+            await self.put_back(done, self.known_levels(), "last %d" % self.loss)
         self.fresh = False
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
@@ -13439,44 +13443,47 @@ class RedisBuckets(Buckets):
             batch = Batch(number, self.describe)
             for act in itertools.islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            await self.redis.ask_first(*self.batch_parts(batch, "put" if batch.acts else end))
+            mode = "put %d" % self.loss if batch.acts else end
+            await self.redis.ask_first(*self.batch_parts(batch, mode))
 
     def come_back(self):
         was_away = self.state == "away"
-        self.cancel_grace()
+        if self.grace:
+            self.grace.cancel()
         self.state = "here"
         self.succeeds = False
         self.local = Buckets(self.clock)
         if was_away:
-            self.on_change()
-        self.flush()
+            self.on_change("again")
+        self.redis.flush_soon()
         self.beat()
         if self.fills:
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def beat_parts(self):
         return self.redis.script_parts(
-            self.beat_script, [self.process_key, self.prefix + "processes"], [self.name])
+            self.beat_script, [*self.keys, self.prefix + "processes"],
+            [self.redis.process])
 
     def beat(self):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
         self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.beats += 1
         if self.beats == self.START_BEATS:
-            self.on_change()
+            self.on_change("there")
         if self.beats % self.RENEW_BEATS == 0:
             for key, rule in self.charges.rules.items():
                 self.act("renew", rule, key)
-        self.redis.ask(redis_command(self.beat_parts()),
-                       functools.partial(self.on_beat, self.number))
+        self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
 
     def read_beat(self, reply):
         """Returns whether anybody was there before, and the last batch that was done. Where Redis
         has lost who is there, the others tell soon. Raises RedisFault."""
         try:
-            existed, count, last = map(int, reply)
+            existed, count, last, loss = map(int, reply)
         except (TypeError, ValueError):
             raise RedisFault("answers with nonsense") from None
+        self.loss = max(self.loss, loss)
         self.counts.append(count)
         self.processes = max(self.counts)
         return existed, last
@@ -13506,10 +13513,6 @@ class RedisBuckets(Buckets):
                     if cursor == b"0":
                         break
                 self.fills.discard(owner)
-
-
-def short_digest(thing: Union[str, CallerKey]) -> str:
-    return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
 # Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
@@ -13569,7 +13572,6 @@ class SharedQueue(FairQueue):
         redis.on_return.append(self.begin)
         redis.on_leave.append(lambda fault: self.go_alone())
         self.keys = [name + end for end in ("", ":line", ":asking")]
-        self.process = os.urandom(8).hex()
         self.leases: List[str] = []  # one for each slot that this process has
 
     def slots(self) -> int:
@@ -13591,13 +13593,9 @@ class SharedQueue(FairQueue):
 
     def ask_soon(self):
         if self.redis.available and self.task is None:
-            self.cancel_timer()
+            if self.timer:
+                self.timer.cancel()
             self.task = self.redis.loop.create_task(self.ask(), name="asks for slots")
-
-    def cancel_timer(self):
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
 
     async def ask(self):
         """Ask for a slot for each call that waits."""
@@ -13622,10 +13620,10 @@ class SharedQueue(FairQueue):
             self.be_short()
 
     def arguments(self, age, wanted, names):
-        return [self.all, self.LEASE_MS, self.process, age, wanted, *names]
+        return [self.all, self.LEASE_MS, self.redis.process, age, wanted, *names]
 
     def new_names(self, count):
-        return ["%s:%d" % (self.process, next(self.numbers)) for _ in range(count)]
+        return ["%s:%d" % (self.redis.process, next(self.numbers)) for _ in range(count)]
 
     def take(self, names):
         """Starts calls in these slots; whoever wanted one may have left."""
@@ -13660,7 +13658,8 @@ class SharedQueue(FairQueue):
 
     def go_alone(self):
         """Redis is away: this process has its part, beside what it has."""
-        self.cancel_timer()
+        if self.timer:
+            self.timer.cancel()
         self.leases = []
         self.most = self.part(self.all)
         self.short = True
@@ -13723,8 +13722,7 @@ class SharedKeys:
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
         if self.redis.available:
-            self.redis.ask(redis_command(
-                ("EVAL", LUA_CHANGED, 2, *self.names, self.changes)), self.on_keys)
+            self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
 
     def on_keys(self, reply):
         if type(reply) is not list:  # nothing new, or a fault
@@ -13779,7 +13777,6 @@ class SharedSums:
         self.key = prefix + "sums"
         self.box = short_digest(ledger.secret.hex())
         self.after: Optional[str] = None  # where the stream is read from
-        self.database: Optional[Database] = None  # a lost one is followed by another
         self.script = RedisScript(LUA_SUMS)
         redis.scripts.append(self.script)
         ledger.trade = self.trade
@@ -13788,9 +13785,6 @@ class SharedSums:
         """Returns whether there may be more. Runs in the ledger's thread."""
         if not self.redis.available:
             return False
-        if database is not self.database:
-            database.renumber()
-            self.database = database
         told = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
         asking = self.redis.run(
@@ -13815,9 +13809,9 @@ class SharedSums:
 
 def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
     """Has one process alone tell what several see; more than one may while Redis is away."""
-    redis.ask(redis_command(
-        ("SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
-         Warnings.QUIET_SECONDS)), lambda reply: reply is None or tell())
+    redis.ask(lambda reply: reply is None or tell(),
+              "SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
+              Warnings.QUIET_SECONDS)
 
 
 class SharedFeed(Feed):
@@ -13826,17 +13820,19 @@ class SharedFeed(Feed):
     FRESH_SECONDS = 2.5
     GONE_SECONDS = 60
     MOST_READ = 500  # events at once
-    SUMS = "calls", "tokens", "failed", "in_flight", "line"
+    SUMS = "in_flight", "line"
+    # What these come to since its start each tells, so that a second that nobody has read is not
+    # lost.
+    COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": decimal.Decimal}
     TOLD = "begin", "end", "change", "warning"
-    NOTHING = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}  # of what was counted before
 
     def __init__(self, clock: Any, redis: Redis, prefix: str):
         super().__init__(clock)
         self.redis = redis
         self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
-        self.process = os.urandom(8).hex()
-        self.others: List[JsonObject] = []  # what they told of the last second
-        self.counted: Dict[bytes, float] = {}   # and when that was
+        self.totals = collections.Counter()       # by COUNTED
+        self.others: Dict[bytes, JsonObject] = {}  # what each told last,
+        self.more = collections.Counter()         # and what all counted meanwhile
         self.elsewhere = False                  # whether pages are open there
         self.last: Optional[bytes] = None       # event that was read
 
@@ -13845,50 +13841,53 @@ class SharedFeed(Feed):
         if self.elsewhere and name in self.TOLD and self.redis.available:
             payload = ended_call(about) if isinstance(about, Entry) else about
             self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
-                            "from", self.process, name, json.dumps(payload))
+                            "from", self.redis.process, name, json.dumps(payload))
 
     def exchange(self, payload: JsonObject):
         """Tells the others what was in this second, and asks what they told."""
+        for name, number in self.COUNTED.items():
+            self.totals[name] += number(payload[name])
         if not self.redis.available:
-            self.others = []
+            self.others = {}
             return
         looking = self.listeners > self.elsewhere
-        self.redis.send("HSET", self.seconds_key, self.process,
-                        json.dumps({**payload, "looking": looking}))
+        told = {**payload, **self.totals, "looking": looking}
+        self.redis.send("HSET", self.seconds_key, self.redis.process,
+                        json.dumps(told, default=str))
         self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
-        self.redis.ask(redis_command(("HGETALL", self.seconds_key)), self.on_seconds)
+        self.redis.ask(self.on_seconds, "HGETALL", self.seconds_key)
         if not looking:
             self.last = None
         elif self.last is None:
-            self.redis.ask(redis_command((
-                "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)), self.on_last_event)
+            self.redis.ask(
+                self.on_last_event, "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)
         else:
-            self.redis.ask(redis_command((
-                "XRANGE", self.events_key, entry_after(self.last), "+",
-                "COUNT", self.MOST_READ)), self.on_events)
+            self.redis.ask(
+                self.on_events, "XRANGE", self.events_key, entry_after(self.last), "+",
+                "COUNT", self.MOST_READ)
 
     def pulse(self, payload):
         super().pulse(payload)
-        for one in self.others:
-            one.update(self.NOTHING)
+        self.more.clear()
 
     def on_seconds(self, reply):
         if isinstance(reply, RedisFault):
             return
         now = wall_time(self.clock)
-        found = []
-        with contextlib.suppress(ValueError, TypeError, LookupError):
+        found = {}
+        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
             for name, text in zip(reply[::2], reply[1::2]):
                 one = json.loads(text)
                 if one["now"] < now - self.GONE_SECONDS:
                     self.redis.send("HDEL", self.seconds_key, name)
-                elif one["now"] > now - self.FRESH_SECONDS and name != self.process.encode():
-                    found.append(one)
-                    if self.counted.get(name) == one["now"]:
-                        one.update(self.NOTHING)
-                    self.counted[name] = one["now"]
+                elif (one["now"] > now - self.FRESH_SECONDS
+                      and name.decode() != self.redis.process):
+                    found[name] = one
+                    before = self.others.get(name, one)
+                    for count, number in self.COUNTED.items():
+                        self.more[count] += number(one[count]) - number(before[count])
         self.others = found
-        elsewhere = any([one["looking"] for one in found if "looking" in one])
+        elsewhere = any([one.get("looking") for one in found.values()])
         self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
         self.elsewhere = elsewhere
 
@@ -13901,14 +13900,17 @@ class SharedFeed(Feed):
             return
         with contextlib.suppress(ValueError, TypeError, LookupError):
             for self.last, (_, process, name, text) in reply:
-                if process != self.process.encode() and name.decode() in self.TOLD:
+                if process.decode() != self.redis.process and name.decode() in self.TOLD:
                     super().tell(name.decode(), json.loads(text))
 
     def added_up(self, payload: JsonObject) -> JsonObject:
         """Returns what was in a second of all."""
         found = dict(payload)
         with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
-            for other in self.others:
+            for name in self.COUNTED.keys() & found.keys():
+                value = found[name]
+                found[name] = type(value)(self.COUNTED[name](value) + self.more[name])
+            for other in self.others.values():
                 self.add(found, other)
         return found
 
@@ -13917,8 +13919,6 @@ class SharedFeed(Feed):
             more = other.get(name)
             if name in self.SUMS:
                 found[name] = value + more
-            elif name == "usd":
-                found[name] = str(decimal.Decimal(value) + decimal.Decimal(more))
             elif name.startswith("first_"):
                 found[name] = max(value or 0, more or 0) or None
             elif name in ("running", "buckets"):
@@ -15443,19 +15443,17 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
               "closed": "calls are refused by all of %d processes"}
 
 
-def tell_of_redis(proxy: Proxy):
-    """Says that Redis is there, went away, or came back."""
+def tell_of_redis(proxy: Proxy, change: str):
+    """Says that Redis is "there", "away", or there "again"."""
     buckets = proxy.limits.buckets
-    if buckets.is_degraded:
-        line = "Redis %s: %s" % (
-            buckets.reason, WHILE_AWAY[buckets.policy] % buckets.processes)
-    elif buckets.beats == buckets.START_BEATS:
-        return proxy.books.log.say("Redis is there, shared by %d processes" % buckets.processes)
-    else:
-        line = "Redis is there again: %d processes share the limits" % buckets.processes
+    count = buckets.processes
+    line = {"there": "Redis is there, shared by %d processes" % count,
+            "away": "Redis %s: %s" % (buckets.reason, WHILE_AWAY[buckets.policy] % count),
+            "again": "Redis is there again: %d processes share the limits" % count}[change]
     proxy.books.log.say(line)
-    proxy.watchers.warnings.tell(
-        "limits_degraded" if buckets.is_degraded else "limits_shared", (), None, text=line)
+    if change != "there":
+        proxy.watchers.warnings.tell(
+            "limits_degraded" if change == "away" else "limits_shared", (), None, text=line)
 
 
 def build_dialects(config: Config) -> Dialects:
