@@ -691,6 +691,7 @@ class ProxyCase(TableCase):
                       mock.patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0.05),
                       mock.patch.object(llm_proxy.Admin, "BEAT_SECONDS", 0.01),
                       mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.02),
+                      mock.patch.object(llm_proxy.RedisBuckets, "DRAIN_SECONDS", 0.05),
                       mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
             patch.start()
             cls.addClassCleanup(patch.stop)
@@ -9654,7 +9655,8 @@ class RedisServer:
     def start(self):
         self.process = subprocess.Popen(
             ["redis-server", "--bind", "127.0.0.1", "--unixsocket", self.path, "--save", "",
-             "--dir", os.path.dirname(self.path), *self.options],
+             "--dir", os.path.dirname(self.path), "--repl-diskless-sync-delay", "0",
+             *self.options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: self.process.poll() is not None or self.answers(), "redis-server")
         if self.process.poll() is not None:  # the port was taken
@@ -10676,8 +10678,11 @@ class SharedSumsTest(ProxyCase):
             self.assert_told(6, one, two)
 
     def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
-        one, two = self.box(), self.box()
-        with mock.patch.object(llm_proxy.SharedSums, "WAIT_SECONDS", 0):
+        async def late(*arguments):
+            await run(*arguments)
+            raise llm_proxy.RedisFault("answers late")
+        one, two, run = self.box(), self.box(), llm_proxy.Redis.run
+        with mock.patch.object(llm_proxy.Redis, "run", late):
             self.call_at(one, 2)
             wait_for(lambda: self.redis.ask("XLEN", "{llm_proxy}:sums") > 1)
         self.assert_told(2, one, two)
