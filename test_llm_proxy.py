@@ -14081,6 +14081,9 @@ class Forked:
         spec = importlib.util.spec_from_file_location("llm_proxy", sys.argv[2])
         llm_proxy = sys.modules["llm_proxy"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(llm_proxy)
+        llm_proxy.Log.PAUSE = llm_proxy.Server.LOOK_SECONDS = 0.005
+        llm_proxy.parse_arguments([])  # for what is compiled and kept once
+        llm_proxy.read_config({"BASE_API_URL": "http://127.0.0.1:1"})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             message, files, *_ = socket.recv_fds(orders, 1 << 16, 4)
