@@ -15092,8 +15092,16 @@ class WorkersTest(ProcessCase):
         self.process = self.serve(answer=answer, **{
             "WORKERS": count, "REDIS_URL": self.redis.url, "DATABASE": self.path,
             "MAX_TOKENS": 10 ** 6, "ADMIN_KEY": ADMIN, **settings})
-        wait_for(lambda: len(self.workers()) == count, "the workers")
+        wait_for(lambda: sum(map(self.hears, self.workers())) == count, "the workers")
         return self.process
+
+    @staticmethod
+    def hears(pid):
+        """Returns whether a worker serves, which is when it catches signals."""
+        text = pathlib.Path("/proc/%d/status" % pid).read_text("ascii")
+        blocked, caught = [int(re.search(name + r":\t(\w+)", text)[1], 16)
+                           for name in ("SigBlk", "SigCgt")]
+        return bool(caught & ~blocked & 1 << signal.SIGUSR1 - 1)
 
     def workers(self):
         """Returns the processes that the parent has."""
@@ -15157,7 +15165,7 @@ class WorkersTest(ProcessCase):
             wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
                               for _ in range(20)} == {status}, act)
         for number, said in self.each((
-                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+                (signal.SIGUSR1, " running\n"), (signal.SIGHUP, "were read again"))):
             process.stop(number)
             wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
 
