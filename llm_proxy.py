@@ -17563,6 +17563,7 @@ class Server(http.server.ThreadingHTTPServer):
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
     BEAT_SECONDS = 1        # what is shown or told second by second goes by it
+    LOOK_SECONDS = 0.1      # between two looks of the accepting thread: at the loop, for the end
     tls: Optional[ssl.SSLContext] = None
     emptied = None  # a future of that no connection is open
 
@@ -18715,7 +18716,8 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
         watch_parent(server, lifeline, stop)
     for line in words:
         say(line)
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(server.LOOK_SECONDS,), name="accept",
+                     daemon=True).start()
     probing = server.loop.create_task(probe(server), name="probe")
     await stopping
     probing.cancel()
