@@ -6355,7 +6355,7 @@ SECRETS = r"""
     r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}
     eyJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,1000}"""
 PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----
-    (?:(?:\s|\\[nr]){1,4}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
+    (?:[\\\s]{1,8}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
     [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?"""
 # Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
 IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
@@ -6435,6 +6435,15 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
     return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
 
 
+# A character that may be one of a value, spelled as in JSON, or in JSON in that; and any other one
+ESCAPED = re.compile(r"\\{1,8}u00([2-7][0-9a-fA-F])")
+OTHER_ESCAPED = re.compile(r"\\u[0-9a-fA-F]{4}")
+
+
+def unescaped(match: "re.Match[str]") -> str:
+    return chr(int(match[1], 16))
+
+
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
@@ -6453,8 +6462,8 @@ class Redactor:
             if "phone" in kinds and not set(countries).isdisjoint(names.split())]
         self.shapes += patterns
         self.allow = [glob.lower() for glob in allow]
-        hints = {one.hint for one in self.shapes}
-        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints)) or "(?!)").search
+        hints = {one.hint for one in self.shapes} | {r"\\u00"}
+        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints))).search
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
@@ -6462,10 +6471,37 @@ class Redactor:
 
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
-        end = 0
         large = len(text) > self.LARGE
         if not (large or self.may_hold(text)):  # as nearly always
             return
+        if text.find("\\") < 0:
+            yield from self.search_plain(text, large)
+            return
+        plain, places, missing = yield from self.without_escapes(text)
+        for found in self.search_plain(plain, large):
+            yield [(start + missing[bisect.bisect_left(places, start)],
+                    end + missing[bisect.bisect_left(places, end)], kind)
+                   for start, end, kind in found]
+
+    def without_escapes(self, text):
+        """Takes steps, of which the last one returns what a text with escapes says, blanks for what
+        is no part of a value; and how much longer the text is from which places on."""
+        for line_end in ("\\n", "\\r", "\\t"):
+            text = text.replace(line_end, "\n\n")
+        pieces, places, missing = [], [], [0]
+        last = 0
+        for match in ESCAPED.finditer(text):
+            pieces += text[last:match.start()], unescaped(match)
+            places.append(match.start() - missing[-1])
+            missing.append(missing[-1] + len(match[0]) - 1)
+            last = match.end()
+            if len(places) % self.BATCH == 0:
+                yield ()
+        plain = "".join((*pieces, text[last:]))
+        return OTHER_ESCAPED.sub("\n" * 6, plain), places, missing
+
+    def search_plain(self, text, large):
+        end = 0
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
@@ -6546,7 +6582,7 @@ class Masks:
         if "[[" in text:
             self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
 
-    def mask(self, text: str, anew: bool = True) -> Iterator[None]:
+    def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
         placeholders stand for what must not leave. `anew`: also for what has none yet."""
         pieces = []
@@ -6554,7 +6590,7 @@ class Masks:
         yield
         for found in self.redactor.search(text):
             for start, end, kind in found:
-                value = text[start:end]
+                value = self.value_in(text[start:end], is_json)
                 if anew or value in self.placeholders:
                     pieces += text[last:start], self.placeholder(value, kind)
                     last = end
@@ -6562,34 +6598,31 @@ class Masks:
             yield
         return "".join((*pieces, text[last:])) if pieces else text
 
-    def mask_text(self, text: str, levels: int = 3) -> Iterator[None]:
-        """Does so with a text in which JSON may stand that is spelled with escapes, and in that
-        again."""
-        after = yield from self.mask(text)
-        if levels and "\\u00" in after:
-            after = yield from self.mask_strings(after, levels - 1)
-        return after
+    @staticmethod
+    def value_in(spelled, is_json):
+        """Returns the value that stands so in a text, or in one that is JSON."""
+        if "\\" not in spelled:  # as nearly always
+            return spelled
+        value = ESCAPED.sub(unescaped, spelled)
+        return read_string('"%s"' % value) if is_json else value
 
-    def mask_strings(self, text: str, levels: int = 3) -> Iterator[None]:
-        """Does so with the strings of JSON, or of a part of it: numbers stay."""
+    def mask_strings(self, text: str) -> Iterator[None]:
+        """Does so with the strings of JSON: numbers stay."""
         pieces = []
         last = 0
         for match in JSON_STRING.finditer(text):
-            before = read_string(match[0])
-            after = yield from self.mask_text(before, levels)
-            if after is not before:
-                pieces += text[last:match.start()], json.dumps(after, ensure_ascii=text.isascii())
-                last = match.end()
-        return "".join((*pieces, text[last:])) if pieces else text
+            pieces += text[last:match.start()], (yield from self.mask(match[0], True))
+            last = match.end()
+        after = "".join((*pieces, text[last:]))
+        return text if after == text else after
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Does so where words stand."""
         if words.kind == "json" and is_whole_json(words.text):
             after = yield from self.mask_strings(words.text)
-        elif words.kind == "echo":
-            after = yield from self.mask(words.text, False)
         else:
-            after = yield from self.mask_text(words.text)
+            is_json = words.kind == "json" or may_be_object(words.text)
+            after = yield from self.mask(words.text, is_json, words.kind != "echo")
         if after is words.text:
             return
         if words.kind == "key":
@@ -6670,7 +6703,6 @@ class Restorer:
     MAX_PLACES = 10_000   # that are looked at in one piece of JSON
     MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
     PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
-    ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
     # What may become a placeholder, at the end of a text
     BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
@@ -6693,7 +6725,7 @@ class Restorer:
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
         if self.redactor and self.redactor.may_hold(text):
-            text = self.without_values(text, self.found(text, is_json))
+            text = self.without_values(text, self.redactor.find(text), is_json)
         return self.with_values(text, is_json)
 
     def with_values(self, text, is_json):
@@ -6708,28 +6740,23 @@ class Restorer:
         self.room -= len(value)
         return json.dumps(value)[1:-1] if is_json else value
 
-    def without_values(self, text, found):
+    def without_values(self, text, found, is_json=False):
         """Returns a text without what must not be seen, of what was found, and the caller did not
         say."""
         pieces = []
         last = 0
         for start, end, kind in found:
-            if text[start:end] not in self.masks.placeholders:
+            if self.masks.value_in(text[start:end], is_json) not in self.masks.placeholders:
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
                 self.masks.counts[kind] += 1
         return "".join((*pieces, text[last:]))
 
-    def found(self, text, is_json):
-        if is_json:  # an escape is no letter of a word
-            text = self.ESCAPE.sub(lambda escape: " " * len(escape[0]), text)
-        return self.redactor.find(text)
-
     def found_in_strings(self, data):
         """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
         plain = without_escapes(data)
         quotes = last = 0
-        for one in self.found(data.decode("latin-1"), True):
+        for one in self.redactor.find(data.decode("latin-1")):
             quotes += plain.count(b'"', last, one[0])
             last = one[0]
             if quotes % 2:
@@ -6751,7 +6778,7 @@ class Restorer:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
         if self.redactor:
             data = self.without_values(
-                data.decode("latin-1"), self.found_in_strings(data)).encode("latin-1")
+                data.decode("latin-1"), self.found_in_strings(data), True).encode("latin-1")
         if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
             return data
         plain = without_escapes(data)
