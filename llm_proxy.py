@@ -4325,7 +4325,7 @@ READ_FIRST = "tools functions system instructions systemInstruction system_instr
 # What a tool is given and gives, as an object: there keys are words of somebody, too.
 TOOL_DATA = frozenset("arguments args input response result output".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
-NOT_WORDS = MEDIA_KEYS.union("""id ids type model role signature encrypted_content thoughtSignature
+NOT_WORDS = MEDIA_KEYS.union("""id ids created_at obfuscation type model role signature encrypted_content thoughtSignature
     thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
@@ -4342,6 +4342,22 @@ class Words(NamedTuple):
     text: str
     kind: str  # text; json, in a string; key; or echo, which must come back as the upstream said it
     place: Tuple[Any, ...]
+
+    def put(self, text: str) -> None:
+        """Has another text stand there."""
+        if self.kind == "key":
+            self.holder[text] = self.holder.pop(self.key)
+        else:
+            self.holder[self.key] = text
+
+    def is_json(self) -> bool:
+        """Returns whether the text is JSON, or begins as such."""
+        return self.kind == "json" or may_be_object(self.text)
+
+
+def may_be_object(text):
+    """Returns whether a text begins as JSON does."""
+    return text.lstrip().startswith("{")
 
 
 def is_words(key, value):
@@ -6621,14 +6637,10 @@ class Masks:
         if words.kind == "json" and is_whole_json(words.text):
             after = yield from self.mask_strings(words.text)
         else:
-            is_json = words.kind == "json" or may_be_object(words.text)
-            after = yield from self.mask(words.text, is_json, words.kind != "echo")
+            after = yield from self.mask(words.text, words.is_json(), words.kind != "echo")
         if after is words.text:
             return
-        if words.kind == "key":
-            words.holder[after] = words.holder.pop(words.key)
-        else:
-            words.holder[words.key] = after
+        words.put(after)
         if len(self.places) < self.MAX_PLACES:
             self.places.append(spell_place(words.place))
 
@@ -6752,6 +6764,13 @@ class Restorer:
                 self.masks.counts[kind] += 1
         return "".join((*pieces, text[last:]))
 
+    def mask_json(self, data: bytes) -> bytes:
+        """Returns JSON, or a part of it, without what must not be seen."""
+        if not self.redactor:
+            return data
+        found = self.found_in_strings(data)
+        return self.without_values(data.decode("latin-1"), found, True).encode("latin-1")
+
     def found_in_strings(self, data):
         """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
         plain = without_escapes(data)
@@ -6776,9 +6795,6 @@ class Restorer:
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
-        if self.redactor:
-            data = self.without_values(
-                data.decode("latin-1"), self.found_in_strings(data), True).encode("latin-1")
         if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
             return data
         plain = without_escapes(data)
@@ -6803,11 +6819,6 @@ class Restorer:
             return spelled
         restored = self.with_values(text, is_json or may_be_object(text))
         return spelled if restored == text else json.dumps(restored)[1:-1].encode()
-
-
-def may_be_object(text):
-    """Returns whether a text begins as JSON does."""
-    return text.lstrip().startswith("{")
 
 
 def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
@@ -6847,16 +6858,16 @@ def varied(data, fixed):
     pieces = []
     last = 0
     for fact in FACT.finditer(data):
-        if fact[1].decode("latin-1") not in fixed:
+        key = fact[1].decode("latin-1")
+        if key not in fixed and (fact[2][:1] != b'"' or not is_words(key, "")):
             other = rb'"[^"\\]+"' if fact[2][:1] == b'"' else b"[0-9][0-9.]*"
             pieces += re.escape(data[last:fact.start(2)]), other
             last = fact.end(2)
     return b"".join((*pieces, re.escape(data[last:])))
 
 
-def text_at(way: Way) -> str:
-    holder, key = way[-1]
-    return holder[key]
+class Said(str):
+    """What goes on of a text: no more is looked for in it, as values came back there."""
 
 
 def is_beside(block: Block, other: Block) -> bool:
@@ -6898,7 +6909,7 @@ class Unmasking(Edit):
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
         if not match or len(self.blocks) > (self.usual_block in self.blocks):
-            return self.apply_any(self.without_logprobs(event))
+            return self.apply_any(event)
         start, end = match.span(1)
         came = read_string(event[start:end].decode("utf-8", "replace"))
         goes = self.feed(self.usual_block, came, event)
@@ -6907,44 +6918,55 @@ class Unmasking(Edit):
         return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
-        payload = self.events.payload(event) if self.events else {}
+        payload = self.payload(event)
         if not payload:
             is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-            return (self.end() if is_last else b"") + self.restorer.restore_json(event)
-        texts = list(self.dialect.texts(payload))
+            return (self.end() if is_last else b"") + self.restorer.restore_json(
+                self.restorer.mask_json(event))
+        texts = list(self.dialect.texts(payload)) if self.events else ()
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
         changed = [self.put(block, way, payload, event) for block, way in texts]
-        if len(texts) == 1 and self.restorer.redactor and not self.dialect.ends_block(
-                payload, texts[0][0]):
-            self.learn(event, *texts[0])
+        if self.restorer.redactor:
+            changed.append(self.mask_rest(payload, event))
+            if len(texts) == 1 and not changed[-1] and not self.dialect.ends_block(
+                    payload, texts[0][0]):
+                self.learn(event, *texts[0])
         if True in changed:
-            event = self.events.replaced(event, to_json_bytes(payload))
-        # Text that goes on is done with: what came back must not be masked.
-        if not self.restorer.redactor or not any([text_at(way) for _, way in texts]):
-            event = self.restorer.restore_json(event)
-        return b"".join((*before, event))
+            data = to_json_bytes(payload)
+            event = self.events.replaced(event, data) if self.events else data
+        return b"".join((*before, self.restorer.restore_json(event)))
+
+    def payload(self, event):
+        """Returns the object of an event, or of all of the JSON where something is looked for in
+        it, {} where there is none."""
+        if self.events:
+            return self.events.payload(event)
+        is_object = self.restorer.redactor and event.lstrip()[:1] == b"{"
+        return object_in(event) if is_object else {}
+
+    def mask_rest(self, payload, event):
+        """Masks what an event says beside its texts, of which no probabilities may tell once more,
+        token by token; returns whether it is another."""
+        changed = False
+        if self.dialect.LOGPROBS.search(event):
+            changed = True
+            for one in objects_in(payload):
+                for key in self.dialect.LOGPROBS_KEYS.intersection(one):
+                    one[key] = [] if type(one[key]) is list else None
+        for words in words_in(payload):
+            text = self.restorer.restore(words.text, words.is_json())
+            if text != words.text:
+                changed = True
+                words.put(text)
+        return changed
 
     def has_ended(self, block, payload, texts):
         """Returns whether an event has no place for the rest of a block that has ended."""
         if block in [other for other, _ in texts]:
             return False
         return self.dialect.ends_block(payload, block) or any(
-            [is_beside(block, other) and text_at(way) for other, way in texts])
-
-    def without_logprobs(self, event):
-        """Returns an event, or JSON, that does not tell a text once more, token by token, where
-        some of it may be masked."""
-        if not self.restorer.redactor or not self.dialect.LOGPROBS.search(event):
-            return event
-        payload = self.events.payload(event) if self.events else object_in(event)
-        if not payload:
-            return event
-        for one in objects_in(payload):
-            for key in self.dialect.LOGPROBS_KEYS.intersection(one):
-                one[key] = [] if type(one[key]) is list else None
-        data = to_json_bytes(payload)
-        return self.events.replaced(event, data) if self.events else data
+            [is_beside(block, other) and holder[key] for other, (*_, (holder, key)) in texts])
 
     def learn(self, event, block, way):
         """Takes an event for the usual one."""
@@ -6958,7 +6980,7 @@ class Unmasking(Edit):
         holder, key = way[-1]
         came = holder[key]
         is_end = len(event) > self.MAX_EVENT or self.dialect.ends_block(payload, block)
-        holder[key] = self.feed(block, came, event, is_end)
+        holder[key] = Said(self.feed(block, came, event, is_end))
         return holder[key] != came
 
     def feed(self, block, came, event, is_end=False):

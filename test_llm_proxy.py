@@ -5137,9 +5137,9 @@ class UnmaskingTest(ProxyCase):
                 data = self.stream(row, [(0, said[:cut]), (0, said[cut:])])
                 found = self.said(self.payloads(row[0], self.unmask(row[0], data, answers=True)))
                 self.assertEqual(list(found.values()), [shown])
-        whole = json.dumps({"text": said + "\n", "a@b.example": 5})
+        whole = json.dumps({"text": said + "\n", "args": {"a@b.example": 5}})
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
-        self.assertEqual(json.loads(found), {"text": shown + "\n", "[[EMAIL]]": 5})
+        self.assertEqual(json.loads(found), {"text": shown + "\n", "args": {"[[EMAIL]]": 5}})
 
     def test_a_number_in_groups_is_masked_wherever_its_text_is_cut(self):
         for text in self.each(("call +49 171 1234567,see9 5 x", "at +49  171 1234567 now",
@@ -5153,12 +5153,37 @@ class UnmaskingTest(ProxyCase):
                 shown, = self.said(self.payloads("chat", found)).values()
                 self.assertNotIn("1234567", shown, (first, last))
 
-    def test_arguments_of_a_tool_beside_an_empty_text_are_masked(self):
-        call = {"function": {"name": "mail", "arguments": {"to": "bob@example.org"}}}
-        said = {"message": {"role": "assistant", "content": "", "tool_calls": [call]}}
-        found = self.unmask("ollama", json.dumps(said).encode() + b"\n", answers=True)
-        call["function"]["arguments"]["to"] = "[[EMAIL]]"
-        self.assertEqual(json.loads(found), said)
+    def test_all_words_of_an_answer_are_masked_whatever_stands_beside_them(self):
+        """@ are words, and # are none."""
+        for endpoint, said in self.each(r"""
+                ollama -> {"message": {"content": "TEXT", "tool_calls": [{"function": {"arguments":\
+                    {"to": "@", "@": 1}}}]}, "created_at": "#"}
+                chat -> {"id": "#", "citations": ["@"], "choices": [{"delta": {"content": "TEXT",\
+                    "annotations": [{"title": "@", "url": "https://x/?#"}]}}]}
+                chat -> {"choices": [{"delta": {"content": "TEXT"}, "message": {"tool_calls": [{\
+                    "function": {"name": "f", "arguments": "{\"to\": \"a\\n@\"}"}}]}}]}
+                responses -> {"type": "response.output_text.delta", "item_id": "#",\
+                    "delta": "TEXT", "item": {"content": [{"text": "@", "id": "#"}]}}
+                messages -> {"type": "content_block_delta", "delta": {"text": "TEXT"},\
+                    "citation": {"cited_text": "@"}}
+                messages -> {"type": "message_start", "message": {"model": "#", "content": [\
+                    {"type": "tool_use", "input": {"id": "@"}, "id": "#"}]}}
+                generate -> {"responseId": "#", "candidates": [{"content": {"parts": [{"text":\
+                    "TEXT"}, {"functionCall": {"args": {"id": "@"}}}, {"thoughtSignature": "#",\
+                    "inlineData": {"data": "#"}, "executableCode": {"code": "@"}}]}}]}
+                interactions -> {"event_type": "step.delta", "delta": {"text": "TEXT"},\
+                    "step": {"result": {"to": "@"}}}
+                """.replace("\\\n" + 20 * " ", " ")):
+            for text, seen in (("", ""), ("hi ", "hi "), ("[[EMAIL_1]] ", "ann@example.com ")):
+                told, shown = [json.loads(
+                    said.replace("@", one).replace("#", "bob@example.org").replace("TEXT", part))
+                    for part, one in ((text, "bob@example.org"), (seen, "[[EMAIL]]"))]
+                data = lines_of(told) if endpoint == "ollama" else events(told)
+                for many in (data, 2 * data):
+                    found = self.unmask(endpoint, many, answers=True)
+                    self.assertEqual(self.payloads(endpoint, found)[-1], shown)
+            found = self.unmask(endpoint, json.dumps(told).encode(), answers=True, events=False)
+            self.assertEqual(json.loads(found), shown)
 
     def test_events_that_end_in_one_line_end_are_not_taken_for_one(self):
         data = b"data: %b\ndata: %b\n\n" % tuple(
