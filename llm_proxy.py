@@ -6250,14 +6250,14 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
+BEFORE_URL_HOST = re.compile(r"[A-Za-z]://[^\s/@]*:[^\s/@]*\Z")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
     text = match.string
     start, end = match.span()
-    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
+    if text[start - 1] not in " \n" and BEFORE_URL_HOST.search(text, max(0, start - 80), start):
         return 0
     return end
 
@@ -6402,8 +6402,9 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
-        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?<![A-Za-z0-9_][.'-].)(?<![A-Za-z0-9_][.'-]{2}.)
+        (?!(?<=g)it@)[A-Za-z0-9_.'-]{0,63}(?:\+[A-Za-z0-9_.'-]{0,63}@|@)
+        [A-Za-z0-9][A-Za-z0-9-]{0,62}\.(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){0,7}
         (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
         |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
@@ -6533,13 +6534,14 @@ class Redactor:
 
     def batches(self, one, text, start):
         """Yields what of a Shape begins in a slice, in parts."""
+        kinds = itertools.repeat(one.kind)
         for begin in range(start, min(len(text), start + self.SLICE), one.step):
             end = begin + one.step
             matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
-                found = [(match.start(), last, one.kind)
-                         for match, last in zip(some, map(one.check, some)) if last]
+                rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
+                found = [row for row in rows if row[1]]
                 if self.allow or (found and found[-1][0] >= end):
                     found = [row for row in found
                              if row[0] < end and not self.may_leave(text[row[0]:row[1]])]
