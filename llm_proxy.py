@@ -4322,13 +4322,15 @@ def media_texts(part):
 
 # What models read before all else, so that its placeholders stay as they are while a talk grows
 READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
-# What a tool is given and gives, as an object: there keys are words of somebody, too.
-TOOL_DATA = frozenset("arguments args input response result output".split())
+# What callers make up, and what a tool is given and gives: there keys are somebody's words, too.
+TOOL_DATA = frozenset("""arguments args input response result output action env metadata
+    client_metadata variables""".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
 NOT_WORDS = MEDIA_KEYS.union("""id ids created_at obfuscation type model role signature encrypted_content thoughtSignature
     thought_signature mimeType mime_type media_type""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
+FILE_NAMES = ("displayName", "display_name")
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4362,7 +4364,7 @@ def may_be_object(text):
 
 def is_words(key, value):
     """Tells whether there may be words of somebody at a key of an object that is the API's."""
-    if type(value) is dict and key not in MEDIA_OBJECTS:  # such as what a tool calls `id`
+    if type(value) is dict:  # such as what a tool calls `id`
         return True
     if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
         return False
@@ -4386,7 +4388,9 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
             if of_tool:
                 for name in list(value):
                     yield Words(value, name, name, "key", place)
-            keys = [name for name in value if of_tool or is_words(name, value[name])]
+            is_media = key in MEDIA_OBJECTS and not of_tool
+            keys = [name for name in (FILE_NAMES if is_media else value)
+                    if name in value and (of_tool or is_words(name, value[name]))]
         elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
             holder[key] = value = list(value)
             keys = range(len(value))
@@ -5193,7 +5197,8 @@ class OpenAI(Dialect):
         choices.delta.content.thinking.text choices.delta.reasoning_content
         choices.delta.reasoning choices.delta.reasoning_details.text
         choices.delta.reasoning_details.summary choices.delta.audio.transcript choices.delta.refusal
-        choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta"""
+        choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta
+        content token.text"""  # the latter are llama.cpp's and TGI's own
     BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
     BLOCK_END = re.compile(r"\.done$")
 
@@ -5825,6 +5830,13 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
+def end_of_strings(data):
+    """Returns where the last string of JSON begins that is not whole, or ends that is; -1 where
+    all of it is one."""
+    plain = without_escapes(data)
+    return (plain.rfind(b'"') + 1 - plain.count(b'"') % 2) or -1
+
+
 class Edit:
     """A change of a stream, made in its whole events."""
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
@@ -5920,7 +5932,7 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
+        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
         self.held = data[max(whole, 0):]
         return self.edited(data[:whole]) if whole >= 0 else self.flush()
 
@@ -6580,7 +6592,8 @@ class Masks:
     """The map of one call: which placeholder stands for which value. They are numbered by value, in
     order of appearance, so that the same history is the same text; numbers that the prompt has of
     its own are skipped."""
-    PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
+    PLACEHOLDER = re.compile(  # in any case, as some models change that
+        r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]", re.ASCII | re.IGNORECASE)
     MAX_PLACEHOLDER = 64
     MAX_PLACES = 5
 
@@ -6598,7 +6611,7 @@ class Masks:
     def skip(self, text: str):
         """Takes no placeholder that a text of the prompt has of its own."""
         if "[[" in text:
-            self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
+            self.taken.update([match[0].upper() for match in self.PLACEHOLDER.finditer(text)])
 
     def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
@@ -6680,7 +6693,7 @@ class Masks:
 
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
-        return self.values.get(placeholder)
+        return self.values.get(placeholder.upper())
 
 
 class Redaction:
@@ -6716,9 +6729,9 @@ class Restorer:
     model itself says of what must not be seen is masked for good."""
     MAX_PLACES = 10_000   # that are looked at in one piece of JSON
     MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
-    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
+    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Za-z]")  # in JSON
     # What may become a placeholder, at the end of a text
-    BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
+    BEGUN = re.compile(r"\[(?:\[[A-Za-z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
     WORDS, ANY_WORDS = [re.compile(
         "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
@@ -6739,7 +6752,7 @@ class Restorer:
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
         if self.redactor and self.redactor.may_hold(text):
-            text = self.without_values(text, self.redactor.find(text), is_json)
+            text = self.without_values(text, is_json)
         return self.with_values(text, is_json)
 
     def with_values(self, text, is_json):
@@ -6754,12 +6767,11 @@ class Restorer:
         self.room -= len(value)
         return json.dumps(value)[1:-1] if is_json else value
 
-    def without_values(self, text, found, is_json=False):
-        """Returns a text without what must not be seen, of what was found, and the caller did not
-        say."""
+    def without_values(self, text, is_json):
+        """Returns a text without what must not be seen, and the caller did not say."""
         pieces = []
         last = 0
-        for start, end, kind in found:
+        for start, end, kind in self.redactor.find(text):
             if self.masks.value_in(text[start:end], is_json) not in self.masks.placeholders:
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
@@ -6767,21 +6779,12 @@ class Restorer:
         return "".join((*pieces, text[last:]))
 
     def mask_json(self, data: bytes) -> bytes:
-        """Returns JSON, or a part of it, without what must not be seen."""
+        """Returns JSON, or a part of it, of which no string has what must not be seen."""
         if not self.redactor:
             return data
-        found = self.found_in_strings(data)
-        return self.without_values(data.decode("latin-1"), found, True).encode("latin-1")
-
-    def found_in_strings(self, data):
-        """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
-        plain = without_escapes(data)
-        quotes = last = 0
-        for one in self.redactor.find(data.decode("latin-1")):
-            quotes += plain.count(b'"', last, one[0])
-            last = one[0]
-            if quotes % 2:
-                yield one
+        text = JSON_STRING.sub(lambda string: self.without_values(string[0], True),
+                               data.decode("utf-8", "surrogateescape"))
+        return text.encode("utf-8", "surrogateescape")
 
     def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
@@ -6931,9 +6934,8 @@ class Unmasking(Edit):
         changed = [self.put(block, way, payload, event) for block, way in texts]
         if self.restorer.redactor:
             changed.append(self.mask_rest(payload, event))
-            if len(texts) == 1 and not changed[-1] and not self.dialect.ends_block(
-                    payload, texts[0][0]):
-                self.learn(event, *texts[0])
+            if len(texts) == 1 and not changed[-1]:
+                self.learn(event, payload, *texts[0])
         if True in changed:
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
@@ -6970,9 +6972,10 @@ class Unmasking(Edit):
         return self.dialect.ends_block(payload, block) or any(
             [is_beside(block, other) and holder[key] for other, (*_, (holder, key)) in texts])
 
-    def learn(self, event, block, way):
+    def learn(self, event, payload, block, way):
         """Takes an event for the usual one."""
-        if self.left_to_learn and len(event) <= self.MAX_USUAL:
+        if self.left_to_learn and len(event) <= self.MAX_USUAL and not self.dialect.ends_block(
+                payload, block):
             self.left_to_learn -= 1
             self.usual = usual_event(event, way[-1][1], self.dialect.block_keys())
             self.usual_block = block

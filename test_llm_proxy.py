@@ -4718,7 +4718,11 @@ class RedactionTest(ProxyCase):
                 {"systemInstruction": {"parts": [{"text": "@"}]}}
                 {"prompt": ["@", "@"], "suffix": "@"}
                 {"query": "@", "documents": ["@", {"text": "@"}]}
-                {"user": "@", "metadata": {"note": "@"}}"""):
+                {"user": "@", "metadata": {"user_id": "@"}, "prompt": {"variables": {"id": "@"}}}
+                {"input": [{"action": {"env": {"@": "1"}, "url": "https://h/?q=@"}}]}
+                {"messages": [{"content": [{"file": {"filename": "@"}}, {"type": "refusal"}]}]}
+                {"contents": [{"parts": [{"fileData": {"fileUri": "f", "displayName": "@"}}]}]}
+                {"requests": [{"params": {"messages": [{"content": "@"}]}}]}"""):
             payload = json.loads(text.replace("@", "ann@example.com"))
             _, sent = self.masked(payload)
             self.assertEqual(sent, json.loads(text.replace("@", "[[EMAIL_1]]")))
@@ -4744,11 +4748,31 @@ class RedactionTest(ProxyCase):
                 {"cut": "a@x.org -> {"cut": "[[EMAIL_1]]
                 a@x.org -> [[EMAIL_1]]
                 {"in": "{\"to\": \"a\\u0040x.org\"}"} -> {"in": "{\"to\": \"[[EMAIL_1]]\"}"}
+                {"in": "a\n4111111111111111, 1"} -> {"in": "a\n[[CARD_1]], 1"}
+                {"in": "\u003c\u0061\u0040x.org\u003e"} -> {"in": "\u003c[[EMAIL_1]]\u003e"}
                 {"a@x.org": 1} -> {"[[EMAIL_1]]": 1}"""):
             _, sent = self.masked({"messages": [{"tool_calls": [{"function": {
                 "arguments": before}}]}]})
             got = sent and sent["messages"][0]["tool_calls"][0]["function"]["arguments"]
             self.assertEqual(got or before, after)
+
+    def test_escapes_in_a_text_hide_nothing_and_stay(self):
+        for before, after in self.each(r"""
+                {"out": "Ann\na@x.org\t4111111111111111"} -> {"out": "Ann\n[[EMAIL_1]]\t[[CARD_1]]"}
+                print("\n4111 1111 1111 1111\r\n") -> print("\n[[CARD_1]]\r\n")
+                "\u003ca\u0040x.org\u003E, \u4ebaa@x.org" -> "\u003c[[EMAIL_1]]\u003E, \u4eba[[EMAIL_1]]"
+                [{\"to\": \"\\na@x.org\\u0040\"}] -> [{\"to\": \"\\n[[EMAIL_1]]\\u0040\"}]
+                https:\/\/h\/?to=+a\u0040x.org\u0026 -> https:\/\/h\/?to=+[[EMAIL_1]]\u0026
+                \u00 \u \ \x41 a@x.org\ -> \u00 \u \ \x41 [[EMAIL_1]]\
+                """):
+            masks, sent = self.masked({"messages": [{"content": before}]}, KINDS)
+            self.assertEqual(sent["messages"][0]["content"], after)
+            self.assertIn(masks.value_of("[[EMAIL_1]]"), (None, "a@x.org"))
+        key = "-----BEGIN PRIVATE KEY-----\n%s\n" % ("MIIE" * 20)
+        for text, value in self.each((
+                (key, key), (json.dumps({"key": key}), key), ("k = %r" % key, repr(key)[1:-1]))):
+            masks, _ = self.masked({"messages": [{"content": text}]}, ["secrets"])
+            self.assertEqual(masks.value_of("[[SECRETS_1]]").rstrip(), value.rstrip())
 
     def test_nothing_is_passed_over_because_of_its_name_or_how_it_begins(self):
         for payload in self.each(r"""
@@ -4881,6 +4905,8 @@ TEXT_STREAMS = [
                                                          '"text": TEXT, "thought": true')],
     *[("interactions", '{"event_type": "step.delta", "index": N, "delta": {"%s": TEXT}}' % key,
        '{"event_type": "step.stop", "index": N}') for key in ("text", "arguments")],
+    ("own", '{"content": TEXT, "stop": false}', '{"content": "", "stop": true}'),  # llama.cpp
+    ("own", '{"token": {"id": 1, "text": TEXT}, "index": 7}', ""),  # TGI
     *[("ollama", '{"done": false, %s}' % said, end) for said, end in [
         ('"message": {"role": "assistant", "content": TEXT}', '{"done": true}'),
         ('"response": TEXT', '{"response": "", "done": true}')]]]
@@ -5092,6 +5118,8 @@ class UnmaskingTest(ProxyCase):
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
         for told, shown in self.each(r"""
                 {"content": "[[EMAIL_1]]", "n": 1.50} -> {"content": "ann@example.com", "n": 1.50}
+                ["[[email_1]]", "[[Email_1]] [[EMAIL_01]]"] -> """
+                r"""["ann@example.com", "ann@example.com [[EMAIL_01]]"]
                 {"a": ["\u005b[EMAIL_1]] \u00e9"]} -> {"a": ["ann@example.com \u00e9"]}
                 {"arguments" : "{\"k\":\"[[SECRETS_12]]\"}"} -> {"arguments" : ARGUMENTS}
                 {"args": {"k": "[[SECRETS_12]]"}} -> {"args": {"k": VALUE}}
@@ -5113,6 +5141,11 @@ class UnmaskingTest(ProxyCase):
             for step in self.each((23, 1, 41)):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+                cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
+                found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
+                                    masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+                self.assertEqual(json.loads(found), [
+                    4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
                 for large in (b"x" * 99, b"\"" + b"x" * 99):
                     self.assertEqual(self.unmask("chat", large, step, events=False), large)
 
@@ -15919,7 +15952,13 @@ class RedactionCostTest(EnduranceCase):
         ip -> 2a00::1
         secrets -> sk-
         secrets -> eyJ
-        secrets -> -----BEGIN PRIVATE KEY-----"""
+        secrets -> -----BEGIN PRIVATE KEY-----
+        email -> a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a@b.b.b.b.b.b.b
+        email -> a-a+a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a@b-b
+        card -> \\n
+        card -> \\u0040
+        card -> \\
+        email -> \\\\u0040"""
     SAID = events({"choices": [{"index": 0, "delta": {"content": "word "}}]})
 
     def steps(self, kind, text):
