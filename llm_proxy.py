@@ -4326,11 +4326,12 @@ READ_FIRST = "tools functions system instructions systemInstruction system_instr
 TOOL_DATA = frozenset("""arguments args input response result output action env metadata
     client_metadata variables""".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
-NOT_WORDS = MEDIA_KEYS.union("""id ids created_at obfuscation type model role signature encrypted_content thoughtSignature
-    thought_signature mimeType mime_type media_type""".split())
+NOT_WORDS = MEDIA_KEYS.union("""id ids created_at obfuscation type model role signature
+    encrypted_content thoughtSignature thought_signature mimeType mime_type media_type fileUri
+    file_uri""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
-FILE_NAMES = ("displayName", "display_name")
+FILE_NAMES = frozenset(("displayName", "display_name"))  # in these
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4365,7 +4366,7 @@ def may_be_object(text):
 def is_words(key, value):
     """Tells whether there may be words of somebody at a key of an object that is the API's."""
     if type(value) is dict:  # such as what a tool calls `id`
-        return True
+        return key not in MEDIA_OBJECTS or not FILE_NAMES.isdisjoint(value)
     if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
         return False
     return type(value) is not str or key not in DATA_KEYS or not (
@@ -4388,9 +4389,7 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
             if of_tool:
                 for name in list(value):
                     yield Words(value, name, name, "key", place)
-            is_media = key in MEDIA_OBJECTS and not of_tool
-            keys = [name for name in (FILE_NAMES if is_media else value)
-                    if name in value and (of_tool or is_words(name, value[name]))]
+            keys = [name for name in value if of_tool or is_words(name, value[name])]
         elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
             holder[key] = value = list(value)
             keys = range(len(value))
@@ -6466,7 +6465,8 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 
 # A character that may be one of a value, spelled as in JSON, or in JSON in that; and any other one
 ESCAPED = re.compile(r"\\{1,8}u00([2-7][0-9a-fA-F])")
-OTHER_ESCAPED = re.compile(r"\\u[0-9a-fA-F]{4}")
+OTHER_ESCAPED = re.compile(r"\\u(?!00[2-7])[0-9a-fA-F]{4}")
+LONGEST_ESCAPE = 14  # characters
 
 
 def unescaped(match: "re.Match[str]") -> str:
@@ -6515,19 +6515,26 @@ class Redactor:
     def without_escapes(self, text):
         """Takes steps, of which the last one returns what a text with escapes says, blanks for what
         is no part of a value; and how much longer the text is from which places on."""
-        for line_end in ("\\n", "\\r", "\\t"):
-            text = text.replace(line_end, "\n\n")
         pieces, places, missing = [], [], [0]
-        last = 0
-        for match in ESCAPED.finditer(text):
-            pieces += text[last:match.start()], unescaped(match)
-            places.append(match.start() - missing[-1])
-            missing.append(missing[-1] + len(match[0]) - 1)
-            last = match.end()
-            if len(places) % self.BATCH == 0:
-                yield ()
-        plain = "".join((*pieces, text[last:]))
-        return OTHER_ESCAPED.sub("\n" * 6, plain), places, missing
+        start = 0
+        while start < len(text):
+            end = start + self.SLICE
+            cut = text.rfind("\\", end - LONGEST_ESCAPE, end)  # none is cut
+            end = cut if 0 < cut and end < len(text) else end
+            part = text[start:end]
+            for line_end in ("\\n", "\\r", "\\t"):
+                part = part.replace(line_end, "\n\n")
+            part = OTHER_ESCAPED.sub("\n" * 6, part)
+            last = 0
+            for match in ESCAPED.finditer(part):
+                pieces += part[last:match.start()], unescaped(match)
+                places.append(start + match.start() - missing[-1])
+                missing.append(missing[-1] + len(match[0]) - 1)
+                last = match.end()
+            pieces.append(part[last:])
+            start = end
+            yield ()
+        return "".join(pieces), places, missing
 
     def search_plain(self, text, large):
         end = 0

@@ -4760,7 +4760,8 @@ class RedactionTest(ProxyCase):
         for before, after in self.each(r"""
                 {"out": "Ann\na@x.org\t4111111111111111"} -> {"out": "Ann\n[[EMAIL_1]]\t[[CARD_1]]"}
                 print("\n4111 1111 1111 1111\r\n") -> print("\n[[CARD_1]]\r\n")
-                "\u003ca\u0040x.org\u003E, \u4ebaa@x.org" -> "\u003c[[EMAIL_1]]\u003E, \u4eba[[EMAIL_1]]"
+                "\u003ca\u0040x.org\u003E, \u4ebaa@x.org" -> """
+                r""""\u003c[[EMAIL_1]]\u003E, \u4eba[[EMAIL_1]]"
                 [{\"to\": \"\\na@x.org\\u0040\"}] -> [{\"to\": \"\\n[[EMAIL_1]]\\u0040\"}]
                 https:\/\/h\/?to=+a\u0040x.org\u0026 -> https:\/\/h\/?to=+[[EMAIL_1]]\u0026
                 \u00 \u \ \x41 a@x.org\ -> \u00 \u \ \x41 [[EMAIL_1]]\
