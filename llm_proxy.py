@@ -4355,12 +4355,12 @@ class Words(NamedTuple):
 
     def is_json(self) -> bool:
         """Returns whether the text is JSON, or begins as such."""
-        return self.kind == "json" or may_be_object(self.text)
+        return self.kind == "json" or bool(MAY_BE_JSON.match(self.text))
 
 
-def may_be_object(text):
-    """Returns whether a text begins as JSON does."""
-    return text.lstrip().startswith("{")
+# How JSON begins, in Markdown or not, but for arrays of numbers and of arrays
+MAY_BE_JSON = re.compile(r'[\s`json]*(?:\{|\[\s*[{"])')
+BEFORE_JSON = " \t\r\n`json["
 
 
 def is_words(key, value):
@@ -5197,7 +5197,9 @@ class OpenAI(Dialect):
         choices.delta.reasoning choices.delta.reasoning_details.text
         choices.delta.reasoning_details.summary choices.delta.audio.transcript choices.delta.refusal
         choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta
-        content token.text"""  # the latter are llama.cpp's and TGI's own
+        choices.delta.tool_calls.custom.input delta.content.text.value
+        content token.text delta.message.content.text delta.message.content.thinking
+        delta.message.tool_calls.function.arguments"""  # llama.cpp's, TGI's and Cohere's own
     BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
     BLOCK_END = re.compile(r"\.done$")
 
@@ -5337,7 +5339,7 @@ class Anthropic(Dialect):
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
-    DELTAS = "delta.text delta.thinking delta.partial_json"
+    DELTAS = "delta.text delta.thinking delta.partial_json delta.content"
     BLOCK_NUMBERS = ("index",)
     BLOCK_END = re.compile("_stop$")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
@@ -5416,7 +5418,8 @@ class Gemini(Google):
         **dict.fromkeys(GEMINI_CHOICES.split(), (
             "", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))}
     TEXT_KEYS = ("text",)
-    DELTAS = "candidates.content.parts.text"
+    DELTAS = """candidates.content.parts.text
+        candidates.content.parts.functionCall.partialArgs.stringValue"""
     LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
@@ -5449,7 +5452,8 @@ class Gemini(Google):
         text."""
         if type(one) is dict and "text" in one:
             return "thought" if one.get("thought") is True else "said"
-        return super().number(one, 0)
+        path = dig(one, "jsonPath")  # of an argument of a tool
+        return path if type(path) is str else super().number(one, 0)
 
     def limit_text(self, call, values):
         """A stream without events is an array."""
@@ -6432,7 +6436,7 @@ SHAPES = (
         -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-",
           hint="[0-9]{4}"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
-        (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
+        (?<!(?<![0-9])[0-9][ ]...)(?<!(?<![0-9])[0-9]{2}[ ]...)(?<!(?<![0-9])[0-9]{3}[ ]...)
         [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
         (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))""", hint="[0-9]{4}"),
     shape("ip", IPV4, mark=".", hint=r"[0-9]\.[0-9]"),
@@ -6772,7 +6776,7 @@ class Restorer:
         if value is None or len(value) > self.room:
             return match[0]
         self.room -= len(value)
-        return json.dumps(value)[1:-1] if is_json else value
+        return json.dumps(value, ensure_ascii=False)[1:-1] if is_json else value
 
     def without_values(self, text, is_json):
         """Returns a text without what must not be seen, and the caller did not say."""
@@ -6829,7 +6833,7 @@ class Restorer:
             text = json.loads(b'"%b"' % spelled)
         except ValueError:
             return spelled
-        restored = self.with_values(text, is_json or may_be_object(text))
+        restored = self.with_values(text, is_json or MAY_BE_JSON.match(text))
         return spelled if restored == text else json.dumps(restored)[1:-1].encode()
 
 
@@ -6878,6 +6882,9 @@ def varied(data, fixed):
     return b"".join((*pieces, re.escape(data[last:])))
 
 
+SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
+
+
 class Said(str):
     """What goes on of a text: no more is looked for in it, as values came back there."""
 
@@ -6904,6 +6911,9 @@ class Unmasking(Edit):
         self.dialect = dialect
         self.events = events
         self.restorer = restorer
+        # Values may be spelled otherwise in JSON, as which a text begins.
+        self.reads_all = restorer.redactor or SPELLED_OTHERWISE.search(
+            "".join(restorer.masks.values.values()))
         # The ends of texts that may become a placeholder: they wait for the next piece, and go on
         # with it or at the block's end; and the last events that had text of these blocks
         self.blocks: Dict[Block, Tuple[str, bytes]] = {}
@@ -6913,7 +6923,7 @@ class Unmasking(Edit):
         self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
-        if self.blocks or self.restorer.redactor:
+        if self.blocks or self.reads_all:
             return 0
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
@@ -7007,8 +7017,9 @@ class Unmasking(Edit):
 
     def is_json(self, block, text):
         """Returns whether a text is JSON: where its API says so, or where it begins as such."""
-        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and text.strip():
-            self.begun[block] = self.dialect.is_json_text(block) or may_be_object(text)
+        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and (
+                text.strip(BEFORE_JSON)):
+            self.begun[block] = self.dialect.is_json_text(block) or bool(MAY_BE_JSON.match(text))
         return self.begun.get(block, False)
 
     def let_go(self, block):

@@ -4891,6 +4891,8 @@ TEXT_STREAMS = [
           ('"function_call": {"arguments": TEXT}', CHOICE_END)]],
     ("chat", '{"choices": [{"delta": {"tool_calls": [{"index": N, "id": "c", "function":'
      ' {"name": "f", "arguments": TEXT}}]}}]}', CHOICE_END.replace("N", "0")),
+    ("chat", '{"choices": [{"delta": {"tool_calls": [{"index": N, "custom": {"input": TEXT}}]}}]}',
+     CHOICE_END.replace("N", "0")),
     ("completions", '{"choices": [{"index": N, "text": TEXT}]}', CHOICE_END),
     *[("responses", '{"type": "response.%s.delta", "output_index": %s, "delta": TEXT}' % kind,
        '{"type": "response.%s.done", "output_index": %s}' % kind)
@@ -4898,12 +4900,16 @@ TEXT_STREAMS = [
                    ("reasoning_summary_text", '0, "summary_index": N'))],
     *[("messages", BLOCK_DELTA % key, end)
       for key, end in [("text", '{"type": "content_block_stop", "index": N}'),
+                       ("content", '{"type": "content_block_stop", "index": N}'),
                        ("thinking", '{"type": "message_stop"}'),
                        ("partial_json", '{"type": "error", "error": {"type": "x"}}')]],
     *[(endpoint, CANDIDATE % ('"content": {"parts": [{%s}]}' % part),
        CANDIDATE % '"finishReason": "STOP"')
       for endpoint in ("generate", "array") for part in ('"text": TEXT',
-                                                         '"text": TEXT, "thought": true')],
+                                                         '"text": TEXT, "thought": true',
+                                                         '"functionCall": {"partialArgs": [{'
+                                                         '"jsonPath": "$.a", "stringValue": TEXT}]}'
+                                                         )],
     *[("interactions", '{"event_type": "step.delta", "index": N, "delta": {"%s": TEXT}}' % key,
        '{"event_type": "step.stop", "index": N}') for key in ("text", "arguments")],
     ("own", '{"content": TEXT, "stop": false}', '{"content": "", "stop": true}'),  # llama.cpp
@@ -4912,7 +4918,12 @@ TEXT_STREAMS = [
         ('"message": {"role": "assistant", "content": TEXT}', '{"done": true}'),
         ('"response": TEXT', '{"response": "", "done": true}')]]]
 TEXT_KEYS = set("""content reasoning_content refusal arguments text thinking delta partial_json
-    response""".split())
+    response input stringValue""".split())
+
+
+def spelled(value):
+    """A value as it stands in a string of JSON."""
+    return json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 class UnmaskingTest(ProxyCase):
@@ -4979,7 +4990,7 @@ class UnmaskingTest(ProxyCase):
 
     def restored(self, text, is_json):
         for placeholder, value in self.VALUES.items():
-            text = text.replace(placeholder, json.dumps(value)[1:-1] if is_json else value)
+            text = text.replace(placeholder, spelled(value) if is_json else value)
         return text
 
     def assert_comes_back(self, row, pieces, step=None, answers=False):
@@ -5129,7 +5140,7 @@ class UnmaskingTest(ProxyCase):
                 {"data": [[1, 2], [[3]]], "text": "[[EMAIL_2]]"} -> SAME
                 {"text": "[[EMAIL_1]], -> {"text": "ann@example.com,"""):
             value = self.VALUES["[[SECRETS_12]]"]
-            arguments = json.dumps(json.dumps({"k": value}, separators=(",", ":")))
+            arguments = json.dumps('{"k":"%s"}' % spelled(value))
             shown = shown.replace("SAME", told).replace("VALUE", json.dumps(value)).replace(
                 "ARGUMENTS", arguments)
             for step in (None, 1):
@@ -5254,12 +5265,16 @@ class UnmaskingTest(ProxyCase):
 
     def test_in_a_text_that_begins_as_json_values_are_spelled_as_in_json(self):
         value = self.VALUES["[[SECRETS_12]]"]
-        found = self.unmask("chat", events(delta('{"k": "[[SECR'), delta('ETS_12]]"}')))
-        text, = self.said(self.payloads("chat", found)).values()
-        self.assertEqual(json.loads(text), {"k": value})
-        told = json.dumps({"content": '{"k": "[[SECRETS_12]]"}'}).encode()
-        found = json.loads(self.unmask("chat", told, events=False))
-        self.assertEqual(json.loads(found["content"]), {"k": value})
+        for told in self.each(
+                ('{"k": "@"}', '[{"k": "@"}]', '["@"]', '```json\n{"k": "@"}\n```', ' [\n "@"]')):
+            said = told.replace("@", "[[SECRETS_12]]")
+            shown = told.replace("@", spelled(value))
+            for cut in range(len(said)):
+                found = self.unmask("chat", events(delta(said[:cut]), delta(said[cut:])))
+                text, = self.said(self.payloads("chat", found)).values()
+                self.assertEqual(text, shown)
+            found = self.unmask("chat", json.dumps({"content": said}).encode(), events=False)
+            self.assertEqual(json.loads(found), {"content": shown})
 
 
 class RedactedAnswersTest(ProxyCase):
