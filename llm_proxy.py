@@ -288,10 +288,6 @@ def printable(text):
     return text
 
 
-def listen_host(text):
-    return printable(text).strip("[]")
-
-
 def ca_file(text):
     try:
         ssl.create_default_context(cafile=text)
@@ -910,7 +906,7 @@ SETTING_ROWS = {
          " gives up; 0: off"),
     ),
     "Where callers come in": (
-        ("HOST", listen_host,
+        ("HOST", lambda text: printable(text).strip("[]"),
          "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4; unset:"
          " 0.0.0.0, but 127.0.0.1 where anyone could spend our key at a vendor"),
         ("PORT=8899", sixteen_bits, "port to listen on"),
@@ -1221,15 +1217,13 @@ class Config(types.SimpleNamespace):
             for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
-        for key, name in (self.proxy_api_keys or {}).items():
-            if len(key) < 16:
-                yield (f"the key {name or 'without a name'} in PROXY_API_KEYS has less than 16"
-                       " characters: it can be guessed")
+        keys = [(f"the key {name or 'without a name'} in PROXY_API_KEYS", key)
+                for key, name in (self.proxy_api_keys or {}).items()]
+        for name, key in (*keys, ("ADMIN_KEY", self.admin_key), ("VIEWER_KEY", self.viewer_key)):
+            if key and len(key) < 16:
+                yield name + " has less than 16 characters: it can be guessed"
         if (self.redact or self.redact_patterns) and not self.redacted_upstreams():
             yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
-        for name in ("ADMIN_KEY", "VIEWER_KEY"):
-            if len(getattr(self, name.lower()) or name * 2) < 16:
-                yield name + " has less than 16 characters: it can be guessed"
 
     def doubts(self):
         """Yields the warnings of which each is given once at most."""
@@ -2205,23 +2199,18 @@ class Level(NamedTuple):
     now: float
 
     @property
-    def remaining(self) -> Amount:
-        return format_amount(self.rule, max(0, self.level))
-
-    @property
     def quota(self) -> Quota:
-        level, rule = self.level, self.rule
+        level, refilled, rule, _, _, now = self
+        _, _, unit, capacity, _, length, (amount, interval), _, _, _, _ = rule
         left = level if level > 0 else 0
-        capacity = rule.capacity
-        if rule.unit == RUNNING:
+        if unit == RUNNING:
             return Quota(capacity, left, 0, 0, 0)
-        amount, interval = rule.rate
         reset = 0
         if level < capacity:
-            reset = math.ceil(self.refilled + rule.interval - self.now)
+            reset = math.ceil(refilled + length - now)
         elif level > capacity:  # more was given
             capacity = level
-        if rule.unit == USD:
+        if unit == USD:
             return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
         return Quota(capacity, left, amount, interval, reset)
@@ -2355,10 +2344,10 @@ class Buckets:
         now = self.clock.monotonic()
         levels = []
         for rule, key in keyed_rules:
-            unit, capacity, refill, interval = rule[2:6]
+            _, _, unit, capacity, refill, interval, _, _, window, _, _ = rule
             if self.given:
                 capacity += self.given_to(key, now)
-            if rule.window:
+            if window:
                 levels.append(self.window_after(
                     rule, key, capacity, costs[unit], taken[unit], taken_at))
                 continue
@@ -2425,7 +2414,7 @@ class Buckets:
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
         for level in levels:
-            key = level.key
+            _, _, _, key, _, _ = level
             if self.levels.pop(key, None) is None:
                 self.make_room()
             self.levels[key] = level
@@ -2480,8 +2469,6 @@ class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
-    ended = False
-
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None,
                  taken_at: float = 0.0):
@@ -2491,6 +2478,7 @@ class Hold:
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
         self.taken_at = tightest.now if tightest else taken_at  # on the monotonic clock
+        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -2506,7 +2494,8 @@ class Hold:
         taken = self.costs
         self.costs = costs
         for rule, _ in self.keyed_rules:
-            if costs[rule.unit] != taken[rule.unit]:
+            unit = rule.unit
+            if costs[unit] != taken[unit]:
                 self.tightest = self.buckets.settle(
                     self.keyed_rules, costs, taken, self.taken_at)
                 break
@@ -2546,7 +2535,8 @@ MODEL_SELLER = re.compile(
 MODEL_VARIANT = re.compile(
     r"(?:-latest|-00[0-9]|-[0-9]{4}-[0-9]{2}-[0-9]{2}|-[0-9]{8}"
     r"|(?<=[0-9])-v[0-9]+|(?<![0-9])-v[0-9]+(?=:)"
-    r"|:(?:[0-9]+|latest|free|thinking|online|nitro|floor|beta|extended|exacto))+$")
+    r"|:(?:[0-9]+k?|latest|free|thinking|online|nitro|floor|beta|extended|exacto|fastest|cheapest)"
+    r"|\[[0-9]+m\])+$")
 VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 WILDCARD = re.compile(r"[*?[]")
 
@@ -2936,11 +2926,8 @@ class Usage(NamedTuple):
         """Returns the same with what other models did in its counts."""
         if not self.others:
             return self
-        input, output, cached, cache_write, reasoning, _, hour_write = map(
-            sum, zip(*[one[:7] for one in (self, *self.others)]))
-        return self._replace(
-            input=input, output=output, cached=cached, cache_write=cache_write,
-            reasoning=reasoning, hour_write=hour_write, others=())
+        *sums, _, hour_write = map(sum, zip(*[one[:7] for one in (self, *self.others)]))
+        return Usage(*sums, self.estimated, hour_write, self.model, self.tiers, self.picodollars)
 
 
 class Billable:
@@ -3105,8 +3092,7 @@ class Prices:
         self.usual = {self.fold(name): price for name, price in usual.items()}
         self.own = {name.casefold(): self.with_usual_tiers(name, price)
                     for name, price in (own or {}).items()}
-        globs = [name for name in self.own if WILDCARD.search(name)]
-        self.globs = [(glob, fold_glob(glob), self.own[glob]) for glob in globs]
+        self.globs = [name for name in self.own if WILDCARD.search(name)]
         # Of several spellings the shortest counts, which has no date, and of these the last.
         self.folded = {self.fold(name): self.own[name]
                        for name in sorted(self.own, key=len, reverse=True)}
@@ -3129,9 +3115,8 @@ class Prices:
         name = model.casefold()
         folded = self.fold(name)
         plain = fold_model(name)
-        found = self.own.get(name) or self.folded.get(folded) or next(iter([
-            price for glob, _, price in self.globs if fnmatch.fnmatchcase(name, glob)] + [
-            price for _, glob, price in self.globs if fnmatch.fnmatchcase(plain, glob)]), None)
+        found = self.own.get(name) or self.folded.get(folded) or next(
+            (self.own[glob] for glob in self.globs if may_use((glob,), name)), None)
         if found is None and name.endswith(":free"):
             return self.folded.get(plain, self.FREE)  # the operator knows better
         return found or self.usual.get(folded) or self.usual.get(plain) or self.default
@@ -3142,7 +3127,8 @@ class Prices:
         price = self.find(served) if served else None
         if price is None or price is self.default:
             price = self.find(asked)
-        names = sorted(map(str.casefold, tiers),
+        # Google says ON_DEMAND_FLEX for flex; some say one twice.
+        names = sorted({name.casefold().removeprefix("on_demand_") for name in tiers},
                        key=lambda name: not isinstance(price and price.tiers.get(name), Price))
         for name in names:  # those with prices of their own before factors
             price = price and price.in_tier(name)
@@ -3334,7 +3320,7 @@ class CostEstimator:
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
-        prompt, output = used.input, used.output
+        prompt, output = used[:2]
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
     def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
@@ -3565,9 +3551,12 @@ def decode_json(data, decoder=PLAIN_JSON):
 
 # How long a string without spaces must be to be cut out, where it stands at a key of media.
 MEDIA_BYTES = 1 << 15
+# Keys of which the value is no text, where it has no spaces
+DATA_KEYS = frozenset("""
+    data url image_url video_url audio_url document_url image images audio video file_data file_url
+    image_base64 image_embeds audio_embeds bytes bytesBase64Encoded""".split())
 BEFORE_MEDIA = re.compile(
-    rb'(?:"(?:data|url|image_url|video_url|audio_url|image|file_data|file_url|b64_json|images)"'
-    rb'\s*:\s*\[?\s*|,\s*)"$')
+    (r'(?:"(?:%s|b64_json)"\s*:\s*\[?\s*|,\s*)"$' % "|".join(DATA_KEYS)).encode())
 # A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
 JSON_STEP = re.compile(rb'("[^"]*"?)(\s*:\s*)?|[][{}]')
 
@@ -3594,10 +3583,10 @@ class JsonBody:
     """A JSON object as a caller sent it. What is read of it is `short`, from which long strings of
     media were cut out; what is changed is spliced into the bytes: what is large is neither read nor
     spelled again. `cuts` are by the mark that stands for each."""
-    cuts: Dict[bytes, slice] = {}
 
     def __init__(self, data: bytes):
         self.data = self.short = data
+        self.cuts: Dict[bytes, slice] = {}
         if len(data) > 2 * MEDIA_BYTES:
             self.short = self.cut_media()
 
@@ -3720,42 +3709,34 @@ FORM_TYPE = re.compile(
     r'multipart/form-data\s*;\s*(?:charset=[^;"]*;\s*)?boundary='
     r'(?:"([^"\\]{1,70})"|([^\s;"\\]{1,70}))\s*(?:;\s*charset=[^;]*)?', re.IGNORECASE)
 FIELD_HEAD = re.compile(rb"""
-    (?:(?!.*content-disposition)[^\r\n]*\r\n)*
+    \r\n(?:(?!.*content-disposition)[^\r\n]+\r\n)*
     content-disposition:[ \t]*form-data;[ \t]*name=(?:"([^"\\\r\n]*)"|([^\s;"\\]+))
     [ \t]*(?:(?=;)(?:(?!;[ \t]*name\b)[^\r\n])*)?
-    (?:\r\n(?!.*content-disposition)[^\r\n]*)*""", re.IGNORECASE | re.VERBOSE)
+    (?:\r\n(?!.*content-disposition)[^\r\n]+)*\r\n\r\n""", re.IGNORECASE | re.VERBOSE)
 MAX_FORM_FIELDS = 1000
 MAX_FIELD_HEAD = 4096
 MAX_QUERY = 65536
 
 
-def form_parts(body, content_type):
-    """Yields (head, start, end of its value) of each part of a form (RFC 7578). Raises BadRequest
+def form_fields(body, content_type):
+    """Yields (name, start, end of its value) of each field of a form (RFC 7578). Raises BadRequest
     for what two readers might take apart differently."""
     boundary = FORM_TYPE.fullmatch(content_type)
     mark = b"--" + (boundary[boundary.lastindex] if boundary else "").encode("latin-1")
     at = len(mark) if body.startswith(mark) else len(body)
     for _ in range(MAX_FORM_FIELDS):
         end = body.find(mark, at)
-        if boundary and body[at:at + 2] == b"--" and end < 0:
+        if boundary and end < 0 and body[at:at + 2] == b"--":
             return
-        head, blank, _ = body[at:min(end, at + MAX_FIELD_HEAD)].partition(b"\r\n\r\n")
-        start = at + len(head) + len(blank)
-        if not head.startswith(b"\r\n") or not blank or body[max(start, end - 2):end] != b"\r\n":
+        head = FIELD_HEAD.match(body, at, min(end, at + MAX_FIELD_HEAD))
+        if not head or body[max(head.end(), end - 2):end] != b"\r\n":
             break
-        yield head[2:], start, end - 2
+        name = head[head.lastindex].decode("latin-1")
+        if name == "model" and b"encoding:" in head[0].lower():
+            break
+        yield name, head.end(), end - 2
         at = end + len(mark)
-    raise BadRequest("The request body is not a form as its Content-Type says")
-
-
-def form_fields(body, content_type):
-    """Yields (name, start, end of its value) of each field. Raises BadRequest."""
-    for head, start, end in form_parts(body, content_type):
-        match = FIELD_HEAD.fullmatch(head)
-        name = match and match[match.lastindex].decode("latin-1")
-        if not match or (name == "model" and b"encoding:" in head.lower()):
-            raise BadRequest("A field of the form is not named plainly")
-        yield name, start, end
+    raise BadRequest("The request body is not a plain form as its Content-Type says")
 
 
 def query_fields(body):
@@ -3777,22 +3758,19 @@ def read_form(body, content_type, named):
     elif kind.startswith("application/x-www-form-urlencoded"):
         fields = query_fields(body)
         decode, encode = urllib.parse.unquote_plus, urllib.parse.quote_plus
-    found = None
-    for name, *place in fields:
+    model = place = None
+    for name, start, end in fields:
         keys = REFERENCES.intersection(re.split(r"[][.]+", name))  # such as images[0][file_id]
         is_model = name.lower() == "model"
         if keys or is_model:
-            value = decode(body[slice(*place)].decode("utf-8", "replace"))
+            value = decode(body[start:end].decode("utf-8", "replace"))
         for key in keys:
             named.setdefault(key, []).append(value)
         if is_model:
-            if found or name != "model":
+            if place or name != "model":
                 raise BadRequest("The field model must stand once in the form, and plainly")
-            found = value, place
-    if not found:
-        return None, None
-    model, (start, end) = found
-    return model, lambda other: b"%b%b%b" % (body[:start], encode(other).encode(), body[end:])
+            model, place = value, (body[:start], body[end:])
+    return model, place and (lambda other: encode(other).encode().join(place))
 
 
 def objects_in(value, values_of=dict.values):
@@ -4010,15 +3988,9 @@ class Call(Billable):
     body: Optional[bytes] = None
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
-    forgotten = False  # what is large of the payload
-    masked: Optional[JsonObject] = None  # the payload, if what must not leave was taken out
-    masks: Optional["Masks"] = None      # what stands for that
     put_model: Optional[Callable[[str], bytes]] = None
-    on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was made,
-    made: Sequence[str] = ()                               # and these are they
+    made: Sequence[str] = ()  # the names of what was made
     trace: Optional["Trace"] = None
-    # A call in the background whose usage nobody knows yet, where this asks for its answer
-    owes: Optional["Call"] = None
     stream = False
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
@@ -4033,7 +4005,14 @@ class Call(Billable):
         self.path = path
         self.query = query
         self.payload: JsonObject = {}
+        self.forgotten = False  # what is large of it
+        self.length = None      # until it is asked for
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
+        self.masked: Optional[JsonObject] = None  # the payload without what must not leave,
+        self.masks: Optional["Masks"] = None      # and what stands for that
+        self.on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was
+        # A call in the background whose usage nobody knows yet, where this asks for its answer
+        self.owes: Optional["Call"] = None
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -4074,9 +4053,6 @@ class Call(Billable):
 
     def prepare_unknown(self, model, payload, rename):
         """Puts the models where the call names some, which may be a batch of calls."""
-        if self.put_model:
-            self.upstream_body = self.body if model == self.model else self.put_model(model)
-            return
         renamed = json.loads(to_json_bytes(payload))
         named = []
         for one in objects_in(renamed):
@@ -4089,21 +4065,22 @@ class Call(Billable):
             payload = renamed
         if self.model:
             self.path, payload = UNKNOWN_DIALECT.with_model(self.path, payload, model)
-        self.spell(payload)
+        if self.json_body:
+            self.spell(payload)
+        elif self.put_model and model != self.model:
+            self.upstream_body = self.put_model(model)
 
     def runs_in_background(self) -> bool:
         """Returns whether its answer will only be told to who asks for it later."""
         return True in map(self.payload.get, LATER) or (
-            self.endpoint == UNKNOWN and bool(BATCH_PATH.search(self.path)))
+            self.endpoint == UNKNOWN and bool(LATER_PATH.search(self.path)))
 
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
             return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
-        if self.stored and self.endpoint is None:
-            made = self.stored.name and self.stored.collection in HAVE_RESULTS
-            return self.path.endswith("/" + self.stored.name) if made else not (
-                self.stored.name or self.stored.is_listed)
+        if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
+            return self.path.endswith("/" + self.stored.name)
         return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
             self.endpoint == "other" and "/videos/" in self.path)
 
@@ -4112,12 +4089,15 @@ class Call(Billable):
         if self.json_body and not may_refer(self.json_body.short):  # as nearly always
             return []
         found = []
-        meant = REFERENCES - CONVERSATIONS if self.endpoint == "chat" else REFERENCES
+        is_chat = self.endpoint == "chat"
+        meant = REFERENCES - CONVERSATIONS if is_chat else REFERENCES
         for part in objects_in(self.payload, says_of_things):
             if not meant.isdisjoint(part):
                 for key in meant.intersection(part):
-                    found += names_of_things(part[key], PREFIXES.get(key, ""))
-            if part.get("type") in REFERENCE_TYPES:
+                    found += names_of_things(part[key], key)
+            kind = part.get("type")
+            if kind in REFERENCE_TYPES or (
+                    kind is None and not is_chat and part.keys() <= {"id", "type"}):
                 found += names_of_things(part)
         return found
 
@@ -4171,13 +4151,10 @@ class Call(Billable):
         """Returns the objects in which limits may stand: of a call that we do not know, all."""
         if self.endpoint == UNKNOWN:
             return objects_in(self.payload)
-        found = [self.payload]
-        if not OPTION_HOLDERS.isdisjoint(self.payload):
-            options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
-            found += [one for one in options if type(one) is dict]
-            if len(found) <= len(options) and self.endpoint not in NO_LIMIT_REPLY:
-                raise BadRequest("%s must be objects" % ", ".join(sorted(OPTION_HOLDERS)))
-        return found
+        options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
+        if not {dict}.issuperset(map(type, options)) and self.endpoint not in NO_LIMIT_REPLY:
+            raise BadRequest("generationConfig, options and the like must be objects")
+        return [self.payload, *[one for one in options if type(one) is dict]]
 
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
@@ -4234,19 +4211,21 @@ def is_small(value):
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
-BATCH_PATH = re.compile("/batches/*$|:batchGenerateContent$", re.IGNORECASE)
+LATER_PATH = re.compile("/batches/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
     max_tokens max_completion_tokens max_output_tokens maxOutputTokens max_new_tokens n_predict
     num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
-    min_tokens""".split())
+    max_tokens_to_generate tokens_to_generate maximum_tokens min_tokens
+    min_new_tokens""".split())
 # How many answers there are to one prompt.
 OUTPUT_COUNTS = frozenset("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
-    numResults""".split())
+    numResults sampleCount""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
-PROMPTS = frozenset(("prompt", "text", "inputs", "instances"))  # lists of them: each has an output
+# Lists of these are several prompts: each has an output.
+PROMPTS = frozenset("prompt prompts text inputs instances".split())
 BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
@@ -4254,14 +4233,12 @@ OPTION_HOLDERS = frozenset(
 # What may say how much comes out of a chat, but for what nearly all say it by.
 UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(PROMPTS, OPTION_HOLDERS)
 MEDIA_TYPES = frozenset("""
-    image_url input_image image input_audio file input_file document video_url
-    audio_url""".split())  # of parts of a prompt: what is in them is no text
+    image_url input_image image input_audio audio file input_file document document_url video_url
+    input_video video audio_url image_base64 image_embeds audio_embeds
+    computer_screenshot""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
-MEDIA_KEYS = frozenset(("inlineData", "inline_data", "fileData", "file_data", IMAGES_KEY))
-MEDIA_MARKS = MEDIA_KEYS.union(("type",))  # without one of these a part is none of them
-DATA_KEYS = frozenset((  # of which the value is no text, where it has no spaces
-    "data", "url", "image_url", "video_url", "audio_url", "image", "file_data", "file_url",
-    IMAGES_KEY))
+MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -4271,7 +4248,7 @@ signature cache_control ttl source media_type mimeType mime_type detail format i
 file_id file_uri fileUri filename title context citations annotations logprobs is_error
 functionCall functionResponse functionDeclarations args response include_usage effort
 budget_tokens""".split())
-TEXT_KEYS = PLAIN_KEYS - MEDIA_MARKS  # of parts that are text for sure
+TEXT_KEYS = PLAIN_KEYS - MEDIA_KEYS - {"type"}  # of parts that are text for sure
 
 
 # What stands in a call beside its messages: no server reads text there.
@@ -4303,20 +4280,22 @@ def is_media(part):
 
 
 def media_texts(part):
-    """Returns what is text in an image and the like; None where a part is none."""
-    if MEDIA_MARKS.isdisjoint(part) or not is_media(part):
+    """Returns what is text in an image and the like; None where a part is none. So is the data of
+    a file that says it is text."""
+    if not is_media(part):
         return None
-    texts = [key for key in part if key not in PLAIN_KEYS]
+    texts, data = [key for key in part if key not in PLAIN_KEYS], []
     pairs = list(part.items())
     for key, value in pairs:  # the list grows meanwhile
-        if type(value) is str:
-            if key not in DATA_KEYS or " " in value:
-                texts.append(value)
+        if isinstance(value, str):
+            (data if key in DATA_KEYS and " " not in value else texts).append(value)
         elif type(value) is list:
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
+    if any([text.startswith(("text/", "data:text/")) for text in texts + data]):
+        texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
 
 
@@ -4326,12 +4305,11 @@ READ_FIRST = "tools functions system instructions systemInstruction system_instr
 TOOL_DATA = frozenset("""arguments args input response result output action env metadata
     client_metadata variables""".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
-NOT_WORDS = MEDIA_KEYS.union("""id ids created_at obfuscation type model role signature
+NOT_WORDS = MEDIA_OBJECTS.union("""images id ids created_at obfuscation type model role signature
     encrypted_content thoughtSignature thought_signature mimeType mime_type media_type fileUri
     file_uri""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
-MEDIA_OBJECTS = MEDIA_KEYS - {IMAGES_KEY}
-FILE_NAMES = frozenset(("displayName", "display_name"))  # in these
+FILE_NAMES = frozenset(("displayName", "display_name"))  # in MEDIA_OBJECTS
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4440,18 +4418,22 @@ class Model(NamedTuple):
 REFERENCES = frozenset("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
-    training_file validation_file video_id vector_store_id vector_store_ids container container_id
-    cachedContent cached_content fileUri file_uri fileSearchStoreNames
-    file_search_store_names eval_id skill_id prompt""".split())
-# At these there may be something else, too: how names of stored things begin.
-PREFIXES = {"skill_id": "skill_", "prompt": "pmpt_"}
-# Objects of these types name one by their id.
+    training_file validation_file validation_files video_id vector_store_id vector_store_ids
+    container container_id cachedContent cached_content fileUri file_uri fileSearchStoreNames
+    file_search_store_names eval_id dataset_id library_ids collection_ids memory_store_id vault_ids
+    environment_id skill_id prompt video agent uri fileName file_name""".split())
+# At these there may be something else, too: so the names of stored things begin.
+MIXED = frozenset("skill_id prompt video agent uri fileName file_name".split())
+MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
+# Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
 REFERENCE = re.compile(('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode())
+ID_ALONE = re.compile(
+    rb'\{\s*(?:"type"\s*:\s*null\s*,\s*)?"id"\s*:\s*"[^"]*"\s*(?:,\s*"type"\s*:\s*null\s*)?\}')
 # Here stands what callers and their tools have made up.
 CALLERS_OWN = frozenset("""
     args arguments functionCall function_call functionResponse function_response parameters
-    input_schema inputSchema schema json_schema properties metadata client_metadata
+    input_schema inputSchema schema json_schema properties metadata client_metadata plugins
     annotations""".split())
 # Chat has none of these, though some clients name theirs so.
 CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".split())
@@ -4460,13 +4442,13 @@ ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
     r"(?:https?://[^/]*google[^/]*/.*/|projects/.*/)?"
-    r"((?:files|cachedContents|fileSearchStores)/[^/:?#]+)"
+    r"((?:files|cachedContents|fileSearchStores)/[^/:?#\s]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
-NAME_KEYS = """id request_id thread_id output_file_id error_file_id responsesFile container_id
-    file_id""".split()
+NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id output_file error_file
+    responsesFile container_id file_id collection_id""".split()
 # These make files when they are done.
-HAVE_RESULTS = ("batches", "fine_tuning/jobs")
+HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
     results""".split()
@@ -4475,7 +4457,10 @@ MADE_IN = """response interaction conversation container file output content ann
 def may_refer(data):
     """Returns whether JSON may name something stored: by one of these words, or where an escape may
     spell one. Quotes in texts, which begin no word, would each be looked at."""
-    return data.find(b"\\u") >= 0 or REFERENCE.search(data.replace(b'\\"', b"")) is not None
+    if data.find(b"\\u") >= 0:
+        return True
+    plain = data.replace(b'\\"', b"")
+    return REFERENCE.search(plain) is not None or ID_ALONE.search(plain) is not None
 
 
 def says_of_things(part):
@@ -4487,12 +4472,12 @@ def says_of_things(part):
     return [part[key] for key in part.keys() - CALLERS_OWN]
 
 
-def names_of_things(value, prefix=""):
+def names_of_things(value, key=""):
     """Returns the names in what stands at one of REFERENCES: a text, an object with an id, or some
     of these."""
     names = [one.get("id") if type(one) is dict else one for one in as_list(value)]
     matches = [THING_NAME.fullmatch(name) for name in names
-               if type(name) is str and name.startswith(prefix)]
+               if type(name) is str and (key not in MIXED or MIXED_NAME.match(name))]
     return [match[match.lastindex] for match in matches if match]
 
 
@@ -4513,25 +4498,31 @@ def names_made(payload):
 OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
 FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
-FAULTS = frozenset(("error", "response.failed", "failed"))
-# Errors by which an upstream says that the caller is to blame, or its own account
-BLAMELESS = re.compile(
-    "invalid|not_found|permission|authentic|rate_limit|exceed|exhaust|too_large|filter|polic"
-    "|safety", re.IGNORECASE)
+FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
+# Errors by which an upstream says that its own account is to blame, or else the caller
+ACCOUNTS_FAULT = re.compile(
+    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
+CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safety", re.IGNORECASE)
+
+
+# What leaves out parts of a response at Google's servers, or spells it so that nobody can read it
+MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
 
 
 def without_masks(query):
-    """Returns a query without what leaves out parts of a response at Google's servers."""
-    return "&".join([part for part in query.split("&") if urllib.parse.unquote_plus(
-        part.partition("=")[0]).strip().lower() not in ("fields", "$fields")])
+    return "&".join([part for part in query.split("&")
+                     if not MASK.fullmatch(urllib.parse.unquote_plus(part))])
 
 
-def fault_status(value):
-    """Returns the status of an error in a response: what it says itself, else 400 where its kind is
-    one that speaks of the caller, and 502."""
-    words = " ".join([str(dig(value, key)) for key in ("code", "status", "status_code", "type")])
+def fault_status(*values):
+    """Returns the status of an error in a response: what it says itself, else 429 or 400 where its
+    kind is one that speaks of the account or the caller, and 502."""
+    words = " ".join([str(dig(value, key)) for value in values
+                      for key in ("code", "status", "status_code", "type")])
     told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
-    return int(told[0]) if told else 400 if BLAMELESS.search(words) else 502
+    if told:
+        return int(told[0])
+    return 429 if ACCOUNTS_FAULT.search(words) else 400 if CALLERS_FAULT.search(words) else 502
 
 
 def is_name(value):
@@ -4629,15 +4620,16 @@ class Dialect:
     MODEL_KEYS = ("id",)  # at which its name stands
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
-    USAGE_HOLDERS = """response interaction message choices delta x_groq data result stats meta_info
-        meta tokens""".split()
+    USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
+        meta_info meta tokens billed_units metrics details""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count""",
+            total_input_tokens prompt_eval_count promptTokens input_token_count input_length""",
         "tools": "toolUsePromptTokenCount total_tool_use_tokens",
         "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
-            total_output_tokens candidatesTokenCount""",
+            total_output_tokens candidatesTokenCount completionTokens output_token_count
+            generated_token_count generated_tokens""",
         "total": "total_tokens totalTokens totalTokenCount",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
@@ -4652,8 +4644,9 @@ class Dialect:
     OUTPUT = ("output",)
     # One of these must be reported.
     NEEDED_COUNTS = frozenset(("prompt", "total"))
-    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra; xAI's ticks.
-    MONEY = {"cost": PICODOLLARS, "total_cost": PICODOLLARS, "estimated_cost": PICODOLLARS,
+    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra, LLM Gateway;
+    # xAI's ticks.
+    MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
     # How it was served.
     TIERS = ("service_tier", "speed", "inference_geo")
@@ -4669,7 +4662,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = ("completed", "failed", "cancelled", "incomplete", "expired")
+    LAST_STATES = ("completed", "succeeded", "failed", "cancelled", "incomplete", "expired")
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -4850,7 +4843,7 @@ class Dialect:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
         if is_name(model):
-            tier = payload.get(self.TIERS[0])
+            tier = "batch" if payload.get("object") == "batch" else payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for part in self.parts(payload):
             if self.SERVED in part:
@@ -4882,11 +4875,12 @@ class Dialect:
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none."""
-        for part in (payload, *self.parts(payload)):
+        for part in (*self.parts(payload), payload):
             error = part.get("error") or part.get("errors")
-            code = dig(part, "base_resp", "status_code")  # MiniMax
-            if error or code or FAULTS.intersection([str(part.get(key)) for key in FAULT_KEYS]):
-                return fault_status(as_list(error)[0] if error else part)
+            code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
+            if error or code or part.get("success") is False or any(
+                    [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
+                return fault_status(*as_list(error)[:1], part, payload.get("error"))
         return 0
 
     def usual_usage(self, data, model):
@@ -4923,7 +4917,8 @@ class Dialect:
         return with_iterations(told, [part for part in parts if part])
 
     def plain_usage(self, counts, model, tier):
-        """Returns the usage that counts and their details tell, but for iterations."""
+        """Returns the usage that counts and their details tell, but for iterations. An input of
+        nothing is none that was told: some leave out what was in a cache."""
         parts = [counts, *[part for part in counts.values() if type(part) is dict]]
         found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
@@ -4932,7 +4927,7 @@ class Dialect:
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), False,
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), not prompt,
                      min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
 
     def found(self, parts):
@@ -5138,12 +5133,12 @@ FREE_CHOICE = ("", {}, "auto", "none", "allowed_tools")
 FREE_FORMAT = ("", {}, "text")
 NOTHING = ("", {}, [], False)
 # Marks of what stands around a gap, as models are trained to fill it
-FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]")
+FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_cursor|cursor)")
 
 
-# Three counts at the end of a response: in whatever they may stand, a bracket more would follow.
-USUAL_COUNT = rb'\s*"(prompt|completion|total)_tokens"\s*:\s*([0-9]{1,9})(?:\s*,)?'
-USUAL_END = re.compile(rb'"usage"\s*:\s*\{%b\s*\}[^{}]*\}\s*' % (3 * USUAL_COUNT))
+# The names of three counts, as most servers tell no more, and what stands around such a count
+USUAL_COUNTS = b"prompt_tokens", b"completion_tokens", b"total_tokens"
+AROUND_COUNT = b":,} \t\r\n"
 
 
 @functools.lru_cache(KNOWN_MODELS)
@@ -5156,12 +5151,17 @@ def model_mark(model):
 FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
 
 
+ANTHROPICS_CACHE = frozenset(("cache_read_input_tokens", "cache_creation_input_tokens"))
+
+
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
     ENDPOINTS = {
+        "/async/chat/completions": UNKNOWN,                               # Perplexity's
         "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
         "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
+        "/edit/completions": "fim", "/apply/completions": "fim",          # Inception's
         "/completions": "completions", "/responses": "responses",
         "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
         "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
@@ -5184,8 +5184,8 @@ class OpenAI(Dialect):
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
         "suffix": (),  # what is filled in goes into a file
         **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
-            guided_choice guided_grammar guided_decoding nvext prediction regex
-            ebnf""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp
+            guided_choice guided_grammar guided_decoding nvext prediction regex ebnf
+            regex_pattern grammar_string""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp, TabbyAPI
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = RESPONSE_PARTS
@@ -5231,28 +5231,28 @@ class OpenAI(Dialect):
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
     def usual_usage(self, data, model):
-        """Finds three counts, as most servers tell no more, in what then ends the response."""
+        """Finds three counts in what ends the response."""
         if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
                 data.find(model_mark(model)) < 0
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
-        end = USUAL_END.fullmatch(data, data.rfind(self.USAGE_MARK))
-        if not end:
+        parts = data[data.rfind(self.USAGE_MARK):].split(b'"')
+        if len(parts) != 9 or parts[-1].count(b"}") != 2:  # its own, and that of all
             return None
-        name, count, other, other_count, third, third_count = end.groups()
-        found = {name: int(count), other: int(other_count), third: int(third_count)}
-        prompt, output = found.get(b"prompt"), found.get(b"completion")
-        if len(found) < 3 or prompt + output != found[b"total"]:
+        _, _, _, name, count, other, other_count, third, third_count = parts
+        try:
+            found = {name: int(count.strip(AROUND_COUNT)),
+                     other: int(other_count.strip(AROUND_COUNT)),
+                     third: int(third_count.strip(AROUND_COUNT))}
+            prompt, output, total = [found[name] for name in USUAL_COUNTS]
+        except (ValueError, LookupError):
+            return None
+        if not 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
             return None
         return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
     def usage(self, counts, model=None, tier=None):
-        prompt, output, total = map(
-            counts.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
-        if len(counts) == 3 and type(prompt) is type(output) is type(total) is int and (
-                0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL):
-            return Usage(prompt, output, model=model, tiers=(tier,) if tier else ())
-        if counts.keys() >= {"input_tokens", "cache_read_input_tokens"}:
+        if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
             return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
         return super().usage(counts, model, tier)
 
@@ -5384,6 +5384,7 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
+    TIERS = ("service_tier", "serviceTier", "trafficType")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -5562,11 +5563,6 @@ class Ollama(Dialect):
             path = "/v1" + path
         return super().place(path, dialect, metered)
 
-    def usage(self, counts, model=None, tier=None):
-        """It tells no count of a prompt that it has in its cache."""
-        told = super().usage(counts, model, tier)
-        return told and told._replace(estimated=counts.get("prompt_eval_count") is None)
-
 
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
@@ -5596,22 +5592,25 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 # What upstreams store for an account, and where
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
-    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos|evals"
+    "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos/characters"
+    "|videos|evals"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
-    "|skills|agents|sessions|environments|memory_stores|libraries|datasets|embed-jobs|collections"
-    "|predictions)(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
+    "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
+    "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"
+    "(?:/([^/:]+))?(?=[/:]|$)", re.IGNORECASE)
 UPLOADED = ("files", "uploads")
 # These are no names of stored things.
-VERBS = "input_tokens compact runs generations edits extensions".split()
+VERBS = "input_tokens compact runs generations edits extensions upload list retrieve".split()
 CANCEL = ("/cancel", ":cancel")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
 # credentials: these wherever they stand,
 ADMIN_PARTS = """
     client_secrets transcription_sessions auth_tokens organizations? credits billing slots
-    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_up collective_rpc scale_elastic_ep
+    cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_?up collective_rpc scale_elastic_ep
     is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
     init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
+    generate_auth_token single-use-token api[-_]?keys?
     (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
     update_weight.* send_weights_to_remote_instance get_weights_by_name
     abort_requests? fault_tolerance flush_cache freeze_gc slow_down
@@ -5620,8 +5619,8 @@ ADMIN_PARTS = """
     (pause|continue)_generation (open|close)_session (clear_)?hicache(_storage_backend)?
     get_load set_trace_level (add|remove)_worker
     (add|remove|list)_external_(corpus|corpora) dumper stop-generation
-    realtime/(sessions|calls) chatkit/sessions auth/keys
-    v1/(key|activity|streams?|usage|costs|balance|account|me) user/balance
+    realtime(api)?/(sessions|calls) chatkit/sessions auth/(keys?|grant)
+    v1/(key|activity|streams?|usage|costs|balance|account|me) users?/(me|info|balance)
     api/(pull|push|create|copy|delete|blobs|signout|admin)
     models/(load|unload|sse|download|apply|delete)
     (model|lora|embedding)/(un)?load (template|override)/(switch|unload)
@@ -5823,7 +5822,8 @@ class Dialects:
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # The latter is llama.cpp's.
-NAMED_FAULT = re.compile(rb"^(?:event: ?error\s*$|error:)", re.MULTILINE)
+EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
+NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
 def may_be_fault(data):
@@ -5976,18 +5976,11 @@ class UsageReader(UsageSource):
     MAX_UNPACKED = 1 << 20
 
     characters = 0
-    size = 0
     compact_above = MAX_KEPT
-    cut = False     # the beginning of a line or of JSON is gone
-    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
     usual: Optional[Usage] = None  # by usual_usage
-    end_is_read = False
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
-    running = False       # it has not ended, which is told
-    fault = 0             # the status of the error that the response is
     inflater = None
-    said_nothing = False  # it is an error, or has no end, and had no text and told of none
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = None
@@ -6006,7 +5999,14 @@ class UsageReader(UsageSource):
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.editor = Editor(self.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
+        self.size = 0
+        self.cut = False  # the beginning of a line or of JSON is gone
         self.counts: JsonObject = {}
+        self.final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+        self.end_is_read = False
+        self.running = False       # it has not ended, which is told
+        self.fault = 0             # the status of the error that the response is
+        self.said_nothing = False  # it is one, or has no end, and had no text and told of none
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
@@ -6117,12 +6117,15 @@ class UsageReader(UsageSource):
         data = b"".join(self.pieces)
         self.pieces = [data]
         if self.streamed:
-            self.scan_for_usage(data)
-            self.read_last_events(data)
-            self.ended = self.ended or self.closed or bool(self.final)
+            self.read_events(data)
         elif whole:
             self.ended = True
             self.read_json(data)
+
+    def read_events(self, data):
+        self.scan_for_usage(data)
+        self.read_last_events(data)
+        self.ended = self.ended or self.closed or bool(self.final)
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
@@ -6134,10 +6137,10 @@ class UsageReader(UsageSource):
         lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
         events = 0
         for event in reversed(self.events.cut(b"".join(lines))):
-            if NAMED_FAULT.search(event):
-                self.fault = self.fault or 502
             found = self.events.all_data(event)
             payload = object_in(found)
+            if NAMED_FAULT.search(event):
+                self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
             if found.strip() == LAST_DATA:
                 self.closed = True
             elif payload:
@@ -6159,7 +6162,7 @@ class UsageReader(UsageSource):
             self.note_server(payload)
         else:  # it may be told without a mark
             self.note(payload)
-        if may_be_fault(data):
+        if not self.counts or may_be_fault(data):
             self.fault = self.fault or self.dialect.fault(payload)
 
     def read_json(self, data):
@@ -6170,6 +6173,9 @@ class UsageReader(UsageSource):
             if self.usual:
                 return
         payload = object_in(data) if small else {}
+        if not payload and EVENT_BEGIN.match(data):  # under another type
+            self.streamed = True
+            return self.read_events(data)
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
@@ -6177,14 +6183,17 @@ class UsageReader(UsageSource):
                 payload = {**self.front(data), **payload} if payload else (
                     object_in(data))
         if payload:
-            found = self.dialect.counts_in(payload)
-            self.counts = merged(self.counts, found) if self.counts else found
-            self.note_server(payload)
-            state = payload.get("status")
-            self.closed = state in self.dialect.LAST_STATES
-            self.running = type(state) is str and not self.closed
-            if may_be_fault(data):
-                self.fault = self.dialect.fault(payload)
+            self.note_json(payload, data)
+
+    def note_json(self, payload, data):
+        found = self.dialect.counts_in(payload)
+        self.counts = merged(self.counts, found) if self.counts else found
+        self.note_server(payload)
+        state = payload.get("status")
+        self.closed = str(state).lower() in self.dialect.LAST_STATES
+        self.running = type(state) is str and not self.closed
+        if not self.counts or may_be_fault(data):
+            self.fault = self.dialect.fault(payload)
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -7597,21 +7606,14 @@ class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
     because of `failure` where it is set."""
-    reading = False       # whether the loop tells when there is something to read
-    writing = False       # whether it tells when there is room
-    wrote_at = 0.0        # when a slow peer last took something
-    ended = False
     failure: Optional[OSError] = None
-    write_failed = False  # what is written is dropped,
-    unsent = b""          # and so was this
-    discarding = False    # nobody will use what comes: the rest of a refused body
-    waiter: Optional[Wakeup] = None        # of who awaits that more comes,
-    write_waiter: Optional[Wakeup] = None  # or that something goes
-    source: Optional["Stream"] = None              # the stream to pause while this one is slow
-    poller = None         # for what can be read
-    # Callbacks: `sink` is given what comes. `on_full`: so much was read ahead that reading was
-    # paused.
-    sink = on_end = on_full = on_write_failed = None
+    wrote_at = 0.0  # when a slow peer last took something
+    unsent = b""    # what was dropped when writing failed
+    write_waiter: Optional[Wakeup] = None  # of who awaits that something goes
+    source: Optional["Stream"] = None      # the stream to pause while this one is slow
+    poller = None   # for what can be read
+    # Callbacks. `on_full`: so much was read ahead that reading was paused.
+    on_end = on_full = on_write_failed = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket):
         sock.setblocking(False)
@@ -7621,6 +7623,13 @@ class Stream:
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self.read_buffer = b""
         self.write_buffer = bytearray()
+        # What is read for every call is not left to the class: CPython would look there last.
+        self.reading = self.writing = False  # whether the loop tells when it can be done
+        self.ended = False
+        self.write_failed = False            # what is written is dropped
+        self.discarding = False              # nobody will use what comes: a refused body's rest
+        self.waiter: Optional[Wakeup] = None  # of who awaits that more comes
+        self.sink: Optional[Callable[[bytes], None]] = None  # is given what comes
 
     def __repr__(self) -> str:
         state = "failed" if self.failure else "ended" if self.ended else "open"
@@ -8557,7 +8566,7 @@ class Stored:
 
 class NameReader:
     """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
-    first event that names something. `reader`, if any, sees it as well."""
+    first events that name something. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
@@ -8578,8 +8587,9 @@ class NameReader:
                 self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
                 match = self.FIRST_NAME.match(self.kept)
-                self.tell([match[1].decode("utf-8", "replace")] if match else [])
                 self.kept = None
+                if match:
+                    self.found([match[1].decode("utf-8", "replace")])
         return self.reader.feed(payload) if self.reader else payload
 
     def flush(self) -> bytes:
@@ -8588,22 +8598,14 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look(self):
-        if not self.events:
-            self.tries += 1
-            return self.tell(names_made(object_in(self.kept)))  # {} where it has not come whole
-        events = self.events.cut(self.kept)
-        self.kept = events[-1]  # which may not be whole
-        for event in events:
-            self.tries += 1
-            if self.kept is not None:
-                self.tell(names_made(self.events.payload(event)))
-        if self.tries >= self.MAX_TRIES:
-            self.kept = None
-
-    def tell(self, names):
+        pieces = self.events.cut(self.kept) if self.events else [self.kept]
+        read = self.events.payload if self.events else object_in  # {} where it has not come whole
+        names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
+        self.tries += 1
+        is_over = names or (self.events and self.tries >= self.MAX_TRIES)
+        self.kept = None if is_over else pieces[-1]  # which may not be whole
         if names:
             self.found(names)
-            self.kept = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8636,9 +8638,7 @@ class Response:
     """An upstream's response: a checked head, and a body that is still arriving. As a with-block it
     keeps the connection for the next call if, and only if, the body came whole and nothing
     after."""
-    ticket: Optional[Ticket] = None  # the place of its call, which ends with it
-    streamed = False                 # whether its body is a stream of events
-    bodiless = False                 # whether it has none by its nature, though some send one
+    streamed = False  # whether its body is a stream of events
     released = False
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
@@ -8648,8 +8648,10 @@ class Response:
         self.head = head
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
-        if method == "HEAD" or head.status in (204, 304):  # RFC 9112 6.3
-            self.bodiless = True
+        self.ticket: Optional[Ticket] = None  # the place of its call, which ends with it
+        # Whether it has no body by its nature (RFC 9112 6.3), though some send one
+        self.bodiless = method == "HEAD" or head.status in (204, 304)
+        if self.bodiless:
             self.framing = Sized(0)
         elif head.length is not None:
             self.framing = Sized(head.length)
@@ -8784,13 +8786,12 @@ Subject = Tuple[str, CallerKey]  # which model is asked for whom
 class Breakers:
     """Those of one address: one for its connections, and one for each model that failed lately,
     because what one caller asks for must not close it to the others."""
-    troubled = False  # whether anything failed lately
-
     def __init__(self, most: int, seconds: float):
         self.most = most
         self.seconds = seconds
         self.connections = Breaker(most, seconds)
         self.models = collections.OrderedDict()
+        self.troubled = False  # whether anything failed lately
 
     def fails_for_all(self) -> bool:
         """Tells whether it fails, for more callers than one."""
@@ -8898,6 +8899,7 @@ class Address:
         self.spares = collections.deque()  # (reusable from, stream), oldest left
         self.partings: Set[asyncio.Task] = set()
         self.last = None                   # the head of its last response
+        self.first_byte_timeout = transport.first_byte_timeout
         self.tls = transport.tls if endpoint.scheme == "https" else None
         bypass = {"no": transport.no_tunnel}
         direct = not self.tls or urllib.request.proxy_bypass_environment(endpoint.host, bypass)
@@ -8989,9 +8991,10 @@ class Address:
     async def receive(self, stream, method, request_was_sent, context):
         """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
         stopped reading, before it had it all (RFC 9112 9.5)."""
-        deadline = context.loop.time() + self.transport.first_byte_timeout
+        seconds = self.first_byte_timeout
+        deadline = context.loop.time() + seconds
         if not stream.read_buffer:
-            await stream.more(context, self.transport.first_byte_timeout, self.what_head)
+            await stream.more(context, seconds, self.what_head)
         for _ in range(MAX_INTERIM_RESPONSES):
             data = stream.take_head() or await stream.read_head(
                 STATUS_LINE, context, deadline - context.loop.time(), self.what_head)
@@ -9464,6 +9467,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
     "redacted TEXT").split(", "))
 COLUMN_NAMES = tuple([name for name, _ in COLUMNS])
+TIME_COLUMN = COLUMN_NAMES.index("time")
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
@@ -9518,6 +9522,7 @@ def user_agent(fields: Fields) -> Optional[str]:
     return visible(fields.get("user-agent", "")[:MAX_AGENT]) or None
 
 
+@functools.lru_cache(1000)
 def one_word(text):
     """Returns one word of printable ASCII, quoted where the text is none."""
     if not text:
@@ -9532,8 +9537,7 @@ def format_second(second):
 
 def format_moment(nanoseconds):
     """Returns a time since 1970 in UTC, as logs have it."""
-    second, rest = divmod(nanoseconds, 10 ** 9)
-    return f"{format_second(second)}.{rest // 10 ** 6:03d}Z"
+    return f"{format_second(nanoseconds // 10 ** 9)}.{nanoseconds // 10 ** 6 % 1000:03d}Z"
 
 
 class Entry:
@@ -9542,7 +9546,6 @@ class Entry:
     # By how what is awaited begins.
     STATES = (("its turn at", "line"), ("a connection", "connecting"),
               ("the response of", "first byte"), ("the body of", "first byte"))
-    request_id = None
     caller: Optional[Caller] = None
     method = None
     path = None
@@ -9550,21 +9553,15 @@ class Entry:
     upstream = None     # its name
     hold: Optional[Hold] = None
     status = 0
-    outcome = "ok"
-    cause = None
-    gave_up = False     # the caller did not wait for the end
     reader: Optional[UsageReader] = None
     usage: Optional[Usage] = None
     picodollars = 0
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
-    queued = None       # milliseconds in line; None where there was none
     connect_ms = None   # until there was a connection; None where a spare one served
     agent = None        # what the client calls itself
-    found: Dict[str, int] = {}  # by kind, how much that must not leave
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    held_up = 0.0       # seconds before that in which others were awaited
     trace: Optional["Trace"] = None        # where traces are wanted,
     reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
@@ -9574,6 +9571,13 @@ class Entry:
         """`peer` is where the connection comes from, `address` who that stands for."""
         self.address = address
         self.peer = peer
+        self.request_id = None
+        self.outcome = "ok"
+        self.cause = None
+        self.gave_up = False  # the caller did not wait for the end
+        self.queued = None    # milliseconds in line; None where there was none
+        self.held_up = 0.0    # seconds before the first byte in which others were awaited
+        self.found: Optional[Dict[str, int]] = None  # by kind, how much that must not leave
 
     def __repr__(self) -> str:
         return "<Entry %s %s %s %s>" % (self.request_id, self.method, self.path, self.outcome)
@@ -9654,7 +9658,8 @@ class Entry:
         tightest = self.hold and self.hold.tightest
         if not tightest:
             return nothing, nothing
-        return format_amount(tightest.rule, tightest.amount), tightest.remaining
+        level, _, rule, _, amount, _ = tightest
+        return format_amount(rule, amount), format_amount(rule, max(0, level))
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -9669,27 +9674,29 @@ class Entry:
 
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
-        call = self.call
-        usage = self.usage
-        first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
+        call, usage, started = self.call, self.usage, self.started
+        first = "-" if self.first_byte is None else f"{int((self.first_byte - started) * 1000)}ms"
         cost, left = self.charged("-")
         used = ""
         if usage:
             mark = "~" if usage.estimated else ""
             used = f" in={mark}{usage.input} out={mark}{usage.output}"
         usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
-        queue = f" queue={self.queued}ms" if self.queued else ""
-        cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
-        redacted = f" redacted={self.redacted}" if self.found else ""
+        remarks = self.remarks() if self.queued or self.cause or self.found else ""
         return (
-            f"{format_moment(self.wall)} {self.who()} {self.method or '-'} "
-            f"{(self.path or '-')[:200]} {one_word(call and call.model)} {self.status} "
-            f"{self.outcome} "
+            f"{format_moment(self.wall)} {self.who()} "
+            f"{self.method or '-'} {(self.path or '-')[:200]} {one_word(call and call.model)} "
+            f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
-            f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
+            f"all={int((self.ended - started) * 1000)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
-            f"id={self.request_id or '-'}{queue}{cause}{redacted}")
+            f"id={self.request_id or '-'}{remarks}")
+
+    def remarks(self):
+        queue = f" queue={self.queued}ms" if self.queued else ""
+        cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
+        return queue + cause + (f" redacted={self.redacted}" if self.found else "")
 
 
 class Writer:
@@ -9707,7 +9714,7 @@ class Writer:
     def __repr__(self) -> str:
         return "<%s: %d queued, %d dropped>" % (self.thread.name, len(self.queue), self.dropped)
 
-    def record(self, item: Union[str, Entry]):
+    def record(self, item: Union[str, JsonObject, Entry]):
         if len(self.queue) >= self.ROOM:
             self.dropped += 1
         else:
@@ -9774,13 +9781,20 @@ class Log(Writer):
         """Queues the traceback of the exception being handled: a bug of ours."""
         self.say(traceback.format_exc().rstrip())
 
+    def record(self, item):
+        """Queues a line, of a call as it is now: entries that are kept until they are written would
+        crowd the processor's cache."""
+        if len(self.queue) >= self.ROOM:
+            self.dropped += 1
+        else:
+            self.queue.append(item if type(item) is str else self.format(item))
+
     def format(self, entry):
         return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
 
     def write_queued(self):
         while self.queue:
-            batch = self.take(self.BATCH)
-            lines = [line if isinstance(line, str) else self.format(line) for line in batch]
+            lines = self.take(self.BATCH)
             untold = self.dropped - self.told
             if untold:
                 lines.append(self.message("%d log lines dropped" % untold))
@@ -11074,6 +11088,15 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
+    def record(self, entry):
+        """Queues what is kept of a call, so that nothing else of it is."""
+        if len(self.queue) >= self.ROOM:
+            self.dropped += 1
+        else:
+            key = entry.caller and entry.caller.stored_key
+            self.queue.append((entry.as_row(), key and key.name,
+                               entry.hold.keyed_rules if entry.hold else ()))
+
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
         what changed, and deletes what is gone."""
@@ -11092,8 +11115,9 @@ class Ledger(Writer):
             if not self.is_open(now):
                 return
             self.read_news(now)
-            self.write(batch, now)
-            self.note_use(batch, now)
+            rows, names, rules = zip(*batch) if batch else ((), (), ())
+            self.write(rows, rules, now)
+            self.note_use(dict(zip(names, rows)), now)
         except sqlite3.Error as failure:
             return self.complain(now, "the database cannot be written: %s" % failure)
         except Exception:
@@ -11183,10 +11207,9 @@ class Ledger(Writer):
         self.done = {one._replace(done=1) for one in found}
         return new
 
-    def note_use(self, entries, now):
+    def note_use(self, last_rows, now):
         """Writes when keys were used, to the minute, and how many processes there are."""
-        used = {entry.caller.stored_key.name: entry.wall / 1e9 for entry in entries
-                if entry.caller and entry.caller.stored_key}
+        used = {name: row[TIME_COLUMN] for name, row in last_rows.items() if name}
         try:
             self.database.note_use(used)
             self.database.note_processes(self.limits.buckets.processes)
@@ -11198,29 +11221,29 @@ class Ledger(Writer):
             self.complain_at = now + 60
             self.log.say(text)
 
-    def recent_levels(self, entries):
+    def recent_levels(self, keyed_rules):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
         these took is not lost with the process."""
-        keys = {key for entry in entries if entry.hold for _, key in entry.hold.keyed_rules}
+        keys = {key for each in keyed_rules for _, key in each}
         offset = wall_time(self.clock) - self.clock.monotonic()
         return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
                                   for one in self.limits.buckets.latest(keys)
                                   if one.rule.unit != RUNNING}} if keys else self.levels
 
-    def write(self, entries, now):
+    def write(self, rows, keyed_rules, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
         snapshot = self.levels
-        levels = self.recent_levels(entries)
+        levels = self.recent_levels(keyed_rules)
         saved = self.saved
         things = self.stored.unsaved.copy()
-        if not (entries or things) and levels is saved and now < self.forget_at:
+        if not (rows or things) and levels is saved and now < self.forget_at:
             return
         # The two clocks are not read at once: a hundredth of a second is no difference.
         changed = {key: (level, since) for key, (level, since) in levels.items()
                    if key not in saved or level != saved[key][0]
                    or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
-            self.database.add([entry.as_row() for entry in entries])
+            self.database.add(rows)
             self.database.save(changed, saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
@@ -11388,8 +11411,9 @@ class Event:
 
 class Feed(Watcher):
     """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
-    which a page that was cut off goes on."""
+    which a page that was cut off goes on. While nobody looks, calls cost nothing here."""
     ROOM = 1000
+    KEPT_SECONDS = 60  # for a page that was cut off, after which it begins anew
     PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
 
     def __init__(self, clock: Any):
@@ -11398,6 +11422,7 @@ class Feed(Watcher):
         self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
         self.told = 0       # of calls, in this second
         self.listeners = 0  # pages that are open
+        self.kept = 0       # seconds for which events are kept yet
         self.waiting: Set["asyncio.Future[bool]"] = set()
         self.closed = False
 
@@ -11419,7 +11444,7 @@ class Feed(Watcher):
             self.tell("begin", running_call(entry, self.clock))
 
     def record(self, entry):
-        if entry.call and self.told < self.PER_SECOND:
+        if (self.kept or self.listeners) and entry.call and self.told < self.PER_SECOND:
             self.told += 1
             self.tell("end", entry)
 
@@ -11434,7 +11459,13 @@ class Feed(Watcher):
         """A second is over."""
         self.told = 0
         if self.listeners:
+            self.kept = self.KEPT_SECONDS
             self.tell("pulse", payload)
+        elif self.kept:
+            self.kept -= 1
+            if not self.kept:
+                self.number += 1  # so that a page that comes back is told that it lost some
+                self.events.clear()
 
     def close(self, wait):
         self.closed = True
@@ -14065,7 +14096,9 @@ class SharedStored(Stored):
 # --------------------------------------------------------------------------------------------------
 
 # User agents with these words, in lower case, are where a person sits and reads.
-PEOPLES_AGENTS = re.compile("mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/")
+PEOPLES_AGENTS = re.compile(
+    "mozilla/|claude-cli/|codex[_-]|geminicli|opencode/|qwencode/|kimicli/|roo-?code|kilo-?code"
+    "|cline/|zed/")
 # These sleep for as long as Retry-After says, were it for hours.
 SLEEPING_AGENTS = re.compile("codex[_-]")
 PATIENT_SECONDS = 60  # who must wait longer need not ask again
@@ -14107,14 +14140,17 @@ def status_line(status, reason):
     return "HTTP/1.1 %d %s" % (status, reason)
 
 
-class ReplyParts(NamedTuple):
+class ReplyParts:
     """What all replies share."""
-    config: Config
-    clock: Any
-    dialects: Dialects
-    budget: MemoryBudget
-    turns: Turns
-    origins: Origins
+
+    def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
+                 turns: Turns, origins: Origins):
+        self.config = config
+        self.clock = clock
+        self.dialects = dialects
+        self.budget = budget
+        self.turns = turns
+        self.origins = origins
 
 
 IDENTITY, PACKED, UNREADABLE = range(3)
@@ -14131,23 +14167,24 @@ class Reply:
     WAITING = "waiting for the model"
 
     request: Optional[Request] = None
-    content: Optional[bytes] = None         # its body, where that came with its head,
-    body: Optional[RequestBody] = None      # or what is still to come of it
-    call: Optional[Call] = None
+    content: Optional[bytes] = None         # its body, where that came with its head
     adapter: Optional[BodyAdapter] = None   # of the response's body,
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
-    begun = early = close_after = until_close = reset = False
+    begun = close_after = until_close = reset = False
     patience = math.inf                     # seconds that the caller has for one wait
-    end_at = math.inf                       # when the call is to be over, in the loop's time
     started = 0                             # unix nanoseconds, when the request's head was there
-    comment_timer = None
 
     def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
         self.client = client
         self.context = context
         self.parts = parts
         self.entry = entry
+        self.body: Optional[RequestBody] = None  # what is still to come of the request's
+        self.call: Optional[Call] = None
+        self.early = False
+        self.end_at = math.inf  # when the call is to be over, in the loop's time
+        self.comment_timer = None
 
     def take(self, request: Request):
         """Take the head of the request that is to be answered."""
@@ -14428,8 +14465,9 @@ class Reply:
             lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
         if usage and not self.call.stream:
-            lines += (f"X-LLM-Input-Tokens: {usage.input}\r\n"
-                      f"X-LLM-Output-Tokens: {usage.output}\r\n"
+            prompt, output = usage[:2]
+            lines += (f"X-LLM-Input-Tokens: {prompt}\r\n"
+                      f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
         self.client.write(self.head(response.status, lines) + self.first)
@@ -15562,9 +15600,9 @@ class Catalogue:
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        lists = [models for name, models in self.lists.items() if upstream in (None, name)]
-        for model in itertools.chain(*lists):
-            found.setdefault(model.name, model)
+        for name in [upstream] if upstream else [one.name for one in self.upstreams]:
+            for model in self.lists.get(name, ()):
+                found.setdefault(model.name, model)
         return found
 
     async def ask_all(self, loop):
@@ -15629,11 +15667,9 @@ class Pages:
         try:
             proxy.identify(request, entry)
         except Refusal as refusal:
-            guess = None
             with contextlib.suppress(BadRequest):
-                guess = proxy.callers.credential_in(request, request.query)
-            if guess:
-                entry.outcome, entry.cause = refusal.outcome, refusal.code  # it may be guessing
+                if proxy.callers.credential_in(request, request.query):  # it may be guessing
+                    entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
         found.update(self.usual_quota(entry))
@@ -15658,8 +15694,8 @@ class Pages:
         if proxy.config.metrics != "open":
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
-        families = self.count()
-        for family in [*families, *proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)]:
+        own = proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)
+        for family in [*self.count(), *own]:
             for line in family.lines():
                 lines.append(line)
                 if len(lines) % self.MANY_LINES == 0:
@@ -15713,6 +15749,9 @@ class Pages:
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return None
+        bound = self.proxy.routes.by_name.get(key.upstream) if key else None
+        if bound not in (None, *self.catalogue.upstreams):  # others see it by its prefix alone
+            await self.catalogue.ask(self.proxy.loop, bound)
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
             return None  # it may speak the client's API alone
@@ -15782,10 +15821,10 @@ class Ask(NamedTuple):
 class Jobs:
     """Helper threads for what blocks, and a bounded line before them, so that nobody's questions
     hold up another's for long."""
-    MOST = 20
     SECONDS = 30
 
-    def __init__(self, threads: int, name: str):
+    def __init__(self, threads: int, name: str, most: int = 20):
+        self.most = most
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
         self.owners = collections.Counter()  # whose jobs are waiting or running
 
@@ -15794,7 +15833,7 @@ class Jobs:
         """Returns what `act` does in a helper thread. A job whose owner has left before it began is
         dropped; one that has begun counts until it ends. Raises Overloaded, and what `act`
         raises."""
-        if sum(self.owners.values()) >= self.MOST:
+        if sum(self.owners.values()) >= self.most:
             raise Overloaded(wait=1)
         answered = context.loop.create_future()
 
@@ -15834,7 +15873,7 @@ class Admin:
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
         self.reading = Jobs(2, "pages")
-        self.changing = Jobs(1, "changes")
+        self.changing = Jobs(1, "changes", 200)  # a program may make many keys at once
         self.own_use = Jobs(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
@@ -15848,15 +15887,15 @@ class Admin:
     def find(self, method, path):
         """Returns the row of a request and what NAME is in it. Raises NoSuchPage and
         MethodNotAllowed."""
-        found = [(match, row) for shape, row in self.rows
-                 for match in [shape.fullmatch(path or "/")] if match]
-        if not found:
-            raise NoSuchPage()
-        for match, row in found:
-            if row.method == method or (
-                    (row.method, method) == ("GET", "HEAD") and row.handler != "events"):
+        refusal = NoSuchPage
+        for shape, row in self.rows:
+            match = shape.fullmatch(path or "/")
+            if match and (row.method == method or (
+                    (row.method, method) == ("GET", "HEAD") and row.handler != "events")):
                 return row, urllib.parse.unquote("".join(match.groups()))
-        raise MethodNotAllowed()
+            if match:
+                refusal = MethodNotAllowed
+        raise refusal()
 
     async def answer(self, request: Request, reply: Reply):
         """A page: any of the admin API."""
@@ -15963,7 +16002,7 @@ class Admin:
                 "has_calls": bool(sums or self.pulse.callers),
                 "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
                 "running": [running_call(entry, self.clock) for entry in self.running()],
-                "upstreams": list(map(self.describe, proxy.routes.all)), "near": self.near()}
+                "near": self.near(), **await self.upstreams(ask)}
 
     def near(self):
         """Returns the buckets that are nearest to their end."""
@@ -16028,13 +16067,14 @@ class Admin:
     def beat(self):
         """A second is over: tell those who look what was in it."""
         proxy = self.proxy
-        queues = [one.queue.stats()["waiting"] for one in proxy.routes.all if one.queue]
-        found = self.pulse.tick(len(proxy.books.running), sum(queues))
+        upstreams = list(map(self.upstream_now, proxy.routes.all))
+        waiting = sum([one["waiting"] for one in upstreams])
+        found = self.pulse.tick(len(proxy.books.running), waiting)
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
                        "running": [running_call(entry, self.clock) for entry in self.running()],
-                       "upstreams": [self.upstream_now(one) for one in proxy.routes.all]}
+                       "upstreams": upstreams}
         self.feed.exchange({**found, **details})
         self.pulse.seconds[-1] = found = self.feed.added_up(found)
         self.feed.pulse({**found, **self.feed.added_up(details)})
@@ -16042,16 +16082,14 @@ class Admin:
     @staticmethod
     def upstream_now(upstream):
         stats = upstream.stats()
-        return {"name": upstream.name, "state": stats["state"], "in_flight": stats["in_flight"],
-                "waiting": stats.get("queue", {}).get("waiting", 0)}
+        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
+        return {"name": upstream.name, **stats, **queue}
 
     # -- upstreams
 
     def describe(self, upstream):
-        stats = upstream.stats()
-        queue = stats.pop("queue", {"waiting": 0, "longest_ms": 0})
         known = self.lists.get(upstream.name, [])  # as it told them before
-        return {"name": upstream.name, **stats, **queue, **self.pulse.first_bytes(upstream.name),
+        return {**self.upstream_now(upstream), **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
                 "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
                 "max_concurrency": upstream.queue.slots() if upstream.queue else 0}
@@ -16284,7 +16322,7 @@ DASHBOARD = r"""<!doctype html>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
 <style nonce="%NONCE%">
-:root { color-scheme: light dark;
+:root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
   --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
   --lines: light-dark(#dddcd6, #35342f);   --accent: light-dark(#1f5fbf, #82aef0);
@@ -16304,7 +16342,7 @@ small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400
 header { border-bottom: var(--edge); margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
 #bar, .tools, #states, .bucket, nav { display: flex; align-items: center; flex-wrap: wrap; }
-#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: 1; }
+#bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
 .tools { gap: 8px 16px; margin-bottom: 16px; } .bucket { gap: 0 12px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
 nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
@@ -16331,9 +16369,10 @@ th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: to
 th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
   white-space: nowrap; } .total td { font-weight: 600; border: 0; }
 tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
-.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 172px; }
-.actions button { margin-left: 4px; } .ask { display: inline-flex; flex-wrap: wrap; gap: 4px;
-  width: 180px; justify-content: end; align-items: center; } .warned { color: var(--warn); }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 196px; }
+.actions button { margin-left: 4px; } .actions:has(.ask) > button { display: none; }
+.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; width: 196px; justify-content: end;
+  align-items: center; } .warned { color: var(--warn); }
 .mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -16366,7 +16405,8 @@ tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(
 .s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
 .timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; } dd { margin: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0;
+  align-items: baseline; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
   font: 13px/20px ui-monospace, monospace; } .login { max-width: 360px; margin: 15vh auto 0; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
@@ -16378,22 +16418,23 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .stale .live, .stale .live * { color: var(--muted); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
-  .columns { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 719px) { .wide, main { padding-left: 16px; padding-right: 16px; }
+  .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
+@media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
     justify-content: space-between; }
-  .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; }
-  #bar { padding-top: 8px; } #states { flex: 1 0 60%; font-size: 12px; } .ask { width: auto; }
-  .track { flex-basis: 100%; } .chart svg { height: 240px; } button { padding: 7px 10px; }
+  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; }
+  .ask { width: auto; justify-content: start; } .track { flex-basis: 100%; }
+  .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
-    grid-template-columns: repeat(2, minmax(0, 1fr)); } .cards td > svg { display: inline-block; }
+    grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
+  .cards td > svg { display: inline-block; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
   .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
   .bucket { margin: 4px 0 8px; } .cards td.number { white-space: nowrap; }
-  #bar button { padding: 7px 20px 7px 0; } }
+  #bar button { padding: 7px 8px 7px 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
@@ -16459,8 +16500,7 @@ function paintSoon() {
   planned ??= setTimeout(() => paint(false, planned = null), painted + 1000 - performance.now()); }
 function patch(old, fresh) {
   if (!fresh.acts && !old.acts && old.isEqualNode(fresh)) return;
-  if (!fresh.attributes) return old.data = fresh.data;
-  old.acts = fresh.acts;
+  if (!fresh.attributes) return old.data = fresh.data; old.acts = fresh.acts;
   const isSet = name => name !== "style" && name !== "open"; // who looks opens and closes
   for (const {name} of [...old.attributes])
     if (isSet(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
@@ -16519,8 +16559,7 @@ let session = {}; // from log-in to log-out: how it is `starting`, and the key t
 let model = null; // the summary, kept up to date by events
 let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
 let skew = 0;     // seconds by which the proxy's clock is ahead
-const now = () => Date.now() / 1000 + skew;
-const isAdmin = () => model.you.role === "admin";
+const now = () => Date.now() / 1000 + skew, isAdmin = () => model.you.role === "admin";
 const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
 const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
 // What was asked for before a log-out is never answered: who logs in then has nothing of it.
@@ -16543,15 +16582,13 @@ const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
-    const result = await act(); if (done) notice(done);
-    return result ?? {};
+    const result = await act(); if (done) notice(done); return result ?? {};
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
     else notice(`${what} failed: ${fault.message}`, "bad", 30); }}
 function notice(text, kind = "good", lasts = 8) {
   const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
-  $("notices").append(box);
-  if ($("notices").children.length > 3) $("notices").firstChild.remove();
+  $("notices").append(box); if ($("notices").children.length > 3) $("notices").firstChild.remove();
   setTimeout(() => box.remove(), lasts * 1000); }
 // Events: one stream, read by fetch, because an EventSource sends no key.
 let stream = null, lastId = "", heardAt = 0;
@@ -16574,16 +16611,15 @@ async function follow(end) {
     const events = (rest + value).split("\n\n"); rest = events.pop(); events.forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
-  lastId = id ?? lastId;
-  if (!Object.hasOwn(EVENTS, event)) return;
+  lastId = id ?? lastId; if (!Object.hasOwn(EVENTS, event)) return;
   EVENTS[event](JSON.parse(data || "{}")); heardAt = now(); showLost(false); paintSoon(); }
 function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
   $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : ""; }
 const EVENTS = {
   begin(call) { model.running.set(call.key, call); }, end(call) {
-    Object.assign(model.running.get(call.key) ?? {}, {ended: now(), call}); model.has_calls = true;
-    view.ended?.(call); }, pulse(pulse) {
+    const {upstream, key} = call; model.has_calls = true; view.ended?.(call);
+    Object.assign(model.running.get(key) ?? {}, {ended: now(), call, upstream}); }, pulse(pulse) {
     skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
     model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
     for (const told of pulse.upstreams)
@@ -16643,7 +16679,9 @@ function minuteLine(values) { // what is null is a gap
     + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
 const WAITS = {"first byte": () => "waits for first byte",
   line: ({position}) => "in line, " + (position ? position + " ahead" : "next")};
-const stateOf = call => call.ended ? "ended: " + words(call.call.outcome)
+const outcomeOf = ({outcome, status}) =>
+  outcome === "upstream_status" ? "upstream said " + status : words(outcome);
+const stateOf = call => call.ended ? "ended: " + outcomeOf(call.call)
   : WAITS[call.state]?.(call) ?? call.state;
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
 const RUNNING = [
@@ -16652,8 +16690,7 @@ const RUNNING = [
   ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
 const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
   onkeydown: event => event.key === "Enter" && act()});
-const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", call.ended
-  ? {id: call.id} : {caller: call.caller})));
+const runningRow = call => row(RUNNING, call, call.key, opens(() => go("calls", {id: call.id})));
 const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller), "whole"],
   ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow(view) {
@@ -16679,6 +16716,7 @@ function bucketNow(bucket) {
   return {level, capacity, refill: interval && refill, next, full}; }
 function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   const amount = number => unit === "usd" ? usd(number, 2) : count(number);
+  if (unit === "running") return `${capacity - level} running, room for ${count(level)} more`;
   const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
   const text = `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`;
   const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
@@ -16867,8 +16905,7 @@ function chart(data) {
     view.pointed = Math.max(-1, Math.min(steps.length - 1, to)); paint(true); };
   const onkeydown = event => {
     const to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length}[event.key];
-    if (to === undefined) return;
-    event.preventDefault(); point(to < -1 ? steps.length : to); };
+    if (to === undefined) return; event.preventDefault(); point(to < -1 ? steps.length : to); };
   return h("div", {class: "chart live"}, svg("svg", {id: "chart", tabindex: 0, role: "img",
     "aria-label": label + ". The table has the same numbers.", onkeydown, onblur: () => point(-1),
     onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
@@ -16916,7 +16953,8 @@ const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: nu
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
 const CALLS = [
   ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", "model"],
-  ["Outcome", ({outcome}) => mark(OUTCOMES[outcome] ?? "bad", words(outcome))],
+  ["Outcome", call => call.outcome ? mark(OUTCOMES[call.outcome] ?? "bad", outcomeOf(call))
+    : mark("off", stateOf(call))],
   ["Tokens", call => count(tokensOf(call)), "number"],
   ["USD", call => money(call, 4), "number"], ["ms", "ms", "number"]];
 function chips(tab, query, names) { // what narrows a view: a click takes it away
@@ -16934,17 +16972,15 @@ function meaning(text) {
   if (name in FILTERS && (value || name === "failed")) return {[name]: value || 1};
   return /^[0-9a-f]{8}-[0-9a-f-]{27}$/.test(text) ? {id: text} : {caller: text}; }
 const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
-  && (!failed || !["ok", "limited", "caller_gone"].includes(call.outcome))
+  && (!failed || !["ok", "limited", "caller_gone", undefined].includes(call.outcome))
   && Object.entries(same).every(([name, value]) => nameOf(call, name) === value);
 async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
-  const narrow = text => go("calls", {...chosen, ...meaning(text)});
-  let before = null;
+  const narrow = text => go("calls", {...chosen, ...meaning(text)}); let before = null;
   const load = () => attempt("Loading", async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
     calls.push(...page.calls); before = page.next;
-    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call)));
-    paint(true); });
+    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); paint(true); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
   const isRead = () => view.open.size || scrollY > 200 || one("tbody:hover");
   const take = () => calls.unshift(...fresh.splice(0));
@@ -16953,15 +16989,19 @@ async function openCalls(view, query) {
       "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"}));
   view.open = new Set();
   view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
+  const running = () => [...model.running.values()].map(call => ({...call, time: call.started,
+    ms: 1000 * (now() - call.started)})).filter(call => !call.ended && isLike(call, chosen));
   view.draw = () => {
     if (!isRead()) take();
+    const known = calls.map(call => callRows(CALLS, call));
+    const rows = query.size ? [...running().map(call => row(CALLS, call, call.key)), known] : known;
+    const none = before == null ? "No such call so far. " : "None among the latest calls so far. ";
     return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
       () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
-      "new call"), () => paint(take()))), chips("calls", query, FILTERS), calls.length
-      ? table(CALLS, calls.map(call => callRows(CALLS, call))) : query.size ? h("p", null,
-      before == null ? "No such call, or it still runs. " : "None among the latest calls so far. ",
-      link("calls", {}, "Show all calls")) : firstCall(),
-      before != null && button(calls.length ? "Older calls" : "Look further back", load)]; };
+      "new call"), () => paint(take()))), chips("calls", query, FILTERS), rows.flat().length
+      ? table(CALLS, rows) : query.size ? h("p", null, none, link("calls", {}, "Show all calls"))
+      : firstCall(), before != null && button(calls.length ? "Older calls" : "Look further back",
+      load)]; };
   await load(); }
 function callRows(columns, call) {
   const key = keyOf(call), isOpen = view.open.has(key), toggle = () => {
@@ -16976,7 +17016,7 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
   const rest = Math.max(0, ms - line - connect - first), pace = count(1000 * output / rest);
   return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
     `${name} was slow to take a connection`], ["to first byte", first,
-    `${name} took it to begin, after ${count(input)} tokens of input`], ["streaming", rest,
+    `${name} needed that to begin its answer to ${count(input)} tokens`], ["streaming", rest,
     `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
@@ -17004,10 +17044,10 @@ const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
   ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
-  ["Role", ({role, team}) => [role, below(team)]],
+  ["Role", ({role, team}) => [role, below(team)], "line"],
   ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
-  ["Expires", ({expires}) => expires ? year(expires) : "never"],
-  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never"],
+  ["Expires", ({expires}) => expires ? year(expires) : "never", "line"],
+  ["Last used", ({last_used}) => last_used ? moment(last_used) : "never", "line"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
     : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
 async function openKeys(view) {
@@ -17039,7 +17079,7 @@ function keyActions(key) {
 function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    "data-first": name === "name" && innerWidth > 719, disabled: key && name === "name",
+    "data-first": name === "name" && innerWidth > 1099, disabled: key && name === "name",
     placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
@@ -17053,7 +17093,7 @@ function keyForm(key) {
   const [name, limits, ...more] = Object.keys(FIELDS).map(field);
   const roles = ["caller", "viewer", "admin"].map(role =>
     h("option", {selected: role === key?.role}, role));
-  return h("details", {class: "side", open: key || innerWidth > 719, "data-key": key?.name
+  return h("details", {class: "side", open: key || innerWidth > 1099, "data-key": key?.name
     + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
     form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
     h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
@@ -17071,7 +17111,7 @@ const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h
   link("calls", {caller: name}, `Watch the calls of ${name}`)));
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", "name"], ["State", stateMark], ["Addresses", ({addresses}) => addresses, "number"],
+  ["Name", "name", "line"], ["State", stateMark], ["Addresses", one => one.addresses, "number"],
   ["In flight", ({in_flight, max_concurrency}) => max_concurrency
     ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
   ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
@@ -17143,8 +17183,7 @@ async function show() {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
     mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
       button("Try again", show)]; }
-  mine.isLoading = false;
-  if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
+  mine.isLoading = false; if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
 async function start() {
   await loadSummary().finally(() => { session.starting = null; });
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
@@ -17165,8 +17204,7 @@ function setTheme(theme) {
 function press(event) {
   if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
     event.preventDefault(); $("filter").focus(); }
-  if (event.key !== "Escape" || !model) return;
-  if (view.asked) return ask(null);
+  if (event.key !== "Escape" || !model) return; if (view.asked) return ask(null);
   [view.pointed, view.edited] = [-1, null]; view.open?.clear(); $("notices").replaceChildren();
   paint(true); }
 const THEMES = {auto: "light", light: "dark", dark: "auto"};
@@ -17186,9 +17224,17 @@ Content-Security-Policy: default-src 'none'; script-src 'nonce-%NONCE%'; style-s
 """.replace("\n ", " ").splitlines()
 
 
-async def send_dashboard(_, reply: Reply):
+# Paths of the page, and where those lead that are nearly so: its own addresses are relative.
+PAGE_PATHS = {"/dashboard": None, "/me": None, "/admin": "dashboard", "/admin/": "../dashboard",
+              "/dashboard/": "../dashboard", "/me/": "../me"}
+
+
+async def send_dashboard(request: Request, reply: Reply):
     """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
     but what carries the nonce of this answer."""
+    place = PAGE_PATHS[request.path]
+    if place:
+        return reply.send(307, b"", ["Location: " + place])
     nonce = os.urandom(16).hex()
     page, *lines = [text.replace("%NONCE%", nonce) for text in (DASHBOARD, *PAGE_LINES)]
     reply.send(200, page.encode(), lines, "text/html; charset=utf-8")
@@ -17196,7 +17242,7 @@ async def send_dashboard(_, reply: Reply):
 
 def find_dashboard(request: Request) -> Optional[Page]:
     """Returns what answers where the page is asked for, all of it or one's own use; else None."""
-    is_asked = request.path in ("/dashboard", "/me") and request.method in ("GET", "HEAD")
+    is_asked = request.path in PAGE_PATHS and request.method in ("GET", "HEAD")
     return send_dashboard if is_asked else None
 
 
@@ -17225,7 +17271,6 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    leave_timer = None
     full_timer = None
 
     def __init__(self, server, sock, peer, address):
@@ -17241,6 +17286,7 @@ class ClientConnection:
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
+        self.leave_timer = None
 
     def __repr__(self) -> str:
         """One line, for `kill -USR1` and a debugger."""
@@ -17560,7 +17606,6 @@ class Handshakes:
 collect_a_little = getattr(gc, "collect_step", lambda: None)
 
 
-REUSE_ADDRESS = os.name == "posix"  # elsewhere it would let two servers share a port
 BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -17571,7 +17616,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         if host == "::":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
+        # Elsewhere than on POSIX it would let two servers share a port.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         keep_alive(listener)
         listener.bind((host, port))
         listener.listen(BACKLOG)
@@ -17592,12 +17638,12 @@ class Server(http.server.ThreadingHTTPServer):
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
     BEAT_SECONDS = 1        # what is shown or told second by second goes by it
     tls: Optional[ssl.SSLContext] = None
-    draining = False
     emptied = None  # a future of that no connection is open
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int,
                  listener: Optional[socket.socket] = None):
         """`listener` is a socket that listens already, for several processes."""
+        self.draining = False
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
@@ -18438,41 +18484,52 @@ def check(config):
 
 def port_faults(config):
     """Yields why a start could not listen."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, REUSE_ADDRESS)
-            trial.bind((config.host, config.port))
-            trial.listen()
+        listen(config.host, config.port).close()
     except OSError as failure:
-        yield CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure)
+        yield cannot_listen(config, failure)
+
+
+def cannot_listen(config, failure):
+    return "cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
+        config.host, config.port, failure.strerror or failure)
 
 
 def database_faults(config):
-    """Yields why a start could not use the database, which stays as it is."""
-    path = config.database
-    folder = os.path.dirname(os.path.abspath(path))
+    """Yields why a start could not use the database, which stays as it is; says where it would go
+    without."""
     try:
-        if path == "off":
-            return
-        if os.path.exists(path) and os.path.getsize(path):
-            Database(path, reading=True).close()
-        if os.path.exists(lock_name(path)):
-            with lock_for_service(path) or contextlib.nullcontext():
-                pass
-        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-            raise Unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
+        if config.database != "off":
+            look_at_database(config.database)
+    except Unwritable as fault:
+        if config.texts["DATABASE"] == DEFAULT_DATABASE:
+            print(IN_MEMORY % fault)
+        else:
+            yield str(fault)
     except DatabaseFault as fault:
         yield str(fault)
 
 
-CANNOT_LISTEN = "cannot listen on %s port %d: %s; choose another with HOST= or PORT="
+def look_at_database(path):
+    """Raises DatabaseFault where a service could not use it."""
+    if os.path.exists(path) and os.path.getsize(path):
+        Database(path, reading=True).close()
+    if os.path.exists(lock_name(path)):
+        with lock_for_service(path) or contextlib.nullcontext():
+            pass
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise Unwritable(path, OSError("no such folder, or no permission"))
+
+
+IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
 
 
 def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
     differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
-    where it stays. Raises ConfigFaults for a CPU that this process may not use."""
+    where it stays; those that write, which run already, are left free: they would hold it up when
+    they have much to do. Raises ConfigFaults for a CPU that this process may not use."""
     if cpu is None or not hasattr(os, "sched_setaffinity"):
         return
     allowed = sorted(os.sched_getaffinity(0))
@@ -18485,12 +18542,15 @@ def take_one_cpu(cpu, port, worker=0):
                 "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
 
 
-def relax_garbage_collection():
+def tune_interpreter():
     """Lets CPython look for cycles less often: calls leave hardly any, but a look that comes too
-    seldom takes long, and streams wait meanwhile."""
+    seldom takes long, and streams wait meanwhile. PyPy forgets in time how often code ran, so that
+    it compiles late what runs once for a call: from now on it forgets nothing."""
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
+    if "pypyjit" in sys.builtin_module_names:
+        __import__("pypyjit").set_param("decay=0")
 
 
 def raise_descriptor_limit():
@@ -18520,7 +18580,7 @@ def open_database(config, log_stream, remarks):
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
-        remarks.append("warning: calls and buckets are kept in memory only: %s" % fault)
+        remarks.append(IN_MEMORY % fault)
 
 
 def open_patiently(log_stream, path, lock, shared=False, tries=12):
@@ -18585,7 +18645,6 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     raise_descriptor_limit()
     if config.workers > 1:
         return run_workers(config, log_stream, remarks, reread)
-    take_one_cpu(config.cpu_affinity, config.port)
     try:
         proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     except OSError as failure:
@@ -18594,9 +18653,10 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
     except OSError as failure:
-        log.say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        log.say(cannot_listen(config, failure))
         proxy.books.close(1)
         return 1
+    take_one_cpu(config.cpu_affinity, config.port)
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
     code = run_loop(server, reread, words)
     remove_admin_key(config)
@@ -18640,7 +18700,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     try:
         common = prepare_workers(config, log_stream, remarks)
     except OSError as failure:
-        say(CANNOT_LISTEN % (config.host, config.port, failure.strerror or failure))
+        say(cannot_listen(config, failure))
         return 1
     for line in [*greeting(config), "%d workers share the port" % config.workers, *remarks]:
         say(line)
@@ -18681,18 +18741,18 @@ def run_worker(config, log_stream, reread, worker):
     """Serve as one of several processes; returns the exit code."""
     database = None
     try:
-        take_one_cpu(config.cpu_affinity, config.port, worker.number)
         if worker.lock:
             database = open_patiently(log_stream, config.database, worker.lock, shared=True)
         proxy = build(config, log_stream, database=database, worker=worker)
+        proxy.tally = worker.tally
+        proxy.tally.begin(worker.number)
+        if proxy.redis:
+            proxy.limits.buckets.succeeds = worker.again
+        server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
+        take_one_cpu(config.cpu_affinity, config.port, worker.number)
     except (ConfigFaults, DatabaseFault, OSError) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
-    proxy.tally = worker.tally
-    proxy.tally.begin(worker.number)
-    if proxy.redis:
-        proxy.limits.buckets.succeeds = worker.again
-    server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
 
 
@@ -18741,8 +18801,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
 def report_calls(server):
     """Say which calls are running."""
     calls = server.running_calls()
-    noun = "call is" if len(calls) == 1 else "calls are"
-    for line in ["%d %s running" % (len(calls), noun), *calls]:
+    for line in ["running calls: %d" % len(calls), *calls]:
         server.proxy.books.log.say(line)
 
 
@@ -19119,7 +19178,7 @@ def keys_command(options, found, log_stream):
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
-             if name not in NOT_OF_KEYS and value is not None}
+             if name not in NOT_OF_KEYS and value not in (None, False)}
     try:
         with contextlib.closing(database):
             if options.act in ("give", "reset"):
@@ -19327,7 +19386,7 @@ def run_other_command(options, found, log_stream):
         return keys_command(options, found, log_stream)
     if options.command == "usage":
         return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
-    relax_garbage_collection()
+    tune_interpreter()
     raise_descriptor_limit()
     return (bench_command if options.command == "bench" else selftest_command)(options, found)
 
@@ -19350,7 +19409,7 @@ def run_command(options, environ, log_stream):
         return check(config)
     if demo:
         demo.first_seconds = config.demo_first_ms / 1000
-    relax_garbage_collection()
+    tune_interpreter()
     remarks = []
     if options.demo:
         remarks.append(DEMO_HINT % (config.scheme, config.port))

@@ -637,7 +637,7 @@ def cpu_seconds():
 
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
-llm_proxy.relax_garbage_collection()
+llm_proxy.tune_interpreter()
 RUN = asyncio.events.Handle._run
 # Linux counts those of a thread; PyPy waits for its lock without any.
 SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
@@ -2567,6 +2567,8 @@ class UsageTest(ProxyCase):
             {"messages": HELLO, "max_completion_tokens": 1, "max_tokens": 50000} -> 50003
             {"messages": HELLO, "max_tokens": 1, "n_predict": 500} -> 503
             {"messages": HELLO, "max_tokens": 1, "max_new_tokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "min_new_tokens": 500} -> 503
+            {"messages": HELLO, "max_tokens": 1, "max_tokens_to_generate": 500} -> 503
             {"messages": HELLO, "max_tokens": 1, "maxOutputTokens": 500} -> 503
             {"messages": HELLO, "max_tokens": 1, "options": {"num_predict": 500}} -> 503
             {"messages": HELLO, "max_tokens": 7, "n": 128} -> 899
@@ -2602,7 +2604,11 @@ class UsageTest(ProxyCase):
             {"inline_data": {"data": DATA}}
             {"type": "input_audio", "input_audio": {"data": DATA}}
             {"type": "document", "source": {"data": DATA}}
-            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}"""
+            {"type": "input_file", "filename": "a.pdf", "file_data": DATA}
+            {"type": "document_url", "document_url": DATA}
+            {"type": "audio", "data": DATA}
+            {"type": "video", "video": [DATA, DATA]}
+            {"image": {"source": {"bytes": DATA}}}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
         ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
@@ -2620,10 +2626,13 @@ class UsageTest(ProxyCase):
             {"type": "image", "source": {"data": "AAAA"}, "title": TEXT} -> 2003
             {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
             {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
+            {"inlineData": {"mimeType": "text/plain", "data": DATA}} -> 2004
+            {"type": "input_file", "file_data": CSV} -> 25009
             {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
         row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
         rows = [row % tuple(line.split(" -> ")) for line in parts.strip().splitlines()]
-        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000)
+        self.assert_estimates("\n".join(rows), TEXT="words   " * 1000, DATA="A" * 8000,
+                              CSV="data:text/csv;base64," + "A" * 100000)
 
     def test_an_estimate_cannot_be_talked_down(self):
         self.assert_estimates("""
@@ -2888,6 +2897,9 @@ class PricesTest(TableCase):
                 claude-sonnet-4@20250514 -> claude-sonnet-4
                 anthropic/claude-sonnet-4:thinking -> claude-sonnet-4
                 anthropic/claude-sonnet-4:beta -> claude-sonnet-4
+                anthropic.claude-3-haiku-20240307-v1:0:48k -> claude-3-haiku
+                claude-sonnet-4-5[1m] -> claude-sonnet-4-5
+                openai/gpt-4o:cheapest -> gpt-4o
                 models/gemini-2.5-pro -> gemini-2.5-pro
                 publishers/google/models/gemini-2.0-flash-001 -> gemini-2.0-flash
                 ft:gpt-3.5-turbo:org::id -> gpt-3.5-turbo
@@ -2957,6 +2969,8 @@ class PricesTest(TableCase):
         gpt-5.5 -> fast -> 12.5
         gpt-6.2-sol -> ultrafast -> 6
         gemini-3.5-flash -> PRIORITY -> 2.7
+        gemini-3.5-flash -> priority ON_DEMAND_PRIORITY -> 2.7
+        gemini-3.5-flash -> ON_DEMAND_FLEX -> 0.75
         claude-opus-5 -> standard standard global -> 5
         claude-opus-5 -> priority standard not_available -> 5
         claude-opus-5 -> batch us -> 2.75
@@ -3236,6 +3250,8 @@ class PathsTest(ManyCase):
         POST /resume, GET /is_paused, POST /start_weight_update, POST /finish_weight_update
         POST /fault_tolerance/apply, POST /v1/chat/completions/control, PUT /hicache/storage-backend
         POST /v1/download, POST /v1/model/embedding/unload, POST /v1/sampling/override/switch
+        POST /openai/realtimeapi/sessions, POST /generate_auth_token, POST /v1/auth/grant
+        POST /wakeup, GET /v1/api-key, GET /v1/users/me/balance, GET /v1/user/info
         GET /api/v1/credits, GET /api/v1/key, POST /api/v1/models/unload, GET /models/sse
         POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
             "\n", ",")
@@ -3379,6 +3395,17 @@ class FormsTest(ManyCase):
                 self.assertEqual(asked.get("content-type"), "multipart/form-data; boundary=B")
         self.assertEqual(self.left(), 1000 - 3)
 
+    def test_a_form_has_its_model_in_the_path_too(self):
+        one = self.start_routed()
+        path = "/openai/deployments/%s/audio/transcriptions"
+        for name in self.each(("model", "language")):
+            body = ("".join((self.PART % (name, "fast"), "--B--\r\n"))).encode()
+            kind = "Content-Type: multipart/form-data; boundary=B"
+            self.assert_status(200, request("POST", path % "fast", body, kind))
+            asked = one.requests[-1]
+            real = body.replace(b"fast", b"real") if name == "model" else body
+            self.assertEqual((asked.target, asked.body), ("/v1" + path % "real", real))
+
     def test_a_form_that_two_readers_could_take_apart_differently_is_refused(self):
         self.start()
         model = self.PART % ('"model"', "m")
@@ -3492,6 +3519,10 @@ USAGE_TABLE = json.loads("""[
         [12, 2, 5, 0, 0]],
     ["chat", {"input_tokens": 10, "cache_read_input_tokens": 5, "output_tokens": 2},
         [15, 2, 5, 0, 0]],
+    ["chat", {"input_tokens": 1000, "cache_creation_input_tokens": 100, "output_tokens": 2},
+        [1100, 2, 0, 100, 0]],
+    ["chat", {"promptTokens": 12, "completionTokens": 5, "totalTokens": 17},
+        [12, 5, 0, 0, 0]],
     ["messages", {"input_tokens": 15, "cache_read_input_tokens": 5, "output_tokens": 2,
                    "total_tokens": 17},
         [15, 2, 5, 0, 0]],
@@ -3634,7 +3665,10 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","service_tier":"flex",TOLD} -> False
         {"model":"m",TOLD,"cached_tokens":5} -> False
         {"model":"m","choices":[{TOLD}]} -> False
-        {"model":"m",TOLD,"system_fingerprint":"x"} -> True
+        {"model":"m",TOLD,"system_fingerprint":"x"} -> False
+        {"model":"m","choices":[{TOLD},{"a":1}]} -> False
+        {"model":"m","choices":{TOLD}} -> False
+        {"model":"m", TOLD } -> True
         {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
@@ -3672,6 +3706,16 @@ class UsageReaderTest(ProxyCase):
         [{"model": 7, "service_tier": null, "usage": {"prompt_tokens": 1}}, {}],
         [{"usage": {"prompt_tokens": 1, "cost": 0.00014}}, {"picodollars": 140000000}],
         [{"usage": {"prompt_tokens": 1, "cost": 0}}, {"picodollars": 0}],
+        [{"usage": {"prompt_tokens": 1, "cost_usd_total": 0.5}}, {"picodollars": 500000000000}],
+        [{"object": "batch", "model": "served", "usage": {"input_tokens": 1, "total_tokens": 1}},
+            {"model": "served", "tiers": ["batch"]}],
+        [{"modelVersion": "served", "usageMetadata": {
+            "promptTokenCount": 1, "serviceTier": "flex", "trafficType": "ON_DEMAND_FLEX"}},
+            {"model": "served", "tiers": ["flex", "ON_DEMAND_FLEX"]}],
+        [{"usage": {"prompt_tokens": 0, "completion_tokens": 4, "total_tokens": 4}},
+            {"input": 0, "output": 4, "estimated": true}],
+        [{"type": "message", "usage": {"input_tokens": null, "output_tokens": 4}},
+            {"input": 0, "output": 4, "estimated": true}],
         [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
         [{"usage": {"prompt_tokens": 1, "cost": 0.01, "is_byok": true,
             "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
@@ -3717,7 +3761,9 @@ class UsageReaderTest(ProxyCase):
         {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
         {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
         {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
-        {"meta": "TOLD"}, {"stats": "TOLD"}, {"text": "", "meta_info": "TOLD"},
+        {"meta": "TOLD"}, {"stats": "TOLD"}, {"metrics": "TOLD"}, {"details": "TOLD"},
+        {"results": ["TOLD"]}, {"meta": {"billed_units": "TOLD"}},
+        {"text": "", "meta_info": "TOLD"},
         {"cached_tokens": 7, "usage": "TOLD", "choices": []},
         {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
@@ -3787,6 +3833,9 @@ class UsageReaderTest(ProxyCase):
         ["chat", ["LAST_DELTA", {"error": null}, "[DONE]"], "ended closed ok"],
         ["messages", [{"type": "error", "error": {"type": "overloaded_error"}}],
             "502 upstream_status"],
+        ["chat", [{"type": "response.failed", "response": {"error": {"code": "invalid_prompt"}}}],
+            "ended closed 400 upstream_status"],
+        ["chat", [{"type": "conversation.response.error", "code": 3000}], "502 upstream_status"],
         ["generate", [{"error": {"code": 503, "status": "UNAVAILABLE"}}], "503 upstream_status"],
         ["interactions", ["text"], "upstream_cut"],
         ["interactions", [{"event_type": "interaction.completed"}], "ended closed ok"],
@@ -3822,11 +3871,15 @@ class UsageReaderTest(ProxyCase):
         return " ".join(filter(None, words))
 
     def test_an_error_in_a_stream_may_be_no_json_and_no_stream_may_be_empty(self):
-        for data in self.each([b"event: error\ndata: no\n\n", b'error: {"code": 500}\n\n',
-                               b'data: {"error":\ndata: {}, "error": "no"}\n\n']):
+        rate = b'event: error\ndata: {"error": {"type": "rate_limit_error"}}\n\n'
+        for data, status in self.each([
+                (b"event: error\ndata: no\n\n", 502), (b'error: {"code": 500}\n\n', 502),
+                (b'data: {"error":\ndata: {}, "error": "no"}\n\n', 502), (rate, 429),
+                (b'event:error\r: x\rdata:{"status_code": 500}\r\r', 500)]):
             reader = self.new_reader()
             reader.feed(data)
             self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
+            self.assertEqual(reader.fault, status)
         for data in self.each([b"", b": ping\n\n"]):
             reader = self.new_reader()
             reader.feed(data)
@@ -3835,6 +3888,16 @@ class UsageReaderTest(ProxyCase):
     ERRORS = """
         {"error": "no"} -> 502
         {"error": {"code": 429}} -> 429
+        {"error": {"type": "rate_limit_error"}} -> 429
+        {"error": {"code": "insufficient_quota"}} -> 429
+        {"error": {"code": "invalid_api_key"}} -> 429
+        {"error": {"code": "context_length_exceeded"}} -> 400
+        {"error": "no", "code": 403} -> 403
+        {"code": 500, "msg": "404 NOT_FOUND", "success": false} -> 500
+        {"error_code": 17, "error_msg": "no"} -> 502
+        {"status": "FAILED"} -> 502
+        {"status": "failed", "error": {"code": "rate_limit_exceeded"}} -> 429
+        {"success": true, "result": {}} -> 0
         {"type": "error", "error": {"type": "overloaded_error"}} -> 502
         {"object": "error", "message": "no", "code": 404} -> 404
         {"errors": [{"code": 1000}], "success": false} -> 502
@@ -3900,6 +3963,12 @@ class UsageReaderTest(ProxyCase):
             for text in (json.dumps(told), json.dumps(told, indent=2) + "\n", compact):
                 self.hear(text.encode(), 50, streamed=False)
                 self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(20, 4), True))
+
+    def test_a_stream_that_comes_under_another_type_is_read_as_one(self):
+        told = [*[delta("word ")] * 99, LAST_DELTA, USAGE_EVENT, "[DONE]"]
+        for data in self.each((events(*told), b": ping\r\n\r\n" + events(*told, end="\r\n\r\n"))):
+            found = self.hear(data, 50, streamed=False)
+            self.assertEqual(found, (data, (20, 4), True, 495))
 
     def test_a_stream_of_gemini_as_a_json_array_is_understood(self):
         data = json.dumps(GEMINI_EVENTS).encode()
@@ -4296,16 +4365,20 @@ class LimitReplyTest(ProxyCase):
             {"structured_outputs": {"choice": ["a"]}}
             {"guided_json": {"type": "object"}}
             {"guided_regex": "a+"}
+            {"grammar_string": "root ::= x"}
             {"guided_choice": ["a", "b"]}
             {"guided_grammar": "root ::= x"}
             {"stream": true, "guided_regex": "a+"}""",
         "/v1/completions": """
             {"suffix": "def f"}
             {"prompt": "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>"}
+            {"prompt": "<|editable_region_start|>x<|user_cursor_is_here|>"}
             {"prediction": {"type": "content", "content": "x"}}
             {"guided_decoding": {"json": {}}}
             {"suffix": ""}
             {"grammar": "root ::= x"}""",
+        "/v1/edit/completions": """
+            {"messages": [{"role": "user", "content": "<|code_to_edit|>"}]}""",
         "/v1/responses": """
             {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}
             {"text": {"format": {"type": "json_object"}}}
@@ -4364,6 +4437,8 @@ class LimitReplyTest(ProxyCase):
         auto -> User-Agent: GeminiCLI/0.20.0/gemini-2.5-pro (linux; x64) -> 200
         auto -> User-Agent: opencode/1.0.1 ai-sdk/provider-utils/3.0 -> 200
         auto -> User-Agent: QwenCode/0.2.0 (linux; x64) -> 200
+        auto -> User-Agent: KimiCLI/1.12.0 -> 200
+        auto -> User-Agent: RooCode/3.36 -> 200
         auto -> X-OpenWebUI-User-Id: 7 -> 200"""
     EVENT_NAMES = {
         "/v1/responses": """
@@ -6722,7 +6797,9 @@ class StoredTest(ManyCase):
           {"conversation": {"id": "conv_1"}},
           {"input": [{"type": "item_reference", "id": "resp_1"}]}]),
         ("/v1/responses", {}, {"id": "resp_2", "output": [{"type": "message", "id": "msg_1"}]},
-         "/v1/responses/resp_2", [{"input": [{"type": "item_reference", "id": "msg_1"}]}]),
+         "/v1/responses/resp_2", [{"input": [{"type": "item_reference", "id": "msg_1"}]},
+                                  {"input": ["x", {"id": "msg_1"}]},
+                                  {"items": [{"type": None, "id": "msg_1"}]}]),
         ("/v1/skills", {}, {"id": "skill_1"}, "/v1/skills/skill_1",
          [{"tools": [{"environment": {"skills": [{"skill_id": "skill_1"}]}}]}]),
         ("/v1/evals", {}, {"id": "eval_1"}, "/v1/evals/eval_1/runs",
@@ -6739,12 +6816,22 @@ class StoredTest(ManyCase):
         ("/upload/v1beta/files", None, {"file": {"name": "files/f1", "uri": "https://x/files/f1"}},
          "/v1beta/files/f1 /v1beta/files/f1:download",
          [{"contents": [{"parts": [{"fileData": {
-             "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]}]),
+             "fileUri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}}]}]},
+          {"input": [{"uri": "https://generativelanguage.googleapis.com/v1beta/files/f1"}]},
+          {"batch": {"input_config": {"file_name": "files/f1"}}}]),
         ("/v1beta/cachedContents", {}, {"name": "cachedContents/c1"}, "/v1beta/cachedContents/c1",
          [{"cachedContent": "cachedContents/c1"},
           {"cachedContent": "projects/p/locations/l/cachedContents/c1"}]),
         ("/v1/sessions", {}, {"id": "sesn_1"}, "/v1/sessions/sesn_1/events", []),
         ("/v1/predictions", {}, {"id": "p1"}, "/v1/predictions/p1", []),
+        ("/async/chat/completions", {}, {"id": "t1"}, "/async/chat/completions/t1", []),
+        ("/v4/async/chat/completions", {}, {"id": "t2"}, "/v4/async-result/t2", []),
+        ("/services/aigc/x", {}, {"output": {"task_id": "t3"}}, "/api/v1/tasks/t3", []),
+        ("/v1/batch/jobs", {}, {"id": "j1", "output_file": "file-9"},
+         "/v1/batch/jobs/j1 /v1/files/file-9", [{"validation_files": ["file-9"]}]),
+        ("/v1/videos", {}, {"id": "video_1"}, "/v1/videos/video_1/content",
+         [{"video": {"id": "video_1"}}, {"video": "video_1"}]),
+        ("/v1/agents", {}, {"id": "agent_1"}, "/v1/agents/agent_1", [{"agent": "agent_1"}]),
         ("/v1beta/interactions", {}, {"id": "v1_x"}, "/v1beta/interactions/v1_x",
          [{"previous_interaction_id": "v1_x"}]),
         ("/v1beta/models/veo:predictLongRunning", {}, {"name": "models/veo/operations/o1"},
@@ -6760,7 +6847,11 @@ class StoredTest(ManyCase):
         {"input": [{"content": [{"annotations": [{"file_id": "x"}]}]}]},
         {"messages": [{"content": "file_id: x"}]}, {"prompt": "hello"}, {"prompt": ["x", "y"]},
         {"container": {"skills": [{"type": "anthropic", "skill_id": "pptx"}]}},
-        {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]}]
+        {"file_id": None}, {"contents": [{"fileUri": "https://youtu.be/x"}]},
+        {"input": [{"type": "image", "uri": "https://example.com/files/x"}]},
+        {"file_name": "report.pdf"}, {"video": "AAAA"}, {"agent": "deep-research"},
+        {"plugins": [{"id": "web"}]}, {"prompt": "files/x of mine"},
+        {"input": [{"id": "fc_1", "type": "function_call", "call_id": "x"}]}]
 
     def post(self, path, payload, key="a"):
         body = b"x" if payload is None else json.dumps({"model": "m", **payload}).encode()
@@ -10921,6 +11012,7 @@ class SettlingTest(LedgerCase):
         ([{"status": "failed", "error": {"code": "invalid_image"}}], 0),
         ([{"status": "cancelled"}], 0), ([{"status": "incomplete"}, {"status": "failed"}], 0),
         ([{"status": "in_progress"}], 500), ([{"status": ["failed"]}], 500),
+        ([{"status": "IN_PROGRESS"}, {"status": "FAILED"}], 0),
         ([{"status": "running", "usage": {"input_tokens": 9, "total_tokens": 9}}], 500),
         ([{"status": "cancelled", "output": [{"text": "x" * 40}]}], 10),
         ([{"status": "in_progress", "text": "x" * 400}, {"status": "failed"}], 100),
@@ -10942,7 +11034,9 @@ class SettlingTest(LedgerCase):
          {"id": "msgbatch_1"}, "/v1/messages/batches/msgbatch_1"),
         ("/v1beta/models/m:batchGenerateContent", {"batch": {"requests": [
             {"request": {"generationConfig": {"maxOutputTokens": 50}}}] * 10}},
-         {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1")]
+         {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1"),
+        ("/async/chat/completions", {"request": {"max_tokens": 600}},
+         {"id": "t1", "status": "CREATED"}, "/async/chat/completions/t1")]
 
     def test_a_batch_is_charged_what_its_calls_may_use_until_that_is_told(self):
         for path, body, answered, poll in self.each(self.BATCHES):
@@ -11039,7 +11133,8 @@ class SettlingTest(LedgerCase):
         path = "/v1beta/models/m:generateContent?"
         for query, left in self.each((
                 ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
-                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"))):
+                ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"),
+                ("alt=proto&$callback=x&alt", ""), ("a=b&%24alt=json", "a=b&%24alt=json"))):
             self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
             asked = self.stub.requests[-1]
             self.assertEqual(asked.target, (path + left).rstrip("?"))
@@ -11404,6 +11499,14 @@ class KeysTest(KeysCase):
         box.answer = says(b"<html>", "500 No")
         answered = self.ask(request("GET", "/box/v1/models", key=keys[0]))
         self.assertEqual([one["id"] for one in answered.json()["data"]], ["gemma-3"])  # as before
+
+    def test_who_is_bound_to_an_upstream_sees_the_list_that_others_see_by_its_prefix(self):
+        box, = self.start_named("box")
+        box.answer = says_json({"data": [{"id": "gemma-3"}]})
+        for upstream, names in self.each((("box", ["gemma-3"]), (None, []), ("gone", []))):
+            key = self.add(str(upstream), upstream=upstream)
+            answered = self.ask(request("GET", "/v1/models", key=key))
+            self.assertEqual([one["id"] for one in answered.json()["data"]], names)
 
     def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
         one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
@@ -12949,7 +13052,7 @@ class AdminBooksTest(AdminCase):
 
         with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
             clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
-                       for _ in range(llm_proxy.Jobs.MOST)]
+                       for _ in range(self.server.admin.reading.most)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
             self.assertEqual(self.admin("GET", "/calls").status, 503)
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
@@ -12961,6 +13064,13 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(sum(self.server.admin.reading.owners.values()), 2)
             leaves.set()
         wait_for(lambda: not self.server.admin.reading.owners, "the end of all jobs")
+
+    def test_a_program_may_make_many_keys_at_once(self):
+        self.start()
+        clients = [self.connect().send(request(
+            "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
+            for number in range(2 * self.server.admin.reading.most)]
+        self.assertEqual({client.read().status for client in clients}, {201})
 
     def test_without_a_database_there_is_what_the_process_knows(self):
         self.start(DATABASE="off")
@@ -13155,7 +13265,8 @@ class Browser:
     """Chromium without a window, driven by WebDriver (https://www.w3.org/TR/webdriver2/)."""
     PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
     DRIVER = shutil.which("chromedriver")
-    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--window-size=1200,900"]
 
     def __init__(self, folder):
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
@@ -13223,6 +13334,13 @@ class DashboardTest(AdminCase):
             self.assertIn("default-src 'none'", policy)
             self.assertEqual(first.get("cache-control"), "no-store")
             self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
+
+    def test_paths_that_are_nearly_those_of_the_page_lead_to_it(self):
+        self.start()
+        for path, place in self.each((("/admin", "dashboard"), ("/admin/", "../dashboard"),
+                                      ("/dashboard/", "../dashboard"), ("/me/", "../me"))):
+            answered = self.ask(request("GET", path))
+            self.assertEqual((answered.status, answered.get("location")), (307, place))
 
     def test_the_page_is_small_and_makes_no_markup_of_text(self):
         page = llm_proxy.DASHBOARD
@@ -13376,7 +13494,7 @@ class PageTest(AdminCase):
         first = self.made_key()
         self.assert_status(200, call(first))
         self.click("Callers")
-        self.see("4 of 5 requests", "Refused since the start")
+        self.see("4 of 5 requests", "0 running, room for 2 more", "Refused since the start")
         self.ask(call(first))
         self.see("3 of 5 requests")
         self.click("Give", self.KEY)
@@ -13510,6 +13628,22 @@ class PageTest(AdminCase):
         self.ask(call("ann", model="gemma"))
         self.until(lambda: self.count("tr") == 1)
 
+    def test_who_watches_a_caller_sees_its_call_run_and_end(self):
+        self.start(PROXY_API_KEYS="ann=ann,ben=ben")
+        self.stub.answer = None
+        self.log_in()
+        self.browser.run("location.hash = '#calls?caller=ann'")
+        self.see("No such call so far")
+        (client, asked), _ = [self.begin(event(1), key=key) for key in ("ann", "ben")]
+        self.until(lambda: (self.count("tr"), "streaming" in self.text()) == (1, True))
+        self.enter("text", "failed")
+        self.browser.run("document.querySelector('#filter').form.requestSubmit()")
+        self.see("No such call so far")
+        self.click("failed ×")
+        asked.send(chunk(b"data: [DONE]\n\n") + LAST)
+        client.rest()
+        self.until(lambda: (self.count("tr"), "ok" in self.text()) == (1, True))
+
     def test_a_search_that_is_not_at_its_end_says_so(self):
         self.start()
         self.log_in()
@@ -13553,7 +13687,7 @@ class PageTest(AdminCase):
         self.call("ann", "User-Agent: " + self.EVIL, model=self.EVIL)
         self.log_in()
         self.click("Calls")
-        self.see(self.EVIL)
+        self.see(self.EVIL, "upstream said 400")
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
         self.see("Agent", "Request id")
         self.click("Usage")
@@ -14392,6 +14526,7 @@ class KeysCommandTest(ProcessCase):
                 (1, "stored already", "add", "ann"),
                 (1, "expires must be", "add", "b", "--expires", "x"),
                 (1, "no key is stored by the name b", "give", "b", "2", "usd"),
+                (0, "done: set name=ann note=x\n", "set", "ann", "--note", "x"),
                 (0, "done: give name=old amount=2 unit=usd", "give", "old", "2", "usd"),
                 (0, "done: reset name=192.0.2.1", "reset", "192.0.2.1"),
                 (1, "amount must be", "give", "ann", "x", "usd"),
@@ -14494,7 +14629,7 @@ class BenchTest(ProcessCase):
 
     def setUp(self):
         super().setUp()
-        for name in ("raise_descriptor_limit", "relax_garbage_collection"):
+        for name in ("raise_descriptor_limit", "tune_interpreter"):
             patch = mock.patch.object(llm_proxy, name)
             patch.start()
             self.addCleanup(patch.stop)
@@ -14885,11 +15020,18 @@ class CommandsTest(ProcessCase):
         for said, settings in self.each((
                 ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
                 ("is used by another llm_proxy", {"DATABASE": used}),
-                ("DATABASE must be a file", {"DATABASE": "/nonexistent/x.db"}),
+                ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
+
+    def test_check_knows_that_a_start_goes_without_the_usual_database(self):
+        for path, is_usual in self.each((("", True), ("x.db", False))):
+            config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
+            with contextlib.redirect_stdout(out), mock.patch("os.access", return_value=False):
+                faults = list(llm_proxy.database_faults(config))
+            self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
@@ -14915,6 +15057,15 @@ class CommandsTest(ProcessCase):
             found = wait_for(lambda: [row for row in process.rows if said in row])
             self.assertEqual(len(found), 1)
         self.assertFalse(process.said("hush"))
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity") and os.path.isdir("/proc/self/task"),
+                         "this system keeps no thread on a CPU")
+    def test_the_loop_stays_on_one_cpu_and_what_writes_is_free(self):
+        pid = self.serve(DATABASE=new_path(self, "books.db")).process.pid
+        found = {int(task): os.sched_getaffinity(int(task))
+                 for task in os.listdir("/proc/%d/task" % pid)}
+        self.assertEqual(len(found.pop(pid)), 1)
+        self.assertGreaterEqual(list(found.values()).count(os.sched_getaffinity(0)), 2)
 
     def test_it_runs_with_its_standard_files_closed(self):
         closed = "sh", "-c", 'exec "$@" <&- >&-', "sh"
@@ -15067,12 +15218,12 @@ class CommandsTest(ProcessCase):
         process = self.serve(answer=None, MAX_CONCURRENCY=1)
         self.begin(event(1))
         process.stop(signal.SIGUSR1)
-        wait_for(lambda: process.said("1 call is running\n"))
+        wait_for(lambda: process.said("running calls: 1\n"))
         self.connect().send(call("k"))
         wait_for(lambda: b'"waiting": 1' in self.ask(HEALTH).body, "a call in line")
         process.stop(signal.SIGUSR1)
         for said in self.each((
-                "2 calls are running\n",
+                "running calls: 2\n",
                 "127.0.0.1 POST %s " % CHAT,
                 "s upstream=base awaits the body of the response of http://127.0.0.1:",
                 "s upstream=base awaits its turn at base for ")):
@@ -15097,6 +15248,15 @@ class CommandsTest(ProcessCase):
         wait_for(lambda: process.stop().process.poll() is not None)
         self.assertNotEqual(process.wait(), 0)
         self.assertFalse(client.rest().whole)
+
+    def test_pypy_is_told_to_compile_what_runs_seldom_too_and_cpython_nothing(self):
+        pypyjit = mock.Mock()
+        for names in (("pypyjit",), ()):
+            with mock.patch.dict(sys.modules, pypyjit=pypyjit), \
+                    mock.patch.object(sys, "builtin_module_names", names), \
+                    mock.patch.object(llm_proxy, "gc", None):
+                llm_proxy.tune_interpreter()
+        self.assertEqual(pypyjit.mock_calls, [mock.call.set_param("decay=0")])
 
     def test_the_demo_brings_its_own_endpoint(self):
         process = self.serve("--demo", MAX_TOKENS=1)
@@ -15229,7 +15389,7 @@ class WorkersTest(ProcessCase):
             wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
                               for _ in range(20)} == {status}, act)
         for number, said in self.each((
-                (signal.SIGUSR1, ": 0 calls are running"), (signal.SIGHUP, "were read again"))):
+                (signal.SIGUSR1, ": running calls: 0"), (signal.SIGHUP, "were read again"))):
             process.stop(number)
             wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
 
