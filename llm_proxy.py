@@ -665,6 +665,10 @@ class Repetition(NamedTuple):
                     or any([one.isdisjoint(later.takes) for one in ends])
                     or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
 
+    def may_take(self, first: Characters) -> bool:
+        """Tells whether this one may take what begins so and follows it."""
+        return not any([one.isdisjoint(self.takes) for one in (first, *self.then)])
+
 
 def parts_within(op, value):
     """Returns the expressions within a part of one, as Python's parser has it."""
@@ -753,13 +757,15 @@ class LinearPattern:
 
     def choose(self, ways, before, repeated):
         firsts = list(map(self.first, ways))
-        alike = sum(map(len, firsts)) > len(set().union(*firsts))
+        empty = [way for way in ways if not way.getwidth()[0]]
+        first = frozenset().union(*firsts)
+        alike = sum(map(len, firsts)) > len(first) or len(empty) > 1 or (
+            len(ways) > 1 and any([one.may_take(first) for one in before]))
         self.choices += alike
         require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
         require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
-        one_is_empty = not all([way.getwidth()[0] for way in ways])
         return set().union(*[
-            self.repeat(before, repeated, 0, 1, way) if one_is_empty and len(ways) > 1
+            self.repeat(before, repeated, 0, 1, way) if empty and len(ways) > 1
             else self.walk(way, before, repeated) for way in ways])
 
     def repeat(self, before, repeated, least, most, inner):

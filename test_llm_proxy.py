@@ -4906,7 +4906,8 @@ class RedactionTest(ProxyCase):
         @+(?:@+)?y (?:@@?)+y @*.@*y (?:@|@@)+y""".split()
     OTHERS = r"""(a)\1 (?P<q>a)(?P=q) (a)?(?(1)b|c) (?=a)b (?!a)b (?<=a)b (?<!a)b
         (aa|a)(aa|a)(aa|a)y
-        (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y""".split()
+        (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y (a|a)+y (?:a|ab?)+c (ab|a|a)+y
+        (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9]
 
     def test_fifty_ordinary_patterns_are_taken(self):
         patterns = re.split(" ; |\n", self.ORDINARY.strip())
