@@ -665,6 +665,10 @@ class Repetition(NamedTuple):
                     or any([one.isdisjoint(later.takes) for one in ends])
                     or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
 
+    def may_take(self, first: Characters) -> bool:
+        """Tells whether this one may take what begins so and follows it."""
+        return not any([one.isdisjoint(self.takes) for one in (first, *self.then)])
+
 
 def parts_within(op, value):
     """Returns the expressions within a part of one, as Python's parser has it."""
@@ -753,13 +757,15 @@ class LinearPattern:
 
     def choose(self, ways, before, repeated):
         firsts = list(map(self.first, ways))
-        alike = sum(map(len, firsts)) > len(set().union(*firsts))
+        empty = [way for way in ways if not way.getwidth()[0]]
+        first = frozenset().union(*firsts)
+        alike = sum(map(len, firsts)) > len(first) or len(empty) > 1 or (
+            len(ways) > 1 and any([one.may_take(first) for one in before]))
         self.choices += alike
         require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
         require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
-        one_is_empty = not all([way.getwidth()[0] for way in ways])
         return set().union(*[
-            self.repeat(before, repeated, 0, 1, way) if one_is_empty and len(ways) > 1
+            self.repeat(before, repeated, 0, 1, way) if empty and len(ways) > 1
             else self.walk(way, before, repeated) for way in ways])
 
     def repeat(self, before, repeated, least, most, inner):
@@ -4301,12 +4307,15 @@ def media_texts(part):
 
 # What models read before all else, so that its placeholders stay as they are while a talk grows
 READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
-# What a tool is given and gives, as an object: there keys are words of somebody, too.
-TOOL_DATA = frozenset("arguments args input response result output".split())
+# What callers make up, and what a tool is given and gives: there keys are somebody's words, too.
+TOOL_DATA = frozenset("""arguments args input response result output action env metadata
+    client_metadata variables""".split())
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
-NOT_WORDS = MEDIA_OBJECTS.union("""images id ids type model role signature encrypted_content
-    thoughtSignature thought_signature mimeType mime_type media_type""".split())
+NOT_WORDS = MEDIA_OBJECTS.union("""images id ids created_at obfuscation type model role signature
+    encrypted_content thoughtSignature thought_signature mimeType mime_type media_type fileUri
+    file_uri""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
+FILE_NAMES = frozenset(("displayName", "display_name"))  # in MEDIA_OBJECTS
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4321,11 +4330,27 @@ class Words(NamedTuple):
     kind: str  # text; json, in a string; key; or echo, which must come back as the upstream said it
     place: Tuple[Any, ...]
 
+    def put(self, text: str) -> None:
+        """Has another text stand there."""
+        if self.kind == "key":
+            self.holder[text] = self.holder.pop(self.key)
+        else:
+            self.holder[self.key] = text
+
+    def is_json(self) -> bool:
+        """Returns whether the text is JSON, or begins as such."""
+        return self.kind == "json" or bool(MAY_BE_JSON.match(self.text))
+
+
+# How JSON begins, in Markdown or not, but for arrays of numbers and of arrays
+MAY_BE_JSON = re.compile(r'[\s`json]*(?:\{|\[\s*[{"])')
+BEFORE_JSON = " \t\r\n`json["
+
 
 def is_words(key, value):
     """Tells whether there may be words of somebody at a key of an object that is the API's."""
-    if type(value) is dict and key not in MEDIA_OBJECTS:  # such as what a tool calls `id`
-        return True
+    if type(value) is dict:  # such as what a tool calls `id`
+        return key not in MEDIA_OBJECTS or not FILE_NAMES.isdisjoint(value)
     if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
         return False
     return type(value) is not str or key not in DATA_KEYS or not (
@@ -5177,7 +5202,10 @@ class OpenAI(Dialect):
         choices.delta.content.thinking.text choices.delta.reasoning_content
         choices.delta.reasoning choices.delta.reasoning_details.text
         choices.delta.reasoning_details.summary choices.delta.audio.transcript choices.delta.refusal
-        choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta"""
+        choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta
+        choices.delta.tool_calls.custom.input delta.content.text.value
+        content token.text delta.message.content.text delta.message.content.thinking
+        delta.message.tool_calls.function.arguments"""  # llama.cpp's, TGI's and Cohere's own
     BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
     BLOCK_END = re.compile(r"\.done$")
 
@@ -5317,7 +5345,7 @@ class Anthropic(Dialect):
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
     TEXT_KEYS = ("text", "thinking", "partial_json")
-    DELTAS = "delta.text delta.thinking delta.partial_json"
+    DELTAS = "delta.text delta.thinking delta.partial_json delta.content"
     BLOCK_NUMBERS = ("index",)
     BLOCK_END = re.compile("_stop$")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
@@ -5397,7 +5425,8 @@ class Gemini(Google):
         **dict.fromkeys(GEMINI_CHOICES.split(), (
             "", "MODE_UNSPECIFIED", "AUTO", "NONE", "VALIDATED"))}
     TEXT_KEYS = ("text",)
-    DELTAS = "candidates.content.parts.text"
+    DELTAS = """candidates.content.parts.text
+        candidates.content.parts.functionCall.partialArgs.stringValue"""
     LIMIT_REPLIES = {"generate": (GENERATED, GENERATED)}
     MODEL_LIST = '{"models": [%(rows)s]}'
     MODEL = '{"name": "models/%(name)s", "displayName": "%(name)s"}'
@@ -5430,7 +5459,8 @@ class Gemini(Google):
         text."""
         if type(one) is dict and "text" in one:
             return "thought" if one.get("thought") is True else "said"
-        return super().number(one, 0)
+        path = dig(one, "jsonPath")  # of an argument of a tool
+        return path if type(path) is str else super().number(one, 0)
 
     def limit_text(self, call, values):
         """A stream without events is an array."""
@@ -5809,6 +5839,13 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
+def end_of_strings(data):
+    """Returns where the last string of JSON begins that is not whole, or ends that is; -1 where
+    all of it is one."""
+    plain = without_escapes(data)
+    return (plain.rfind(b'"') + 1 - plain.count(b'"') % 2) or -1
+
+
 class Edit:
     """A change of a stream, made in its whole events."""
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
@@ -5904,7 +5941,7 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        whole = data.rfind(b'"', 1) if len(data) > self.MAX_WHOLE else 0  # strings
+        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
         self.held = data[max(whole, 0):]
         return self.edited(data[:whole]) if whole >= 0 else self.flush()
 
@@ -6243,14 +6280,14 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
+BEFORE_URL_HOST = re.compile(r"[A-Za-z]://[^\s/@]*:[^\s/@]*\Z")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
     text = match.string
     start, end = match.span()
-    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
+    if text[start - 1] not in " \n" and BEFORE_URL_HOST.search(text, max(0, start - 80), start):
         return 0
     return end
 
@@ -6364,7 +6401,7 @@ SECRETS = r"""
     r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}
     eyJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,1000}"""
 PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----
-    (?:(?:\s|\\[nr]){1,4}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
+    (?:[\\\s]{1,8}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
     [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?"""
 # Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
 IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
@@ -6395,8 +6432,9 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
-        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?<![A-Za-z0-9_][.'-].)(?<![A-Za-z0-9_][.'-]{2}.)
+        (?!(?<=g)it@)[A-Za-z0-9_.'-]{0,63}(?:\+[A-Za-z0-9_.'-]{0,63}@|@)
+        [A-Za-z0-9][A-Za-z0-9-]{0,62}\.(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){0,7}
         (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
         |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
@@ -6413,7 +6451,7 @@ SHAPES = (
         -(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![A-Za-z0-9_-])""", mark="-",
           hint="[0-9]{4}"),
     shape("ssn", r"""[0-8](?<![A-Za-z0-9_-].)[0-9]{2}(?<!000|666)  # in no row of short numbers
-        (?<![^0-9][0-9][ ]...)(?<![^0-9][0-9]{2}[ ]...)(?<![^0-9][0-9]{3}[ ]...)
+        (?<!(?<![0-9])[0-9][ ]...)(?<!(?<![0-9])[0-9]{2}[ ]...)(?<!(?<![0-9])[0-9]{3}[ ]...)
         [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
         (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))""", hint="[0-9]{4}"),
     shape("ip", IPV4, mark=".", hint=r"[0-9]\.[0-9]"),
@@ -6444,6 +6482,16 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
     return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
 
 
+# A character that may be one of a value, spelled as in JSON, or in JSON in that; and any other one
+ESCAPED = re.compile(r"\\{1,8}u00([2-7][0-9a-fA-F])")
+OTHER_ESCAPED = re.compile(r"\\u(?!00[2-7])[0-9a-fA-F]{4}")
+LONGEST_ESCAPE = 14  # characters
+
+
+def unescaped(match: "re.Match[str]") -> str:
+    return chr(int(match[1], 16))
+
+
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
@@ -6462,8 +6510,8 @@ class Redactor:
             if "phone" in kinds and not set(countries).isdisjoint(names.split())]
         self.shapes += patterns
         self.allow = [glob.lower() for glob in allow]
-        hints = {one.hint for one in self.shapes}
-        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints)) or "(?!)").search
+        hints = {one.hint for one in self.shapes} | {r"\\u00"}
+        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints))).search
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
@@ -6471,10 +6519,44 @@ class Redactor:
 
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
-        end = 0
         large = len(text) > self.LARGE
         if not (large or self.may_hold(text)):  # as nearly always
             return
+        if text.find("\\") < 0:
+            yield from self.search_plain(text, large)
+            return
+        plain, places, missing = yield from self.without_escapes(text)
+        for found in self.search_plain(plain, large):
+            yield [(start + missing[bisect.bisect_left(places, start)],
+                    end + missing[bisect.bisect_left(places, end)], kind)
+                   for start, end, kind in found]
+
+    def without_escapes(self, text):
+        """Takes steps, of which the last one returns what a text with escapes says, blanks for what
+        is no part of a value; and how much longer the text is from which places on."""
+        pieces, places, missing = [], [], [0]
+        start = 0
+        while start < len(text):
+            end = start + self.SLICE
+            cut = text.rfind("\\", end - LONGEST_ESCAPE, end)  # none is cut
+            end = cut if 0 < cut and end < len(text) else end
+            part = text[start:end]
+            for line_end in ("\\n", "\\r", "\\t"):
+                part = part.replace(line_end, "\n\n")
+            part = OTHER_ESCAPED.sub("\n" * 6, part)
+            last = 0
+            for match in ESCAPED.finditer(part):
+                pieces += part[last:match.start()], unescaped(match)
+                places.append(start + match.start() - missing[-1])
+                missing.append(missing[-1] + len(match[0]) - 1)
+                last = match.end()
+            pieces.append(part[last:])
+            start = end
+            yield ()
+        return "".join(pieces), places, missing
+
+    def search_plain(self, text, large):
+        end = 0
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
@@ -6490,13 +6572,14 @@ class Redactor:
 
     def batches(self, one, text, start):
         """Yields what of a Shape begins in a slice, in parts."""
+        kinds = itertools.repeat(one.kind)
         for begin in range(start, min(len(text), start + self.SLICE), one.step):
             end = begin + one.step
             matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
                 some = list(itertools.islice(matches, self.BATCH))
-                found = [(match.start(), last, one.kind)
-                         for match, last in zip(some, map(one.check, some)) if last]
+                rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
+                found = [row for row in rows if row[1]]
                 if self.allow or (found and found[-1][0] >= end):
                     found = [row for row in found
                              if row[0] < end and not self.may_leave(text[row[0]:row[1]])]
@@ -6535,7 +6618,8 @@ class Masks:
     """The map of one call: which placeholder stands for which value. They are numbered by value, in
     order of appearance, so that the same history is the same text; numbers that the prompt has of
     its own are skipped."""
-    PLACEHOLDER = re.compile(r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]")
+    PLACEHOLDER = re.compile(  # in any case, as some models change that
+        r"\[\[([A-Z][A-Z0-9_]{0,47})_([1-9][0-9]{0,8})\]\]", re.ASCII | re.IGNORECASE)
     MAX_PLACEHOLDER = 64
     MAX_PLACES = 5
 
@@ -6553,9 +6637,9 @@ class Masks:
     def skip(self, text: str):
         """Takes no placeholder that a text of the prompt has of its own."""
         if "[[" in text:
-            self.taken.update([match[0] for match in self.PLACEHOLDER.finditer(text)])
+            self.taken.update([match[0].upper() for match in self.PLACEHOLDER.finditer(text)])
 
-    def mask(self, text: str, anew: bool = True) -> Iterator[None]:
+    def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
         placeholders stand for what must not leave. `anew`: also for what has none yet."""
         pieces = []
@@ -6563,7 +6647,7 @@ class Masks:
         yield
         for found in self.redactor.search(text):
             for start, end, kind in found:
-                value = text[start:end]
+                value = self.value_in(text[start:end], is_json)
                 if anew or value in self.placeholders:
                     pieces += text[last:start], self.placeholder(value, kind)
                     last = end
@@ -6571,40 +6655,33 @@ class Masks:
             yield
         return "".join((*pieces, text[last:])) if pieces else text
 
-    def mask_text(self, text: str, levels: int = 3) -> Iterator[None]:
-        """Does so with a text in which JSON may stand that is spelled with escapes, and in that
-        again."""
-        after = yield from self.mask(text)
-        if levels and "\\u00" in after:
-            after = yield from self.mask_strings(after, levels - 1)
-        return after
+    @staticmethod
+    def value_in(spelled, is_json):
+        """Returns the value that stands so in a text, or in one that is JSON."""
+        if "\\" not in spelled:  # as nearly always
+            return spelled
+        value = ESCAPED.sub(unescaped, spelled)
+        return read_string('"%s"' % value) if is_json else value
 
-    def mask_strings(self, text: str, levels: int = 3) -> Iterator[None]:
-        """Does so with the strings of JSON, or of a part of it: numbers stay."""
+    def mask_strings(self, text: str) -> Iterator[None]:
+        """Does so with the strings of JSON: numbers stay."""
         pieces = []
         last = 0
         for match in JSON_STRING.finditer(text):
-            before = read_string(match[0])
-            after = yield from self.mask_text(before, levels)
-            if after is not before:
-                pieces += text[last:match.start()], json.dumps(after, ensure_ascii=text.isascii())
-                last = match.end()
-        return "".join((*pieces, text[last:])) if pieces else text
+            pieces += text[last:match.start()], (yield from self.mask(match[0], True))
+            last = match.end()
+        after = "".join((*pieces, text[last:]))
+        return text if after == text else after
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Does so where words stand."""
         if words.kind == "json" and is_whole_json(words.text):
             after = yield from self.mask_strings(words.text)
-        elif words.kind == "echo":
-            after = yield from self.mask(words.text, False)
         else:
-            after = yield from self.mask_text(words.text)
+            after = yield from self.mask(words.text, words.is_json(), words.kind != "echo")
         if after is words.text:
             return
-        if words.kind == "key":
-            words.holder[after] = words.holder.pop(words.key)
-        else:
-            words.holder[words.key] = after
+        words.put(after)
         if len(self.places) < self.MAX_PLACES:
             self.places.append(spell_place(words.place))
 
@@ -6642,7 +6719,7 @@ class Masks:
 
     def value_of(self, placeholder: str) -> Optional[str]:
         """Returns what a placeholder stands for, None where it is none of this call."""
-        return self.values.get(placeholder)
+        return self.values.get(placeholder.upper())
 
 
 class Redaction:
@@ -6678,10 +6755,9 @@ class Restorer:
     model itself says of what must not be seen is masked for good."""
     MAX_PLACES = 10_000   # that are looked at in one piece of JSON
     MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
-    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Z]")  # in JSON
-    ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
+    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Za-z]")  # in JSON
     # What may become a placeholder, at the end of a text
-    BEGUN = re.compile(r"\[(?:\[[A-Z0-9_]{0,60}\]?)?\Z")
+    BEGUN = re.compile(r"\[(?:\[[A-Za-z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
     WORDS, ANY_WORDS = [re.compile(
         "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
@@ -6702,7 +6778,7 @@ class Restorer:
     def restore(self, text: str, is_json: bool = False) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that."""
         if self.redactor and self.redactor.may_hold(text):
-            text = self.without_values(text, self.found(text, is_json))
+            text = self.without_values(text, is_json)
         return self.with_values(text, is_json)
 
     def with_values(self, text, is_json):
@@ -6715,34 +6791,26 @@ class Restorer:
         if value is None or len(value) > self.room:
             return match[0]
         self.room -= len(value)
-        return json.dumps(value)[1:-1] if is_json else value
+        return json.dumps(value, ensure_ascii=False)[1:-1] if is_json else value
 
-    def without_values(self, text, found):
-        """Returns a text without what must not be seen, of what was found, and the caller did not
-        say."""
+    def without_values(self, text, is_json):
+        """Returns a text without what must not be seen, and the caller did not say."""
         pieces = []
         last = 0
-        for start, end, kind in found:
-            if text[start:end] not in self.masks.placeholders:
+        for start, end, kind in self.redactor.find(text):
+            if self.masks.value_in(text[start:end], is_json) not in self.masks.placeholders:
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
                 self.masks.counts[kind] += 1
         return "".join((*pieces, text[last:]))
 
-    def found(self, text, is_json):
-        if is_json:  # an escape is no letter of a word
-            text = self.ESCAPE.sub(lambda escape: " " * len(escape[0]), text)
-        return self.redactor.find(text)
-
-    def found_in_strings(self, data):
-        """Yields what is found in JSON, of which each byte is a character: numbers are no text."""
-        plain = without_escapes(data)
-        quotes = last = 0
-        for one in self.found(data.decode("latin-1"), True):
-            quotes += plain.count(b'"', last, one[0])
-            last = one[0]
-            if quotes % 2:
-                yield one
+    def mask_json(self, data: bytes) -> bytes:
+        """Returns JSON, or a part of it, of which no string has what must not be seen."""
+        if not self.redactor:
+            return data
+        text = JSON_STRING.sub(lambda string: self.without_values(string[0], True),
+                               data.decode("utf-8", "surrogateescape"))
+        return text.encode("utf-8", "surrogateescape")
 
     def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
@@ -6758,9 +6826,6 @@ class Restorer:
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
-        if self.redactor:
-            data = self.without_values(
-                data.decode("latin-1"), self.found_in_strings(data)).encode("latin-1")
         if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
             return data
         plain = without_escapes(data)
@@ -6783,13 +6848,8 @@ class Restorer:
             text = json.loads(b'"%b"' % spelled)
         except ValueError:
             return spelled
-        restored = self.with_values(text, is_json or may_be_object(text))
+        restored = self.with_values(text, is_json or MAY_BE_JSON.match(text))
         return spelled if restored == text else json.dumps(restored)[1:-1].encode()
-
-
-def may_be_object(text):
-    """Returns whether a text begins as JSON does."""
-    return text.lstrip().startswith("{")
 
 
 def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
@@ -6829,16 +6889,19 @@ def varied(data, fixed):
     pieces = []
     last = 0
     for fact in FACT.finditer(data):
-        if fact[1].decode("latin-1") not in fixed:
+        key = fact[1].decode("latin-1")
+        if key not in fixed and (fact[2][:1] != b'"' or not is_words(key, "")):
             other = rb'"[^"\\]+"' if fact[2][:1] == b'"' else b"[0-9][0-9.]*"
             pieces += re.escape(data[last:fact.start(2)]), other
             last = fact.end(2)
     return b"".join((*pieces, re.escape(data[last:])))
 
 
-def text_at(way: Way) -> str:
-    holder, key = way[-1]
-    return holder[key]
+SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
+
+
+class Said(str):
+    """What goes on of a text: no more is looked for in it, as values came back there."""
 
 
 def is_beside(block: Block, other: Block) -> bool:
@@ -6863,6 +6926,9 @@ class Unmasking(Edit):
         self.dialect = dialect
         self.events = events
         self.restorer = restorer
+        # Values may be spelled otherwise in JSON, as which a text begins.
+        self.reads_all = restorer.redactor or SPELLED_OTHERWISE.search(
+            "".join(restorer.masks.values.values()))
         # The ends of texts that may become a placeholder: they wait for the next piece, and go on
         # with it or at the block's end; and the last events that had text of these blocks
         self.blocks: Dict[Block, Tuple[str, bytes]] = {}
@@ -6872,7 +6938,7 @@ class Unmasking(Edit):
         self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
-        if self.blocks or self.restorer.redactor:
+        if self.blocks or self.reads_all:
             return 0
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
@@ -6880,7 +6946,7 @@ class Unmasking(Edit):
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
         if not match or len(self.blocks) > (self.usual_block in self.blocks):
-            return self.apply_any(self.without_logprobs(event))
+            return self.apply_any(event)
         start, end = match.span(1)
         came = read_string(event[start:end].decode("utf-8", "replace"))
         goes = self.feed(self.usual_block, came, event)
@@ -6889,48 +6955,59 @@ class Unmasking(Edit):
         return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
-        payload = self.events.payload(event) if self.events else {}
+        payload = self.payload(event)
         if not payload:
             is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-            return (self.end() if is_last else b"") + self.restorer.restore_json(event)
-        texts = list(self.dialect.texts(payload))
+            return (self.end() if is_last else b"") + self.restorer.restore_json(
+                self.restorer.mask_json(event))
+        texts = list(self.dialect.texts(payload)) if self.events else ()
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
         changed = [self.put(block, way, payload, event) for block, way in texts]
-        if len(texts) == 1 and self.restorer.redactor and not self.dialect.ends_block(
-                payload, texts[0][0]):
-            self.learn(event, *texts[0])
+        if self.restorer.redactor:
+            changed.append(self.mask_rest(payload, event))
+            if len(texts) == 1 and not changed[-1]:
+                self.learn(event, payload, *texts[0])
         if True in changed:
-            event = self.events.replaced(event, to_json_bytes(payload))
-        # Text that goes on is done with: what came back must not be masked.
-        if not self.restorer.redactor or not any([text_at(way) for _, way in texts]):
-            event = self.restorer.restore_json(event)
-        return b"".join((*before, event))
+            data = to_json_bytes(payload)
+            event = self.events.replaced(event, data) if self.events else data
+        return b"".join((*before, self.restorer.restore_json(event)))
+
+    def payload(self, event):
+        """Returns the object of an event, or of all of the JSON where something is looked for in
+        it, {} where there is none."""
+        if self.events:
+            return self.events.payload(event)
+        is_object = self.restorer.redactor and event.lstrip()[:1] == b"{"
+        return object_in(event) if is_object else {}
+
+    def mask_rest(self, payload, event):
+        """Masks what an event says beside its texts, of which no probabilities may tell once more,
+        token by token; returns whether it is another."""
+        changed = False
+        if self.dialect.LOGPROBS.search(event):
+            changed = True
+            for one in objects_in(payload):
+                for key in self.dialect.LOGPROBS_KEYS.intersection(one):
+                    one[key] = [] if type(one[key]) is list else None
+        for words in words_in(payload):
+            text = self.restorer.restore(words.text, words.is_json())
+            if text != words.text:
+                changed = True
+                words.put(text)
+        return changed
 
     def has_ended(self, block, payload, texts):
         """Returns whether an event has no place for the rest of a block that has ended."""
         if block in [other for other, _ in texts]:
             return False
         return self.dialect.ends_block(payload, block) or any(
-            [is_beside(block, other) and text_at(way) for other, way in texts])
+            [is_beside(block, other) and holder[key] for other, (*_, (holder, key)) in texts])
 
-    def without_logprobs(self, event):
-        """Returns an event, or JSON, that does not tell a text once more, token by token, where
-        some of it may be masked."""
-        if not self.restorer.redactor or not self.dialect.LOGPROBS.search(event):
-            return event
-        payload = self.events.payload(event) if self.events else object_in(event)
-        if not payload:
-            return event
-        for one in objects_in(payload):
-            for key in self.dialect.LOGPROBS_KEYS.intersection(one):
-                one[key] = [] if type(one[key]) is list else None
-        data = to_json_bytes(payload)
-        return self.events.replaced(event, data) if self.events else data
-
-    def learn(self, event, block, way):
+    def learn(self, event, payload, block, way):
         """Takes an event for the usual one."""
-        if self.left_to_learn and len(event) <= self.MAX_USUAL:
+        if self.left_to_learn and len(event) <= self.MAX_USUAL and not self.dialect.ends_block(
+                payload, block):
             self.left_to_learn -= 1
             self.usual = usual_event(event, way[-1][1], self.dialect.block_keys())
             self.usual_block = block
@@ -6940,7 +7017,7 @@ class Unmasking(Edit):
         holder, key = way[-1]
         came = holder[key]
         is_end = len(event) > self.MAX_EVENT or self.dialect.ends_block(payload, block)
-        holder[key] = self.feed(block, came, event, is_end)
+        holder[key] = Said(self.feed(block, came, event, is_end))
         return holder[key] != came
 
     def feed(self, block, came, event, is_end=False):
@@ -6955,8 +7032,9 @@ class Unmasking(Edit):
 
     def is_json(self, block, text):
         """Returns whether a text is JSON: where its API says so, or where it begins as such."""
-        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and text.strip():
-            self.begun[block] = self.dialect.is_json_text(block) or may_be_object(text)
+        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and (
+                text.strip(BEFORE_JSON)):
+            self.begun[block] = self.dialect.is_json_text(block) or bool(MAY_BE_JSON.match(text))
         return self.begun.get(block, False)
 
     def let_go(self, block):

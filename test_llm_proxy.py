@@ -4814,7 +4814,11 @@ class RedactionTest(ProxyCase):
                 {"systemInstruction": {"parts": [{"text": "@"}]}}
                 {"prompt": ["@", "@"], "suffix": "@"}
                 {"query": "@", "documents": ["@", {"text": "@"}]}
-                {"user": "@", "metadata": {"note": "@"}}"""):
+                {"user": "@", "metadata": {"user_id": "@"}, "prompt": {"variables": {"id": "@"}}}
+                {"input": [{"action": {"env": {"@": "1"}, "url": "https://h/?q=@"}}]}
+                {"messages": [{"content": [{"file": {"filename": "@"}}, {"type": "refusal"}]}]}
+                {"contents": [{"parts": [{"fileData": {"fileUri": "f", "displayName": "@"}}]}]}
+                {"requests": [{"params": {"messages": [{"content": "@"}]}}]}"""):
             payload = json.loads(text.replace("@", "ann@example.com"))
             _, sent = self.masked(payload)
             self.assertEqual(sent, json.loads(text.replace("@", "[[EMAIL_1]]")))
@@ -4840,11 +4844,32 @@ class RedactionTest(ProxyCase):
                 {"cut": "a@x.org -> {"cut": "[[EMAIL_1]]
                 a@x.org -> [[EMAIL_1]]
                 {"in": "{\"to\": \"a\\u0040x.org\"}"} -> {"in": "{\"to\": \"[[EMAIL_1]]\"}"}
+                {"in": "a\n4111111111111111, 1"} -> {"in": "a\n[[CARD_1]], 1"}
+                {"in": "\u003c\u0061\u0040x.org\u003e"} -> {"in": "\u003c[[EMAIL_1]]\u003e"}
                 {"a@x.org": 1} -> {"[[EMAIL_1]]": 1}"""):
             _, sent = self.masked({"messages": [{"tool_calls": [{"function": {
                 "arguments": before}}]}]})
             got = sent and sent["messages"][0]["tool_calls"][0]["function"]["arguments"]
             self.assertEqual(got or before, after)
+
+    def test_escapes_in_a_text_hide_nothing_and_stay(self):
+        for before, after in self.each(r"""
+                {"out": "Ann\na@x.org\t4111111111111111"} -> {"out": "Ann\n[[EMAIL_1]]\t[[CARD_1]]"}
+                print("\n4111 1111 1111 1111\r\n") -> print("\n[[CARD_1]]\r\n")
+                "\u003ca\u0040x.org\u003E, \u4ebaa@x.org" -> """
+                r""""\u003c[[EMAIL_1]]\u003E, \u4eba[[EMAIL_1]]"
+                [{\"to\": \"\\na@x.org\\u0040\"}] -> [{\"to\": \"\\n[[EMAIL_1]]\\u0040\"}]
+                https:\/\/h\/?to=+a\u0040x.org\u0026 -> https:\/\/h\/?to=+[[EMAIL_1]]\u0026
+                \u00 \u \ \x41 a@x.org\ -> \u00 \u \ \x41 [[EMAIL_1]]\
+                """):
+            masks, sent = self.masked({"messages": [{"content": before}]}, KINDS)
+            self.assertEqual(sent["messages"][0]["content"], after)
+            self.assertIn(masks.value_of("[[EMAIL_1]]"), (None, "a@x.org"))
+        key = "-----BEGIN PRIVATE KEY-----\n%s\n" % ("MIIE" * 20)
+        for text, value in self.each((
+                (key, key), (json.dumps({"key": key}), key), ("k = %r" % key, repr(key)[1:-1]))):
+            masks, _ = self.masked({"messages": [{"content": text}]}, ["secrets"])
+            self.assertEqual(masks.value_of("[[SECRETS_1]]").rstrip(), value.rstrip())
 
     def test_nothing_is_passed_over_because_of_its_name_or_how_it_begins(self):
         for payload in self.each(r"""
@@ -4902,7 +4927,8 @@ class RedactionTest(ProxyCase):
         @+(?:@+)?y (?:@@?)+y @*.@*y (?:@|@@)+y""".split()
     OTHERS = r"""(a)\1 (?P<q>a)(?P=q) (a)?(?(1)b|c) (?=a)b (?!a)b (?<=a)b (?<!a)b
         (aa|a)(aa|a)(aa|a)y
-        (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y""".split()
+        (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y (a|a)+y (?:a|ab?)+c (ab|a|a)+y
+        (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9]
 
     def test_fifty_ordinary_patterns_are_taken(self):
         patterns = re.split(" ; |\n", self.ORDINARY.strip())
@@ -4962,6 +4988,8 @@ TEXT_STREAMS = [
           ('"function_call": {"arguments": TEXT}', CHOICE_END)]],
     ("chat", '{"choices": [{"delta": {"tool_calls": [{"index": N, "id": "c", "function":'
      ' {"name": "f", "arguments": TEXT}}]}}]}', CHOICE_END.replace("N", "0")),
+    ("chat", '{"choices": [{"delta": {"tool_calls": [{"index": N, "custom": {"input": TEXT}}]}}]}',
+     CHOICE_END.replace("N", "0")),
     ("completions", '{"choices": [{"index": N, "text": TEXT}]}', CHOICE_END),
     *[("responses", '{"type": "response.%s.delta", "output_index": %s, "delta": TEXT}' % kind,
        '{"type": "response.%s.done", "output_index": %s}' % kind)
@@ -4969,19 +4997,30 @@ TEXT_STREAMS = [
                    ("reasoning_summary_text", '0, "summary_index": N'))],
     *[("messages", BLOCK_DELTA % key, end)
       for key, end in [("text", '{"type": "content_block_stop", "index": N}'),
+                       ("content", '{"type": "content_block_stop", "index": N}'),
                        ("thinking", '{"type": "message_stop"}'),
                        ("partial_json", '{"type": "error", "error": {"type": "x"}}')]],
     *[(endpoint, CANDIDATE % ('"content": {"parts": [{%s}]}' % part),
        CANDIDATE % '"finishReason": "STOP"')
       for endpoint in ("generate", "array") for part in ('"text": TEXT',
-                                                         '"text": TEXT, "thought": true')],
+                                                         '"text": TEXT, "thought": true',
+                                                         '"functionCall": {"partialArgs": [{'
+                                                         '"jsonPath": "$.a", "stringValue": TEXT}]}'
+                                                         )],
     *[("interactions", '{"event_type": "step.delta", "index": N, "delta": {"%s": TEXT}}' % key,
        '{"event_type": "step.stop", "index": N}') for key in ("text", "arguments")],
+    ("own", '{"content": TEXT, "stop": false}', '{"content": "", "stop": true}'),  # llama.cpp
+    ("own", '{"token": {"id": 1, "text": TEXT}, "index": 7}', ""),  # TGI
     *[("ollama", '{"done": false, %s}' % said, end) for said, end in [
         ('"message": {"role": "assistant", "content": TEXT}', '{"done": true}'),
         ('"response": TEXT', '{"response": "", "done": true}')]]]
 TEXT_KEYS = set("""content reasoning_content refusal arguments text thinking delta partial_json
-    response""".split())
+    response input stringValue""".split())
+
+
+def spelled(value):
+    """A value as it stands in a string of JSON."""
+    return json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 class UnmaskingTest(ProxyCase):
@@ -5048,7 +5087,7 @@ class UnmaskingTest(ProxyCase):
 
     def restored(self, text, is_json):
         for placeholder, value in self.VALUES.items():
-            text = text.replace(placeholder, json.dumps(value)[1:-1] if is_json else value)
+            text = text.replace(placeholder, spelled(value) if is_json else value)
         return text
 
     def assert_comes_back(self, row, pieces, step=None, answers=False):
@@ -5188,6 +5227,8 @@ class UnmaskingTest(ProxyCase):
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
         for told, shown in self.each(r"""
                 {"content": "[[EMAIL_1]]", "n": 1.50} -> {"content": "ann@example.com", "n": 1.50}
+                ["[[email_1]]", "[[Email_1]] [[EMAIL_01]]"] -> """
+                r"""["ann@example.com", "ann@example.com [[EMAIL_01]]"]
                 {"a": ["\u005b[EMAIL_1]] \u00e9"]} -> {"a": ["ann@example.com \u00e9"]}
                 {"arguments" : "{\"k\":\"[[SECRETS_12]]\"}"} -> {"arguments" : ARGUMENTS}
                 {"args": {"k": "[[SECRETS_12]]"}} -> {"args": {"k": VALUE}}
@@ -5196,7 +5237,7 @@ class UnmaskingTest(ProxyCase):
                 {"data": [[1, 2], [[3]]], "text": "[[EMAIL_2]]"} -> SAME
                 {"text": "[[EMAIL_1]], -> {"text": "ann@example.com,"""):
             value = self.VALUES["[[SECRETS_12]]"]
-            arguments = json.dumps(json.dumps({"k": value}, separators=(",", ":")))
+            arguments = json.dumps('{"k":"%s"}' % spelled(value))
             shown = shown.replace("SAME", told).replace("VALUE", json.dumps(value)).replace(
                 "ARGUMENTS", arguments)
             for step in (None, 1):
@@ -5209,6 +5250,11 @@ class UnmaskingTest(ProxyCase):
             for step in self.each((23, 1, 41)):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+                cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
+                found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
+                                    masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+                self.assertEqual(json.loads(found), [
+                    4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
                 for large in (b"x" * 99, b"\"" + b"x" * 99):
                     self.assertEqual(self.unmask("chat", large, step, events=False), large)
 
@@ -5233,9 +5279,9 @@ class UnmaskingTest(ProxyCase):
                 data = self.stream(row, [(0, said[:cut]), (0, said[cut:])])
                 found = self.said(self.payloads(row[0], self.unmask(row[0], data, answers=True)))
                 self.assertEqual(list(found.values()), [shown])
-        whole = json.dumps({"text": said + "\n", "a@b.example": 5})
+        whole = json.dumps({"text": said + "\n", "args": {"a@b.example": 5}})
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
-        self.assertEqual(json.loads(found), {"text": shown + "\n", "[[EMAIL]]": 5})
+        self.assertEqual(json.loads(found), {"text": shown + "\n", "args": {"[[EMAIL]]": 5}})
 
     def test_a_number_in_groups_is_masked_wherever_its_text_is_cut(self):
         for text in self.each(("call +49 171 1234567,see9 5 x", "at +49  171 1234567 now",
@@ -5249,12 +5295,37 @@ class UnmaskingTest(ProxyCase):
                 shown, = self.said(self.payloads("chat", found)).values()
                 self.assertNotIn("1234567", shown, (first, last))
 
-    def test_arguments_of_a_tool_beside_an_empty_text_are_masked(self):
-        call = {"function": {"name": "mail", "arguments": {"to": "bob@example.org"}}}
-        said = {"message": {"role": "assistant", "content": "", "tool_calls": [call]}}
-        found = self.unmask("ollama", json.dumps(said).encode() + b"\n", answers=True)
-        call["function"]["arguments"]["to"] = "[[EMAIL]]"
-        self.assertEqual(json.loads(found), said)
+    def test_all_words_of_an_answer_are_masked_whatever_stands_beside_them(self):
+        """@ are words, and # are none."""
+        for endpoint, said in self.each(r"""
+                ollama -> {"message": {"content": "TEXT", "tool_calls": [{"function": {"arguments":\
+                    {"to": "@", "@": 1}}}]}, "created_at": "#"}
+                chat -> {"id": "#", "citations": ["@"], "choices": [{"delta": {"content": "TEXT",\
+                    "annotations": [{"title": "@", "url": "https://x/?#"}]}}]}
+                chat -> {"choices": [{"delta": {"content": "TEXT"}, "message": {"tool_calls": [{\
+                    "function": {"name": "f", "arguments": "{\"to\": \"a\\n@\"}"}}]}}]}
+                responses -> {"type": "response.output_text.delta", "item_id": "#",\
+                    "delta": "TEXT", "item": {"content": [{"text": "@", "id": "#"}]}}
+                messages -> {"type": "content_block_delta", "delta": {"text": "TEXT"},\
+                    "citation": {"cited_text": "@"}}
+                messages -> {"type": "message_start", "message": {"model": "#", "content": [\
+                    {"type": "tool_use", "input": {"id": "@"}, "id": "#"}]}}
+                generate -> {"responseId": "#", "candidates": [{"content": {"parts": [{"text":\
+                    "TEXT"}, {"functionCall": {"args": {"id": "@"}}}, {"thoughtSignature": "#",\
+                    "inlineData": {"data": "#"}, "executableCode": {"code": "@"}}]}}]}
+                interactions -> {"event_type": "step.delta", "delta": {"text": "TEXT"},\
+                    "step": {"result": {"to": "@"}}}
+                """.replace("\\\n" + 20 * " ", " ")):
+            for text, seen in (("", ""), ("hi ", "hi "), ("[[EMAIL_1]] ", "ann@example.com ")):
+                told, shown = [json.loads(
+                    said.replace("@", one).replace("#", "bob@example.org").replace("TEXT", part))
+                    for part, one in ((text, "bob@example.org"), (seen, "[[EMAIL]]"))]
+                data = lines_of(told) if endpoint == "ollama" else events(told)
+                for many in (data, 2 * data):
+                    found = self.unmask(endpoint, many, answers=True)
+                    self.assertEqual(self.payloads(endpoint, found)[-1], shown)
+            found = self.unmask(endpoint, json.dumps(told).encode(), answers=True, events=False)
+            self.assertEqual(json.loads(found), shown)
 
     def test_events_that_end_in_one_line_end_are_not_taken_for_one(self):
         data = b"data: %b\ndata: %b\n\n" % tuple(
@@ -5291,12 +5362,16 @@ class UnmaskingTest(ProxyCase):
 
     def test_in_a_text_that_begins_as_json_values_are_spelled_as_in_json(self):
         value = self.VALUES["[[SECRETS_12]]"]
-        found = self.unmask("chat", events(delta('{"k": "[[SECR'), delta('ETS_12]]"}')))
-        text, = self.said(self.payloads("chat", found)).values()
-        self.assertEqual(json.loads(text), {"k": value})
-        told = json.dumps({"content": '{"k": "[[SECRETS_12]]"}'}).encode()
-        found = json.loads(self.unmask("chat", told, events=False))
-        self.assertEqual(json.loads(found["content"]), {"k": value})
+        for told in self.each(
+                ('{"k": "@"}', '[{"k": "@"}]', '["@"]', '```json\n{"k": "@"}\n```')):
+            said = told.replace("@", "[[SECRETS_12]]")
+            shown = told.replace("@", spelled(value))
+            for cut in range(len(said)):
+                found = self.unmask("chat", events(delta(said[:cut]), delta(said[cut:])))
+                text, = self.said(self.payloads("chat", found)).values()
+                self.assertEqual(text, shown)
+            found = self.unmask("chat", json.dumps({"content": said}).encode(), events=False)
+            self.assertEqual(json.loads(found), {"content": shown})
 
 
 class RedactedAnswersTest(ProxyCase):
@@ -16116,7 +16191,13 @@ class RedactionCostTest(EnduranceCase):
         ip -> 2a00::1
         secrets -> sk-
         secrets -> eyJ
-        secrets -> -----BEGIN PRIVATE KEY-----"""
+        secrets -> -----BEGIN PRIVATE KEY-----
+        email -> a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a@b.b.b.b.b.b.b
+        email -> a-a+a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a-a@b-b
+        card -> \\n
+        card -> \\u0040
+        card -> \\
+        email -> \\\\u0040"""
     SAID = events({"choices": [{"index": 0, "delta": {"content": "word "}}]})
 
     def steps(self, kind, text):
