@@ -2343,7 +2343,7 @@ class WindowsTest(LimitsCase):
             self.clock.now += float(seconds)
             try:
                 level = self.admit(int(amount)).tightest
-                found = "%d left, ends in %d" % (level.remaining, level.quota.reset_seconds)
+                found = "%d left, ends in %d" % (level.quota.remaining, level.quota.reset_seconds)
             except LimitReached as refusal:
                 found = "wait %g" % refusal.wait
             self.assertEqual(found, expected)
