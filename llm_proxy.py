@@ -5253,7 +5253,7 @@ class OpenAI(Dialect):
             prompt, output, total = [found[name] for name in USUAL_COUNTS]
         except (ValueError, LookupError):
             return None
-        if not 0 <= prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
+        if not 0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
             return None
         return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
@@ -9618,6 +9618,7 @@ class Entry:
         call = self.call
         hold = self.hold
         usage = self.usage or NO_USAGE
+        prompt, output, cached, cache_write, reasoning, estimated = usage[:6]
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
@@ -9626,8 +9627,8 @@ class Entry:
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
         return asked + (
-            usage.input, usage.cached, usage.cache_write, usage.output,
-            usage.reasoning, usage.estimated, self.picodollars / PICODOLLARS, self.picodollars,
+            prompt, cached, cache_write, output, reasoning, estimated,
+            self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
             self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
