@@ -4016,7 +4016,7 @@ class Call(Billable):
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
         self.masked: Optional[JsonObject] = None  # the payload without what must not leave,
         self.masks: Optional["Masks"] = None      # and what stands for that
-        self.on_made: Optional[Callable[[List[str]], None]] = None  # is told the names of what was
+        self.on_made = None  # a callback that is told the names of what was made
         # A call in the background whose usage nobody knows yet, where this asks for its answer
         self.owes: Optional["Call"] = None
 
@@ -5145,6 +5145,7 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_
 # The names of three counts, as most servers tell no more, and what stands around such a count
 USUAL_COUNTS = b"prompt_tokens", b"completion_tokens", b"total_tokens"
 AROUND_COUNT = b":,} \t\r\n"
+IS_COUNT = re.compile(rb"[0-9]{1,12}").fullmatch
 
 
 @functools.lru_cache(KNOWN_MODELS)
@@ -5243,17 +5244,13 @@ class OpenAI(Dialect):
                 or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
             return None
         parts = data[data.rfind(self.USAGE_MARK):].split(b'"')
-        if len(parts) != 9 or parts[-1].count(b"}") != 2:  # its own, and that of all
+        told = [part.strip(AROUND_COUNT) for part in parts[2::2]]
+        if len(parts) != 9 or parts[8].count(b"}") != 2 or told[0] != b"{" or (
+                not all(map(IS_COUNT, told[1:]))):  # brackets: its own, and that of all
             return None
-        _, _, _, name, count, other, other_count, third, third_count = parts
-        try:
-            found = {name: int(count.strip(AROUND_COUNT)),
-                     other: int(other_count.strip(AROUND_COUNT)),
-                     third: int(third_count.strip(AROUND_COUNT))}
-            prompt, output, total = [found[name] for name in USUAL_COUNTS]
-        except (ValueError, LookupError):
-            return None
-        if not 0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
+        found = dict(zip(parts[3::2], map(int, told[1:])))
+        prompt, output, total = [found.get(name, -1) for name in USUAL_COUNTS]
+        if not 0 < prompt <= total == prompt + output:
             return None
         return Usage(prompt, output, 0, 0, 0, False, 0, model)
 
@@ -5892,9 +5889,10 @@ class Editor:
     """Changes a body on its way to the caller: the one place that may. An event that is not whole
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
-    MAX_WHOLE = 1 << 20  # bytes of that
-    LARGE = 1 << 12      # above this, what is held back is looked at only where it may have ended,
-    MAX_LOOKS = 64       # and after so many times only where it has grown
+    MAX_WHOLE = 1 << 20   # bytes of that,
+    MAX_STRING = 1 << 22  # and of one string in it
+    LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
+    MAX_LOOKS = 64        # and after so many times only where it has grown
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
@@ -5942,6 +5940,8 @@ class Editor:
 
     def feed_whole(self, data):
         whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
+        if whole < 0 and len(data) <= self.MAX_STRING:
+            whole = 0  # half a string cannot be read
         self.held = data[max(whole, 0):]
         return self.edited(data[:whole]) if whole >= 0 else self.flush()
 
@@ -6280,14 +6280,14 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-BEFORE_URL_HOST = re.compile(r"[A-Za-z]://[^\s/@]*:[^\s/@]*\Z")
+URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
     text = match.string
     start, end = match.span()
-    if text[start - 1] not in " \n" and BEFORE_URL_HOST.search(text, max(0, start - 80), start):
+    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
         return 0
     return end
 
@@ -6432,9 +6432,8 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
     shape("email", r"""
-        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?<![A-Za-z0-9_][.'-].)(?<![A-Za-z0-9_][.'-]{2}.)
-        (?!(?<=g)it@)[A-Za-z0-9_.'-]{0,63}(?:\+[A-Za-z0-9_.'-]{0,63}@|@)
-        [A-Za-z0-9][A-Za-z0-9-]{0,62}\.(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){0,7}
+        [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
+        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
         (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
         |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
@@ -7634,8 +7633,8 @@ class Stream:
         self.ended = False
         self.write_failed = False            # what is written is dropped
         self.discarding = False              # nobody will use what comes: a refused body's rest
-        self.waiter: Optional[Wakeup] = None  # of who awaits that more comes
-        self.sink: Optional[Callable[[bytes], None]] = None  # is given what comes
+        self.waiter = None                   # a Wakeup of who awaits that more comes
+        self.sink = None                     # a callback that is given what comes
 
     def __repr__(self) -> str:
         state = "failed" if self.failure else "ended" if self.ended else "open"
@@ -8654,7 +8653,7 @@ class Response:
         self.head = head
         self.status = head.status
         self.reusable = request_was_sent and not head.close_after
-        self.ticket: Optional[Ticket] = None  # the place of its call, which ends with it
+        self.ticket = None  # the place of its call, which ends with it
         # Whether it has no body by its nature (RFC 9112 6.3), though some send one
         self.bodiless = method == "HEAD" or head.status in (204, 304)
         if self.bodiless:
@@ -9583,7 +9582,7 @@ class Entry:
         self.gave_up = False  # the caller did not wait for the end
         self.queued = None    # milliseconds in line; None where there was none
         self.held_up = 0.0    # seconds before the first byte in which others were awaited
-        self.found: Optional[Dict[str, int]] = None  # by kind, how much that must not leave
+        self.found = None     # by kind, how much that must not leave; None without any
 
     def __repr__(self) -> str:
         return "<Entry %s %s %s %s>" % (self.request_id, self.method, self.path, self.outcome)
@@ -12832,8 +12831,8 @@ class Redis(asyncio.Protocol):
 
 
 # What holds for both scripts: KEYS[1] is the hash of the process that asks, KEYS[2] the number of
-# the last time that Redis has lost something, for 30 s; `now` is in microseconds since 2020, which
-# a double holds to a fraction; amounts are whole, below 2^53.
+# the last time that Redis has lost something; `now` is in microseconds since 2020, which a double
+# holds to a fraction; amounts are whole, below 2^53.
 LUA_TIME = """
 local time = redis.call('TIME')
 local now = (time[1] - 1577836800) * 1000000 + time[2]
@@ -12848,8 +12847,8 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
 # of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
 # saw it last, and charges again what it had no answer for. So that who comes second does not take
-# these charges of the first for some that it has seen, a text made within 30 s of a loss also tells
-# what was charged 'since' then.
+# these charges of the first for some that it has seen, a text also tells what was charged 'since'
+# a loss, whose number is kept as long as Redis remembers.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
@@ -12862,7 +12861,7 @@ if mode == 'put' or mode == 'last' then
   local told = words()
   if tonumber(told) > (tonumber(loss) or 0) then
     loss = told
-    redis.call('SET', KEYS[2], loss, 'PX', 30000)
+    redis.call('SET', KEYS[2], loss)
   end
 end
 if mode == '-' and sequence > last + 1 then return 'gap' end
@@ -14147,17 +14146,14 @@ def status_line(status, reason):
     return "HTTP/1.1 %d %s" % (status, reason)
 
 
-class ReplyParts:
+class ReplyParts(types.SimpleNamespace):
     """What all replies share."""
-
-    def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
-                 turns: Turns, origins: Origins):
-        self.config = config
-        self.clock = clock
-        self.dialects = dialects
-        self.budget = budget
-        self.turns = turns
-        self.origins = origins
+    config: Config
+    clock: Any
+    dialects: Dialects
+    budget: MemoryBudget
+    turns: Turns
+    origins: Origins
 
 
 IDENTITY, PACKED, UNREADABLE = range(3)
@@ -15591,6 +15587,7 @@ class Catalogue:
         self.lists = {one.name: [] for one in self.upstreams}
         self.good_until = -math.inf
         self.asking = None  # the task that asks
+        self.apart: Dict[str, float] = {}  # until when those of an upstream beside these are good
 
     async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
         """Returns them by name, or those of one upstream; the first of a name counts. Who asks
@@ -15617,6 +15614,13 @@ class Catalogue:
             self.good_until = self.clock.monotonic() + seconds
         finally:
             self.asking = None
+
+    async def ask_apart(self, loop, upstream):
+        """Asks one that is not among these, not too often; others go by what it said before."""
+        now = self.clock.monotonic()
+        if now >= self.apart.get(upstream.name, -math.inf):
+            self.apart[upstream.name] = now + self.AGAIN_SECONDS
+            await self.ask(loop, upstream)
 
     async def ask(self, loop, upstream):
         """Returns whether it answered."""
@@ -15756,7 +15760,7 @@ class Pages:
             return None
         bound = self.proxy.routes.by_name.get(key.upstream) if key else None
         if bound not in (None, *self.catalogue.upstreams):  # others see it by its prefix alone
-            await self.catalogue.ask(self.proxy.loop, bound)
+            await self.catalogue.ask_apart(self.proxy.loop, bound)
         models = await self.catalogue.models(reply.context, key and key.upstream)
         if not (own or models or self.lists_models):
             return None  # it may speak the client's API alone
@@ -17680,8 +17684,9 @@ class Server(http.server.ThreadingHTTPServer):
         proxy, config = self.proxy, self.proxy.config
         memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
         origins = Origins(config.cors_origins, socket.gethostname())
-        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
-                          Turns(self.loop), origins)
+        return ReplyParts(
+            config=config, clock=proxy.clock, dialects=proxy.dialects,
+            budget=MemoryBudget(memory), turns=Turns(self.loop), origins=origins)
 
     # -- in the accepting thread
 

@@ -4748,6 +4748,20 @@ class RedactionTest(ProxyCase):
         for text in self.each(FALSE_ONES.splitlines()):
             self.assertEqual(self.found(text), [])
 
+    def test_an_address_is_found_whole_whatever_stands_before_it(self):
+        for before, value in self.each("""
+                {"url":"http://localhost:3000","email":" -> al@corp.com
+                https://example.com:443?email= -> bob@corp.com
+                (http://h:80)< -> dan@corp.com
+                mail -> alice.smith+work+x@corp.com
+                mail -> alice++x@corp.com
+                mail -> bob%corp.com@relay.com
+                mail -> data-user-profile-settings-primary-contact-address-al@corp.com"""):
+            self.assertEqual(self.found("%s%s, too" % (before, " " * before.isalpha() + value)),
+                             [("email", value)])
+        far = "a-" * 40 + "bob@corp.com"
+        self.assertTrue(self.found(far)[0][1].endswith("-bob@corp.com"))
+
     def test_a_private_key_is_found_in_lines_and_in_a_string_of_code(self):
         key = KEY_AND_CERTIFICATE.partition("-----BEGIN CERT")[0].strip()
         for one in self.each((key, key.replace("\n", "\\n"), key.partition("-----END")[0].strip())):
@@ -5372,6 +5386,18 @@ class UnmaskingTest(ProxyCase):
                 self.assertEqual(text, shown)
             found = self.unmask("chat", json.dumps({"content": said}).encode(), events=False)
             self.assertEqual(json.loads(found), {"content": shown})
+
+    def test_a_string_of_more_than_a_mebibyte_is_masked_from_its_beginning_to_its_end(self):
+        redactor, dialect = llm_proxy.Redactor(["email"]), llm_proxy.DIALECTS["openai"]
+        restorer = llm_proxy.Restorer(llm_proxy.Masks(redactor), dialect.JSON_TEXTS, redactor)
+        editor = llm_proxy.Editor(None, [llm_proxy.Unmasking(dialect, None, restorer)])
+        text = "mail al@corp.com; " + "word " * 300_000 + "bob@corp.com."
+        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        passed = b"".join([editor.feed(data[at:at + 65536]) for at in range(0, len(data), 65536)])
+        passed += editor.flush()
+        self.assertNotIn(b"@corp.com", passed)
+        self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"].count("word"),
+                         300_000)
 
 
 class RedactedAnswersTest(ProxyCase):
