@@ -13696,6 +13696,8 @@ class SharedQueue(FairQueue):
         self.take(names[:given])
         if given < len(names):
             self.be_short()
+        elif any([one.waiting for one in self.queues.values()]):  # who came meanwhile
+            self.ask_soon()
 
     def arguments(self, age, wanted, names):
         return [self.all, self.LEASE_MS, self.redis.process, age, wanted, *names]

@@ -10688,6 +10688,19 @@ class SharedQueueTest(RedisCase):
         ticket.leave()
         self.wait_until(0, 1)
 
+    def test_a_call_that_comes_while_another_one_gets_its_slot_is_asked_for_too(self):
+        queue = self.queue(2)
+        run = queue.redis.run
+
+        async def run_and_enter(*arguments):
+            answer = await run(*arguments)
+            queue.redis.run = run
+            queue.enter("b", 1)
+            return answer
+        queue.redis.run = run_and_enter
+        queue.enter("a", 1)
+        self.wait_until(2)
+
     def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
         for patch in ({"LEASE_MS": 300}, {"RENEW_SECONDS": 0}):
             mock.patch.multiple(llm_proxy.SharedQueue, **patch).start()
