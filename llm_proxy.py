@@ -2475,6 +2475,7 @@ class Hold:
     """What is set aside for one call in all its buckets. It ends once: settled, or given back,
     which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
     None where the call takes nothing."""
+
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None,
                  taken_at: float = 0.0):
@@ -8791,6 +8792,7 @@ Subject = Tuple[str, CallerKey]  # which model is asked for whom
 class Breakers:
     """Those of one address: one for its connections, and one for each model that failed lately,
     because what one caller asks for must not close it to the others."""
+
     def __init__(self, most: int, seconds: float):
         self.most = most
         self.seconds = seconds
@@ -9680,8 +9682,8 @@ class Entry:
 
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
-        call, usage, started = self.call, self.usage, self.started
-        first = "-" if self.first_byte is None else f"{int((self.first_byte - started) * 1000)}ms"
+        call, usage = self.call, self.usage
+        first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
         cost, left = self.charged("-")
         used = ""
         if usage:
@@ -9695,7 +9697,7 @@ class Entry:
             f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
-            f"all={int((self.ended - started) * 1000)}ms cost={cost} left={left}{used}{usd} "
+            f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
             f"id={self.request_id or '-'}{remarks}")
 
@@ -9724,7 +9726,12 @@ class Writer:
         if len(self.queue) >= self.ROOM:
             self.dropped += 1
         else:
-            self.queue.append(item)
+            self.queue.append(self.kept(item))
+
+    def kept(self, item):
+        """Returns what waits to be written. Entries that waited would crowd the processor's
+        cache."""
+        return item
 
     def take(self, most):
         """Returns what has waited longest."""
@@ -9787,13 +9794,8 @@ class Log(Writer):
         """Queues the traceback of the exception being handled: a bug of ours."""
         self.say(traceback.format_exc().rstrip())
 
-    def record(self, item):
-        """Queues a line, of a call as it is now: entries that are kept until they are written would
-        crowd the processor's cache."""
-        if len(self.queue) >= self.ROOM:
-            self.dropped += 1
-        else:
-            self.queue.append(item if type(item) is str else self.format(item))
+    def kept(self, item):
+        return item if type(item) is str else self.format(item)
 
     def format(self, entry):
         return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
@@ -11101,14 +11103,11 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
-    def record(self, entry):
-        """Queues what is kept of a call, so that nothing else of it is."""
-        if len(self.queue) >= self.ROOM:
-            self.dropped += 1
-        else:
-            key = entry.caller and entry.caller.stored_key
-            self.queue.append((entry.as_row(), key and key.name,
-                               entry.hold.keyed_rules if entry.hold else ()))
+    def kept(self, entry):
+        """Returns a call's row, the name of its key, and its rules."""
+        key = entry.caller and entry.caller.stored_key
+        return (entry.as_row(), key and key.name,
+                entry.hold.keyed_rules if entry.hold else ())
 
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
