@@ -3680,14 +3680,14 @@ def parse_response(data: bytes) -> Any:
 
 
 def object_in(data: bytes) -> JsonObject:
-    """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
+    """Returns a JSON object of an upstream, an array of several as its results, {} where there is
     none."""
     try:
         found = parse_response(data)
     except ValueError:
         return {}
     if type(found) is list and found:
-        found = found[-1]
+        found = {"results": found} if found[1:] else found[0]
     return found if type(found) is dict else {}
 
 
@@ -3811,15 +3811,17 @@ def is_count(value):
     return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
-def merged(before, after):
-    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
-    nothing."""
+def merged(before, after, join=max):
+    """Returns two reports in one. Counts only grow, so that of the same ones the larger is taken;
+    null says nothing."""
     found = dict(before)
     for name, value in after.items():
         old = found.get(name)
         if type(old) is dict and type(value) is dict:
-            found[name] = merged(old, value)
-        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = merged(old, value, join)
+        elif is_count(value) and is_count(old):
+            found[name] = join(old, value)
+        elif value is not None:
             found[name] = value
     return found
 
@@ -4103,6 +4105,9 @@ class Call(Billable):
                 for key in meant.intersection(part):
                     found += names_of_things(part[key], key)
             kind = part.get("type")
+            if kind in ALL_STORED and "source" not in part and self.stored and (
+                    self.stored.collection.lower() == "evals"):
+                found.append("/")  # nobody's
             if kind in REFERENCE_TYPES or (
                     kind is None and not is_chat and part.keys() <= {"id", "type"}):
                 found += names_of_things(part)
@@ -4218,7 +4223,8 @@ def is_small(value):
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
-LATER_PATH = re.compile("/batches/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
+LATER_PATH = re.compile(
+    "/batch(?:es|PredictionJobs)/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
@@ -4434,7 +4440,10 @@ MIXED = frozenset("skill_id prompt video agent uri fileName file_name".split())
 MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
 # Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
-REFERENCE = re.compile(('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode())
+# In evals, those of these without a source are all that anybody has stored.
+ALL_STORED = ("stored_completions", "responses")
+REFERENCE = re.compile(
+    ('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES, *ALL_STORED])).encode())
 ID_ALONE = re.compile(
     rb'\{\s*(?:"type"\s*:\s*null\s*,\s*)?"id"\s*:\s*"[^"]*"\s*(?:,\s*"type"\s*:\s*null\s*)?\}')
 # Here stands what callers and their tools have made up.
@@ -4506,6 +4515,7 @@ OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
 FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
 FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
+AMOUNT = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE]-?[0-9]{1,2})?")
 # Errors by which an upstream says that its own account is to blame, or else the caller
 ACCOUNTS_FAULT = re.compile(
     "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
@@ -4532,14 +4542,24 @@ def fault_status(*values):
     return 429 if ACCOUNTS_FAULT.search(words) else 400 if CALLERS_FAULT.search(words) else 502
 
 
+def is_fault(part):
+    """Returns whether a response, an event or a part of one says that it is an error."""
+    code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
+    return bool(
+        code or part.get("error") or part.get("errors") or part.get("success") is False
+        or any([FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]))
+
+
 def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
-def is_money(value):
-    """Returns whether a value can be an amount of money."""
-    return type(value) in (int, float) and 0 <= value < MAX_COST
+def read_money(value):
+    """Returns an amount of money, which some spell as text; None where a value is none."""
+    if type(value) is str and AMOUNT.fullmatch(value):
+        value = float(value)
+    return value if type(value) in NUMBERS and 0 <= value < MAX_COST else None
 
 
 def with_iterations(told, parts):
@@ -4831,17 +4851,20 @@ class Dialect:
         return self.counts_in(payload), final
 
     def parts(self, payload):
-        """Returns the objects in a response or an event in which usage and the like may stand."""
-        found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
-        return [part for part in found if isinstance(part, dict)]
+        """Returns the objects in a response or an event in which usage and the like may stand, as
+        pairs of a key and what stands there."""
+        return [(name, [part for part in as_list(payload[name])[:1000] if type(part) is dict])
+                for name in self.USAGE_HOLDERS if payload.get(name)]
 
     def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for part in self.parts(payload):
-                found = merged(found, self.counts_in(part))
+            for name, parts in self.parts(payload):
+                join = operator.add if name == "results" else max  # each is an answer of its own
+                found = functools.reduce(lambda one, other: merged(one, other, join),
+                                         map(self.counts_in, parts), found)
         if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -4852,9 +4875,10 @@ class Dialect:
         if is_name(model):
             tier = "batch" if payload.get("object") == "batch" else payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
-        for part in self.parts(payload):
-            if self.SERVED in part:
-                return self.served(part)
+        for _, parts in self.parts(payload):
+            for part in parts:
+                if self.SERVED in part:
+                    return self.served(part)
         return None, None
 
     def is_finished(self, payload):
@@ -4881,13 +4905,11 @@ class Dialect:
 
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
-        it is none."""
-        for part in (*self.parts(payload), payload):
-            error = part.get("error") or part.get("errors")
-            code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
-            if error or code or part.get("success") is False or any(
-                    [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
-                return fault_status(*as_list(error)[:1], part, payload.get("error"))
+        it is none: one of several answers may have gone well."""
+        for _, parts in (*self.parts(payload), ("", [payload])):
+            if parts and all(map(is_fault, parts)):
+                error = parts[0].get("error") or parts[0].get("errors")
+                return fault_status(*as_list(error)[:1], parts[0], payload.get("error"))
         return 0
 
     def usual_usage(self, data, model):
@@ -4969,14 +4991,14 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
-                if is_money(part.get(name))]
+        told = [(read_money(part[name]), unit) for part in parts
+                for name, unit in self.MONEY.items() if name in part]
+        told = [amount * unit for amount, unit in told if amount is not None]
         if not told:
             return None
-        own = dig(parts[0], "cost_details", "upstream_inference_cost")
-        if parts[0].get("is_byok") is True and is_money(own):  # OpenRouter, by one's own key
-            told = [max(told) + own * PICODOLLARS]
-        return min(MAX_COST, round(max(told)))
+        own = read_money(dig(parts[0], "cost_details", "upstream_inference_cost"))
+        byok = own or 0 if parts[0].get("is_byok") is True else 0  # OpenRouter, by one's own key
+        return min(MAX_COST, round(max(told) + byok * PICODOLLARS))
 
     def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
@@ -5452,6 +5474,10 @@ class Gemini(Google):
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
+    def parts(self, payload):
+        """A stream without events is an array, of which the last object tells all."""
+        return [(name, parts[-1:]) for name, parts in super().parts(payload)]
+
     def number(self, one, place):
         """The parts of an event go on where those of the one before ended, of thoughts and of
         text."""
@@ -5597,7 +5623,7 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos/characters"
-    "|videos|evals"
+    "|videos|evals|batchPredictionJobs"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
     "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
     "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"

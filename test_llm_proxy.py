@@ -3736,6 +3736,10 @@ class UsageReaderTest(ProxyCase):
         [{"type": "message", "usage": {"input_tokens": null, "output_tokens": 4}},
             {"input": 0, "output": 4, "estimated": true}],
         [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": "$1"}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": "1.4e-4"}}, {"picodollars": 140000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": "0.006"}}},
+            {"picodollars": 6000000000}],
         [{"usage": {"prompt_tokens": 1, "cost": 0.01, "is_byok": true,
             "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
         [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": 0.006}}},
@@ -3786,6 +3790,14 @@ class UsageReaderTest(ProxyCase):
         {"cached_tokens": 7, "usage": "TOLD", "choices": []},
         {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
+
+    def test_answers_in_an_array_are_billed_together(self):
+        ones = ('{"meta_info":{"prompt_tokens":5,"completion_tokens":2}}',
+                '{"tokens_evaluated":5,"tokens_predicted":2}',
+                '{"usage":{"prompt_tokens":5,"completion_tokens":2}}')
+        for one in self.each(ones):
+            self.hear(("[%s,%s]" % (one, one)).encode(), streamed=False)
+            self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(10, 4), True))
 
     def test_usage_is_found_wherever_a_response_has_it_and_not_in_what_a_caller_wrote(self):
         for told in self.each(self.ODD_PLACES):
@@ -3917,6 +3929,9 @@ class UsageReaderTest(ProxyCase):
         {"status": "FAILED"} -> 502
         {"status": "failed", "error": {"code": "rate_limit_exceeded"}} -> 429
         {"success": true, "result": {}} -> 0
+        {"results": [{"success": false}, {"success": true}]} -> 0
+        {"results": [{"success": false}, {"success": false}]} -> 502
+        [{"x": 1}, {"error": "x"}] -> 0
         {"type": "error", "error": {"type": "overloaded_error"}} -> 502
         {"object": "error", "message": "no", "code": 404} -> 404
         {"errors": [{"code": 1000}], "success": false} -> 502
@@ -6839,6 +6854,9 @@ class StoredTest(ManyCase):
         ("/v1/evals", {}, {"id": "eval_1"}, "/v1/evals/eval_1/runs",
          [{"eval_id": "eval_1"}, {"source": {"type": "file_id", "id": "eval_1"}}]),
         ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
+        ("/v1/projects/p/locations/l/batchPredictionJobs", {},
+         {"name": "projects/p/locations/l/batchPredictionJobs/7", "state": "JOB_STATE_PENDING"},
+         "/v1/projects/p/locations/l/batchPredictionJobs/7", []),
         ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
          "/v1/messages/batches/msgbatch_1/results", []),
         ("/v1/chat/completions", {"store": True}, {"id": "chatcmpl-1"},
@@ -6944,6 +6962,18 @@ class StoredTest(ManyCase):
                 answered = self.ask(request("POST", "/v1/audio/transcriptions", body.encode(),
                                             "Content-Type: " + kind, key=key))
                 self.assertEqual(answered.status, status)
+
+    def test_evals_do_not_read_what_others_have_stored(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "eval_1"})
+        self.post("/v1/evals", {})
+        for path, source, status in self.each((
+                ("/v1/evals/eval_1/runs", {"type": "stored_completions"}, 404),
+                ("/v1/evals/eval_1/runs", {"type": "responses", "model": "m"}, 404),
+                ("/v1/evals/eval_1/runs", {"type": "responses", "source": {}}, 200),
+                ("/v1/evals/eval_1/runs", {"type": "file_content"}, 200),
+                ("/v1/responses", {"type": "responses"}, 200))):
+            self.assertEqual(self.post(path, {"data_source": source}).status, status)
 
     def test_what_callers_and_their_tools_say_is_no_reference(self):
         self.start(**self.KEYS)
