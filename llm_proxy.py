@@ -4526,9 +4526,16 @@ CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safe
 MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
 
 
-def without_masks(query):
+# What makes a request another one, at Google's servers and others
+OVERRIDE = re.compile(
+    r"(?:.*;)?\s*(?:\$(?:httpMethod|httpHeaders|ct)|_method|x-(?:http-)?method(?:-override)?)"
+    r"\s*(?:=.*)?", re.IGNORECASE | re.DOTALL)
+
+
+def without(pattern, query):
+    """Returns a query without the parameters that match."""
     return "&".join([part for part in query.split("&")
-                     if not MASK.fullmatch(urllib.parse.unquote_plus(part))])
+                     if not pattern.fullmatch(urllib.parse.unquote_plus(part))])
 
 
 def fault_status(*values):
@@ -5751,13 +5758,13 @@ class Dialects:
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
-        query = split_query(query)[1] if query else ""
+        query = without(OVERRIDE, split_query(query)[1]) if query else ""
         stored = None
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
         if endpoint and query:
-            query = without_masks(query)
+            query = without(MASK, query)
         return dialect, endpoint, path, query, prefix, stored
 
     async def read(self, call: Call, method: str, fields: Fields,

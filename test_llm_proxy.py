@@ -11249,6 +11249,19 @@ class SettlingTest(LedgerCase):
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
 
+    def test_no_query_makes_a_free_request_another_one(self):
+        self.start()
+        path = "/v1beta/models/m:generateContent?"
+        for query, left in self.each((
+                ("$httpMethod=POST", ""), ("a=b&%24HTTPMethod=POST", "a=b"), ("a=b", "a=b"),
+                ("$httpHeaders=x&%24ct=y", ""), ("_method=POST", ""), ("x;_method=POST", ""),
+                ("X-HTTP-Method-Override=POST&ct=x", "ct=x"))):
+            for method in ("GET", "POST"):
+                self.ask(request(method, path + query, b"{}", "X-HTTP-Method-Override: POST"))
+                asked = self.stub.requests[-1]
+                self.assertEqual(asked.target, (path + left).rstrip("?"))
+                self.assertNotIn(b"override", asked.head.lower())
+
     def test_what_is_packed_though_nobody_asked_is_read_and_passes_as_it_came(self):
         packed = gzip.compress(self.WHOLE)
         head = STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
