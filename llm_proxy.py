@@ -4655,15 +4655,18 @@ class Dialect:
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
-        meta_info meta tokens billed_units metrics details""".split()
+        meta_info meta tokens billed_units metrics details
+        amazon-bedrock-invocationMetrics""".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count promptTokens input_token_count input_length""",
+            total_input_tokens prompt_eval_count promptTokens input_token_count input_length
+            prompt_token_count inputTokenCount inputTextTokenCount""",
         "tools": "toolUsePromptTokenCount total_tool_use_tokens",
         "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
             total_output_tokens candidatesTokenCount completionTokens output_token_count
-            generated_token_count generated_tokens""",
+            generated_token_count generated_tokens generation_token_count outputTokenCount
+            tokenCount""",
         "total": "total_tokens totalTokens totalTokenCount",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
@@ -4852,10 +4855,13 @@ class Dialect:
     def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
-        final = self.is_finished(payload) or not payload.get(self.REASON[0]) or None
+        counts = self.counts_in(payload)
+        final = self.is_finished(payload) or None
         if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
             final = False  # what it tells of the output is no count
-        return self.counts_in(payload), final
+        elif not final and not payload.get(self.REASON[0]) and self.found([counts])["output"]:
+            final = True  # some tell of the prompt first
+        return counts, final
 
     def parts(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand, as
