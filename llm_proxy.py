@@ -3826,7 +3826,7 @@ def merged(before, after, join=max):
     return found
 
 
-PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@=-]*)+")
 
 
 def fold_path(path):
@@ -4090,8 +4090,11 @@ class Call(Billable):
             return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
         if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
             return self.path.endswith("/" + self.stored.name)
+        if self.endpoint == "messages":  # Anthropic's tools run in containers, which it names
+            short = self.json_body.short
+            return b'"code_execution_' in short or b'"web_' in short
         return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
-            self.endpoint == "other" and "/videos/" in self.path)
+            self.endpoint == "other" and "/video" in self.path)
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
@@ -4238,7 +4241,7 @@ OUTPUT_COUNTS = frozenset("""
     numResults sampleCount""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 # Lists of these are several prompts: each has an output.
-PROMPTS = frozenset("prompt prompts text inputs instances".split())
+PROMPTS = frozenset("prompt prompts text inputs input_ids instances".split())
 BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
@@ -4252,6 +4255,7 @@ MEDIA_TYPES = frozenset("""
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
 MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
 MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
+IS_TEXT = re.compile("(?:data:)?(?:text/|application/(?:json|xml|yaml|javascript)\\b)")
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -4307,7 +4311,7 @@ def media_texts(part):
         elif type(value) is dict:
             pairs += value.items()
             texts += [key for key in value if key not in PLAIN_KEYS]
-    if any([text.startswith(("text/", "data:text/")) for text in texts + data]):
+    if any([IS_TEXT.match(text) for text in texts + data]):
         texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
 
@@ -4467,7 +4471,7 @@ NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id outp
 HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
-    results""".split()
+    results delta""".split()
 
 
 def may_refer(data):
@@ -4885,8 +4889,10 @@ class Dialect:
     def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
+        if payload.get("object") == "batch":
+            return model if is_name(model) else None, "batch"
         if is_name(model):
-            tier = "batch" if payload.get("object") == "batch" else payload.get(self.TIERS[0])
+            tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for _, parts in self.parts(payload):
             for part in parts:
@@ -5636,7 +5642,7 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos/characters"
-    "|videos|evals|batchPredictionJobs"
+    "|videos|evals|batchPredictionJobs|tuningJobs|ragCorpora"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
     "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
     "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"
@@ -8567,6 +8573,8 @@ class Stored:
         found = list(map(self.things.get, names))
         if path and path.name:
             found.insert(0, self.things.get(self.full_name(path.collection, path.name)))
+        if path and path.name == "/" and self.bills:
+            raise NothingStored()  # nobody would know that it must be paid for
         if self.policy == "own":
             if path and path.is_listed:
                 raise Forbidden("Lists of what is stored are not passed on")

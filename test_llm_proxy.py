@@ -6857,6 +6857,10 @@ class StoredTest(ManyCase):
         ("/v1/projects/p/locations/l/batchPredictionJobs", {},
          {"name": "projects/p/locations/l/batchPredictionJobs/7", "state": "JOB_STATE_PENDING"},
          "/v1/projects/p/locations/l/batchPredictionJobs/7", []),
+        ("/v1/messages", {"tools": [{"type": "code_execution_20250825"}]},
+         {"id": "msg_2", "container": {"id": "container_1"}}, "/v1/containers/container_1",
+         [{"container": "container_1"}]),
+        ("/v1/responses", {}, {"id": "resp_x=="}, "/v1/responses/resp_x==", []),
         ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
          "/v1/messages/batches/msgbatch_1/results", []),
         ("/v1/chat/completions", {"store": True}, {"id": "chatcmpl-1"},
@@ -6996,12 +7000,17 @@ class StoredTest(ManyCase):
 
     def test_the_last_event_of_a_stream_names_its_items(self):
         response = {"id": "resp_1", "output": [{"type": "reasoning", "id": "rs_1"}]}
-        self.start(says_events({"type": "response.created", "response": {"id": "resp_1"}},
-                               {"type": "response.completed", "response": response}), **self.KEYS)
-        self.post("/v1/responses", {"stream": True})
-        asked = {"input": [{"type": "item_reference", "id": "rs_1"}]}
-        self.assertEqual([self.post("/v1/responses", asked, key).status for key in "ab"],
-                         [200, 404])
+        delta = {"type": "message_delta", "delta": {"container": {"id": "container_1"}}}
+        for path, told, body, asked in self.each((
+                ("/v1/responses", [{"type": "response.created", "response": {"id": "resp_1"}},
+                                   {"type": "response.completed", "response": response}],
+                 {}, {"input": [{"type": "item_reference", "id": "rs_1"}]}),
+                ("/v1/messages", [{"type": "message_start", "message": {"id": "msg_1"}}, delta,
+                                  {"type": "message_stop"}],
+                 {"tools": [{"type": "web_fetch_20260209"}]}, {"container": "container_1"}))):
+            self.start(says_events(*told), **self.KEYS)
+            self.post(path, {"stream": True, **body})
+            self.assertEqual([self.post(path, asked, key).status for key in "ab"], [200, 404])
 
     def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
         self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
