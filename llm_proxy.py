@@ -2830,11 +2830,9 @@ def text_weight(text: str) -> int:
 
 class CutText(str):
     """A long string without spaces of which only the beginning was read; `size` is its length."""
-    size = 0
 
-    @classmethod
-    def of(cls, text: str, size: int) -> "CutText":
-        found = cls(text)
+    def __new__(cls, text: str, size: int) -> "CutText":
+        found = super().__new__(cls, text)
         found.size = size
         return found
 
@@ -2935,48 +2933,6 @@ class Usage(NamedTuple):
             return self
         *sums, _, hour_write = map(sum, zip(*[one[:7] for one in (self, *self.others)]))
         return Usage(*sums, self.estimated, hour_write, self.model, self.tiers, self.picodollars)
-
-
-class Billable:
-    """What a cost depends on before the call is made: `models` are all that may serve it, and
-    `length` is what `prompt_length` has returned, once it was asked."""
-    __slots__ = ()
-    upstream_model: str
-    models: Tuple[str, ...]
-    length: Optional[Tuple[int, List[int], int]] = None
-
-    def prompt_length(self) -> Tuple[int, List[int], int]:
-        """Returns the weight of the prompt's text, and of that in each image and the like, and what
-        kind of text it is."""
-        raise NotImplementedError
-
-    def output_limit(self) -> Tuple[Optional[int], int]:
-        """Returns the most tokens of one output, None where the call does not limit them, and how
-        many outputs it asks for."""
-        raise NotImplementedError
-
-    def tiers(self) -> Tuple[str, ...]:
-        """Returns how it asks to be served."""
-        raise NotImplementedError
-
-
-class UsageSource:
-    """What a cost depends on once the response has ended."""
-    ended = False  # the response's own last event has passed, whatever came then
-    model: Optional[str] = None  # the one that served, where the response says so,
-    tier: Optional[str] = None   # and how
-
-    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
-        """Returns the usage that was reported, if any, and whether nothing is missing from it."""
-        raise NotImplementedError
-
-    def most_characters(self) -> float:
-        """Returns about how many characters of text can have passed, without a look at them."""
-        raise NotImplementedError
-
-    def output_characters(self) -> int:
-        """Returns the weight of the text that passed."""
-        raise NotImplementedError
 
 
 # List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
@@ -3095,10 +3051,11 @@ class Prices:
                  unpriced: Union[str, Price] = "refuse"):
         """`unpriced` is the price of models that have none, or whether to `allow` them where money
         is counted."""
-        usual = usual_prices()
-        self.usual = {self.fold(name): price for name, price in usual.items()}
-        self.own = {name.casefold(): self.with_usual_tiers(name, price)
-                    for name, price in (own or {}).items()}
+        self.usual = {self.fold(name): price for name, price in usual_prices().items()}
+        self.own = {}
+        for name, price in (own or {}).items():
+            usual = self.usual.get(self.fold(name), price)
+            self.own[name.casefold()] = price._replace(tiers={**usual.tiers, **price.tiers})
         self.globs = [name for name in self.own if WILDCARD.search(name)]
         # Of several spellings the shortest counts, which has no date, and of these the last.
         self.folded = {self.fold(name): self.own[name]
@@ -3113,10 +3070,6 @@ class Prices:
         """Folds the name of a model; what is free, or tuned by a caller, has a price of its own."""
         name = name.casefold()
         return "ft:" * name.startswith("ft:") + fold_model(name) + ":free" * name.endswith(":free")
-
-    def with_usual_tiers(self, name, price):
-        usual = self.usual.get(self.fold(name))
-        return price._replace(tiers={**usual.tiers, **price.tiers}) if usual else price
 
     def find_price(self, model):
         name = model.casefold()
@@ -3135,9 +3088,9 @@ class Prices:
         if price is None or price is self.default:
             price = self.find(asked)
         # Google says ON_DEMAND_FLEX for flex; some say one twice.
-        names = sorted({name.casefold().removeprefix("on_demand_") for name in tiers},
-                       key=lambda name: not isinstance(price and price.tiers.get(name), Price))
-        for name in names:  # those with prices of their own before factors
+        names = {name.casefold().removeprefix("on_demand_") for name in tiers}
+        for name in sorted(names, key=lambda name: not isinstance(  # their own before factors
+                price and price.tiers.get(name), Price)):
             price = price and price.in_tier(name)
         return price
 
@@ -3279,7 +3232,7 @@ class CostEstimator:
     def habits(self, call):
         return self.models.get(self.model_key(call), self.unknown)
 
-    def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
+    def estimate(self, call: "Call", caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
@@ -3330,7 +3283,7 @@ class CostEstimator:
         prompt, output = used[:2]
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
-    def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
+    def usage(self, call: "Call", caller: CallerKey, source: Optional["UsageReader"], whole: bool,
               held: int) -> Usage:
         """Returns what the call used: as reported, else estimated from its prompt and the text that
         came, and the share of it that its model hides. A response that is not `whole` may have
@@ -3501,7 +3454,7 @@ def cut_text(value, sizes):
     if type(value) is list:
         return [cut_text(one, sizes) for one in value]
     size = sizes.get(value[32:]) if type(value) is str else None
-    return value if size is None else CutText.of(value, size)
+    return value if size is None else CutText(value, size)
 
 
 def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
@@ -3984,7 +3937,7 @@ class StoredPath(NamedTuple):
     is_listed: bool
 
 
-class Call(Billable):
+class Call:
     """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
     is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
     the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
@@ -4117,6 +4070,8 @@ class Call(Billable):
         return found
 
     def prompt_length(self) -> Tuple[int, List[int], int]:
+        """Returns the weight of the prompt's text, and of that in each image and the like, and what
+        kind of text it is."""
         if self.length is None:
             payload = self.payload
             if self.json_body and not self.json_body.cuts and PLAIN_CHAT.issuperset(payload):
@@ -4131,8 +4086,9 @@ class Call(Billable):
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
-        """Returns the largest limit that any server takes for one; null counts as unsaid, as at
-        OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
+        """Returns the most tokens of one output, None where the call does not limit them, and how
+        many outputs it asks for: one for each answer and prompt. The largest limit counts that any
+        server takes for one; null is unsaid, as at OpenAI, and -1 none, as at llama.cpp."""
         if self.limit is None:
             most = self.payload.get("max_tokens")
             if self.endpoint == "chat" and UNUSUAL_NUMBERS.isdisjoint(self.payload) and (
@@ -4150,8 +4106,8 @@ class Call(Billable):
             elif value > outputs:
                 outputs = value
         most = max(limits, default=None)
-        if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
-            most = sum(limits)
+        if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
+            most = sum(limits)  # it may be a batch of calls, or have no output
         prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
         for name in prompts.intersection(self.payload):
             many = self.payload[name]
@@ -4160,6 +4116,7 @@ class Call(Billable):
         return most if most != math.inf else None, outputs
 
     def tiers(self) -> Tuple[str, ...]:
+        """Returns how it asks to be served."""
         return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
 
     def holders(self):
@@ -4477,10 +4434,8 @@ MADE_IN = """response interaction conversation container file output content ann
 def may_refer(data):
     """Returns whether JSON may name something stored: by one of these words, or where an escape may
     spell one. Quotes in texts, which begin no word, would each be looked at."""
-    if data.find(b"\\u") >= 0:
-        return True
     plain = data.replace(b'\\"', b"")
-    return REFERENCE.search(plain) is not None or ID_ALONE.search(plain) is not None
+    return data.find(b"\\u") >= 0 or bool(REFERENCE.search(plain) or ID_ALONE.search(plain))
 
 
 def says_of_things(part):
@@ -4553,12 +4508,14 @@ def fault_status(*values):
     return 429 if ACCOUNTS_FAULT.search(words) else 400 if CALLERS_FAULT.search(words) else 502
 
 
-def is_fault(part):
-    """Returns whether a response, an event or a part of one says that it is an error."""
+def fault_in(part, payload):
+    """Returns the status of the error that a part of a payload is, 0 where it is none."""
+    error = part.get("error") or part.get("errors")
     code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
-    return bool(
-        code or part.get("error") or part.get("errors") or part.get("success") is False
-        or any([FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]))
+    if error or code or part.get("success") is False or any(
+            [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
+        return fault_status(*as_list(error)[:1], part, payload.get("error"))
+    return 0
 
 
 def is_name(value):
@@ -4567,10 +4524,11 @@ def is_name(value):
 
 
 def read_money(value):
-    """Returns an amount of money, which some spell as text; None where a value is none."""
+    """Returns the amount of money that a value is, which some spell as text, in a list, which is
+    empty where it is none."""
     if type(value) is str and AMOUNT.fullmatch(value):
         value = float(value)
-    return value if type(value) in NUMBERS and 0 <= value < MAX_COST else None
+    return [value] if type(value) in NUMBERS and 0 <= value < MAX_COST else []
 
 
 def with_iterations(told, parts):
@@ -4660,7 +4618,8 @@ class Dialect:
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
         meta_info meta tokens billed_units metrics details
-        amazon-bedrock-invocationMetrics""".split()
+        inlinedResponses amazon-bedrock-invocationMetrics""".split()
+    ANSWERS = ("results", "inlinedResponses")  # each to a prompt of its own
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
@@ -4757,8 +4716,8 @@ class Dialect:
         names = []
         lists = {key: self.renamed(payload[key], rename, names)
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
-        same = all([lists[key] == payload[key] for key in lists])
-        return payload if same else {**payload, **lists}, self.few(names)
+        changed = {**payload, **lists}
+        return payload if changed == payload else changed, self.few(names)
 
     def few(self, names):
         """Returns each of these names once. Raises BadRequest for too many."""
@@ -4776,10 +4735,8 @@ class Dialect:
             return names[-1]
         if type(one) is not dict or self.ROW_KEYS.isdisjoint(one):
             return one
-        found = {key: one[key] for key in one.keys() - self.ROW_KEYS}
-        for key in self.ROW_KEYS.intersection(one if rename else ()):
-            found[key] = self.renamed(one[key], rename, names)
-        return found
+        return {key: self.renamed(value, rename, names) if key in self.ROW_KEYS else value
+                for key, value in one.items() if rename or key not in self.ROW_KEYS}
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -4860,28 +4817,26 @@ class Dialect:
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
         counts = self.counts_in(payload)
-        final = self.is_finished(payload) or None
         if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
-            final = False  # what it tells of the output is no count
-        elif not final and not payload.get(self.REASON[0]) and self.found([counts])["output"]:
-            final = True  # some tell of the prompt first
-        return counts, final
+            return counts, False  # what it tells of the output is no count
+        return counts, self.is_finished(payload) or bool(  # some tell of the prompt first
+            not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
 
     def parts(self, payload):
-        """Returns the objects in a response or an event in which usage and the like may stand, as
-        pairs of a key and what stands there."""
-        return [(name, [part for part in as_list(payload[name])[:1000] if type(part) is dict])
-                for name in self.USAGE_HOLDERS if payload.get(name)]
+        """Returns the objects in a response or an event in which usage and the like may stand, by
+        the key at which they do."""
+        return {name: [part for part in as_list(payload[name])[:1000] if type(part) is dict]
+                for name in self.USAGE_HOLDERS if payload.get(name)}
 
     def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for name, parts in self.parts(payload):
-                join = operator.add if name == "results" else max  # each is an answer of its own
-                found = functools.reduce(lambda one, other: merged(one, other, join),
-                                         map(self.counts_in, parts), found)
+            for name, parts in self.parts(payload).items():
+                join = operator.add if name in self.ANSWERS else max
+                for part in parts:
+                    found = merged(found, self.counts_in(part), join)
         if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -4894,10 +4849,9 @@ class Dialect:
         if is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
-        for _, parts in self.parts(payload):
-            for part in parts:
-                if self.SERVED in part:
-                    return self.served(part)
+        for part in itertools.chain(*self.parts(payload).values()):
+            if self.SERVED in part:
+                return self.served(part)
         return None, None
 
     def is_finished(self, payload):
@@ -4925,10 +4879,10 @@ class Dialect:
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none: one of several answers may have gone well."""
-        for _, parts in (*self.parts(payload), ("", [payload])):
-            if parts and all(map(is_fault, parts)):
-                error = parts[0].get("error") or parts[0].get("errors")
-                return fault_status(*as_list(error)[:1], parts[0], payload.get("error"))
+        for parts in (*self.parts(payload).values(), [payload]):
+            faults = [fault_in(part, payload) for part in parts]
+            if faults and all(faults):
+                return faults[0]
         return 0
 
     def usual_usage(self, data, model):
@@ -5010,14 +4964,12 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [(read_money(part[name]), unit) for part in parts
-                for name, unit in self.MONEY.items() if name in part]
-        told = [amount * unit for amount, unit in told if amount is not None]
-        if not told:
-            return None
-        own = read_money(dig(parts[0], "cost_details", "upstream_inference_cost"))
-        byok = own or 0 if parts[0].get("is_byok") is True else 0  # OpenRouter, by one's own key
-        return min(MAX_COST, round(max(told) + byok * PICODOLLARS))
+        told = [unit * amount for part in parts for name, unit in self.MONEY.items()
+                for amount in read_money(part.get(name))]
+        if told and parts[0].get("is_byok") is True:  # OpenRouter, by one's own key
+            own = read_money(dig(parts[0], "cost_details", "upstream_inference_cost"))
+            told = [max(told) + PICODOLLARS * sum(own)]
+        return min(MAX_COST, round(max(told))) if told else None
 
     def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
@@ -5495,7 +5447,8 @@ class Gemini(Google):
 
     def parts(self, payload):
         """A stream without events is an array, of which the last object tells all."""
-        return [(name, parts[-1:]) for name, parts in super().parts(payload)]
+        found = super().parts(payload)
+        return {**found, "results": found.get("results", [])[-1:]}
 
     def number(self, one, place):
         """The parts of an event go on where those of the one before ended, of thoughts and of
@@ -5551,10 +5504,6 @@ class Interactions(Google):
     BLOCK_END = re.compile(r"\.stop$")
     LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
     REPLY_PARTS = INTERACTION_PARTS
-
-    def usage_counts(self, payload):
-        """Takes those of the whole interaction, which its last event has."""
-        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
 
 OLLAMA_PARTS = {
@@ -5622,9 +5571,7 @@ NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no ass
 
 def content_never_null(payload):
     """Returns a payload for upstreams that refuse "content": null beside tool calls."""
-    messages = payload.get("messages")
-    if not isinstance(messages, list):
-        return payload
+    messages = as_list(payload.get("messages"))
     fixed = [
         {**one, "content": ""} if dig(one, "tool_calls") and one.get("content") is None else one
         for one in messages]
@@ -5790,7 +5737,8 @@ class Dialects:
             call.body = await read_body()
             model = self.read_payload(call)
         elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
-            model = self.read_model_path(call)
+            place, _, model = call.path.rpartition("/")
+            call.path = "%s/%s" % (place, urllib.parse.quote(self.resolve(model), safe="@"))
         if isinstance(model, str):
             if len(model) > self.MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
@@ -5800,13 +5748,6 @@ class Dialects:
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
         return self.aliases.get(model, model)
-
-    def read_model_path(self, call):
-        """Reads the path of one of the models; returns which."""
-        model = call.path.rpartition("/")[2]
-        call.path = call.path[:-len(model)] + urllib.parse.quote(
-            self.resolve(model), safe="@")
-        return model
 
     @staticmethod
     def stored_at(method, path):
@@ -5890,16 +5831,10 @@ def end_of_strings(data):
 
 
 class Edit:
-    """A change of a stream, made in its whole events."""
+    """A change of a stream, made in its whole events: `find` returns where in some bytes there may
+    be something to change, their end where there is nothing, and `apply` what goes on for an event.
+    """
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
-
-    def find(self, data: bytes) -> int:
-        """Returns where there may be something to change, the end where there is nothing."""
-        raise NotImplementedError
-
-    def apply(self, event: bytes) -> bytes:
-        """Returns what goes on for an event."""
-        raise NotImplementedError
 
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
@@ -6015,7 +5950,7 @@ class Editor:
             event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
 
-class UsageReader(UsageSource):
+class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
     caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
@@ -6030,6 +5965,8 @@ class UsageReader(UsageSource):
     characters = 0
     compact_above = MAX_KEPT
     usual: Optional[Usage] = None  # by usual_usage
+    model: Optional[str] = None  # the one that served, where the response says so,
+    tier: Optional[str] = None   # and how
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
