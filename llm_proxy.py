@@ -4057,9 +4057,8 @@ class Call:
         is_chat = self.endpoint == "chat"
         meant = REFERENCES - CONVERSATIONS if is_chat else REFERENCES
         for part in objects_in(self.payload, says_of_things):
-            if not meant.isdisjoint(part):
-                for key in meant.intersection(part):
-                    found += names_of_things(part[key], key)
+            for key in meant.intersection(part):
+                found += names_of_things(part[key], key)
             kind = part.get("type")
             if kind in ALL_STORED and "source" not in part and self.stored and (
                     self.stored.collection.lower() == "evals"):
@@ -4244,22 +4243,16 @@ def chat_length(messages):
     return text_weight(text), [], kind_of_text(max(contents, key=len)) if contents else 0
 
 
-def is_media(part):
-    """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
-    may be plain text."""
-    kind = part.get("type")
-    return not MEDIA_KEYS.isdisjoint(part) or (
-        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part
-        and dig(part, "source", "type") not in ("text", "content"))
-
-
 def media_texts(part):
-    """Returns what is text in an image and the like; None where a part is none. So is the data of
-    a file that says it is text."""
-    if not is_media(part):
+    """Returns what is text in a part of a prompt that is an image or the like, in any API, and so
+    is the data of a file that says it is text; None where it is none, as Anthropic's documents of
+    plain text."""
+    if MEDIA_KEYS.isdisjoint(part) and (
+            "role" in part or str(part.get("type")) not in MEDIA_TYPES
+            or dig(part, "source", "type") in ("text", "content")):
         return None
-    texts, data = [key for key in part if key not in PLAIN_KEYS], []
-    pairs = list(part.items())
+    texts, data = [], []
+    pairs = [("", part)]
     for key, value in pairs:  # the list grows meanwhile
         if isinstance(value, str):
             (data if key in DATA_KEYS and " " not in value else texts).append(value)
@@ -4267,8 +4260,8 @@ def media_texts(part):
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
-            texts += [key for key in value if key not in PLAIN_KEYS]
-    if any([IS_TEXT.match(text) for text in texts + data]):
+            texts += value.keys() - PLAIN_KEYS
+    if any(map(IS_TEXT.match, texts + data)):
         texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
 
