@@ -2653,6 +2653,7 @@ class UsageTest(ProxyCase):
             {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
             {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
             {"inlineData": {"mimeType": "text/plain", "data": DATA}} -> 2004
+            {"inlineData": {"mimeType": "application/json", "data": DATA}} -> 2006
             {"type": "input_file", "file_data": CSV} -> 25009
             {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
         row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
@@ -3792,12 +3793,19 @@ class UsageReaderTest(ProxyCase):
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
 
     def test_answers_in_an_array_are_billed_together(self):
-        ones = ('{"meta_info":{"prompt_tokens":5,"completion_tokens":2}}',
-                '{"tokens_evaluated":5,"tokens_predicted":2}',
-                '{"usage":{"prompt_tokens":5,"completion_tokens":2}}')
-        for one in self.each(ones):
-            self.hear(("[%s,%s]" % (one, one)).encode(), streamed=False)
+        for endpoint, one, whole in self.each((
+                ("chat", '{"meta_info":{"prompt_tokens":5,"completion_tokens":2}}', "[%s,%s]"),
+                ("chat", '{"tokens_evaluated":5,"tokens_predicted":2}', "[%s,%s]"),
+                ("chat", '{"usage":{"prompt_tokens":5,"completion_tokens":2}}', "[%s,%s]"),
+                ("generate", '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}',
+                 '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}'))):
+            self.hear((whole % (one, one)).encode(), streamed=False, endpoint=endpoint)
             self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(10, 4), True))
+
+    def test_usage_of_the_prompt_alone_is_no_final_count_though_it_comes_first(self):
+        told = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 0}}
+        self.hear(events(told, delta("word " * 9), LAST_DELTA, "[DONE]"))
+        self.assertFalse(self.reader.reported_usage(True)[1])
 
     def test_usage_is_found_wherever_a_response_has_it_and_not_in_what_a_caller_wrote(self):
         for told in self.each(self.ODD_PLACES):
@@ -11166,6 +11174,19 @@ class SettlingTest(LedgerCase):
                 "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
             self.ask(request("GET", poll))
             self.assertEqual(self.left(), 975)
+
+    def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
+        self.start(says_json({"id": "resp_1"}))
+        self.ask(request("POST", "/v1/responses", b'{"background": true}'))
+        for path in self.each(("/v1/responses/resp_1/", "/v1//responses/resp_1")):
+            self.assert_status(404, request("GET", path))
+
+    def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
+        path = "/v1beta/models/m:batchGenerateContent"
+        for target, least in self.each(((path, 256), ("/v1/score", 0))):
+            self.start(says_json({"name": "batches/b1"}))
+            self.ask(request("POST", target, b'{"x": 1}'))
+            self.assertEqual(1000 - self.left(), least)
 
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
