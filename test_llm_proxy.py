@@ -3701,7 +3701,7 @@ class UsageReaderTest(ProxyCase):
             found = []
             for short in (usage, None):
                 reader = self.new_reader(streamed=False)
-                reader.asked = "m"
+                reader.call.upstream_model = "m"
                 reader.feed(data)
                 with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
                     found.append((reader.reported_usage(True), reader.fault))
@@ -5814,11 +5814,11 @@ class FramingTest(ProxyCase):
         passage, until_close = llm_proxy.BodyAdapter, llm_proxy.UntilClose
         chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
         for framing, style, data, expected in self.each([
-                (llm_proxy.Chunked(), passage.AS_IS, chunks, chunks),
-                (llm_proxy.Chunked(), passage.PLAIN, chunks, b"hello!"),
-                (llm_proxy.Sized(6), passage.AS_IS, b"hello!", b"hello!"),
-                (until_close(), passage.AS_IS, b"hello!", b"hello!"),
-                (until_close(), passage.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
+                (llm_proxy.Chunked(), llm_proxy.AS_IS, chunks, chunks),
+                (llm_proxy.Chunked(), llm_proxy.PLAIN, chunks, b"hello!"),
+                (llm_proxy.Sized(6), llm_proxy.AS_IS, b"hello!", b"hello!"),
+                (until_close(), llm_proxy.AS_IS, b"hello!", b"hello!"),
+                (until_close(), llm_proxy.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
             one = passage(framing, style)
             found = one.feed(data)
             if not framing.ended:
@@ -8276,7 +8276,7 @@ redacted      None"""))
     def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
         self.start()
         log, client = self.proxy.books.log, self.connect()
-        log.ROOM = 10
+        log.room = 10
         with self.held_up(self.lines, "write") as blocked:
             client.exchange(call())
             self.assertTrue(blocked.wait(PATIENCE))
@@ -8524,7 +8524,7 @@ class LedgerTest(LedgerCase):
     def test_a_full_queue_drops_and_counts_and_holds_up_nobody(self):
         self.start()
         ledger = self.proxy.books.ledger
-        ledger.ROOM = 3
+        ledger.room = 3
         with self.held_up(ledger, "write_queued") as blocked:
             self.assertTrue(blocked.wait(PATIENCE))
             began = time.monotonic()
@@ -8585,7 +8585,7 @@ class LedgerTest(LedgerCase):
             self.ask(call("k"))
             self.wait_for_rows(1)
             ledger, client = self.proxy.books.ledger, self.connect()
-            ledger.ROOM = 20
+            ledger.room = 20
             with self.full_disk(folder):
                 for _ in range(60):
                     self.assertEqual(client.exchange(call("k")).status, 200)
@@ -9678,7 +9678,7 @@ class TracesTest(SignalsCase):
 
     def test_a_collector_that_is_away_holds_up_nothing_and_its_address_is_not_told(self):
         self.start_traced(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1/secret-path")
-        self.proxy.traces.poster.ROOM = 3
+        self.proxy.traces.poster.room = 3
         client = self.connect()
         for _ in range(10):
             self.assertEqual(client.exchange(call("sk-1")).status, 200)
