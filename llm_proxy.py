@@ -3987,6 +3987,7 @@ class StoredPath(NamedTuple):
 
 
 LARGE_BODY = 8192  # bytes from which reading a body takes its time, and its payload much room
+MAX_MODEL = 256    # characters of a model's name
 
 
 class Call(Billable):
@@ -4195,6 +4196,11 @@ class Call(Billable):
         """Returns whether a call with a body holds or continues what cannot be read in it, or has
         an answer that outlives it."""
         return not self.json_body or self.runs_in_background() or bool(self.references())
+
+    def drop(self):
+        """Drops what is not needed any more when it has ended."""
+        self.payload = self.body = self.upstream_body = self.put_model = None
+        self.json_body = self.masked = self.masks = None
 
     def forget(self):
         """Drops what is large of the payload, once it is known what the call asks for: it takes 40
@@ -5668,8 +5674,6 @@ class Dialects:
     """Finds the dialect and the endpoint of a request, and reads it. What any upstream could take
     for a metered endpoint is that endpoint, under its plain name; what cannot be named plainly is
     refused."""
-    MAX_MODEL = 256
-
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
                  admin_paths: bool, max_text: int):
         """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
@@ -5756,7 +5760,7 @@ class Dialects:
         elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
         if isinstance(model, str):
-            if len(model) > self.MAX_MODEL:
+            if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.aliases.get(model, model)
@@ -9585,6 +9589,8 @@ class Entry:
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
+    all_ms = 0          # when it has ended, milliseconds, and
+    first_ms = None     # those to the first byte, where there was one
     trace: Optional["Trace"] = None        # where traces are wanted,
     reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
@@ -9609,22 +9615,24 @@ class Entry:
         """Notes the end, and drops what is large and not needed any more."""
         self.ended = clock.monotonic()
         self.wall = clock.time_ns()
-        if self.started is None:
-            self.started = self.ended  # no head ever came
+        started = self.started
+        if started is None:
+            self.started = started = self.ended  # no head ever came
+        self.all_ms = int((self.ended - started) * 1000)
+        if self.first_byte is not None:
+            self.first_ms = int((self.first_byte - started) * 1000)
         self.reader = self.context = self.ticket = None
         call = self.call
         if call:
-            call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = call.masked = call.masks = None
+            call.on_made = None  # which has the entry
+            if call.large or call.made or call.masks:
+                call.drop()
         return self
-
-    def milliseconds(self, until):
-        return None if until is None else int((until - self.started) * 1000)
 
     @property
     def redacted(self):
         """How much was found that must not leave, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.found.items()]) if self.found else None
+        return ",".join(["%s=%d" % row for row in self.found.items()])
 
     def as_row(self) -> Tuple:
         """Returns what the ledger keeps, by COLUMNS; usage is 0 where there was no answer."""
@@ -9644,9 +9652,9 @@ class Entry:
             self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
-            self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
+            self.first_ms, self.all_ms, self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.redacted)
+            self.connect_ms, self.found and self.redacted)
 
     def as_fields(self) -> JsonObject:
         """Returns the row by the names of its columns."""
@@ -9698,7 +9706,7 @@ class Entry:
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
         call, usage, caller = self.call, self.usage, self.caller
-        first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
+        first = "-" if self.first_byte is None else f"{self.first_ms}ms"
         cost, left = self.charged("-")
         used = usd = remarks = ""
         if usage:
@@ -9714,7 +9722,7 @@ class Entry:
             f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
-            f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
+            f"all={self.all_ms}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
             f"id={self.request_id or '-'}{remarks}")
 
@@ -9813,10 +9821,9 @@ class Log(Writer):
         self.say(traceback.format_exc().rstrip())
 
     def kept(self, item):
-        return item if type(item) is str else self.format(item)
-
-    def format(self, entry):
-        return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
+        if type(item) is str:
+            return item
+        return json.dumps(item.as_dict()) if self.as_json else item.as_text()
 
     def write_queued(self):
         while self.queue:
@@ -9862,8 +9869,8 @@ class UsageLog(Log):
         file = 1 if path == "-" else path
         super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
-    def format(self, entry):
-        return json.dumps(entry.as_fields())
+    def kept(self, item):
+        return json.dumps(item.as_fields())
 
     def reopen(self):
         """Has the next lines go to a new file, where somebody has moved the old one."""
@@ -14351,12 +14358,13 @@ class Reply:
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        streamed, encoding, may_tell_usage = self.kind_of(response.head)
+        head = response.head
+        streamed, encoding, may_tell_usage = self.kind_of(head)
         response.streamed = streamed
         if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        reader = self.unmasking(response.head) if call.masks else self.entry.reader
+        reader = self.unmasking(head) if call.masks else self.entry.reader
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
