@@ -3247,12 +3247,14 @@ def clamp(value, bounds):
     return min(bounds[1], max(bounds[0], value))
 
 
+LEARN_ALL = 8       # learned is from so many first calls of a caller to a model, and then from
+LEARN_SHARE = 0.05  # this share: counting takes time
+
+
 class CostEstimator:
     """What calls cost, by unit: estimated before, known after. An estimate counts characters; how
     many of them make a token, and how much a model says, is learned from calls that report their
     usage."""
-    LEARN_ALL = 8       # of a caller's first calls to a model, and then
-    LEARN_SHARE = 0.05  # of its calls: counting takes time
     NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
@@ -3346,7 +3348,7 @@ class CostEstimator:
                 own = self.habits(call).of(caller)
                 return reported._replace(input=self.estimated_input(call, own))
             # Where no rule counts tokens, what is learned is for the books alone.
-            if self.needs_estimate or random.random() < self.LEARN_SHARE:
+            if self.needs_estimate or random.random() < LEARN_SHARE:
                 self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -3386,7 +3388,7 @@ class CostEstimator:
             limit, outputs = call.output_limit()
             if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
-        if calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+        if calls <= LEARN_ALL or random.random() < LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
@@ -4020,7 +4022,8 @@ class Call(Billable):
         self.path = path
         self.query = query
         self.payload: JsonObject = {}
-        self.large = False      # whether its body is
+        self.large = False      # whether its body is,
+        self.is_plain = False   # and whether it asks for nothing but an answer to messages
         self.forgotten = False  # what is large of it
         self.length = None      # until it is asked for
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
@@ -4045,6 +4048,9 @@ class Call(Billable):
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         self.models = (model,)
+        if self.is_plain and model == self.model == self.payload.get("model") and not (
+                rewrite or self.masked):
+            return  # as nearly always
         payload = self.masked or self.payload
         self.masked = None
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
@@ -4121,7 +4127,7 @@ class Call(Billable):
     def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
-            if self.json_body and not self.json_body.cuts and PLAIN_CHAT.issuperset(payload):
+            if self.is_plain and not self.json_body.cuts:
                 self.length = chat_length(payload.get("messages"))
                 if self.length:  # as nearly always
                     return self.length
@@ -5825,7 +5831,9 @@ class Dialects:
         if len(body.short) > self.max_text:
             raise TextTooLarge()
         call.payload = payload = body.parse()
-        if not USUAL_KEYS.issuperset(payload):
+        if PLAIN_CHAT.issuperset(payload):
+            call.is_plain = call.endpoint == "chat"
+        elif not USUAL_KEYS.issuperset(payload):
             others = payload.keys() - READ_KEYS
             for key in READ_KEYS.intersection(map(str.casefold, others)):
                 raise BadRequest("The key %s must be spelled in lower case" % key)
@@ -7531,6 +7539,7 @@ class Context:
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
     on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
+    id_begin = ""        # of its requests
     # Which model is asked for whom, where it is of interest how such calls fare
     subject: Optional[Tuple[str, CallerKey]] = None
 
@@ -9654,7 +9663,7 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.first_ms, self.all_ms, self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.found and self.redacted)
+            self.connect_ms, self.redacted if self.found else None)
 
     def as_fields(self) -> JsonObject:
         """Returns the row by the names of its columns."""
@@ -14421,7 +14430,7 @@ class Reply:
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
         framing, events, style = response.framing, None, AS_IS
-        editor = reader.editor if isinstance(reader, UsageReader) else reader
+        editor = reader.editor if type(reader) is UsageReader else reader
         drops = editor is not None and not framing.ended
         if has_events:
             if self.early or self.comment_seconds() < math.inf:
@@ -14689,7 +14698,7 @@ class Reply:
         entry, hold = self.entry, self.entry.hold
         entry.status = status
         if entry.request_id is None:
-            entry.request_id = new_request_id()
+            entry.request_id = f"{self.context.id_begin}{random.getrandbits(48):012x}"
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
@@ -15149,7 +15158,9 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        held = 0
+        if entry.gave_up or ending != "ok" and ending == CallerGone.outcome:
+            held = hold.output_tokens
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
@@ -17331,6 +17342,8 @@ class ClientConnection:
         self.client = Stream(self.loop, sock)
         self.context = Context(self.loop)
         self.context.on_connect = self.on_connect
+        # A whole id for each request would cost a microsecond.
+        self.context.id_begin = new_request_id()[:-12]
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
