@@ -1709,7 +1709,7 @@ class QueueRefused(Refusal):
     """The queue before the upstream is too long, or did not move in time."""
     status = 503
     nothing_sent = True
-    message = "The upstream is busy and the line before it is long, try again in a moment"
+    message = "The upstream is busy and the queue before it is long, try again in a moment"
 
     def __init__(self, cause: str):
         super().__init__(cause=cause, fields={
@@ -18446,7 +18446,7 @@ def settings_help():
         rows += ["", group + ":"]
         for setting in settings:
             default = " [%s]" % setting.default if setting.default else ""
-            rows.append("  %-24s %s%s" % (setting.name, setting.sentence, default))
+            rows.append("  %-29s %s%s" % (setting.name, setting.sentence, default))
     return "\n".join(rows)
 
 
@@ -18473,7 +18473,7 @@ def check(config):
     ask_for_stored_keys(config)
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
-        print("%-24s %s" % (name, visible(line)))
+        print("%-29s %s" % (name, visible(line)))
     for line in greeting(config)[1:]:
         print(line)
     faults = [*port_faults(config), *database_faults(config)]
@@ -18578,7 +18578,7 @@ DEMO_HINT = (
     "try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked"
     " for):\n"
     "  curl -N %s://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-    """    -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"""
+    """    -d '{"model":"demo","messages":[{"role":"user","content":"hello"}],"""
     """"stream":true}'""")
 
 
