@@ -318,6 +318,11 @@ class Client:
         """Send one request and read its answer."""
         return self.send(data).read(method)
 
+    def answers(self, status, data=b""):
+        """Send what there is to be sent; the answer must have this status."""
+        found = self.exchange(data).status
+        assert found == status, found
+
     def is_readable(self):
         """Returns whether bytes have come, or the end of the connection."""
         poll = select.poll()
@@ -474,6 +479,10 @@ class Stub:
     def calls(self):
         return len(self.requests)
 
+    @property
+    def last(self):
+        return self.requests[-1]
+
     def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
@@ -620,7 +629,7 @@ class TableCase(unittest.TestCase):
         current.clear()
 
     def patch_seconds(self, **seconds):
-        """Shrink deadlines, `Class_NAME=seconds`, for this test."""
+        """Set deadlines and other constants, `Class_NAME=value`, for this test."""
         for name, value in seconds.items():
             owner, _, constant = name.partition("_")
             patch = mock.patch.object(getattr(llm_proxy, owner), constant, value)
@@ -790,7 +799,7 @@ class ProxyCase(TableCase):
         self.addCleanup(client.reset)
         return client
 
-    def ask(self, data, method=None):
+    def ask(self, data=call(), method=None):
         """Send one request on a connection of its own; returns the Answered."""
         client = self.connect()
         answered = client.exchange(data, method or data.split(b" ", 1)[0].decode("latin-1"))
@@ -812,7 +821,7 @@ class ProxyCase(TableCase):
             self.assertEqual(answered.error()["type"], error)
         return answered
 
-    def ask_stub(self, data):
+    def ask_stub(self, data=call()):
         """Send a request whose answer the test sends itself; returns (Client, Asked)."""
         client = self.connect().send(data)
         return client, self.stub.next()
@@ -859,6 +868,17 @@ class ProxyCase(TableCase):
     def left(self, key=None):
         """What is left in a caller's bucket, by /health."""
         return self.ask(request("GET", "/health", key=key)).json()["quota"]["remaining"]
+
+    def assert_calls(self, calls):
+        """So many calls came to the Stub."""
+        self.assertEqual(self.stub.calls, calls)
+
+    def close_books(self):
+        """Has all written that is queued."""
+        self.proxy.books.close(PATIENCE)
+
+    def outcome(self):
+        return self.entry()["outcome"]
 
     def assert_spent(self, calls, left):
         """So many calls came to the Stub, and so much is left in the caller's bucket."""
@@ -1598,11 +1618,11 @@ class CallersTest(ProxyCase):
         self.start()
         answered = self.assert_status(400, call("a", "X-Api-Key: b"))
         self.assertEqual(answered.error()["type"], "invalid_request_error")
-        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
 
     def test_without_a_credential_the_address_is_the_caller_and_no_bearer_can_be_it(self):
         self.start(MAX_TOKENS=5)
-        self.ask(call())
+        self.ask()
         self.assertEqual((self.left(), self.left("k"), self.left("127.0.0.1")), (4, 5, 5))
         self.assertEqual(self.entry()["caller"], "127.0.0.1")
         self.ask(call("127.0.0.1"))
@@ -1643,7 +1663,7 @@ class CallersTest(ProxyCase):
         rows = [("GET", "/health", 200), ("HEAD", "/health", 200), ("OPTIONS", CHAT, 204)]
         for method, path, status in self.each(rows):
             self.assert_status(status, request(method, path))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_a_key_outside_ascii_is_unknown_and_no_error(self):
         self.start(PROXY_API_KEYS="alice=sk-1")
@@ -1702,7 +1722,7 @@ class TrustTest(ProxyCase):
             self.start(TRUSTED_PROXIES=trusted, CALLER_HEADER="X-User")
             for name in self.each(names):
                 self.assertEqual(self.identified(name + ": 192.0.2.1"), ("127.0.0.1", "127.0.0.1"))
-                self.assertIsNone(self.stub.requests[-1].get(name))
+                self.assertIsNone(self.stub.last.get(name))
 
     ADDRESSES = """
         X-Forwarded-For: 192.0.2.1 -> 192.0.2.1
@@ -2469,7 +2489,7 @@ class LimitsOverHttpTest(ProxyCase):
         calls = []
         for seconds in (0, 0, 0, 59, 1, 0, 600, 0, 0):
             clock.now += seconds
-            self.ask(call())
+            self.ask()
             calls.append(self.stub.calls)
         self.assertEqual(calls, [1, 2, 2, 2, 3, 3, 4, 5, 5])
 
@@ -2482,7 +2502,7 @@ class LimitsOverHttpTest(ProxyCase):
         }
         for number, (name, end) in enumerate(self.each(ends.items())):
             client, asked = self.begin(event(1))
-            answered = self.ask(call())
+            answered = self.ask()
             self.assertEqual((answered.status, answered.get("retry-after")), (429, "2"), name)
             self.assertIn("1 running already", answered.error()["message"])
             end(client, asked)
@@ -3117,12 +3137,12 @@ class JsonTest(ProxyCase):
                 % picture)):
             self.ask(request("POST", CHAT, text.encode()))
             there = text[::-1].replace('"tsaf"', '"laer"', 1)[::-1]
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual(asked.digest, hashlib.sha256(there.encode()).hexdigest())
         body = b' { "messages": [], "stream_options": {"a": [1]},"stream":true}'
         self.ask(request("POST", CHAT, body))
         body = body.replace(b'{"a": [1]}', b'{"a":[1],"include_usage":true}')
-        self.assertEqual(self.stub.requests[-1].body, body)
+        self.assertEqual(self.stub.last.body, body)
         answered = self.ask(request("POST", CHAT, b'{"\\u006dodel": "fast"}'))
         self.assertIn("model must be spelled plainly", answered.error()["message"])
 
@@ -3166,7 +3186,7 @@ class JsonTest(ProxyCase):
         for key in self.each(table):
             self.assert_status(400, call(**{key: 1}))
         self.assert_status(200, call(Temperature=1))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_a_model_has_at_most_256_characters(self):
         self.start()
@@ -3285,18 +3305,18 @@ class PathsTest(ManyCase):
     def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
         """Each is limited, in the assistant's words, or refused."""
         self.start(MAX_TOKENS=1)
-        self.ask(call())
+        self.ask()
         for path in self.each(self.SAME_ENDPOINT):
             answered = self.ask(request("POST", path, chat(prompt="x")))
             said = {200: b"limit reached", 400: b'"error"'}[answered.status]
             self.assertIn(said, answered.body)
-            self.assertEqual(self.stub.calls, 1)
+            self.assert_calls(1)
 
     def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
         self.start()
         for path, plain in self.each(self.PLAIN_NAMES):
             self.assert_status(200, request("POST", path, chat()))
-            self.assertEqual(self.stub.requests[-1].target, plain)
+            self.assertEqual(self.stub.last.target, plain)
         self.assertEqual(self.left(), 1000 - 7)
 
     def test_other_methods_and_paths_are_forwarded_as_they_are_and_cost_a_request_or_nothing(self):
@@ -3305,7 +3325,7 @@ class PathsTest(ManyCase):
         for cost, method, path in self.each(map(str.split, self.FORWARDED.strip().splitlines())):
             body = b"" if method in ("GET", "HEAD") else b"not json"
             self.assert_status(200, request(method, path, body))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual((asked.method, asked.target, asked.body), (method, path, body))
             left -= int(cost)
             self.assertEqual(self.left(), left)
@@ -3315,13 +3335,13 @@ class PathsTest(ManyCase):
 
     def test_what_is_unknown_gets_past_neither_an_empty_bucket_nor_a_full_queue(self):
         self.start(MAX_TOKENS=1)
-        self.ask(call())
+        self.ask()
         for method, path in self.rows(self.UNKNOWN):
             answered = self.ask(request(method, path, chat()))
             limited = answered.status == 429 or b"limit reached" in answered.body
             self.assertEqual((limited, self.stub.calls), (True, 1))
         self.start(None, MAX_CONCURRENCY=1, MAX_QUEUE=0)
-        _, running = self.ask_stub(call())
+        _, running = self.ask_stub()
         for method, path in self.rows(self.UNKNOWN):
             answered = self.ask(request(method, path, chat()))
             self.assertEqual((answered.status, self.stub.calls), (503, 1))
@@ -3370,7 +3390,7 @@ class PathsTest(ManyCase):
         self.ask(request("GET", CHAT, b"", "X-HTTP-Method-Override: POST"))
         self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
         self.assert_status(400, request("post", CHAT, chat()))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
 
 class FormsTest(ManyCase):
@@ -4215,7 +4235,7 @@ class DialectsTest(ProxyCase):
         for number, row in enumerate(self.each(self.SHOWN)):
             answered = self.ask_at(*row, key=None, model="m")
             self.assertEqual(answered.get("x-ratelimit-remaining"), str(9 - number))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertNotIn(b"sk-1", asked.head)
             self.assertNotIn("key", asked.target)
         self.assertEqual(self.stub.requests[4].target, CHAT + "?a=b&c=d")
@@ -4228,7 +4248,7 @@ class DialectsTest(ProxyCase):
         names = ("authorization", "x-api-key", "x-goog-api-key")
         for path, field, expected in self.each(self.SHOWN_UPSTREAM):
             self.ask_at(path, field, key=None)
-            fields = self.stub.requests[-1].fields
+            fields = self.stub.last.fields
             shown = ["%s: %s" % one for one in fields if one[0] in names]
             self.assertEqual(shown, [expected])
 
@@ -4238,7 +4258,7 @@ class DialectsTest(ProxyCase):
             self.ask_at(path, key=path, model="m")
             calls = self.stub.calls
             self.ask_at(path, key=path, model="m")
-            self.assertEqual(self.stub.calls, calls)
+            self.assert_calls(calls)
         for path in self.each(self.MISSPELLED.split()):
             self.assertEqual(self.ask_at(path).status, 400)
         for path in self.each(self.UNMETERED.split() * 3):
@@ -4249,11 +4269,11 @@ class DialectsTest(ProxyCase):
         for path in self.each("""/v1/responses /v1/messages /v1/embeddings /v1beta/interactions
                 /api/chat /v1/chat/completions/batch""".split()):
             self.ask_at(path, model="asked")
-            self.assertEqual(self.stub.requests[-1].json()["model"], "real")
+            self.assertEqual(self.stub.last.json()["model"], "real")
         for target in self.each(["/v1beta/models/%s:streamGenerateContent?alt=sse",
                                  "/openai/deployments/%s/chat/completions?api-version=1"]):
             self.ask_at(target % "asked")
-            self.assertEqual(self.stub.requests[-1].target, target % "real")
+            self.assertEqual(self.stub.last.target, target % "real")
 
     def test_a_path_and_a_payload_cannot_name_two_models(self):
         self.start(MODEL_ALIASES="fast=gpt-5")
@@ -4261,7 +4281,7 @@ class DialectsTest(ProxyCase):
                 ("/openai/deployments/%s/completions", "/OpenAI/Deployments/%s/completions"),
                 ("fast", "gpt-5"), ("gpt-5",))):
             self.ask_at(path % asked, model="other")
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual((asked.target, asked.json()), (path % served, {"model": served}))
 
     def test_estimates_know_each_api_s_maximum(self):
@@ -4274,7 +4294,7 @@ class DialectsTest(ProxyCase):
     def test_who_the_callers_user_is_does_not_go_upstream(self):
         self.start()
         self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
-        self.assertNotIn(b"example.org", self.stub.requests[-1].head)
+        self.assertNotIn(b"example.org", self.stub.last.head)
 
 
 class LimitReplyTest(ProxyCase):
@@ -4480,7 +4500,7 @@ class LimitReplyTest(ProxyCase):
 
     def start_empty(self, **settings):
         self.start(clock=Clock(), MAX_TOKENS=1, **settings)
-        self.ask(call())
+        self.ask()
 
     def events(self, answered):
         """[(the event's name or None, its data)] of a stream."""
@@ -5260,17 +5280,17 @@ class UnmaskingTest(ProxyCase):
 
     def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
         told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
-        with mock.patch.object(llm_proxy.Editor, "MAX_WHOLE", 40):
-            for step in self.each((23, 1, 41)):
-                found = self.unmask("chat", told.encode(), step, events=False)
-                self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
-                cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
-                found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
-                                    masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
-                self.assertEqual(json.loads(found), [
-                    4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
-                for large in (b"x" * 99, b"\"" + b"x" * 99):
-                    self.assertEqual(self.unmask("chat", large, step, events=False), large)
+        self.patch_seconds(Editor_MAX_WHOLE=40)
+        for step in self.each((23, 1, 41)):
+            found = self.unmask("chat", told.encode(), step, events=False)
+            self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+            cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
+            found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
+                                masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+            self.assertEqual(json.loads(found), [
+                4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
+            for large in (b"x" * 99, b"\"" + b"x" * 99):
+                self.assertEqual(self.unmask("chat", large, step, events=False), large)
 
     def test_of_many_blocks_and_large_events_nothing_waits(self):
         for count, size, waits in self.each(((64, 5, 64), (65, 5, 64), (1, 1 << 17, 0))):
@@ -5439,7 +5459,7 @@ class RedactedAnswersTest(ProxyCase):
             self.assertEqual((done, nothing), ("data: [DONE]", ""))
             self.assertEqual([json.loads(one[6:]) for one in found], [
                 delta("to "), delta(self.MAIL + "! "), delta("["), LAST_DELTA])
-            self.assertEqual((self.entry()["input"], self.entry()["outcome"]), (20, "ok"))
+            self.assertEqual((self.entry()["input"], self.outcome()), (20, "ok"))
 
     def test_what_waits_is_let_go_where_a_stream_is_cut(self):
         self.start(None, **self.settings)
@@ -5592,11 +5612,11 @@ class HeadTest(ProxyCase):
         self.start(sends(b"\r\n" + answer(), close=False))
         client = self.connect()
         for data in self.each([call() + b"\r\n", call() + b"\r\n", b"\r\n\r\n" + call()]):
-            self.assertEqual(client.exchange(data).status, 200)
+            client.answers(200, data)
         client = self.connect()
         for byte in b"\r\n\r\n" + call():
             client.send(bytes([byte]))
-        self.assertEqual((client.read().status, self.stub.requests[-1].body), (200, chat()))
+        self.assertEqual((client.read().status, self.stub.last.body), (200, chat()))
         self.assertEqual(self.connect().exchange(b"\r\n" * 20 + call()).status, 400)
         self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1)
         client.send(b"\r\n")
@@ -5605,7 +5625,7 @@ class HeadTest(ProxyCase):
     def test_an_answer_with_long_lines_and_many_fields_is_passed_on(self):
         fields = ["X-Long: " + "x" * 20000] + ["X-%d: x" % number for number in range(400)]
         self.start(says(b"{}", "200 OK", *fields))
-        answered = self.ask(call())
+        answered = self.ask()
         self.assertEqual((answered.get("x-long"), answered.get("x-399")), ("x" * 20000, "x"))
 
     def test_everything_else_is_refused_and_ends_the_connection(self):
@@ -5622,7 +5642,7 @@ class HeadTest(ProxyCase):
             self.assertEqual(refusal(answered), (int(status), "invalid_request_error"))
             self.assertEqual(answered.get("connection"), "close")
             self.assertEqual(client.ending(), "closed")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
         wait_for(lambda: len(self.lines.entries()) == len(table), "a line for each")
         self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"refused"})
 
@@ -5633,7 +5653,7 @@ class HeadTest(ProxyCase):
                 b"GET / HTTP/1.1\nHost: x", b"GET / HTTP/1.1\r\n folded: x\r\n",
                 b"GET / HTTP/1.1\r\nHost: x\rX", b"GET / HTTP/1.1\r\nX-A : x\r\nX", b"\r\n\n"]):
             client = self.connect()
-            self.assertEqual(client.exchange(start).status, 400)
+            client.answers(400, start)
             self.assertEqual(client.ending(), "closed")
 
     def test_methods_that_make_an_upstream_echo_what_it_got_are_not_passed_on(self):
@@ -5641,7 +5661,7 @@ class HeadTest(ProxyCase):
         for method in self.each(["TRACE", "TRACK", "CONNECT"]):
             answered = self.ask(request(method, "/v1/x"))
             self.assertEqual(refusal(answered), (405, "invalid_request_error"))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
         self.start()
@@ -5652,7 +5672,7 @@ class HeadTest(ProxyCase):
             self.assertEqual(refusal(answered), (426, "invalid_request_error"))
             found = answered.get("upgrade"), answered.get("connection")
             self.assertEqual(found, ("HTTP/1.1", "upgrade"))
-        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
         fields = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"
         self.assert_status(200, call(None, *fields))
         rows = "GET", "/v1/x", b"", "Upgrade: websocket"
@@ -5674,7 +5694,7 @@ class HeadTest(ProxyCase):
         for hang_up in self.each([Client.close, Client.reset]):
             hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
             client = self.connect()
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200, call())
             hang_up(client)
         wait_for(lambda: not self.server.open, "the end of the connections")
 
@@ -5701,7 +5721,7 @@ class RepeatedHeadTest(ProxyCase):
                 (chunked, " | Transfer-Encoding: chunked | Content-Length: 2", LAST, 400)]):
             self.start()
             client = self.connect()
-            self.assertEqual(client.exchange(first).status, 200)
+            client.answers(200, first)
             second = client.exchange(raw_head(POST + "Host: x" + fields, body))
             self.assertEqual(second.status, status)
             bodies = [asked.body for asked in self.stub.requests]
@@ -5971,7 +5991,7 @@ class StreamTest(ProxyCase):
         client.send(call(seed=2))
         asked.chunks(b"two")
         client.expect(b"two")
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
         asked.chunks(end=True)
         self.assertEqual(client.rest().body, b"onetwo")
         asked = self.stub.next()
@@ -6281,7 +6301,7 @@ class QueueTest(WaitingCase):
 
     def test_without_a_cap_nobody_is_told_of_a_line(self):
         self.start()
-        self.assertIsNone(self.ask(call()).get("x-queue-ms"))
+        self.assertIsNone(self.ask().get("x-queue-ms"))
         self.assertNotIn("queue", self.base())
 
     def order(self, *keys, **settings):
@@ -6336,7 +6356,7 @@ class QueueTest(WaitingCase):
             self.assert_ending("caller_gone", left=100, key="next")  # nothing was sent
             self.finish(asked, first)
             self.assertEqual(self.finish(self.stub.next(), third).status, 200)
-            self.assertEqual(self.stub.calls, 2)
+            self.assert_calls(2)
 
     def test_what_is_not_metered_does_not_wait(self):
         self.start_busy()
@@ -6470,13 +6490,13 @@ class QueueTest(WaitingCase):
             part_with(address, *arguments)
             for parting in address.partings:
                 parting.cancel()
-        with mock.patch.object(llm_proxy.Address, "part_with", part_and_cancel):
-            asked.wait_for_hang_up(client)
-            self.wait_for_slot()
+        self.patch_seconds(Address_part_with=part_and_cancel)
+        asked.wait_for_hang_up(client)
+        self.wait_for_slot()
 
     def test_addresses_have_no_weight(self):
         self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="127.0.0.1=3")
-        self.ask_stub(call())
+        self.ask_stub()
         caller, = self.proxy.routes.base.queue.queues.values()
         self.assertEqual(caller.weight, 1)
 
@@ -6484,7 +6504,7 @@ class QueueTest(WaitingCase):
         self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
         client = self.connect()
         for _ in range(20):
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200, call())
 
 
 class EarlyStreamTest(WaitingCase):
@@ -6651,7 +6671,7 @@ class EarlyStreamTest(WaitingCase):
         self.start_early()
         client, asked = self.wait_early()
         asked.wait_for_hang_up(client)
-        self.assertEqual(self.entry()["outcome"], "caller_gone")
+        self.assertEqual(self.outcome(), "caller_gone")
 
     def test_a_pause_in_a_running_stream_is_filled_between_two_events(self):
         body = event(1) + event(2)
@@ -6726,7 +6746,7 @@ class DeadlinesTest(WaitingCase):
         self.assertEqual(self.late(call(), 1).status, 504)
         self.start(None, FIRST_BYTE_TIMEOUT="9", READ_TIMEOUT="5")
         self.assert_cut(call(stream=True), 5)
-        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+        self.assertEqual(self.outcome(), "upstream_cut")
 
     def test_a_caller_may_shorten_every_wait_and_lengthen_none(self):
         self.start(None, READ_TIMEOUT="5", BREAKER_FAILURES=1)
@@ -6771,7 +6791,7 @@ class DeadlinesTest(WaitingCase):
         self.start(None)
         client = self.connect().send(self.in_time(50))
         self.expire("the response of")
-        self.assertEqual(client.read().status, 504)
+        client.answers(504)
         self.stub.next()
         client.send(call())
         asked = self.stub.next()
@@ -6809,7 +6829,7 @@ class DeadlinesTest(WaitingCase):
             client.expect(event(1))
         self.assertEqual(self.expire("the body of the response"), 1)
         self.assertFalse(client.rest().whole)
-        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+        self.assertEqual(self.outcome(), "upstream_cut")
         self.assertEqual(self.late(call(), 3).status, 504)
 
 
@@ -7203,17 +7223,17 @@ class UpstreamsTest(CallCase):
             for _ in range(3):
                 self.assertEqual(client.exchange(call()).body, b'{"said": "hi"}')
             self.entry(2)
-            self.ask(call())
+            self.ask()
             self.assert_traffic(4, 1)
 
     def test_a_connection_is_used_again_after_a_stream_has_settled(self):
         """Some upstreams close after a stream although they promised not to."""
         self.patch_seconds(Address_REUSE_DELAY=0.01)
         self.start(sends(STREAM + LAST, close=False))
-        self.ask(call())
+        self.ask()
         self.entry()
         time.sleep(0.02)
-        self.ask(call())
+        self.ask()
         self.assert_traffic(2, 1)
 
     def test_after_an_answer_that_has_no_body_a_connection_must_have_been_silent_for_a_while(self):
@@ -7232,7 +7252,7 @@ class UpstreamsTest(CallCase):
     def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
         for late in self.each((b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")):
             self.start(None)
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             asked.send(answer())
             client.read()
             self.entry()
@@ -7254,7 +7274,7 @@ class UpstreamsTest(CallCase):
                 (request("DELETE", "/v1/x"), Asked.reset, 502, 2),
                 (body, Asked.reset, 502, 2), (call(), Asked.reset, 502, 2)]):
             self.start(None, BREAKER_FAILURES=1)
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             asked.answer()
             client.read()
             client.send(data)
@@ -7266,11 +7286,11 @@ class UpstreamsTest(CallCase):
             self.assertEqual(self.base()["state"], "closed")
         self.start(Asked.reset)
         self.assert_status(502, request("GET", "/v1/x"))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_the_system_looks_after_silent_connections_of_both_sides(self):
         self.start(None)
-        self.ask_stub(call())
+        self.ask_stub()
         sockets = self.proxy.loop._selector.get_map()
         wait_for(lambda: len(sockets) == 3, "reading of both, and of the loop's own")
         found = []
@@ -7286,7 +7306,7 @@ class UpstreamsTest(CallCase):
         self.start(BASE_API_KEY="sk-upstream", PASS_HEADERS="X-Trace-*, cookie2")
         for path in self.each((CHAT, "/v1/files")):
             self.ask(request("POST", path, chat(), *PRIVATE_FIELDS, *PASSED_FIELDS))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             for row in PASSED_FIELDS:
                 name, _, value = row.partition(":")
                 self.assertIn((name.lower(), value.strip()), asked.fields)
@@ -7299,7 +7319,7 @@ class UpstreamsTest(CallCase):
     def test_what_belongs_to_the_account_of_a_caller_goes_up_with_its_own_key(self):
         self.start(BASE_API_KEY="passthrough", PASS_HEADERS="*")
         self.ask(call("sk-caller", "OpenAI-Organization: org-1", "X-Api-Key:", "Cookie: a=b"))
-        self.assert_fields(self.stub.requests[-1], "authorization: Bearer sk-caller",
+        self.assert_fields(self.stub.last, "authorization: Bearer sk-caller",
                            "openai-organization: org-1", "cookie: a=b", "x-api-key")
 
     def test_without_a_key_of_our_own_no_credential_goes_upstream(self):
@@ -7311,7 +7331,7 @@ class UpstreamsTest(CallCase):
         self.start()
         for path, coding in ((CHAT, "identity"), ("/v1/files", "identity"), ("/tokenize", "gzip")):
             self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
-            self.assert_fields(self.stub.requests[-1], "accept-encoding: " + coding)
+            self.assert_fields(self.stub.last, "accept-encoding: " + coding)
 
     BASES = table("""\
 -              /v1/models?x=1     /v1/models?x=1
@@ -7335,14 +7355,14 @@ class UpstreamsTest(CallCase):
         for base, path, target in self.each(self.BASES):
             self.start(base=base)
             self.ask(request("GET", path))
-            self.assertEqual(self.stub.requests[-1].target, target)
+            self.assertEqual(self.stub.last.target, target)
 
     def test_a_base_model_replaces_the_callers_and_nothing_else(self):
         self.start(BASE_MODEL="gemma4")
         rest = {"messages": "model ä \u2028", "temperature": 0.1, "x": [10 ** 20, None]}
         for model in self.each(({"model": "any"}, {"model": None}, {"model": ["x"]}, {})):
             self.ask(request("POST", CHAT, json.dumps({**model, **rest}).encode()))
-            self.assertEqual(self.stub.requests[-1].json(), {"model": "gemma4", **rest})
+            self.assertEqual(self.stub.last.json(), {"model": "gemma4", **rest})
 
     def test_without_a_base_model_a_body_passes_byte_for_byte(self):
         self.start()
@@ -7378,7 +7398,7 @@ class UpstreamsTest(CallCase):
     def test_upstream_times_are_unix_nanoseconds(self):
         self.start()
         before = time.time_ns()
-        answered = self.ask(call())
+        answered = self.ask()
         names = "x-upstream-request-start", "x-upstream-request-stop"
         start, stop = (int(answered.get(name)) for name in names)
         self.assertTrue(before <= start <= stop <= time.time_ns())
@@ -7404,7 +7424,7 @@ class UploadTest(CallCase):
         for chunked in self.each((False, True, False)):
             digest = self.upload(client, chunked)
             self.assertEqual(client.read().body.decode(), digest)
-            self.assert_fields(self.stub.requests[-1], "content-type: " + self.MULTIPART,
+            self.assert_fields(self.stub.last, "content-type: " + self.MULTIPART,
                                "content-length:" + " 5242880" * (not chunked))
         self.assertEqual(self.left(), 1)
 
@@ -7412,7 +7432,7 @@ class UploadTest(CallCase):
         self.start(None, reads=False)
         client, asked = self.relay("/v1/files")
         asked.answer()
-        self.assertEqual(client.read().status, 200)
+        client.answers(200)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
         self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=PATIENCE)
@@ -7421,7 +7441,7 @@ class UploadTest(CallCase):
         client = self.connect().send(call() + upload)
         client.sock.shutdown(socket.SHUT_WR)
         for _ in range(2):
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
         self.assert_status(200)
         self.assertEqual((self.stub.connections, self.stub.faults), (1, []))
 
@@ -7575,7 +7595,7 @@ class BreakerTest(CallCase):
 
     def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
         self.start(None, BREAKER_FAILURES=1)
-        client, asked = self.ask_stub(call())
+        client, asked = self.ask_stub()
         asked.answer()
         client.read()
         for connections, state in ((1, "closed"), (2, "open")):
@@ -7619,7 +7639,7 @@ class BreakerTest(CallCase):
         for act, opens in self.each(rows):
             self.start(act, BREAKER_FAILURES=2)
             for _ in range(3):
-                self.ask(call())
+                self.ask()
             expected = ("open", 2) if opens else ("closed", 3)
             self.assertEqual((self.base()["state"], self.stub.calls), expected)
 
@@ -7638,21 +7658,21 @@ class BreakerTest(CallCase):
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
         for _ in range(3):
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             asked.wait_for_hang_up(client)
         wait_for(lambda: self.base()["in_flight"] == 0)
         self.assert_base("closed")
         for _ in range(2):
             client = self.connect().send(call())
             self.expire("the response of")
-            self.assertEqual(client.read().status, 504)
+            client.answers(504)
         self.assert_status(503)
 
     def test_a_caller_who_leaves_while_its_call_tries_lets_the_next_one_try(self):
         clock = self.open_the_base(1)
         clock.now += 31
         self.stub.answer = None
-        client, asked = self.ask_stub(call())
+        client, asked = self.ask_stub()
         self.assert_status(503)
         asked.wait_for_hang_up(client)
         wait_for(lambda: self.base()["in_flight"] == 0)
@@ -7678,7 +7698,7 @@ class BreakerTest(CallCase):
     def test_an_answer_to_a_retry_is_the_callers_and_is_charged(self):
         answers = iter([answer(b"{}", "429 x", "Retry-After: 0"), answer(b"[]")])
         self.start(lambda asked: asked.send(next(answers)), UPSTREAM_RETRIES=1)
-        self.assertEqual((self.ask(call()).body, self.stub.calls, self.left()), (b"[]", 2, 999))
+        self.assertEqual((self.ask().body, self.stub.calls, self.left()), (b"[]", 2, 999))
         self.assert_base("closed")
 
     def test_an_open_upstream_is_closed_by_the_one_call_that_tries_it_and_the_log_says_so(self):
@@ -7733,7 +7753,7 @@ class BreakerTest(CallCase):
     def test_an_upload_is_not_asked_for_again(self):
         self.start(says(b"{}", "503 x", "Retry-After: 0"), UPSTREAM_RETRIES=3)
         self.assert_status(503, request("POST", "/v1/files", b"x" * 100))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
 
 class RoutesTest(CallCase):
@@ -7979,7 +7999,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         client = self.connect().send(call())
         asked = two.next()
         self.assertEqual(self.came_from(call()), "three")  # two is at work
-        self.assertIn(b"limit reached", self.ask(call()).body)
+        self.assertIn(b"limit reached", self.ask().body)
         asked.answer()
         client.read()
         self.assertEqual([asked.json()["model"] for asked in two.requests], ["m", "m"])
@@ -8051,7 +8071,7 @@ class HttpsTest(CallCase):
         self.start(UPSTREAM_CA_FILE=self.file)
         client, asked = self.begin(event(1))
         asked.wait_for_hang_up(client)
-        self.assertEqual(self.entry()["outcome"], "caller_gone")
+        self.assertEqual(self.outcome(), "caller_gone")
 
     def tunnel(self, asked):
         """The proxy on the way out, and the upstream behind it."""
@@ -8236,7 +8256,7 @@ redacted      None"""))
             self.assertEqual(self.entry(number)["status"], status)
         for number in range(5):
             self.assert_same(number)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         found = len(self.rows(self.path)), len(self.lines.entries()), self.stub.calls
         self.assertEqual(found, (5, 7, 2))
 
@@ -8281,7 +8301,7 @@ redacted      None"""))
             client.exchange(call())
             self.assertTrue(blocked.wait(PATIENCE))
             for _ in range(25):
-                self.assertEqual(client.exchange(call()).status, 200)
+                client.answers(200, call())
             wait_for(lambda: log.dropped == 15, "the last of them")
         wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
         self.assertEqual(len(self.lines.entries()), 11)
@@ -8302,7 +8322,7 @@ redacted      None"""))
                 ("json", '{"time": "%s", "message": "hello"}\n', '{"time": "%s", "id": '))):
             self.start(clock=Clock(), LOG_FORMAT=kind)
             self.proxy.books.log.say("hello")
-            self.ask(call())
+            self.ask()
             for line in lines:
                 self.assert_said(line % moment)
 
@@ -8310,14 +8330,14 @@ redacted      None"""))
         self.start()
         write = self.lines.write
         self.lines.write = lambda data: write(data[:7])
-        self.ask(call())
+        self.ask()
         self.assertEqual(self.entry()["status"], 200)
         full = mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left"))
         self.lines.write = full
         self.assert_status(200)
         wait_for(lambda: full.called)
         self.lines.write = write
-        self.ask(call())
+        self.ask()
         self.assertEqual(self.entry(1)["status"], 200)
 
     def test_the_id_of_a_call_is_a_random_uuid(self):
@@ -8352,7 +8372,7 @@ class LedgerTest(LedgerCase):
         self.start()
         reader, now = llm_proxy.LedgerReader(self.path), time.time()
         for number in range(1, 3):
-            self.ask(call())
+            self.ask()
             wait_for(lambda: [one.calls for one in reader.totals(
                 "model", now - 900, now + 900).values()] == [number], "the sum")
 
@@ -8393,7 +8413,7 @@ class LedgerTest(LedgerCase):
         later.time_ns = lambda: clock.time_ns() + 5 * 10 ** 9
         self.start(act, clock, LIMITS=rules)
         self.ask(call("k", max_tokens=1))
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(act, later, DATABASE=self.path, LIMITS=rules + "; address 5 requests per day")
         found = {key[0]: level for key, level in levels(self.proxy).items()}
         self.assertEqual(found, {"all 100 tokens per day": -50, "each 10 requests per 100s": 9})
@@ -8409,7 +8429,7 @@ class LedgerTest(LedgerCase):
         self.ask(call("k", max_tokens=1))
         for hours, lost in self.each(((1, 3), (1.6, 2), (2.1, 1), (16 * 24, 1), (16 * 24 + 1, 0))):
             wall = clock.time_ns() + int(hours * 3600 * 1e9)
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             later.time_ns = functools.partial(int, wall)
             self.start(clock=later, DATABASE=self.path, LIMITS=rules)
             self.assertEqual([*levels(self.proxy).values()], [-50] * lost)
@@ -8423,7 +8443,7 @@ class LedgerTest(LedgerCase):
             clock = Clock()
             self.start(act, clock, LIMITS=old)
             self.ask(call("k", max_tokens=1))
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             self.start(act, clock, DATABASE=self.path, LIMITS=new)
             self.assertEqual(sorted(levels(self.proxy).values()), expected)
 
@@ -8432,7 +8452,7 @@ class LedgerTest(LedgerCase):
         clock.time_ns = lambda: right.time_ns() + 86400 * 10 ** 9
         self.start(clock=clock, MAX_TOKENS=10)
         self.ask(call("k"))
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(clock=right, MAX_TOKENS=10, DATABASE=self.path)
         self.assertEqual(self.left("k"), 9)
         said = "1 buckets were saved by a clock that was ahead"
@@ -8487,7 +8507,7 @@ class LedgerTest(LedgerCase):
             self.start(**({"DATABASE": self.path} if labels else {}))
             self.ask(call("k"))
             labels.append(self.entry()["caller"])
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
         self.assertRegex(labels[0], "^key:[0-9a-f]{8}$")
         self.assertEqual(labels[0], labels[1])
         self.start()
@@ -8505,7 +8525,7 @@ class LedgerTest(LedgerCase):
         self.start(lambda asked: asked.send(answer(b'{"id": "resp_%d"}' % next(names))), **keys)
         for key in "baa":
             self.ask(request("POST", "/v1/responses", b"{}", key=key))
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(says(), **keys)
         found = [self.ask(request("GET", "/v1/responses/resp_%d" % number, key=key)).status
                  for key in "ab" for number in range(3)]
@@ -8542,7 +8562,7 @@ class LedgerTest(LedgerCase):
         fault = sqlite3.OperationalError("disk I/O error")
         text = "the database cannot be written: disk I/O error"
         with mock.patch.object(database, "add", side_effect=fault) as add:
-            self.ask(call())
+            self.ask()
             wait_for(lambda: text in self.lines.text() and add.call_count > 1)
         self.assertEqual(self.row()["status"], 200)
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
@@ -8588,7 +8608,7 @@ class LedgerTest(LedgerCase):
             ledger.ROOM = 20
             with self.full_disk(folder):
                 for _ in range(60):
-                    self.assertEqual(client.exchange(call("k")).status, 200)
+                    client.answers(200, call("k"))
                 said = "the database cannot be written: database or disk is full"
                 wait_for(lambda: said in self.lines.text(), said)
                 dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
@@ -8598,7 +8618,7 @@ class LedgerTest(LedgerCase):
             self.ask(call("k", "X-Request-ID: the-last"))
             wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
             self.assert_counted(pathlib.Path(usage_log).read_text("ascii").splitlines(), 62)
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             with contextlib.closing(sqlite3.connect(path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
             self.assertEqual(found, [(10 ** 6 - 62,)])
@@ -8612,7 +8632,7 @@ class LedgerTest(LedgerCase):
     def test_the_same_entries_go_to_a_file_of_json_lines(self):
         path = new_path(self, "llm_proxy.db") + ".jsonl"
         self.start(says(completion(20, 4)), USAGE_LOG=path)
-        self.ask(call())
+        self.ask()
         self.assertEqual(json.loads(wait_for(pathlib.Path(path).read_text)), self.row())
         self.proxy.books.usage_log.stream.close()
 
@@ -8626,7 +8646,7 @@ class LedgerTest(LedgerCase):
             self.proxy.books.usage_log = full
             for _ in range(10):
                 full.say("x" * 60000)
-            self.ask(call())
+            self.ask()
             self.assertEqual(self.row()["status"], 200)
             self.proxy.books.usage_log = None
             full.close(0.2)
@@ -9258,7 +9278,7 @@ class BalanceTest(LedgerCase):
         missing = sorted(self.missing())
         running = self.proxy.limits.buckets.levels["all 1000 running",]
         self.assertEqual(running[0], 1000)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.assert_balance(self.rows(self.path), missing)
 
     def assert_balance(self, rows, missing):
@@ -9441,7 +9461,7 @@ class MetricsTest(SignalsCase):
         self.start(**keys, METRICS="open")
         self.assert_status(200, request("GET", "/metrics"),
                            "content-type: text/plain; version=0.0.4; charset=utf-8")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_ten_wrong_keys_in_a_row_at_metrics_are_too_many(self):
         self.start(clock=Clock(), ADMIN_KEY="adm")
@@ -9643,7 +9663,7 @@ class TracesTest(SignalsCase):
             self.ask(call("sk-1", "Traceparent: " + odd, "Tracestate: a=b"))
             span, _ = self.spans(number + 1)[number]
             self.assertNotIn("parentSpanId", span)
-            self.assert_fields(self.stub.requests[-1], "tracestate:", "traceparent: 00-%s-%s-01" % (
+            self.assert_fields(self.stub.last, "tracestate:", "traceparent: 00-%s-%s-01" % (
                 span["traceId"], span["spanId"]))
 
     def test_a_later_version_of_the_field_is_read_as_far_as_it_is_known(self):
@@ -9681,7 +9701,7 @@ class TracesTest(SignalsCase):
         self.proxy.traces.poster.ROOM = 3
         client = self.connect()
         for _ in range(10):
-            self.assertEqual(client.exchange(call("sk-1")).status, 200)
+            client.answers(200, call("sk-1"))
         wait_for(lambda: self.sums("dropped_total", 'what="traces"') == 10, "the count")
         wait_for(lambda: "traces cannot be delivered: connection refused" in self.lines.text())
         self.assertNotIn("secret-path", self.lines.text())
@@ -10315,7 +10335,7 @@ class SharedLimitsTest(ProxyCase):
         told = says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
         for left in ("970", "940"):
             buckets = self.start_here(told, "each 1000 tokens per hour", RESPONSE_TOKEN_RESERVE=900)
-            self.assertEqual(self.ask(call()).get("x-ratelimit-remaining"), left)
+            self.assertEqual(self.ask().get("x-ratelimit-remaining"), left)
             self.is_back(buckets)
 
     def test_while_redis_is_away_each_has_its_share_and_that_is_charged_later(self):
@@ -10358,7 +10378,7 @@ class SharedLimitsTest(ProxyCase):
         buckets = self.start_here(limits=self.RULE + "; each 2 running; all 99 requests per day")
         self.assertEqual(self.admitted(7), 7)
         self.stub.answer, before = None, self.stub.answer
-        client, asked = self.ask_stub(call())
+        client, asked = self.ask_stub()
         self.stub.answer = before
         self.is_back(buckets)
         self.redis.ask("FLUSHALL")
@@ -10539,10 +10559,10 @@ class SharedLimitsTest(ProxyCase):
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
         self.start_here(None, rules)
-        running = [self.ask_stub(call()) for _ in range(2)]
+        running = [self.ask_stub() for _ in range(2)]
         self.start_here(None, rules)
-        running.append(self.ask_stub(call()))
-        self.assertIn(b"3 running already", self.ask(call()).body)
+        running.append(self.ask_stub())
+        self.assertIn(b"3 running already", self.ask().body)
         name, = self.redis.ask("KEYS", "*:r:*")
         rows = self.redis.ask("GET", name).split()
         self.assertEqual(sorted(rows[1::3]), [b"1", b"2"])
@@ -10552,7 +10572,7 @@ class SharedLimitsTest(ProxyCase):
             client.head()
         wait_for(lambda: not self.redis.ask("KEYS", "*:r:*"))
         self.redis.ask("SET", name, "dead 3 1")  # it has said nothing for 30 s
-        for client, asked in [self.ask_stub(call()) for _ in range(3)]:
+        for client, asked in [self.ask_stub() for _ in range(3)]:
             asked.answer()
             client.head()
 
@@ -10815,7 +10835,7 @@ class SharedKeysTest(KeysCase):
         self.until(secret, 200, 200)
         self.redis.kill()
         path = self.boxes.pop()[2]
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start_box(path)
         self.until(secret, 200, 200)
         self.keys(path, "revoke", "ann")
@@ -10897,7 +10917,7 @@ class SharedSumsTest(ProxyCase):
         self.call_at(one, 3)
         self.assert_told(3, one)
         for _ in range(2):
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             one = self.box(one[1])
             self.assert_told(3, one, two)
 
@@ -10912,10 +10932,10 @@ class SharedSumsTest(ProxyCase):
         self.redis.start()
         self.assert_told(4, one, two)
         two = self.box(two[1])  # which is started again
-        with mock.patch.object(llm_proxy.SharedSums, "AT_ONCE", 1):
-            self.call_at(one, 1)
-            self.call_at(two, 1)
-            self.assert_told(6, one, two)
+        self.patch_seconds(SharedSums_AT_ONCE=1)
+        self.call_at(one, 1)
+        self.call_at(two, 1)
+        self.assert_told(6, one, two)
 
     def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
         async def late(*arguments):
@@ -11204,7 +11224,7 @@ class SettlingTest(LedgerCase):
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
         for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
             self.assert_status(400, request("POST", path, chat(stream=value)))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
         self.assert_status(200, call(stream=None))
 
     def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
@@ -11215,7 +11235,7 @@ class SettlingTest(LedgerCase):
                 ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"),
                 ("alt=proto&$callback=x&alt", ""), ("a=b&%24alt=json", "a=b&%24alt=json"))):
             self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
 
@@ -11229,7 +11249,7 @@ class SettlingTest(LedgerCase):
             body = completion(20, 4)
             body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(body)
             self.stub.answer = says(body, "200 OK", "Content-Encoding: " + name)
-            self.assert_used(self.ask(call()), "20", "4", "")
+            self.assert_used(self.ask(), "20", "4", "")
             self.assert_ending("ok", 1000 - 24 * (number + 2), number + 1)
 
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
@@ -11274,7 +11294,7 @@ class SettlingTest(LedgerCase):
             self.start(says(body, "400 Bad Request"))
             for number in (0, 1):
                 self.assertEqual(self.assert_status(400, call(stream=True)).body, body)
-                self.assertEqual(self.stub.calls, calls[number])
+                self.assert_calls(calls[number])
                 self.assert_ending("upstream_status", 1000, number)
 
     def test_a_maximum_beyond_all_numbers_is_no_crash(self):
@@ -11295,7 +11315,7 @@ class SettlingTest(LedgerCase):
         body = completion(20, 4)
         head = STREAM.replace(b"text/event-stream", b"application/json")
         for data in self.each((answer(body), head + chunk(body[:9]) + chunk(body[9:]) + LAST)):
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             for at in range(0, len(data), 40):
                 asked.send(data[at:at + 40])
             asked.finish()
@@ -11377,7 +11397,7 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
         self.assert_said("nobody may call without one from now on")
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
         self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
 
@@ -11392,7 +11412,7 @@ class KeysTest(KeysCase):
         self.add()
         self.change("remove", "ann")
         self.assertEqual(self.statuses("x"), [401])
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(DATABASE=self.path)
         self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
         self.assertEqual(self.proxy.config.cors_origins, ("*",))
@@ -11418,11 +11438,11 @@ class KeysTest(KeysCase):
             self.start(clock=clock, PROXY_API_KEYS=policy)
             ann = self.add(expires="30d")
             client = self.connect()
-            self.assertEqual(client.exchange(call(ann)).status, 200)
+            client.answers(200, call(ann))
             clock.now += 60
             self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
-            self.assertEqual(client.exchange(call(ann)).status, 401)
-            self.assertEqual(self.stub.calls, 1)
+            client.answers(401, call(ann))
+            self.assert_calls(1)
 
     def test_a_key_that_expires_is_a_401_from_then_on(self):
         clock = Clock()
@@ -11430,9 +11450,9 @@ class KeysTest(KeysCase):
         ann, client = self.add(expires="1m"), self.connect()
         for seconds, status in self.each(((0, 200), (59, 200), (1, 401), (60, 401))):
             clock.now += seconds
-            self.assertEqual(client.exchange(call(ann)).status, status)
+            client.answers(status, call(ann))
         self.change("set", "ann", expires="never")
-        self.assertEqual(client.exchange(call(ann)).status, 200)
+        client.answers(200, call(ann))
 
     def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
         self.start()
@@ -11485,7 +11505,7 @@ class KeysTest(KeysCase):
             for key in [*self.STEERING.values(), *stored]:
                 for data in (call(key), request("GET", "/v1/files", key=key)):
                     self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
-            self.assertEqual(self.stub.calls, 0)
+            self.assert_calls(0)
             self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
 
     def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
@@ -11551,7 +11571,7 @@ class KeysTest(KeysCase):
                                "/v1beta/models/llama:generateContent", "/api/chat")):
             self.assert_status(403, request("POST", path, chat(model="llama"), key=ann))
         self.assert_status(403, request("POST", "/v1/files", b"x", key=ann))
-        self.assertEqual(self.stub.calls, called)
+        self.assert_calls(called)
         self.assertEqual(self.statuses(ben), [200])
 
     def test_the_list_of_models_shows_what_a_key_may_use(self):
@@ -11615,7 +11635,7 @@ class KeysTest(KeysCase):
         ann = self.add(limits="100 tokens per day")
         self.ask(call(ann, max_tokens=1))
         self.assertEqual(self.left(ann), 40)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
         self.assertEqual(self.left(ann), 40)
 
@@ -11628,7 +11648,7 @@ class KeysTest(KeysCase):
         self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
         self.change("reset", "old")
         self.assertEqual(self.statuses("sk-old"), [200])
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
         self.assertEqual(self.left(ann), 4)
         self.proxy.clock.now += 86400
@@ -11647,7 +11667,7 @@ class KeysTest(KeysCase):
                      " ('ann', 'requests', NULL, NULL, 0), (x'00', NULL, NULL, NULL, 0)")
         self.store().give("ann", "5", "requests")
         wait_for(lambda: self.left(ann) == 1005)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
                      " ('ann', 'requests', 'x', 1e12, 1)")
         self.start(DATABASE=self.path)
@@ -11681,7 +11701,7 @@ class KeysTest(KeysCase):
     def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
         self.start()
         ann = self.add()
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
             self.start(DATABASE=self.path)
             self.assertEqual(self.statuses(ann, "x"), [401, 401])
@@ -11713,17 +11733,17 @@ class KeysTest(KeysCase):
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
         ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
-        self.assertEqual(client.exchange(call(ann, "X-User: u")).status, 403)
-        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 200)
+        client.answers(403, call(ann, "X-User: u"))
+        client.answers(200, call(ann, "X-User: u", model="gemma"))
         self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
         self.change("revoke", "ann")
-        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 401)
+        client.answers(401, call(ann, "X-User: u", model="gemma"))
 
     def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
         self.start()
         ann, client = self.add(), self.connect()
         for number in range(3):
-            self.assertEqual(client.exchange(call(ann)).status, 200)
+            client.answers(200, call(ann))
             self.change("set", "ann", note=str(number))
         connection, = self.server.open
         sizes = {len(connection.last.cache)}
@@ -11772,7 +11792,7 @@ class FallbackTest(CallCase):
             for row, path in self.each(itertools.product(self.RENAMED, paths)):
                 body = json.dumps({"model": "m", **row[0]}).encode()
                 self.ask(request("POST", path, body))
-                self.assertEqual(self.stub.requests[-1].json(), {"model": "m", **row[pinned]})
+                self.assertEqual(self.stub.last.json(), {"model": "m", **row[pinned]})
 
     def test_the_models_of_a_batch_of_calls_count_and_are_replaced_too(self):
         batch = {"requests": [{"params": {"model": "a"}}, {"params": {"model": 7}}]}
@@ -11781,7 +11801,7 @@ class FallbackTest(CallCase):
             self.start(LIMITS="model:b 9 requests per day; each 1 usd per day", UNPRICED="1",
                        **settings)
             self.ask(request("POST", "/v1/messages/batches", json.dumps(batch).encode()))
-            asked = self.stub.requests[-1].json()["requests"]
+            asked = self.stub.last.json()["requests"]
             self.assertEqual([one["params"]["model"] for one in asked], [model, 7])
             self.assertEqual(len(levels(self.proxy)), 1 + (model == "b"))
         self.start(LIMITS="each 1 usd per day")
@@ -11887,7 +11907,7 @@ class EndingsTest(LedgerCase):
                    "each 900 tokens per day; all 5 usd per day")
         for _ in range(200):
             self.ask(call(model="gpt-4o"))
-        self.assertEqual(self.stub.calls, 100)
+        self.assert_calls(100)
         self.assertEqual([*levels(self.proxy).values()], [0])
         row = self.row()
         self.assertEqual((row["charges"], row["picodollars"]), ("each 100 requests per day=1", 0))
@@ -11929,8 +11949,8 @@ class EndingsTest(LedgerCase):
             answered = self.assert_status(200, call(stream=True))
             self.assertTrue(answered.whole)
             self.left()
-            self.assertIn(self.entry()["outcome"], ("upstream_status", "upstream_cut"))
-            self.assert_ending(self.entry()["outcome"], left=1000)
+            self.assertIn(self.outcome(), ("upstream_status", "upstream_cut"))
+            self.assert_ending(self.outcome(), left=1000)
 
     def test_an_error_inside_a_200_that_is_the_callers_fault_costs_its_request(self):
         for code, mode, left in self.each((
@@ -12556,10 +12576,10 @@ class PagesTest(CallCase):
         self.start_named("spare", "BREAKER_FAILURES=1 PROXY_API_KEYS=sk-1 OPEN_TIMEOUT=1")
         client = self.connect()
         for address in (None, *self.proxy.routes.addresses()):
-            self.assertEqual(client.exchange(request("GET", "/readyz")).status, 200)
+            client.answers(200, request("GET", "/readyz"))
             if address:
                 self.on_loop(address.breakers.connections.judge, False, time.monotonic())
-        self.assertEqual(client.exchange(request("GET", "/readyz")).status, 503)
+        client.answers(503, request("GET", "/readyz"))
         answered = client.exchange(request("GET", "/healthz"))
         self.assertEqual((answered.status, answered.body, self.stub.calls), (200, b"ok\n", 0))
 
@@ -12587,7 +12607,7 @@ class PagesTest(CallCase):
             204, data, "content-length:", "access-control-allow-origin: *",
             "access-control-allow-headers: x-a, authorization")
         self.assertIn("POST", answered.get("access-control-allow-methods"))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     ORIGINS = table("""\
 *                               https://one.example     *
@@ -12686,7 +12706,7 @@ off                             http://localhost        -""")
         self.assert_fields(self.stub.requests[0], "x-request-id:")
         mine = "X-Request-ID: mine-1"
         self.assert_status(200, call(None, mine), mine)
-        self.assert_fields(self.stub.requests[-1], mine)
+        self.assert_fields(self.stub.last, mine)
 
 
 class CatalogueTest(CallCase):
@@ -12788,11 +12808,11 @@ class CatalogueTest(CallCase):
         with threads([self.listed] * 8):
             pass
         self.assert_listed("b a")
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
         clock.now += 61
         self.stub.answer = self.lists("c")
         self.assert_listed("c a")
-        self.assertEqual(self.stub.calls, 2)
+        self.assert_calls(2)
 
     def test_an_upstream_that_does_not_answer_is_left_out_in_time(self):
         silent, = self.start_named("silent", answer=self.lists("b"), UPSTREAM_SILENT_MODELS="*",
@@ -12817,7 +12837,7 @@ class CatalogueTest(CallCase):
         listed = self.listed(path="/models")
         self.assertEqual((listed["object"], listed["data"][0]["id"]), ("list", "gemma4"))
         self.assert_listed("gemma4")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
         self.start(self.lists("theirs"))
         self.assert_listed("theirs")
 
@@ -12910,7 +12930,7 @@ class AdminTest(AdminCase):
         self.assertEqual((state["name"], state["state"]), ("base", "disabled"))
         self.admin("POST", "/upstreams/base/enable")
         self.assert_status(200)
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
         self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
@@ -12932,7 +12952,7 @@ class AdminTest(AdminCase):
         self.assertEqual(self.look("/summary")["upstreams"][0]["known"], [])
         self.ask(request("GET", "/v1/models"))
         self.assertEqual(self.look("/summary")["upstreams"][0]["known"], ["gemma"])
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_the_settings_are_shown_without_secrets(self):
         self.start(BASE_API_KEY="sk-of-the-upstream")
@@ -13170,13 +13190,13 @@ class AdminBooksTest(AdminCase):
             leaves.wait(PATIENCE)
             raise sqlite3.OperationalError("disk I/O error")
 
-        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
-            client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
-            self.assertTrue(asked.wait(PATIENCE))
-            client.reset()
-            wait_for(lambda: not self.server.open, "its end")
-            leaves.set()
-            self.assertEqual(self.admin("GET", "/usage").status, 503)
+        self.patch_seconds(LedgerReader_usage=slow)
+        client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+        self.assertTrue(asked.wait(PATIENCE))
+        client.reset()
+        wait_for(lambda: not self.server.open, "its end")
+        leaves.set()
+        self.assertEqual(self.admin("GET", "/usage").status, 503)
 
     def test_what_is_asked_for_wrongly_is_told(self):
         self.start()
@@ -13247,8 +13267,8 @@ class EventsTest(AdminCase):
     def test_who_stops_listening_has_made_no_call(self):
         self.start()
         self.listen().reset()
-        wait_for(lambda: self.entry()["outcome"], "its line")
-        self.assertEqual(self.entry()["outcome"], "ok")
+        wait_for(lambda: self.outcome(), "its line")
+        self.assertEqual(self.outcome(), "ok")
         self.assertEqual(self.proxy.watchers.metrics.totals()[0], 0)
 
     def test_who_may_look_no_more_hears_no_more(self):
@@ -13659,10 +13679,10 @@ class PageTest(AdminCase):
             await held[-1]
             return await tell(admin, ask)
 
-        with mock.patch.object(llm_proxy.Admin, "summary", summary):
-            yield held
-            for future in held:
-                self.on_loop(llm_proxy.Stream.wake, future)
+        self.patch_seconds(Admin_summary=summary)
+        yield held
+        for future in held:
+            self.on_loop(llm_proxy.Stream.wake, future)
 
     def test_the_next_log_in_has_nothing_of_the_one_before(self):
         self.start()
@@ -13739,11 +13759,11 @@ class PageTest(AdminCase):
         self.start()
         self.log_in()
         pages = [{"calls": [], "next": 5}, {"calls": [], "next": None}]
-        with mock.patch.object(llm_proxy.LedgerReader, "calls", lambda *_: pages.pop(0)):
-            self.browser.run("location.hash = '#calls?outcome=stopped'")
-            self.see("None among the latest calls so far.")
-            self.click("Look further back")
-            self.see("No such call")
+        self.patch_seconds(LedgerReader_calls=lambda *_: pages.pop(0))
+        self.browser.run("location.hash = '#calls?outcome=stopped'")
+        self.see("None among the latest calls so far.")
+        self.click("Look further back")
+        self.see("No such call")
 
     def test_a_viewer_sees_nothing_that_changes_anything(self):
         self.start()
@@ -13910,14 +13930,14 @@ class ClientConnectionTest(ServerCase):
                 held += [self.ask_stub(large("b")) for _ in range(4)]
             answered = self.ask(large(key))
             self.assertEqual((answered.status, answered.error()["type"]), (503, "server_error"))
-        for client, asked in [self.ask_stub(call()), *held]:
+        for client, asked in [self.ask_stub(), *held]:
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
         self.connect().send(large("a")[:69000]).reset()
         wait_for(lambda: "caller_gone" in {entry["outcome"] for entry in self.lines.entries()})
         for client, asked in [self.ask_stub(large(key)) for key in "aaaabbbb"]:  # all is there
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
         wait_for(lambda: self.server.parts.budget.held == {}, "the return of it all")
 
     def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
@@ -13943,11 +13963,11 @@ class ClientConnectionTest(ServerCase):
         for path in self.each((CHAT, "/v1/files")):
             head = request("POST", path, body, self.EXPECTING)[:-len(body)]
             client = self.connect()
-            self.assertEqual(client.exchange(head).status, 100)
+            client.answers(100, head)
             self.send_apart(client, body[:10], body[10:])
-            self.assertEqual(client.read().status, 200)
-            self.assertIsNone(self.stub.requests[-1].get("expect"))
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200)
+            self.assertIsNone(self.stub.last.get("expect"))
+            client.answers(200, call())
 
     def test_no_continue_comes_where_the_answer_is_no(self):
         self.start(PROXY_API_KEYS="sk-1", MAX_BODY_BYTES=1000)
@@ -13971,7 +13991,7 @@ class ClientConnectionTest(ServerCase):
                 (chunks + LAST, 200), (chunks + chunk(b" ") + LAST, 413),
                 (call(None, "Expect: 200-ok"), 417))):
             self.assert_status(status, data)
-        self.assertEqual(self.stub.calls, 2)
+        self.assert_calls(2)
 
     def test_compressed_metered_bodies_are_read(self):
         self.start(MAX_BODY_BYTES=3000000)
@@ -13994,7 +14014,7 @@ class ClientConnectionTest(ServerCase):
                 ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
             self.assert_status(status, request("POST", CHAT, sent, "Content-Encoding: " + coding),
                                known if status == 415 else "accept-encoding")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_other_compressed_bodies_are_passed_as_they_are(self):
         self.start()
@@ -14011,7 +14031,7 @@ class ClientConnectionTest(ServerCase):
         self.assert_status(503, packed)
         for client, asked in held:
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
 
     def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
         self.start()
@@ -14023,8 +14043,8 @@ class ClientConnectionTest(ServerCase):
             client.send(head)
             for byte in sent:
                 client.send(bytes([byte]))
-            self.assertEqual(client.read().status, 200)
-            self.assertEqual(self.stub.requests[-1].body, body)
+            client.answers(200)
+            self.assertEqual(self.stub.last.body, body)
 
     def test_an_early_answer_can_be_read_every_time(self):
         """3 MB of the body are on their way when the 401 is sent: closing at once would reset."""
@@ -14048,7 +14068,7 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(answered.status, 403)
             self.assertIn(answered.get("connection"), endings)
             if answered.get("connection") is None:
-                self.assertEqual(client.exchange(HEALTH).status, 200)
+                client.answers(200, HEALTH)
 
     def test_a_refused_body_that_came_whole_does_not_end_the_connection(self):
         self.start(PROXY_API_KEYS="sk-1")
@@ -14138,15 +14158,15 @@ class ClientConnectionTest(ServerCase):
 class ServerTest(ServerCase):
     def test_connections_beyond_the_cap_get_a_503_and_room_is_made_again(self):
         self.start(None, MAX_CONNECTIONS=2)
-        (first, asked), (second, _) = [self.ask_stub(call()) for _ in range(2)]
+        (first, asked), (second, _) = [self.ask_stub() for _ in range(2)]
         answered = self.assert_last_answer(self.connect().send(call()), 503)
         self.assertEqual(answered.error()["type"], "server_error")
-        self.assertEqual(self.stub.calls, 2)
+        self.assert_calls(2)
         asked.answer()
-        self.assertEqual(first.read().status, 200)
+        first.answers(200)
         first.close()
         self.stub.answer = says()
-        wait_for(lambda: self.ask(call()).status == 200, "room for another")
+        wait_for(lambda: self.ask().status == 200, "room for another")
         second.reset()
 
     def test_where_no_connection_is_left_the_longest_idle_one_of_who_has_most_goes(self):
@@ -14158,7 +14178,7 @@ class ServerTest(ServerCase):
         few, first, second, *others = clients
         self.assertEqual([first.ending(), second.ending()], ["closed", "closed"])
         for client in (few, *others):
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200, call())
 
     def test_one_address_has_a_cap_of_its_own_unless_it_speaks_for_others(self):
         two = {"MAX_CONNECTIONS_PER_ADDRESS": 2}
@@ -14170,7 +14190,7 @@ class ServerTest(ServerCase):
             statuses = [client.read().status for client in clients]
             self.assertEqual(statuses, [200] * taken + [503] * (4 - taken))
             clients[0].close()
-            wait_for(lambda: self.ask(call()).status == 200, "room for another")
+            wait_for(lambda: self.ask().status == 200, "room for another")
 
     def test_other_addresses_than_loopback_have_a_cap_by_default(self):
         self.start()
@@ -14196,7 +14216,7 @@ class ServerTest(ServerCase):
             time.sleep(0.05)  # which nothing on the loop may do
             return find(*arguments)
         with mock.patch.object(self.proxy.routes, "find", find_slowly):
-            wait_for(lambda: self.ask(call()) and said.search(self.lines.text()), "its line")
+            wait_for(lambda: self.ask() and said.search(self.lines.text()), "its line")
 
     def test_draining_closes_idle_connections_and_lets_a_running_stream_finish(self):
         self.start(None)
@@ -14216,7 +14236,7 @@ class ServerTest(ServerCase):
         client, asked = self.ask_stub(call() * 2)
         with self.draining() as cut:
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
             self.stub.next().answer()
             self.assert_last_answer(client, 200)
         self.assertEqual(cut, [0])
@@ -14227,7 +14247,7 @@ class ServerTest(ServerCase):
         self.assertEqual(self.drain(0.05), 1)
         self.assertFalse(client.rest().whole)
         asked.wait_for_hang_up()
-        self.assertEqual(self.entry()["outcome"], "stopped")
+        self.assertEqual(self.outcome(), "stopped")
 
 
 class TlsTest(ServerCase):
@@ -14260,7 +14280,7 @@ class TlsTest(ServerCase):
         self.stub.answer = says(body)
         answered = client.exchange(request("POST", "/v1/audio", body))
         digest = hashlib.sha256(body).hexdigest()
-        self.assertTrue(answered.body == body and self.stub.requests[-1].digest == digest)
+        self.assertTrue(answered.body == body and self.stub.last.digest == digest)
         events = [event(number) for number in range(200)]
         self.stub.answer = lambda asked: asked.stream(*events, end=True)
         answered = client.exchange(call(stream=True))
@@ -14312,7 +14332,7 @@ class TlsTest(ServerCase):
                     break
             else:
                 self.fail("it was borne for 3 s")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
         self.start_tls()
@@ -14326,13 +14346,13 @@ class TlsTest(ServerCase):
             self.server.reload()
         self.assertIs(self.server.tls, now)
         for one in (client, self.connect_tls()):
-            self.assertEqual(one.exchange(call()).status, 200)
+            one.answers(200, call())
 
     def test_stopping_ends_an_idle_connection_as_tls_says_and_awaits_no_handshake(self):
         self.start_tls()
         silent, client = self.connect(), self.connect_tls()
         client.sock.suppress_ragged_eofs = False
-        self.assertEqual(client.exchange(call()).status, 200)
+        client.answers(200, call())
         self.assertEqual(self.drain(PATIENCE), 0)
         self.assertEqual((client.ending(), silent.ending()), ("closed", "closed"))
 
@@ -14780,7 +14800,7 @@ class BenchTest(ProcessCase):
         self.assertEqual([*times], ["whole", "upstream", "proxy", "first byte", "jitter"])
         self.assertLess(times["first byte"]["min"], times["whole"]["min"])
         self.assertLess(times["jitter"]["min"], 500)
-        self.assertTrue(self.stub.requests[-1].json()["stream"])
+        self.assertTrue(self.stub.last.json()["stream"])
 
     def test_what_is_asked_is_as_the_options_say(self):
         url, listed = self.new_stub(), b'{"data": [{"id": "first"}, {"id": "second"}]}'
@@ -14791,7 +14811,7 @@ class BenchTest(ProcessCase):
                  "own", "/v1/embeddings"),
                 (["--payload", '{"model": "own"}', "--model", "m"], "m", CHAT))):
             self.bench("--key", "sk-1", "--requests", "1", *options, url=url)
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual((asked.json()["model"], asked.target), (model, target))
             self.assertEqual(asked.get("authorization"), "Bearer sk-1")
 
@@ -14799,7 +14819,7 @@ class BenchTest(ProcessCase):
         url = self.new_stub()
         self.bench("--model", "m", "--requests", "1", url=url, BASE_API_KEY="sk-vendor",
                    BASE_API_URL="https://api.openai.com/v1")
-        self.assertNotIn(b"sk-vendor", self.stub.requests[-1].head)
+        self.assertNotIn(b"sk-vendor", self.stub.last.head)
 
     def test_https_is_checked_as_the_settings_say(self):
         file = pem_file(self)
@@ -15249,7 +15269,7 @@ class CommandsTest(ProcessCase):
         process = self.serve(DATABASE=path, MAX_TOKENS=10 ** 6)
         client, end = self.connect(), time.monotonic() + 0.5
         while time.monotonic() < end:
-            self.assertEqual(client.exchange(call("k")).status, 200)
+            client.answers(200, call("k"))
             ended.append(time.monotonic())
         killed = time.monotonic()
         process.stop(signal.SIGKILL).wait()
@@ -15286,13 +15306,13 @@ class CommandsTest(ProcessCase):
         usage_log = pathlib.Path(new_path(self, "usage.jsonl"))
         process, client = self.serve_dotenv(
             "PROXY_API_KEYS=a", "LIMITS=each 100 requests per day", USAGE_LOG=usage_log)
-        self.assertEqual(client.exchange(call("a")).status, 200)
+        client.answers(200, call("a"))
         wait_for(usage_log.read_bytes, "a row")
         usage_log.rename(usage_log.with_suffix(".old"))
         self.dotenv.write_text(
             "PROXY_API_KEYS=b\nLIMITS=each 10 requests per day\nMAX_QUEUE=7", "utf-8")
         self.read_again(process, "MAX_QUEUE was changed: it needs a new start")
-        self.assertEqual(client.exchange(call("a")).status, 401)
+        client.answers(401, call("a"))
         answered = client.exchange(call("b"))
         self.assertEqual((answered.status, answered.get("x-ratelimit-limit")), (200, "10"))
         wait_for(lambda: usage_log.exists() and usage_log.read_bytes().count(b"\n") == 2)
@@ -15355,8 +15375,8 @@ class CommandsTest(ProcessCase):
     def test_the_demo_brings_its_own_endpoint(self):
         process = self.serve("--demo", MAX_TOKENS=1)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
-        self.assertIn(b"built-in demo endpoint", self.ask(call()).body)
-        self.assertIn(b"limit reached", self.ask(call()).body)
+        self.assertIn(b"built-in demo endpoint", self.ask().body)
+        self.assertIn(b"limit reached", self.ask().body)
 
     def run_demo(self):
         """Runs one in a thread; returns its URL."""
@@ -15528,7 +15548,7 @@ class WorkersTest(ProcessCase):
         wait_for(lambda: sum("goes by its share of the limits, one of 3" in row
                              for row in process.rows) == 3, "the absence of Redis")
         admitted = itertools.accumulate(
-            self.ask(call()).body == b'{"said": "hi"}' for _ in itertools.count())
+            self.ask().body == b'{"said": "hi"}' for _ in itertools.count())
         wait_for(lambda: next(admitted) == 9, "all that there is")
         for pid in self.workers():
             os.kill(pid, signal.SIGKILL)
@@ -15686,7 +15706,7 @@ class EnduranceCase(ProcessCase):
         def act():
             began = time.monotonic()
             statuses.append("failed")
-            statuses[-1] = self.ask(call()).status
+            statuses[-1] = self.ask().status
             seconds.append(time.monotonic() - began)
         with self.meanwhile(act):
             yield seconds
@@ -16305,7 +16325,7 @@ class FaultsTest(EnduranceCase):
         clients, delays = [self.connect() for _ in range(number)], []
         began = time.monotonic()
         for client in clients:
-            self.assertEqual(client.exchange(HEALTH).status, 200)
+            client.answers(200, HEALTH)
         late = time.monotonic() + seconds + self.size(8, 1)
         for client in clients:
             while not client.is_readable():
@@ -16538,7 +16558,7 @@ class FaultsTest(EnduranceCase):
             with self.within(1):
                 answered = self.ask(call(stream=stream))
             self.assert_understood(answered, expected, stream)
-            self.stub.requests[-1].over.set()
+            self.stub.last.over.set()
             self.assertEqual(self.ask(call(stream=stream)).body, b"the next")
             one, other = self.stub.requests[-2:]
             self.assertTrue(lasting or one.sock is not other.sock)
@@ -16560,10 +16580,10 @@ class FaultsTest(EnduranceCase):
         client, asked = self.ask_stub(data)
         asked.send(answer(b"early"))
         self.assertEqual(client.read().body, b"early")
-        client, other = self.ask_stub(call())
+        client, other = self.ask_stub()
         self.assertIsNot(other.sock, asked.sock)
         other.answer()
-        self.assertEqual(client.read().status, 200)
+        client.answers(200)
 
     # -- a signal to stop
 
@@ -16805,14 +16825,14 @@ class FaultsTest(EnduranceCase):
 
     def test_no_spelling_of_a_path_gets_more_than_the_rule_allows(self):
         self.start(LIMITS="address 1 requests per hour")
-        self.ask(call())
+        self.ask()
         body = chat(prompt="x", input="x", contents=[{"parts": [{"text": "x"}]}])
         forged = "X-Forwarded-For: 10.9.9.9"
         for path, version in self.each(itertools.product(self.SPELLINGS, ("1.1", "1.0"))):
             answered = self.ask(request("POST", path, body, forged, key="k", version=version))
             expected = "limit reached" if answered.status == 200 else '"error"'
             self.assertIn(expected, answered.body.decode())
-            self.assertEqual(self.stub.calls, 1)
+            self.assert_calls(1)
 
     def test_nobody_touches_the_bucket_of_a_caller_whose_address_is_spelled_as_a_key(self):
         self.start(MAX_TOKENS=10)
@@ -16826,7 +16846,7 @@ class FaultsTest(EnduranceCase):
                 self.ask(data)
             self.assertEqual(self.left(), 10)
         # The key 127.0.0.1 in its five places shares 10, three keys have 3 calls each, mine 10.
-        self.assertEqual(self.stub.calls, 10 + 3 * 3 + 10)
+        self.assert_calls(10 + 3 * 3 + 10)
         for row in self.FORGED * 3:  # and a victim cannot be somebody else either
             self.ask(call(None, row + "10.1.2.3"))
         self.assert_spent(29 + 10, 0)
