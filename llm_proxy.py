@@ -2589,8 +2589,12 @@ class Limits:
                        for rule in ordered_rules for kind, glob in rule.scopes if kind == "model"}
         self.known = {}
 
+    def all_rules(self) -> List[Rule]:
+        """Returns the rules, and those of keys."""
+        return [*self.rules, *itertools.chain.from_iterable(self.own.values())]
+
     def units(self) -> Set[str]:
-        return {UNITS[rule.unit] for rule in itertools.chain(self.rules, *self.own.values())}
+        return {UNITS[rule.unit] for rule in self.all_rules()}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
@@ -2691,7 +2695,7 @@ class Limits:
     def take_over(self, wall: float):
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
+        texts = {rule.text for rule in self.all_rules()}
         self.buckets.drop([one.key for one in self.buckets.seen() if one.key[0] not in texts])
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
@@ -5837,11 +5841,10 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
-def end_of_strings(data):
-    """Returns where the last string of JSON begins that is not whole, or ends that is; -1 where
-    all of it is one."""
+def last_cut(data):
+    """Returns the last place where JSON can be cut and no string is, 0 without one."""
     plain = without_escapes(data)
-    return (plain.rfind(b'"') + 1 - plain.count(b'"') % 2) or -1
+    return plain.rfind(b'"') + 1 - plain.count(b'"') % 2
 
 
 class Edit:
@@ -5940,11 +5943,11 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0 and len(data) <= self.MAX_STRING:
-            whole = 0  # half a string cannot be read
-        self.held = data[max(whole, 0):]
-        return self.edited(data[:whole]) if whole >= 0 else self.flush()
+        cut = last_cut(data) if len(data) > self.MAX_WHOLE else 0
+        self.held = data[cut:]
+        if not cut and len(data) > self.MAX_STRING:
+            return self.flush()
+        return self.edited(data[:cut])  # half a string cannot be read
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
@@ -9227,12 +9230,6 @@ class Upstream:
             address.breakers.enter(now, subject)
         return address
 
-    def judge_head(self, address, good, connected, subject):
-        """Whether a call went well is known at its end, but one that tries an open breaker must not
-        keep others waiting for that."""
-        if not good or address.breakers.is_tried(subject):
-            self.judge(address, good, subject, connected)
-
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
@@ -9318,8 +9315,12 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if context.subject and (not good or address.breakers.troubled):
-                    self.judge_head(address, good, stream is not None, context.subject)
+                # Whether a call went well is known at its end, but one that tries an open breaker
+                # must not keep others waiting for that.
+                breakers = address.breakers
+                if context.subject and (not good or (
+                        breakers.troubled and breakers.is_tried(context.subject))):
+                    self.judge(address, good, context.subject, stream is not None)
                 if response is None:
                     address.running -= 1
 
@@ -14078,8 +14079,7 @@ class SharedStored(Stored):
             super().owe(name, self.read_bill(*json.loads(text)))
 
     def read_bill(self, keys, costs, taken, dialect, model, made, characters):
-        rules = {rule.text: rule for rule in itertools.chain(
-            self.limits.rules, *self.limits.own.values())}
+        rules = {rule.text: rule for rule in self.limits.all_rules()}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
         hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
@@ -16308,7 +16308,7 @@ class Admin:
         return {"rules": [
             {"text": rule.text, "unit": rule.word, "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
-            for rule in dict.fromkeys(itertools.chain(limits.rules, *limits.own.values()))]}
+            for rule in dict.fromkeys(limits.all_rules())]}
 
     # -- settings
 
