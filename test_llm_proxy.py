@@ -697,8 +697,9 @@ usual_prices = functools.lru_cache(None)(llm_proxy.usual_prices)
 
 
 class ProxyCase(TableCase):
-    """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends."""
-    proxy = None
+    """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends; one
+    that has none is started with the first connection."""
+    proxy = address = None
 
     @classmethod
     def setUpClass(cls):
@@ -799,6 +800,8 @@ class ProxyCase(TableCase):
             self.on_loop(int)
 
     def connect(self, **options):
+        if self.address is None:
+            self.start()
         client = Client(self.address, **options)
         self.addCleanup(client.reset)
         return client
@@ -827,13 +830,20 @@ class ProxyCase(TableCase):
             self.assertEqual(answered.error()["type"], error)
         return answered
 
+    def start_silent(self):
+        """Starts one for whose Stub the test answers, where none runs."""
+        if self.address is None:
+            self.start(None)
+
     def ask_stub(self, data=call()):
         """Send a request whose answer the test sends itself; returns (Client, Asked)."""
+        self.start_silent()
         client = self.connect().send(data)
         return client, self.stub.next()
 
     def begin(self, *payloads, client=None, key=None, fields=(), head=STREAM, **payload):
         """Start a streamed call and read its head and `payloads`; returns (Client, Asked)."""
+        self.start_silent()
         client = client or self.connect()
         client.send(call(key, *fields, **{"stream": True, **payload}))
         asked = self.stub.next()
@@ -1625,7 +1635,6 @@ class CallersTest(ProxyCase):
             self.assertIsNone(self.stub.requests[0].get("api-key"))
 
     def test_two_different_credentials_are_refused(self):
-        self.start()
         answered = self.assert_status(400, call("a", "X-Api-Key: b"))
         self.assertEqual(answered.error()["type"], "invalid_request_error")
         self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
@@ -3119,7 +3128,6 @@ class JsonTest(ProxyCase):
                     llm_proxy.JsonBody(body).parse()
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
-        self.start()
         for body in self.each(self.REFUSED):
             answered = self.ask(request("POST", CHAT, body))
             self.assertEqual(refusal(answered), (400, "invalid_request_error"))
@@ -3191,7 +3199,6 @@ class JsonTest(ProxyCase):
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
         """An upstream in Go would take "MODEL" for "model", and we would have read another one."""
-        self.start()
         table = ["Model", "MAX_TOKENS", "Stream", "max_Completion_tokens", "\u017ftream"]
         for key in self.each(table):
             self.assert_status(400, call(**{key: 1}))
@@ -3199,7 +3206,6 @@ class JsonTest(ProxyCase):
         self.assert_calls(1)
 
     def test_a_model_has_at_most_256_characters(self):
-        self.start()
         statuses = [self.ask(call(model="x" * size)).status for size in (256, 257)]
         self.assertEqual(statuses, [200, 400])
 
@@ -3323,14 +3329,12 @@ class PathsTest(ManyCase):
             self.assert_calls(1)
 
     def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
-        self.start()
         for path, plain in self.each(self.PLAIN_NAMES):
             self.assert_status(200, request("POST", path, chat()))
             self.assertEqual(self.stub.last.target, plain)
         self.assert_left(1000 - 7)
 
     def test_other_methods_and_paths_are_forwarded_as_they_are_and_cost_a_request_or_nothing(self):
-        self.start()
         left = 1000
         for cost, method, path in self.each(map(str.split, self.FORWARDED.strip().splitlines())):
             body = b"" if method in ("GET", "HEAD") else b"not json"
@@ -3429,7 +3433,6 @@ class FormsTest(ManyCase):
         return request("POST", "/v1/audio/transcriptions", body, kind)
 
     def test_a_body_has_one_type(self):
-        self.start()
         for kinds, status in self.each((
                 (["a/b"], 200), (["audio/x", "multipart/form-data; boundary=x"], 400),
                 (["a/b, c/d"], 400))):
@@ -3462,7 +3465,6 @@ class FormsTest(ManyCase):
             self.assertEqual((asked.target, asked.body), ("/v1" + path % "real", real))
 
     def test_a_form_that_two_readers_could_take_apart_differently_is_refused(self):
-        self.start()
         model = self.PART % ('"model"', "m")
         for data in self.each((
                 self.form(model, model), self.form(model, end=""), self.form(model, end="--B\r\n"),
@@ -4302,7 +4304,6 @@ class DialectsTest(ProxyCase):
         self.assertEqual(self.ask_at(self.GENERATE, generationConfig=3).status, 400)
 
     def test_who_the_callers_user_is_does_not_go_upstream(self):
-        self.start()
         self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
         self.assertNotIn(b"example.org", self.stub.last.head)
 
@@ -5608,7 +5609,6 @@ class HeadTest(ProxyCase):
         ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 70000))]
 
     def test_well_formed_heads_are_taken(self):
-        self.start()
         table = [raw_head(text) for text in rows(self.TAKEN) + self.TAKEN_TOO]
         table += [b"\r\n" * number + table[0] for number in (1, 3)]
         table.append(raw_head(POST + "Host: x | Content-Length: 0002", b"{}"))
@@ -5657,7 +5657,6 @@ class HeadTest(ProxyCase):
         self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"refused"})
 
     def test_a_line_that_cannot_be_right_is_refused_before_the_head_is_complete(self):
-        self.start()
         for start in self.each([
                 b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n", b"GET / HTTP/1.1\r\nHost: x\nX: y",
                 b"GET / HTTP/1.1\nHost: x", b"GET / HTTP/1.1\r\n folded: x\r\n",
@@ -5674,7 +5673,6 @@ class HeadTest(ProxyCase):
         self.assert_calls(0)
 
     def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
-        self.start()
         for method, upgrade in self.each(itertools.product(
                 ("GET", "POST"), ("websocket", "h2c, WebSocket/13"))):
             fields = "Connection: Upgrade", "Upgrade: " + upgrade
@@ -5690,7 +5688,6 @@ class HeadTest(ProxyCase):
 
     def test_a_head_may_come_in_any_three_pieces(self):
         """Each piece is sent when the one before it was read. Of all ways, each 13th is tried."""
-        self.start()
         data = raw_head("GET /v1/x HTTP/1.1 | Host: x | X-A: b")
         ways = list(itertools.combinations(range(1, len(data)), 2))
         for first, second in self.each(ways[::13]):
@@ -5700,7 +5697,6 @@ class HeadTest(ProxyCase):
             client.close()
 
     def test_a_caller_who_leaves_within_a_head_or_between_calls_is_no_error_of_ours(self):
-        self.start()
         for hang_up in self.each([Client.close, Client.reset]):
             hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
             client = self.connect()
@@ -5738,7 +5734,6 @@ class RepeatedHeadTest(ProxyCase):
             self.assertEqual(bodies, [b"hello", body][:1 + (status == 200)])
 
     def test_another_key_is_another_caller(self):
-        self.start()
         client = self.connect()
         for key in "abb":
             client.exchange(call(key))
@@ -5874,7 +5869,6 @@ class StreamTest(ProxyCase):
 
     def test_every_event_reaches_the_caller_before_the_next_one_is_sent(self):
         """Text that looks like the end of a stream does not end it."""
-        self.start(None)
         client, asked = self.begin()
         payloads = [*map(event, range(20)), b"data: [DONE]\n\n", b"0\r\n\r\n",
                     b'data: {"text": " [DONE]"}\n\n']
@@ -5889,7 +5883,6 @@ class StreamTest(ProxyCase):
         self.assertEqual((entry["bytes"], entry["stream"]), (sum(map(len, payloads)), True))
 
     def test_the_bytes_of_a_stream_pass_unchanged_chunk_by_chunk(self):
-        self.start(None)
         client, asked = self.begin()
         chunks = (event(1) + event(2), event(3)[:7], event(3)[7:], b"data: [DONE]\n\n")
         body = b"2;x=y\r\n: \r\n" + b"".join(map(chunk, chunks)) + LAST
@@ -5996,7 +5989,6 @@ class StreamTest(ProxyCase):
         self.assertEqual(client.exchange(call()).body, b"x")
 
     def test_a_caller_may_send_its_next_request_while_a_stream_is_running(self):
-        self.start(None)
         client, asked = self.begin(b"one")
         client.send(call(seed=2))
         asked.chunks(b"two")
@@ -6310,7 +6302,6 @@ class QueueTest(WaitingCase):
         self.assertIn(waited, [entry["queue_ms"] for entry in self.lines.entries()])
 
     def test_without_a_cap_nobody_is_told_of_a_line(self):
-        self.start()
         self.assertIsNone(self.ask().get("x-queue-ms"))
         self.assertNotIn("queue", self.base())
 
@@ -6814,7 +6805,6 @@ class DeadlinesTest(WaitingCase):
         self.assertEqual(self.finish(asked, client).status, 200)
 
     def test_what_is_no_number_of_milliseconds_is_a_400(self):
-        self.start()
         for text in self.each(["", "0", "-1", "1.5", "soon", "9999999999"]):
             answered = self.ask(self.in_time(text))
             self.assertEqual(refusal(answered), (400, "invalid_request_error"))
@@ -7299,7 +7289,6 @@ class UpstreamsTest(CallCase):
         self.assert_calls(1)
 
     def test_the_system_looks_after_silent_connections_of_both_sides(self):
-        self.start(None)
         self.ask_stub()
         sockets = self.proxy.loop._selector.get_map()
         wait_for(lambda: len(sockets) == 3, "reading of both, and of the loop's own")
@@ -7333,12 +7322,10 @@ class UpstreamsTest(CallCase):
                            "openai-organization: org-1", "cookie: a=b", "x-api-key")
 
     def test_without_a_key_of_our_own_no_credential_goes_upstream(self):
-        self.start()
         self.ask("sk-caller")
         self.assert_fields(self.stub.requests[0], "authorization")
 
     def test_a_metered_answer_stays_readable_and_the_coding_of_others_is_the_callers_choice(self):
-        self.start()
         for path, coding in ((CHAT, "identity"), ("/v1/files", "identity"), ("/tokenize", "gzip")):
             self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
             self.assert_fields(self.stub.last, "accept-encoding: " + coding)
@@ -7375,7 +7362,6 @@ class UpstreamsTest(CallCase):
             self.assertEqual(self.stub.last.json(), {"model": "gemma4", **rest})
 
     def test_without_a_base_model_a_body_passes_byte_for_byte(self):
-        self.start()
         body = b' {"model":"m",  "messages":[{"content":"\\u00e4 \xc3\xa4"}],"n":1.0} \r\n'
         self.ask(request("POST", CHAT, body))
         self.assertEqual(self.stub.requests[0].body, body)
@@ -7406,7 +7392,6 @@ class UpstreamsTest(CallCase):
         self.assert_status(302, request("GET", "/v1/y"), elsewhere)
 
     def test_upstream_times_are_unix_nanoseconds(self):
-        self.start()
         before = time.time_ns()
         answered = self.ask()
         names = "x-upstream-request-start", "x-upstream-request-stop"
@@ -7928,7 +7913,6 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             self.assertEqual((entry["input"], entry["output"], entry["estimated"]), expected)
 
     def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
-        self.start()
         for number, (path, payload, stream) in enumerate(self.each((
                 ("/api/chat", {}, True), ("/api/generate", {"stream": None}, True),
                 ("/api/chat", {"stream": False}, False), ("/api/embed", {}, False)))):
@@ -8387,7 +8371,6 @@ class LedgerTest(LedgerCase):
                 "model", now - 900, now + 900).values()] == [number], "the sum")
 
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
-        self.start()
         models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
         for model in models:
             self.assert_status(200, call(model=model))
@@ -11236,7 +11219,6 @@ class SettlingTest(LedgerCase):
         self.assert_ending("ok", 1000 - 24)
 
     def test_whether_a_stream_is_asked_for_is_said_plainly(self):
-        self.start()
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
         for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
             self.assert_status(400, request("POST", path, chat(stream=value)))
@@ -11244,7 +11226,6 @@ class SettlingTest(LedgerCase):
         self.assert_status(200, call(stream=None))
 
     def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
-        self.start()
         path = "/v1beta/models/m:generateContent?"
         for query, left in self.each((
                 ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
@@ -11327,7 +11308,6 @@ class SettlingTest(LedgerCase):
             self.assertIsNone(answered.get("content-length"))
 
     def test_a_json_answer_in_pieces_tells_its_cost_in_its_head(self):
-        self.start(None)
         body = completion(20, 4)
         head = STREAM.replace(b"text/event-stream", b"application/json")
         for data in self.each((answer(body), head + chunk(body[:9]) + chunk(body[9:]) + LAST)):
@@ -11407,7 +11387,6 @@ class SettlingTest(LedgerCase):
 
 class KeysTest(KeysCase):
     def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
-        self.start()
         self.assert_statuses([200, 200], "x", None)
         ann = self.add()
         self.assert_statuses([200, 401, 401], ann, "x", None)
@@ -12018,7 +11997,6 @@ class EndingsTest(LedgerCase):
             self.assert_entry("outcome", outcome, number)
 
     def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
-        self.start(None)
         told = events(LAST_DELTA, "[DONE]")
         for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
             client, asked = self.begin(told)
@@ -12092,7 +12070,6 @@ class EndingsTest(LedgerCase):
             self.assert_ending("caller_gone", 1000 - 3 - output, number, key)
 
     def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
-        self.start(None)
         for number, hang_up in enumerate(self.each(self.HANG_UPS)):
             client, asked = self.begin()
             hang_up(client)
@@ -12103,7 +12080,6 @@ class EndingsTest(LedgerCase):
             self.assert_ending("caller_gone", left=999 - number, number=number)
 
     def test_a_caller_who_sent_much_ahead_and_hangs_up_is_noticed(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         client.sock.settimeout(0.02)
         with self.assertRaises(OSError):  # it is not read on
@@ -12128,7 +12104,6 @@ class EndingsTest(LedgerCase):
         self.assert_ending("caller_gone", left=998, number=1)
 
     def test_a_bug_of_ours_is_a_500_with_one_traceback_that_ends_its_call_alone_for_nothing(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         bug = ZeroDivisionError("a bug")
         with mock.patch.object(self.proxy.routes, "find", side_effect=bug):
@@ -12142,7 +12117,6 @@ class EndingsTest(LedgerCase):
         wait_for(lambda: self.proxy.routes.base.stats()["in_flight"] == 0)
 
     def test_a_bug_of_ours_in_the_middle_of_an_answer_is_a_cut_and_costs_nothing(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         with mock.patch.object(llm_proxy.Chunked, "feed", side_effect=ZeroDivisionError("a bug")):
             asked.chunks(event(2))
@@ -12712,7 +12686,6 @@ off                             http://localhost        -""")
         asked.close()
 
     def test_a_request_id_is_a_uuid_unless_the_caller_sent_one_which_alone_goes_upstream(self):
-        self.start()
         odd = ("two words", "x" * 200, "\xe4", "")
         rows = [call(), HEALTH, b"nonsense\r\n\r\n"]
         rows += [call(None, "X-Request-ID: " + name) for name in odd]
@@ -12884,7 +12857,6 @@ class AdminCase(ManyCase):
 
 class AdminTest(AdminCase):
     def test_pages_are_for_viewers_and_changes_for_admins(self):
-        self.start()
         keys = {"nobody": None, "wrong": "nobody's", "viewer": VIEWER, "admin": ADMIN}
         for method, path, who, status in self.each("""
                 GET -> /summary -> nobody -> 401
@@ -12909,7 +12881,6 @@ class AdminTest(AdminCase):
         self.assertEqual(self.admin("GET", "").status, 200)
 
     def test_the_contents_name_every_page_and_who_asks(self):
-        self.start()
         found = self.look("")
         self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
         self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
@@ -12926,20 +12897,17 @@ class AdminTest(AdminCase):
             self.assertEqual(answered.status, status)
 
     def test_what_is_posted_must_be_a_small_json_object(self):
-        self.start()
         for body, status in self.each((
                 (b"", 200), (b"{}", 200), (b"[]", 400), (b"{", 400), (b"x" * 70000, 413))):
             data = request("POST", "/admin/api/upstreams/base/enable", body, key=ADMIN)
             self.assert_status(status, data)
 
     def test_a_request_without_a_host_is_told_what_it_lacks(self):
-        self.start()
         data = request("GET", "/admin/api", key=VIEWER, version="1.0").replace(
             b"Host: proxy.test\r\n", b"")
         self.assert_status(200, data)
 
     def test_an_upstream_that_is_disabled_is_asked_no_more(self):
-        self.start()
         self.assertEqual(self.admin("POST", "/upstreams/base/disable").status, 200)
         self.assert_status(404)
         state = self.look("/upstreams")["upstreams"][0]
@@ -13006,7 +12974,6 @@ class AdminBooksTest(AdminCase):
         return self.change("POST", "/keys", {"name": name, **fields}, 201)
 
     def test_a_key_is_made_shown_changed_and_removed(self):
-        self.start()
         made = self.add(team="red", limits="5000 tokens per day")
         self.assert_status(200, call(made["key"]))
         self.assert_status(401, call("another"))
@@ -13020,7 +12987,6 @@ class AdminBooksTest(AdminCase):
         self.assert_status(401, call(made["key"]))
 
     def test_a_key_is_revoked_restored_and_rotated(self):
-        self.start()
         first = self.add()["key"]
         self.change("POST", "/keys/ann/revoke")
         self.assert_status(401, call(first))
@@ -13030,7 +12996,6 @@ class AdminBooksTest(AdminCase):
         self.assertEqual([self.ask(key).status for key in (first, second)], [200, 200])
 
     def test_a_change_of_keys_is_answered_though_the_ledger_is_hindered(self):
-        self.start()
         with mock.patch.object(llm_proxy.Admin, "READ_SECONDS", 0.01), \
                 mock.patch.object(llm_proxy.Ledger, "read_news"):
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
@@ -13045,7 +13010,6 @@ class AdminBooksTest(AdminCase):
         self.assert_left(before + 50, "k")
 
     def test_what_is_wrong_with_a_key_is_told(self):
-        self.start()
         self.add()
         for method, path, payload, status, said in self.each("""
                 POST -> /keys -> {"name": "ann"} -> 400 -> stored already
@@ -13096,7 +13060,6 @@ class AdminBooksTest(AdminCase):
         self.assertGreaterEqual(self.left(secret), 2)
 
     def test_every_write_is_in_the_audit_and_in_the_log(self):
-        self.start()
         self.add()
         self.admin("POST", "/upstreams/base/disable")
         self.change("POST", "/keys/ann/revoke")
@@ -13108,7 +13071,6 @@ class AdminBooksTest(AdminCase):
         self.assertEqual(len(self.look("/audit?before=%d" % rows[1]["id"])["rows"]), 1)
 
     def test_an_upstream_stays_disabled_after_a_new_start(self):
-        self.start()
         self.admin("POST", "/upstreams/base/disable")
         copied = new_path(self, "copy.db")
         with contextlib.closing(sqlite3.connect(self.path)) as source:
@@ -13118,7 +13080,6 @@ class AdminBooksTest(AdminCase):
         self.assert_status(404)
 
     def test_calls_and_their_sums_are_told(self):
-        self.start()
         for key in ("k1", "k1", "k2"):
             self.ask(key)
         self.wait_for_rows(3)
@@ -13198,7 +13159,6 @@ class AdminBooksTest(AdminCase):
             self.assertIn("DATABASE is off", answered.error()["message"])
 
     def test_who_leaves_before_the_database_has_answered_leaves_nothing_behind(self):
-        self.start()
         asked, leaves = threading.Event(), threading.Event()
 
         def slow(*_):
@@ -13215,7 +13175,6 @@ class AdminBooksTest(AdminCase):
         self.assertEqual(self.admin("GET", "/usage").status, 503)
 
     def test_what_is_asked_for_wrongly_is_told(self):
-        self.start()
         for path in self.each("""/calls?before=x  /calls?slow=x  /usage?step=year  /usage?by=x
                 /usage?from=9&to=3  /usage?step=quarter&from=0""".split()):
             self.assertEqual(self.admin("GET", path).status, 400)
@@ -13239,7 +13198,6 @@ class EventsTest(AdminCase):
         return found[1], json.loads(found[2])
 
     def test_calls_are_told_as_they_begin_and_end(self):
-        self.start()
         client = self.listen()
         self.ask("k")
         _, begun = self.hear(client, "begin")
@@ -13248,7 +13206,6 @@ class EventsTest(AdminCase):
         self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
 
     def test_calls_of_one_id_are_told_apart(self):
-        self.start()
         client, keys = self.listen(), []
         for _ in range(2):
             self.ask(call("k", "X-Request-ID: twice"))
@@ -13258,7 +13215,6 @@ class EventsTest(AdminCase):
         self.assertNotEqual(*keys)
 
     def test_a_listener_that_comes_back_is_told_what_it_missed(self):
-        self.start()
         client = self.listen()
         self.ask("k")
         before, first = self.hear(client, "end")
@@ -13281,14 +13237,12 @@ class EventsTest(AdminCase):
         self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
 
     def test_who_stops_listening_has_made_no_call(self):
-        self.start()
         self.listen().reset()
         wait_for(lambda: self.outcome(), "its line")
         self.assertEqual(self.outcome(), "ok")
         self.assertEqual(self.proxy.watchers.metrics.totals()[0], 0)
 
     def test_who_may_look_no_more_hears_no_more(self):
-        self.start()
         client = self.listen()
         self.on_loop(setattr, self.proxy, "callers", llm_proxy.build_callers(
             read_config({"BASE_API_URL": self.stub.url}), b"", llm_proxy.StoredKeys(b"")))
@@ -13298,7 +13252,6 @@ class EventsTest(AdminCase):
         self.assertNotIn("event: end", client.text)
 
     def test_listeners_do_not_hold_up_the_end(self):
-        self.start()
         self.listen()
         began = time.monotonic()
         self.drain(PATIENCE)
@@ -13451,7 +13404,6 @@ class DashboardTest(AdminCase):
     """What needs no browser."""
 
     def test_the_page_may_run_nothing_but_its_own_script(self):
-        self.start()
         for path in self.each(("/dashboard", "/me")):
             first, second = [self.ask(request("GET", path)) for _ in range(2)]
             policy = first.get("content-security-policy")
@@ -13463,7 +13415,6 @@ class DashboardTest(AdminCase):
             self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
 
     def test_paths_that_are_nearly_those_of_the_page_lead_to_it(self):
-        self.start()
         for path, place in self.each((("/admin", "dashboard"), ("/admin/", "../dashboard"),
                                       ("/dashboard/", "../dashboard"), ("/me/", "../me"))):
             answered = self.ask(request("GET", path))
@@ -13732,7 +13683,6 @@ class PageTest(AdminCase):
         self.see("3 in a minute")  # tokens
 
     def test_calls_of_one_id_have_a_row_each(self):
-        self.start()
         for _ in range(2):
             self.ask(call("ann", "X-Request-ID: twice"))
         wait_for(lambda: len(self.look("/calls")["calls"]) == 2, "the rows")
@@ -13782,7 +13732,6 @@ class PageTest(AdminCase):
         self.see("No such call")
 
     def test_a_viewer_sees_nothing_that_changes_anything(self):
-        self.start()
         self.call("ann")
         self.log_in(VIEWER)
         for tab, text in self.each((("Callers", "1 caller"), ("Keys", "keys add alice"),
@@ -13916,7 +13865,6 @@ def read_to_the_end(client):
 
 class ClientConnectionTest(ServerCase):
     def test_a_connection_carries_one_request_after_another(self):
-        self.start()
         client = self.connect()
         for data in self.each((
                 call(), HEALTH, request("POST", CHAT, b"{"),
@@ -13928,7 +13876,6 @@ class ClientConnectionTest(ServerCase):
         client.send(HEALTH * 2000)  # which must not hold the loop
 
     def test_a_caller_who_says_close_is_told_so_and_closed(self):
-        self.start()
         for data in self.each((
                 call(None, "Connection: close"), call(None, "connection: x, CLOSE"),
                 request("GET", "/health", version="1.0"))):
@@ -13974,7 +13921,6 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(client.read().status, 400 if taken else 408)
 
     def test_a_continue_comes_once_and_only_when_the_body_is_wanted(self):
-        self.start()
         body = chat()
         for path in self.each((CHAT, "/v1/files")):
             head = request("POST", path, body, self.EXPECTING)[:-len(body)]
@@ -13994,7 +13940,6 @@ class ClientConnectionTest(ServerCase):
             self.assert_last_answer(client, status)
 
     def test_a_body_that_comes_without_waiting_for_the_continue_is_taken(self):
-        self.start()
         client = self.connect().send(call(None, self.EXPECTING, "Connection: close"))
         self.assertIn(b"HTTP/1.1 200 ", read_to_the_end(client))
 
@@ -14033,7 +13978,6 @@ class ClientConnectionTest(ServerCase):
         self.assert_calls(0)
 
     def test_other_compressed_bodies_are_passed_as_they_are(self):
-        self.start()
         self.ask(request("POST", "/v1/files", b"packed", "Content-Encoding: gzip"))
         asked, = self.stub.requests
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", b"packed"))
@@ -14050,7 +13994,6 @@ class ClientConnectionTest(ServerCase):
             client.answers(200)
 
     def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
-        self.start()
         client, body = self.connect(), chat()
         chunks = b"".join(chunk(bytes([byte])) for byte in body) + LAST
         for head, sent in self.each((
@@ -14101,7 +14044,6 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(self.connect().exchange(data).status, 401)
 
     def test_broken_chunks_of_a_metered_call_are_a_400_that_ends_the_connection(self):
-        self.start()
         for body in self.each((
                 b"5\nhello", b"+5\r\nhello\r\n", b"5\r\nhelloX\r\n", b"0\r\nX y\r\n\r\n")):
             client = self.connect().send(unsized(CHAT, CHUNKED) + body)
@@ -14161,7 +14103,6 @@ class ClientConnectionTest(ServerCase):
         asked.close()
 
     def test_errors_do_not_tell_who_we_are(self):
-        self.start()
         answered = self.ask(b"nonsense\r\n\r\n")
         self.assertIsNone(answered.get("server"))
         self.assertNotIn(b"python", (str(answered.fields).encode() + answered.body).lower())
@@ -14215,7 +14156,6 @@ class ServerTest(ServerCase):
         self.assertEqual(most, [math.inf] * 4 + [256] * 2)
 
     def test_a_burst_of_connections_is_taken(self):
-        self.start()
         clients = [self.connect() for _ in range(100)]
         for client in clients:
             client.send(HEALTH)
@@ -14248,7 +14188,6 @@ class ServerTest(ServerCase):
         self.assertEqual(cut, [0])
 
     def test_of_two_requests_that_came_before_a_drain_both_are_answered(self):
-        self.start(None)
         client, asked = self.ask_stub(call() * 2)
         with self.draining() as cut:
             asked.answer()
@@ -14258,7 +14197,6 @@ class ServerTest(ServerCase):
         self.assertEqual(cut, [0])
 
     def test_what_still_runs_when_the_time_is_up_is_cut(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         self.assertEqual(self.drain(0.05), 1)
         self.assertFalse(client.rest().whole)
@@ -15495,7 +15433,6 @@ class WorkersTest(ProcessCase):
         self.assertEqual(self.process.stop().wait(), 0)
 
     def test_counts_add_up_and_never_go_back(self):
-        self.start()
         for _ in range(40):
             self.assert_status(200, call("k"))
         wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
@@ -16408,7 +16345,6 @@ class FaultsTest(EnduranceCase):
                 self.assertEqual(entry["outcome"], "caller_gone")
 
     def test_whoever_leaves_within_a_metered_body_was_never_heard_of_upstream(self):
-        self.start()
         hang_ups = self.half_close, Client.reset
         for number, leave in self.each(enumerate(hang_ups * 2)):
             client = self.connect()
