@@ -1784,7 +1784,7 @@ class Fields:
     __slots__ = ()
 
     def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
-        raise NotImplementedError
+        """Returns the value of a field."""
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None
@@ -2952,16 +2952,13 @@ class Billable:
     def prompt_length(self) -> Tuple[int, List[int], int]:
         """Returns the weight of the prompt's text, and of that in each image and the like, and what
         kind of text it is."""
-        raise NotImplementedError
 
     def output_limit(self) -> Tuple[Optional[int], int]:
         """Returns the most tokens of one output, None where the call does not limit them, and how
         many outputs it asks for."""
-        raise NotImplementedError
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
-        raise NotImplementedError
 
 
 class UsageSource:
@@ -2972,15 +2969,12 @@ class UsageSource:
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
-        raise NotImplementedError
 
     def most_characters(self) -> float:
         """Returns about how many characters of text can have passed, without a look at them."""
-        raise NotImplementedError
 
     def output_characters(self) -> int:
         """Returns the weight of the text that passed."""
-        raise NotImplementedError
 
 
 # List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
@@ -8758,9 +8752,6 @@ class Breaker:
         """Returns how long no call may be made; 0 or less: it may."""
         return self.opened + self.seconds - now if self.concerns(caller) else 0
 
-    def allows(self, now, caller=None):
-        return self.seconds_left(now, caller) <= 0
-
     def enter(self, now, caller=None):
         """A call is made."""
         if self.concerns(caller):
@@ -8786,7 +8777,7 @@ class Breaker:
     def state(self, now):
         if self.opened is None:
             return "closed"
-        return "half_open" if self.trying or self.allows(now) else "open"
+        return "half_open" if self.trying or self.seconds_left(now) <= 0 else "open"
 
 
 Subject = Tuple[str, CallerKey]  # which model is asked for whom
@@ -18595,15 +18586,14 @@ def open_database(config, log_stream, remarks):
         remarks.append(IN_MEMORY % fault)
 
 
-def open_patiently(log_stream, path, lock, shared=False, tries=12):
+def open_patiently(log_stream, path, lock, shared=False):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
-    while True:
+    for left in reversed(range(12)):
         try:
             return Database(path, lock, shared=shared)
         except InUse as fault:
-            tries -= 1
-            if not tries:
+            if not left:
                 raise
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 

@@ -7585,7 +7585,7 @@ class BreakerTest(CallCase):
                 breaker.judge(self.VERDICTS[what], now)
             elif what:
                 breaker.enter(now)
-            self.assertEqual(breaker.allows(now), state in ("closed", "half_open"))
+            self.assertEqual(breaker.seconds_left(now) <= 0, state in ("closed", "half_open"))
             self.assertEqual(breaker.state(now), state.replace("tried", "half_open"))
 
     def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
