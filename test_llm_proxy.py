@@ -255,6 +255,11 @@ class Answered(Message):
         assert set(error) == {"message", "type", "param", "code"}, error
         return error
 
+    def tells(self, name, value):
+        """A member of an OpenAI error must be this."""
+        found = self.error()[name]
+        assert found == value, found
+
 
 def hang_up(sock):
     """Ends a connection with a RST."""
@@ -310,6 +315,12 @@ class Client:
         self.answered.body = b"".join(found)
         return self.answered
 
+    def expect_cut(self):
+        assert not self.rest().whole, "it is whole"
+
+    def expect_end(self):
+        assert self.rest().whole, "it was cut"
+
     def read(self, method="POST"):
         self.head(method)
         return self.rest()
@@ -320,7 +331,7 @@ class Client:
 
     def answers(self, status, data=b""):
         """Send what there is to be sent; the answer must have this status."""
-        found = self.exchange(data).status
+        found = (self.exchange(data) if data else self.read()).status
         assert found == status, found
 
     def is_readable(self):
@@ -827,7 +838,7 @@ class ProxyCase(TableCase):
         self.assertEqual(answered.status, status)
         self.assert_fields(answered, *fields)
         if error:
-            self.assertEqual(answered.error()["type"], error)
+            answered.tells("type", error)
         return answered
 
     def start_silent(self):
@@ -944,6 +955,9 @@ class ManyCase(ProxyCase):
 
     def came_from(self, data):
         return self.ask(data).json()["from"]
+
+    def assert_from(self, stub, data):
+        self.assertEqual(self.came_from(data), stub)
 
     def states(self, key=None):
         """What /health says of the upstreams."""
@@ -1636,7 +1650,7 @@ class CallersTest(ProxyCase):
 
     def test_two_different_credentials_are_refused(self):
         answered = self.assert_status(400, call("a", "X-Api-Key: b"))
-        self.assertEqual(answered.error()["type"], "invalid_request_error")
+        answered.tells("type", "invalid_request_error")
         self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
 
     def test_without_a_credential_the_address_is_the_caller_and_no_bearer_can_be_it(self):
@@ -2720,7 +2734,7 @@ class UsageTest(ProxyCase):
         values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
         for name, value in self.each(itertools.product(names, values)):
             answered = self.assert_status(400, call(**{name: value}))
-            self.assertEqual(answered.error()["type"], "invalid_request_error")
+            answered.tells("type", "invalid_request_error")
             self.assertIn(name, answered.error()["message"])
         self.assert_spent(0, 1000)
 
@@ -6073,7 +6087,7 @@ class StreamTest(ProxyCase):
                 client.expect(event(number))
         for client, asked in streams:
             asked.chunks(end=True)
-            self.assertTrue(client.rest().whole)
+            client.expect_end()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6464,7 +6478,7 @@ class QueueTest(WaitingCase):
         client.head()
         client.expect(self.COMMENT)
         asked.stream(end=True)
-        self.assertTrue(client.rest().whole)
+        client.expect_end()
 
     def test_all_lines_together_take_no_longer_than_one_and_are_told_as_one(self):
         stubs = self.start_lines("one", "two", QUEUE_SECONDS="3", clock=Clock())
@@ -6740,7 +6754,7 @@ class DeadlinesTest(WaitingCase):
         self.pass_seconds(seconds - 0.001)
         self.assert_silent(client, 0)
         self.pass_seconds(0.002)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
 
     def test_the_first_byte_has_a_time_of_its_own(self):
         self.start(None, FIRST_BYTE_TIMEOUT="1", READ_TIMEOUT="5")
@@ -6828,7 +6842,7 @@ class DeadlinesTest(WaitingCase):
             asked.chunks(event(1))
             client.expect(event(1))
         self.assertEqual(self.expire("the body of the response"), 1)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
         self.assertEqual(self.outcome(), "upstream_cut")
         self.assertEqual(self.late(call(), 3).status, 504)
 
@@ -7063,9 +7077,9 @@ class StoredTest(ManyCase):
                          request("GET", "/box/v1/responses/" + name),
                          request("POST", "/v1/responses", json.dumps(
                              {"model": "x", "previous_response_id": name}).encode())):
-                self.assertEqual(self.came_from(data), stub.port)
-        self.assertEqual(self.came_from(request("GET", "/v1/responses/resp_0")), "base")
-        self.assertEqual(self.came_from(request("GET", "/other/v1/responses/" + name)), "other")
+                self.assert_from(stub.port, data)
+        self.assert_from("base", request("GET", "/v1/responses/resp_0"))
+        self.assert_from("other", request("GET", "/other/v1/responses/" + name))
 
     def test_only_the_last_things_are_remembered(self):
         self.patch_seconds(Stored_ROOM=2)
@@ -7460,7 +7474,7 @@ class UploadTest(CallCase):
         self.start(None, reads=False)
         client, asked = self.ask_stub(unsized("/v1/files", CHUNKED))
         answered = client.exchange(b"3\r\nabcX")
-        self.assertEqual(answered.error()["type"], "invalid_request_error")
+        answered.tells("type", "invalid_request_error")
         self.assertEqual(answered.status, 400)
         asked.wait_for_hang_up()
 
@@ -7865,13 +7879,13 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
     def test_a_model_that_no_upstream_serves_is_a_404_that_names_it(self):
         self.start_named("one", "UPSTREAM_ONE_MODELS=gpt-*", base=False)
         answered = self.assert_status(404, call(model="claude-5"), error="invalid_request_error")
-        self.assertEqual(answered.error()["code"], "model_not_found")
+        answered.tells("code", "model_not_found")
         self.assertIn("'claude-5'", answered.error()["message"])
         body = chat(model="claude-5", max_tokens=1)
         answered = self.assert_status(404, request("POST", "/v1/messages", body))
         self.assertEqual(answered.json()["error"]["type"], "not_found_error")
         answered = self.assert_status(404, request("GET", "/v1/models/other"))
-        self.assertEqual(answered.error()["code"], "model_not_found")
+        answered.tells("code", "model_not_found")
         self.assert_status(404, request("GET", "/v1/files"))
         self.assert_left(1000)
 
@@ -7963,7 +7977,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
     def test_a_name_that_gemini_spells_in_two_ways_is_one_model(self):
         gemini, = self.start_named("gemini", "UPSTREAM_GEMINI_MODELS=gemini-*",
                                    LIMITS="model:gemini-2 1 requests per day")
-        self.assertEqual(self.came_from(call(model="models/gemini-2")), "gemini")
+        self.assert_from("gemini", call(model="models/gemini-2"))
         self.assertEqual(gemini.requests[0].json()["model"], "gemini-2")
         for model in ("gemini-2", "models/gemini-2"):
             self.assertIn(b"limit reached", self.ask(call(model=model)).body)
@@ -7985,14 +7999,14 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             " UPSTREAM_TWO_MODELS=m UPSTREAM_THREE_MODELS=m UPSTREAM_TWO_MAX_CONCURRENCY=1"
             " MAX_QUEUE=0 BREAKER_FAILURES=1",
             LIMITS="upstream:three 1 requests per day; upstream:* 100 requests per day")
-        self.assertEqual(self.came_from(call()), "one")
+        self.assert_from("one", call())
         one.answer = says(b"{}", "503 No")
         self.assert_status(503)  # it was sent
-        self.assertEqual(self.came_from(call()), "two")  # one is open
+        self.assert_from("two", call())  # one is open
         two.answer = None
         client = self.connect().send(call())
         asked = two.next()
-        self.assertEqual(self.came_from(call()), "three")  # two is at work
+        self.assert_from("three", call())  # two is at work
         self.assertIn(b"limit reached", self.ask().body)
         asked.answer()
         client.read()
@@ -9484,7 +9498,7 @@ class MetricsTest(SignalsCase):
         wait_for(lambda: self.base()["queue"]["waiting"], "the line")
         clock.now += 20
         asked.chunks(self.STREAMED, end=True)
-        self.assertTrue(client.rest().whole)
+        client.expect_end()
         asked = self.stub.next()
         wait_for(lambda: "the response of" in "".join(self.server.running_calls()), "its waiting")
         clock.now += 3
@@ -11556,7 +11570,7 @@ class KeysTest(KeysCase):
         for model, status in self.each(self.MODELS):
             answered = self.assert_status(status, call(ann, model=model))
             if status == 403:
-                self.assertEqual(answered.error()["code"], "model_not_allowed")
+                answered.tells("code", "model_not_allowed")
         called = self.stub.calls
         for payload in self.each((
                 {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
@@ -11934,7 +11948,7 @@ class EndingsTest(LedgerCase):
             asked.chunks(event(1))
             client.expect(event(1))
         clock.now += 101
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
         asked.wait_for_hang_up()
         self.assert_ending("upstream_cut", left=999)
 
@@ -12120,7 +12134,7 @@ class EndingsTest(LedgerCase):
         client, asked = self.begin(event(1))
         with mock.patch.object(llm_proxy.Chunked, "feed", side_effect=ZeroDivisionError("a bug")):
             asked.chunks(event(2))
-            self.assertFalse(client.rest().whole)
+            client.expect_cut()
         self.tracebacks = 1
         asked.wait_for_hang_up()
         self.assert_ending("internal_error", left=1000)
@@ -12460,8 +12474,8 @@ class RedactedCallsTest(KeysCase):
         far, near = self.start_named(
             "far near", "REDACT=email REDACT_MODE=block REDACT_UPSTREAMS=far BASE_API_URL="
             " UPSTREAM_FAR_MODELS=* UPSTREAM_NEAR_MODELS=* UPSTREAM_ORDER=far,near")
-        self.assertEqual(self.came_from(call()), "far")
-        self.assertEqual(self.came_from(call(system="a@x.org")), "near")
+        self.assert_from("far", call())
+        self.assert_from("near", call(system="a@x.org"))
 
     def test_what_may_leave_is_left(self):
         self.redact(REDACT_ALLOW="*@Example.com, 4111*")
@@ -12918,9 +12932,9 @@ class AdminTest(AdminCase):
 
     def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
         self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
-        self.assertEqual(self.came_from(call()), "other")
+        self.assert_from("other", call())
         self.admin("POST", "/upstreams/other/disable")
-        self.assertEqual(self.came_from(call()), "base")
+        self.assert_from("base", call())
         self.assert_status(404, request("POST", "/other" + CHAT, chat()))
 
     def test_an_upstream_is_tested_by_its_list_of_models(self):
@@ -13646,10 +13660,10 @@ class PageTest(AdminCase):
             await held[-1]
             return await tell(admin, ask)
 
-        self.patch_seconds(Admin_summary=summary)
-        yield held
-        for future in held:
-            self.on_loop(llm_proxy.Stream.wake, future)
+        with mock.patch.object(llm_proxy.Admin, "summary", summary):
+            yield held
+            for future in held:
+                self.on_loop(llm_proxy.Stream.wake, future)
 
     def test_the_next_log_in_has_nothing_of_the_one_before(self):
         self.start()
@@ -14117,7 +14131,7 @@ class ServerTest(ServerCase):
         self.start(None, MAX_CONNECTIONS=2)
         (first, asked), (second, _) = [self.ask_stub() for _ in range(2)]
         answered = self.assert_last_answer(self.connect().send(call()), 503)
-        self.assertEqual(answered.error()["type"], "server_error")
+        answered.tells("type", "server_error")
         self.assert_calls(2)
         asked.answer()
         first.answers(200)
@@ -14199,7 +14213,7 @@ class ServerTest(ServerCase):
     def test_what_still_runs_when_the_time_is_up_is_cut(self):
         client, asked = self.begin(event(1))
         self.assertEqual(self.drain(0.05), 1)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
         asked.wait_for_hang_up()
         self.assertEqual(self.outcome(), "stopped")
 
@@ -14262,7 +14276,7 @@ class TlsTest(ServerCase):
     def test_plain_http_is_told_what_is_wrong(self):
         self.start_tls()
         answered = self.assert_last_answer(self.connect().send(call()), 400)
-        self.assertEqual(answered.error()["message"], "This port speaks https")
+        answered.tells("message", "This port speaks https")
 
     def test_who_does_not_shake_hands_is_closed_in_time_and_holds_up_nobody(self):
         self.patch_seconds(ClientConnection_HEAD_SECONDS=0.2)
@@ -15315,7 +15329,7 @@ class CommandsTest(ProcessCase):
         client.expect(event(2))
         wait_for(lambda: process.stop().process.poll() is not None)
         self.assertNotEqual(process.wait(), 0)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
 
     def test_pypy_is_told_to_compile_what_runs_seldom_too_and_cpython_nothing(self):
         pypyjit = mock.Mock()
@@ -15426,10 +15440,10 @@ class WorkersTest(ProcessCase):
         for client, asked in streams:
             if client in cut:
                 asked.wait_for_hang_up()
-                self.assertFalse(client.rest().whole)
+                client.expect_cut()
             else:
                 asked.chunks(event(2), end=True)
-                self.assertTrue(client.rest().whole)
+                client.expect_end()
         self.assertEqual(self.process.stop().wait(), 0)
 
     def test_counts_add_up_and_never_go_back(self):
@@ -15486,7 +15500,7 @@ class WorkersTest(ProcessCase):
         wait_for(self.refuses, "the end of accepting")
         for client, asked in streams:
             asked.chunks(event(2), end=True)
-            self.assertTrue(client.rest().whole)
+            client.expect_end()
         self.assertEqual(process.wait(), 0)
         told = [sum(word in row for row in process.rows) for word in (": stopping", ": stopped\n")]
         self.assertEqual(told[0], told[1])  # one that has not begun to serve says nothing
@@ -16485,7 +16499,7 @@ class FaultsTest(EnduranceCase):
 
     def assert_upstream_error(self, answered):
         self.assertEqual((answered.status, answered.whole), (502, True))
-        self.assertEqual(answered.error()["type"], "upstream_error")
+        answered.tells("type", "upstream_error")
         for told in (b"127.0.0.1", b"%d" % self.stub.port):
             self.assertNotIn(told, answered.body)
 
@@ -16571,7 +16585,7 @@ class FaultsTest(EnduranceCase):
         with self.within(drain + 1), self.meanwhile(go_on):
             process.stop()
             for client, _ in pairs:
-                self.assertFalse(client.rest().whole)
+                client.expect_cut()
                 self.assertTrue((event(1) * 1000).startswith(client.answered.body))
             self.assertGreaterEqual(time.monotonic(), began + drain)
             self.assertEqual(process.wait(), 0)
