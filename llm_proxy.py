@@ -2952,13 +2952,16 @@ class Billable:
     def prompt_length(self) -> Tuple[int, List[int], int]:
         """Returns the weight of the prompt's text, and of that in each image and the like, and what
         kind of text it is."""
+        raise NotImplementedError
 
     def output_limit(self) -> Tuple[Optional[int], int]:
         """Returns the most tokens of one output, None where the call does not limit them, and how
         many outputs it asks for."""
+        raise NotImplementedError
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
+        raise NotImplementedError
 
 
 class UsageSource:
@@ -2969,12 +2972,15 @@ class UsageSource:
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if any, and whether nothing is missing from it."""
+        raise NotImplementedError
 
     def most_characters(self) -> float:
         """Returns about how many characters of text can have passed, without a look at them."""
+        raise NotImplementedError
 
     def output_characters(self) -> int:
         """Returns the weight of the text that passed."""
+        raise NotImplementedError
 
 
 # List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
@@ -5835,10 +5841,11 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
-def last_cut(data):
-    """Returns the last place where JSON can be cut and no string is, 0 without one."""
+def end_of_strings(data):
+    """Returns where the last string of JSON begins that is not whole, or ends that is; -1 where
+    all of it is one."""
     plain = without_escapes(data)
-    return plain.rfind(b'"') + 1 - plain.count(b'"') % 2
+    return (plain.rfind(b'"') + 1 - plain.count(b'"') % 2) or -1
 
 
 class Edit:
@@ -5937,11 +5944,11 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        cut = last_cut(data) if len(data) > self.MAX_WHOLE else 0
-        self.held = data[cut:]
-        if not cut and len(data) > self.MAX_STRING:
-            return self.flush()
-        return self.edited(data[:cut])  # half a string cannot be read
+        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
+        if whole < 0 and len(data) <= self.MAX_STRING:
+            whole = 0  # half a string cannot be read
+        self.held = data[max(whole, 0):]
+        return self.edited(data[:whole]) if whole >= 0 else self.flush()
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
@@ -18569,7 +18576,7 @@ DEMO_HINT = (
     "try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked"
     " for):\n"
     "  curl -N %s://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-    """    -d '{"model":"demo","messages":[{"role":"user","content":"hello"}],"""
+    """    -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"""
     """"stream":true}'""")
 
 

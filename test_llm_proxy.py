@@ -10355,7 +10355,7 @@ class SharedLimitsTest(ProxyCase):
         one = self.start_here()
         two = self.start_here()
         wait_for(lambda: one.processes == two.processes == 2)
-        self.assert_admitted(2, 2)
+        self.assertEqual(self.admitted(2), 2)
         self.redis.kill()
         self.is_away(two)
         one.beats = two.beats = two.START_BEATS  # after which Redis is said to be there
@@ -10463,7 +10463,7 @@ class SharedLimitsTest(ProxyCase):
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
         buckets, client = self.start_here(), llm_proxy.Redis
         self.assertLess(client.ANSWER_SECONDS + client.LOOK_SECONDS + buckets.WAIT_SECONDS, 0.101)
-        self.assert_admitted(1, 1)
+        self.assertEqual(self.admitted(1), 1)
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
         for _ in range(9):
@@ -12474,8 +12474,8 @@ class RedactedCallsTest(KeysCase):
         far, near = self.start_named(
             "far near", "REDACT=email REDACT_MODE=block REDACT_UPSTREAMS=far BASE_API_URL="
             " UPSTREAM_FAR_MODELS=* UPSTREAM_NEAR_MODELS=* UPSTREAM_ORDER=far,near")
-        self.assert_from("far", call())
-        self.assert_from("near", call(system="a@x.org"))
+        self.assertEqual(self.came_from(call()), "far")
+        self.assertEqual(self.came_from(call(system="a@x.org")), "near")
 
     def test_what_may_leave_is_left(self):
         self.redact(REDACT_ALLOW="*@Example.com, 4111*")
@@ -15280,7 +15280,7 @@ class CommandsTest(ProcessCase):
         self.dotenv.write_text(
             "PROXY_API_KEYS=b\nLIMITS=each 10 requests per day\nMAX_QUEUE=7", "utf-8")
         self.read_again(process, "MAX_QUEUE was changed: it needs a new start")
-        client.answers(401, call("a"))
+        self.assertEqual(client.exchange(call("a")).status, 401)
         answered = client.exchange(call("b"))
         self.assertEqual((answered.status, answered.get("x-ratelimit-limit")), (200, "10"))
         wait_for(lambda: usage_log.exists() and usage_log.read_bytes().count(b"\n") == 2)
