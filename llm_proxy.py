@@ -1709,7 +1709,7 @@ class QueueRefused(Refusal):
     """The queue before the upstream is too long, or did not move in time."""
     status = 503
     nothing_sent = True
-    message = "The upstream is busy and the line before it is long, try again in a moment"
+    message = "The upstream is busy and the queue before it is long, try again in a moment"
 
     def __init__(self, cause: str):
         super().__init__(cause=cause, fields={
@@ -1784,7 +1784,7 @@ class Fields:
     __slots__ = ()
 
     def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
-        raise NotImplementedError
+        """Returns the value of a field."""
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None
@@ -2593,8 +2593,12 @@ class Limits:
                        for rule in ordered_rules for kind, glob in rule.scopes if kind == "model"}
         self.known = {}
 
+    def all_rules(self) -> List[Rule]:
+        """Returns the rules, and those of keys."""
+        return [*self.rules, *itertools.chain.from_iterable(self.own.values())]
+
     def units(self) -> Set[str]:
-        return {UNITS[rule.unit] for rule in itertools.chain(self.rules, *self.own.values())}
+        return {UNITS[rule.unit] for rule in self.all_rules()}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
@@ -2695,7 +2699,7 @@ class Limits:
     def take_over(self, wall: float):
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
+        texts = {rule.text for rule in self.all_rules()}
         self.buckets.drop([one.key for one in self.buckets.seen() if one.key[0] not in texts])
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
@@ -8784,9 +8788,6 @@ class Breaker:
         """Returns how long no call may be made; 0 or less: it may."""
         return self.opened + self.seconds - now if self.concerns(caller) else 0
 
-    def allows(self, now, caller=None):
-        return self.seconds_left(now, caller) <= 0
-
     def enter(self, now, caller=None):
         """A call is made."""
         if self.concerns(caller):
@@ -8812,7 +8813,7 @@ class Breaker:
     def state(self, now):
         if self.opened is None:
             return "closed"
-        return "half_open" if self.trying or self.allows(now) else "open"
+        return "half_open" if self.trying or self.seconds_left(now) <= 0 else "open"
 
 
 Subject = Tuple[str, CallerKey]  # which model is asked for whom
@@ -9256,12 +9257,6 @@ class Upstream:
             address.breakers.enter(now, subject)
         return address
 
-    def judge_head(self, address, good, connected, subject):
-        """Whether a call went well is known at its end, but one that tries an open breaker must not
-        keep others waiting for that."""
-        if not good or address.breakers.is_tried(subject):
-            self.judge(address, good, subject, connected)
-
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
         """A call went well there, or failed, or (None) nobody knows."""
@@ -9347,8 +9342,12 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if context.subject and (not good or address.breakers.troubled):
-                    self.judge_head(address, good, stream is not None, context.subject)
+                # Whether a call went well is known at its end, but one that tries an open breaker
+                # must not keep others waiting for that.
+                breakers = address.breakers
+                if context.subject and (not good or (
+                        breakers.troubled and breakers.is_tried(context.subject))):
+                    self.judge(address, good, context.subject, stream is not None)
                 if response is None:
                     address.running -= 1
 
@@ -14112,8 +14111,7 @@ class SharedStored(Stored):
             super().owe(name, self.read_bill(*json.loads(text)))
 
     def read_bill(self, keys, costs, taken, dialect, model, made, characters):
-        rules = {rule.text: rule for rule in itertools.chain(
-            self.limits.rules, *self.limits.own.values())}
+        rules = {rule.text: rule for rule in self.limits.all_rules()}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
         hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
@@ -16357,7 +16355,7 @@ class Admin:
         return {"rules": [
             {"text": rule.text, "unit": rule.word, "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
-            for rule in dict.fromkeys(itertools.chain(limits.rules, *limits.own.values()))]}
+            for rule in dict.fromkeys(limits.all_rules())]}
 
     # -- settings
 
@@ -18496,7 +18494,7 @@ def settings_help():
         rows += ["", group + ":"]
         for setting in settings:
             default = " [%s]" % setting.default if setting.default else ""
-            rows.append("  %-24s %s%s" % (setting.name, setting.sentence, default))
+            rows.append("  %-29s %s%s" % (setting.name, setting.sentence, default))
     return "\n".join(rows)
 
 
@@ -18523,7 +18521,7 @@ def check(config):
     ask_for_stored_keys(config)
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
-        print("%-24s %s" % (name, visible(line)))
+        print("%-29s %s" % (name, visible(line)))
     for line in greeting(config)[1:]:
         print(line)
     faults = [*port_faults(config), *database_faults(config)]
@@ -18645,15 +18643,14 @@ def open_database(config, log_stream, remarks):
         remarks.append(IN_MEMORY % fault)
 
 
-def open_patiently(log_stream, path, lock, shared=False, tries=12):
+def open_patiently(log_stream, path, lock, shared=False):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
-    while True:
+    for left in reversed(range(12)):
         try:
             return Database(path, lock, shared=shared)
         except InUse as fault:
-            tries -= 1
-            if not tries:
+            if not left:
                 raise
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
