@@ -306,10 +306,14 @@ visible_ascii = pattern("[!-~]+", "must be visible ASCII without spaces")
 model_globs = listed(pattern(
     "[!-+.-~-]+", "must be models such as gpt-*, separated by commas, none empty"))
 web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
-    r"local|[a-z][a-z0-9+.-]*://[!-+.-~]+", "must be *, off, or local and origins such as"
-    " https://chat.example.org or https://*.example.org, by commas")))
+    "(?i)(local|[a-z][a-z0-9+.-]*://[!-.0-~]+)/?", "must be *, off, or local and origins such as"
+    " https://chat.example.org or https://*.example.org, by commas",
+    lambda match: re.sub(  # as browsers spell it (RFC 6454 6.2)
+        "^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1].lower()))))
 cpu_number = word_or({"auto": -1, "off": None}, number_between(
     0, 9999, message="must be auto, off or the number of a CPU"))
+# Those that this process may use, before it stays on one
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 networks = listed(read_network)
 read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
                       "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
@@ -358,7 +362,7 @@ public_url = pattern("https?://" + HOST_SHAPE + "/?",
                      "must be http://HOST[:PORT] or https://...",
                      lambda match: match[0].rstrip("/"))
 otlp_headers = mapping(
-    "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
+    "([A-Za-z0-9_-]+) *= *([!-~]*)", "must be name=value, separated by commas",
     lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
 shares = listed(pattern(  # '80%' -> 0.8
     "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
@@ -1085,6 +1089,7 @@ OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_F
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
+    name = name.upper()
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -1305,6 +1310,10 @@ class Config(types.SimpleNamespace):
         if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
             yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
                    % self.workers)
+        first = -1 if self.cpu_affinity is None else self.cpu_affinity
+        missing = {*range(first, first + (self.workers or 1))}.difference(CPUS)
+        if CPUS and first >= 0 and missing:
+            yield "CPU_AFFINITY must be a CPU this process may use (got '%d')" % min(missing)
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -1344,7 +1353,7 @@ class ConfigFaults(Exception):
 
 DOTENV_ROW = re.compile(  # a line, or several where the value is in quotes
     r"""[ \t]*(?:#.*|(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*="""
-    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
+    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(?![ \t]*["'])(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
 
 
 def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
@@ -11163,7 +11172,7 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.log.say("DATABASE or its lock was deleted or replaced")
             self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
@@ -18541,17 +18550,12 @@ def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
     differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
     where it stays; those that write, which run already, are left free: they would hold it up when
-    they have much to do. Raises ConfigFaults for a CPU that this process may not use."""
-    if cpu is None or not hasattr(os, "sched_setaffinity"):
+    they have much to do."""
+    if cpu is None or not CPUS:
         return
-    allowed = sorted(os.sched_getaffinity(0))
-    one = allowed[(port + worker) % len(allowed)] if cpu < 0 else cpu + worker
-    try:
-        os.sched_setaffinity(0, {one}.intersection(allowed))
-    except OSError:
-        if cpu >= 0:
-            raise ConfigFaults(
-                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
+    one = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {one})
 
 
 def tune_interpreter():
@@ -18772,11 +18776,13 @@ def reload(server: Server, reread: Callable[[], Config]):
     """Go by settings, certificates and a usage log that were changed, and say so."""
     proxy, say = server.proxy, server.proxy.books.log.say
     try:
-        rest = rebuild(proxy, reread())
+        config = reread()
         server.reload()
+        rest = rebuild(proxy, config)
         say("settings and certificates were read again; " + describe_limits(proxy.config))
-        for name in rest:
-            say("%s was changed: it needs a new start" % name)
+        for line in [*["%s was changed: it needs a new start" % name for name in rest],
+                     *["warning: " + warning for warning in config.warnings()]]:
+            say(line)
     except (ConfigFaults, OSError, ValueError) as fault:
         say("settings and certificates were not read again, the old ones stay: %s" % fault)
     if proxy.books.usage_log:
