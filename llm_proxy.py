@@ -1100,12 +1100,18 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def plain_ip(host):
+    """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
 def is_far(host: str) -> bool:
     """Tells whether a host is none of this machine or its network, as far as its name says."""
     try:
-        return ipaddress.ip_address(host).is_global
+        return plain_ip(host).is_global
     except ValueError:
-        return "." in host and not host.endswith((".local", ".lan"))
+        return "." in host and not host.endswith((".local", ".localhost", ".lan"))
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -1178,10 +1184,9 @@ class Config(types.SimpleNamespace):
             upstream.key and url.scheme == "https" and is_far(url.host)
             for upstream in self.all_upstreams() for url in upstream.url)
 
-    @property
-    def scheme(self) -> str:
-        """The scheme of URLs for callers."""
-        return "https" if self.tls_cert_file else "http"
+    def origin(self, host: str) -> str:
+        """Returns where callers reach this proxy by the name of its host."""
+        return Endpoint("https" if self.tls_cert_file else "http", host, self.port, "").origin
 
     @property
     def keys_are_asked_for(self) -> bool:
@@ -1812,12 +1817,6 @@ def split_query(query):
     return keys, "&".join(rest)
 
 
-def plain_ip(host):
-    """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    return getattr(ip, "ipv4_mapped", None) or ip
-
-
 def address_of(host: str) -> str:
     """Returns what stands for the owner of an address: of IPv6 its /64, which is what one customer
     has (RFC 6177). All neighbours share the link-local /64, so there the whole address counts."""
@@ -2119,14 +2118,7 @@ class Origins:
         if not match or match[1] in self.SCHEMES:
             return bool(match)
         host = match[2].strip("[]")
-        if match[1] not in ("http", "https"):
-            return False
-        try:
-            ip = plain_ip(host)
-        except ValueError:
-            return "." not in host or host == self.host_name or (
-                host.endswith((".local", ".localhost")))
-        return not ip.is_global
+        return match[1] in ("http", "https") and (host == self.host_name or not is_far(host))
 
     @staticmethod
     def is_own(fields: Fields) -> bool:
@@ -8764,9 +8756,6 @@ class Breaker:
         """Returns how long no call may be made; 0 or less: it may."""
         return self.opened + self.seconds - now if self.concerns(caller) else 0
 
-    def allows(self, now, caller=None):
-        return self.seconds_left(now, caller) <= 0
-
     def enter(self, now, caller=None):
         """A call is made."""
         if self.concerns(caller):
@@ -8792,7 +8781,7 @@ class Breaker:
     def state(self, now):
         if self.opened is None:
             return "closed"
-        return "half_open" if self.trying or self.allows(now) else "open"
+        return "half_open" if self.trying or self.seconds_left(now) <= 0 else "open"
 
 
 Subject = Tuple[str, CallerKey]  # which model is asked for whom
@@ -17670,7 +17659,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.admin = Admin(proxy, self.pages.catalogue)
         self.most = most
         self.parts = self.make_parts()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
         self.open: Set[ClientConnection] = set()
@@ -17679,16 +17667,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection, bind_and_activate=False)
-        self.take_listener(listener or listen(host, port))
-        proxy.books.open()
-        for act in (self.loop_watch.tick, self.sweep, self.beat,
-                    *([proxy.redis.start] if proxy.redis else ())):
-            self.loop.call_soon_threadsafe(act)
-
-    def take_listener(self, listener):
         self.socket.close()
-        self.socket = listener
-        self.server_address = listener.getsockname()
+        self.socket = listener or listen(host, port)
+        self.server_address = self.socket.getsockname()
+        proxy.books.open()
+        self.loop.call_soon_threadsafe(self.begin)
+
+    def begin(self):
+        """Begins what is done once in a while."""
+        for act in (self.loop_watch.tick, self.sweep, self.beat):
+            act()
+        if self.proxy.redis:
+            self.proxy.redis.start()
 
     def make_parts(self) -> ReplyParts:
         proxy, config = self.proxy, self.proxy.config
@@ -18440,9 +18430,8 @@ def describe_redaction(config):
 
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
-    host = "[%s]" % config.host if ":" in config.host else config.host
     return [
-        "llm_proxy %s listens on %s://%s:%d" % (VERSION, config.scheme, host, config.port),
+        "llm_proxy %s listens on %s" % (VERSION, config.origin(config.host)),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
         *describe_redaction(config),
@@ -18494,8 +18483,8 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [clean(model.name) for model in ask_at_once(upstream)]
-                models = visible(", ".join(names)) or "none that would be asked of it"
+                names = [ascii(model.name)[1:-1] for model in ask_at_once(upstream)]
+                models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
                 code = 1
@@ -18533,7 +18522,7 @@ def database_faults(config):
 
 def look_at_database(path):
     """Raises DatabaseFault where a service could not use it."""
-    if os.path.exists(path) and os.path.getsize(path):
+    with contextlib.suppress(FileNotFoundError):
         Database(path, reading=True).close()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
@@ -18581,7 +18570,7 @@ def raise_descriptor_limit():
 DEMO_HINT = (
     "try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked"
     " for):\n"
-    "  curl -N %s://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+    "  curl -N %s/v1/chat/completions -H 'Content-Type: application/json' \\\n"
     """    -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"""
     """"stream":true}'""")
 
@@ -18626,9 +18615,8 @@ def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
     which its owner alone can read."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    page = "dashboard: %s/dashboard" % (
-        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (config.public_url or config.origin(host))
     if config.admin_key or has_admin:
         return page
     key = place = new_secret()
@@ -18766,7 +18754,7 @@ def run_worker(config, log_stream, reread, worker):
             proxy.limits.buckets.succeeds = worker.again
         server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
-    except (ConfigFaults, DatabaseFault, OSError) as fault:
+    except (DatabaseFault, OSError) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
@@ -19426,12 +19414,11 @@ def run_command(options, environ, log_stream):
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
+    remarks = []
     if demo:
         demo.first_seconds = config.demo_first_ms / 1000
+        remarks.append(DEMO_HINT % config.origin("127.0.0.1"))
     tune_interpreter()
-    remarks = []
-    if options.demo:
-        remarks.append(DEMO_HINT % (config.scheme, config.port))
     return run(config, log_stream, remarks, lambda: read_config(environ, read_dotenv_file()))
 
 

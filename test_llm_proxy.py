@@ -7575,7 +7575,7 @@ class BreakerTest(CallCase):
                 breaker.judge(self.VERDICTS[what], now)
             elif what:
                 breaker.enter(now)
-            self.assertEqual(breaker.allows(now), state in ("closed", "half_open"))
+            self.assertEqual(breaker.seconds_left(now) <= 0, state in ("closed", "half_open"))
             self.assertEqual(breaker.state(now), state.replace("tried", "half_open"))
 
     def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
@@ -14713,12 +14713,14 @@ class KeysCommandTest(ProcessCase):
             self.assertEqual(stream.read(), "mine")
 
     def test_an_admins_key_is_told_on_a_terminal(self):
-        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "80"})
+        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "81"})
+        told = llm_proxy.offer_dashboard(read_config({**HERE, "HOST": "fd00::1"}), True, None, True)
+        self.assertEqual(told, "dashboard: http://[fd00::1]:8899/dashboard")
         proxy = build(config, Lines())
         self.addCleanup(proxy.loop.close)
         self.addCleanup(proxy.books.close, PATIENCE)
         words = llm_proxy.tell_of_dashboard(proxy, at_terminal=True)
-        page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
+        page = re.escape("dashboard: http://[::1]:81/dashboard with the key ")
         self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
         found = proxy.callers.known_by(llm_proxy.digest(words.split()[-1]))
         self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
