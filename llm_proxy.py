@@ -279,6 +279,7 @@ def read_network(text):
     except ValueError:
         raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1,"
                          " separated by commas") from None
+    require(network.prefixlen, "must not be all addresses: anyone could say for whom it calls")
     mapped = getattr(network[0], "ipv4_mapped", None)
     return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network
 
@@ -302,7 +303,7 @@ HAS_OTHER_MEANING = NEVER_SET + (
     "|origin|cookie2?|user-agent|accept(-.*)?|content-.*|authorization|proxy-.*|anthropic-.*"
     "|access-control-.*|openai-.*|x-(goog-)?api-key|x-request-id|x-forwarded-for|x-llm-proxy-.*")
 
-visible_ascii = pattern("[!-~]+", "must be visible ASCII without spaces")
+visible_ascii = pattern("(?![\"'])[!-~]+", "must be visible ASCII without spaces and quotes")
 model_globs = listed(pattern(
     "[!-+.-~-]+", "must be models such as gpt-*, separated by commas, none empty"))
 web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
@@ -334,8 +335,8 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
-    "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty or in quotes; one with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -1315,10 +1316,10 @@ class Config(types.SimpleNamespace):
         if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
             yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
                    % self.workers)
-        first = -1 if self.cpu_affinity is None else self.cpu_affinity
-        missing = {*range(first, first + (self.workers or 1))}.difference(CPUS)
-        if CPUS and first >= 0 and missing:
-            yield "CPU_AFFINITY must be a CPU this process may use (got '%d')" % min(missing)
+        first = self.cpu_affinity
+        if CPUS and first not in (None, -1):
+            for one in {*range(first, first + (self.workers or 1))}.difference(CPUS):
+                yield "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -2019,10 +2020,7 @@ class Callers:
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
-        try:
-            return any(plain_ip(host) in network for network in self.trusted)
-        except ValueError:
-            return False
+        return any(plain_ip(host) in network for network in self.trusted)
 
     def address(self, fields: Fields, host: str) -> str:
         """Returns whose address counts: `host`, the peer's, or, where that is a trusted proxy, the
@@ -8734,6 +8732,9 @@ class Response:
         return self.stream.more(context, left, self.address.what_body)
 
 
+STATES = "closed", "half_open", "open"  # of breakers, the best first
+
+
 class Breaker:
     """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
     tries whether it can be closed. One that takes longer than that to find out does not keep others
@@ -8855,7 +8856,7 @@ class Breakers:
     def state(self, now: float) -> str:
         """Returns the worst of them."""
         states = [one.state(now) for one in (self.connections, *self.models.values())]
-        return max(states, key=("closed", "half_open", "open").index)
+        return max(states, key=STATES.index)
 
 
 class TransportConfig(NamedTuple):
@@ -9268,7 +9269,7 @@ class Upstream:
     def stats(self) -> JsonObject:
         """Returns what /health says of it."""
         states = self.states()
-        best = min(states, key=("closed", "half_open", "open").index)
+        best = min(states, key=STATES.index)
         found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
@@ -11930,7 +11931,7 @@ def state_family(routes: Routes) -> Family:
     for one in routes.all:
         known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
-                   for state in ("closed", "half_open", "open", "disabled")]
+                   for state in (*STATES, "disabled")]
     return Family("llm_proxy_upstream_state", "gauge",
                   "How many addresses of an upstream are in this state; closed is well", states)
 
@@ -18450,8 +18451,7 @@ def settings_help():
 
 def ask_at_once(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
-    loop = asyncio.SelectorEventLoop()
-    with contextlib.closing(loop):
+    with contextlib.closing(asyncio.SelectorEventLoop()) as loop:
         try:
             return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
@@ -18460,10 +18460,10 @@ def ask_at_once(upstream):
 
 def ask_for_stored_keys(config):
     """Notes whether keys are stored, as a start would."""
-    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
-        with contextlib.closing(Database(config.database, reading=True)) as database:
-            if is_closed(database.connection.execute):
-                config.note_stored_keys()
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error), (
+            contextlib.closing(Database(config.database, reading=True))) as database:
+        if is_closed(database.connection.execute):
+            config.note_stored_keys()
 
 
 def check(config):
@@ -18826,8 +18826,7 @@ def watch_parent(server, lifeline, stop):
 async def probe(server):
     """Says which upstreams are not there at the start, while calls run already."""
     async def one(address):
-        context = Context(server.loop)
-        with contextlib.closing(context):
+        with contextlib.closing(Context(server.loop)) as context:
             fault = await address.probe(context)
         if fault:
             server.proxy.books.log.say(fault)
@@ -19431,7 +19430,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except (ConfigFaults, DatabaseFault) as fault:
-        print(fault, file=sys.stderr)
+        print(visible(str(fault)), file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):

@@ -1087,12 +1087,12 @@ class ConfigTest(TableCase):
         MAX_TOKENS  0  1_0  ٣  10000000000000
         READ_TIMEOUT  0  -1  inf  nan  1e3
         TOKEN_COST_MODE  REQUEST  tokens
-        BASE_API_KEY  two words  schlüssel
+        BASE_API_KEY  two words  schlüssel  "sk-1"
         CORS_ORIGINS  chat.example.org  *,https://a.example  ,  https://a.example/b
         LIMIT_MESSAGE  two\\nlines
         CPU_AFFINITY  none  -1  9999
         UNPRICED  free  -1  1e3  1000000  .5
-        PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x
+        PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
         UPSTREAM_CA_FILE  /nowhere.pem  FILE
@@ -1107,7 +1107,7 @@ class ConfigTest(TableCase):
         STREAM_COMMENT_SECONDS  -1
         KEY_WEIGHTS  alice  alice=0  alice=1.5  alice=1,alice=2  =3  alice=1000
         MAX_CONNECTIONS_PER_ADDRESS  0
-        TRUSTED_PROXIES  nginx  10.0.0.0/33  10.0.0.1/8  ,
+        TRUSTED_PROXIES  nginx  10.0.0.0/33  10.0.0.1/8  ,  0.0.0.0/0  ::/0
         CALLER_HEADER  X User  Authorization  Content-Length  X-Forwarded-For  X:  content-encoding
         CALLER_HEADER  TE  X-LLM-Proxy-Timeout-Ms  User-Agent  x-request-id  Proxy-Authorization
         TLS_CERT_FILE  /nowhere.pem  /
