@@ -17592,8 +17592,10 @@ class LoopWatch:
 
 class Handshakes:
     """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
-    waits. The first ones may come at once."""
+    waits. The first ones may come at once. A turn is not given back by who leaves before it comes,
+    so nobody waits for longer than MOST_SECONDS: how many do is bounded elsewhere."""
     PER_SECOND = 20
+    MOST_SECONDS = 5
     MAX_KNOWN = 4096
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -17603,7 +17605,7 @@ class Handshakes:
     def seconds_to_turn(self, address: str) -> float:
         """Takes a turn; returns the time to it, 0 or less: now."""
         now = self.loop.time()
-        turn = max(now - 1, self.next.pop(address, 0))
+        turn = min(max(now - 1, self.next.pop(address, 0)), now + self.MOST_SECONDS)
         self.next[address] = turn + 1 / self.PER_SECOND
         if len(self.next) > self.MAX_KNOWN:
             self.next.popitem(last=False)
@@ -17676,8 +17678,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def begin(self):
         """Begins what is done once in a while."""
-        for act in (self.loop_watch.tick, self.sweep, self.beat):
-            act()
+        self.loop_watch.tick()
+        self.sweep()
+        self.beat()
         if self.proxy.redis:
             self.proxy.redis.start()
 
@@ -18768,9 +18771,10 @@ def reload(server: Server, reread: Callable[[], Config]):
         server.reload()
         rest = rebuild(proxy, config)
         say("settings and certificates were read again; " + describe_limits(proxy.config))
-        for line in [*["%s was changed: it needs a new start" % name for name in rest],
-                     *["warning: " + warning for warning in config.warnings()]]:
-            say(line)
+        for name in rest:
+            say("%s was changed: it needs a new start" % name)
+        for warning in config.warnings():
+            say("warning: " + warning)
     except (ConfigFaults, OSError, ValueError) as fault:
         say("settings and certificates were not read again, the old ones stay: %s" % fault)
     if proxy.books.usage_log:

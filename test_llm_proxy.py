@@ -14319,6 +14319,14 @@ class TlsTest(ServerCase):
                 self.fail("it was borne for 3 s")
         self.assertEqual(self.stub.calls, 0)
 
+    def test_who_connects_too_often_waits_for_a_turn_but_never_long(self):
+        loop = asyncio.SelectorEventLoop()
+        self.addCleanup(loop.close)
+        with mock.patch.object(loop, "time", lambda: 100.0):
+            turns = llm_proxy.Handshakes(loop)
+            waits = [turns.seconds_to_turn("a") for _ in range(1000)]
+        self.assertEqual([round(waits[number], 2) for number in (0, 20, 30, 999)], [-1, 0, .5, 5])
+
     def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
         self.start_tls()
         client, before = self.connect_tls(), self.server.tls
