@@ -19484,7 +19484,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except (ConfigFaults, DatabaseFault) as fault:
-        print(visible(str(fault)), file=sys.stderr)
+        print(fault, file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
