@@ -279,6 +279,7 @@ def read_network(text):
     except ValueError:
         raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1,"
                          " separated by commas") from None
+    require(network.prefixlen, "must not be all addresses: anyone could say for whom it calls")
     mapped = getattr(network[0], "ipv4_mapped", None)
     return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network
 
@@ -302,14 +303,18 @@ HAS_OTHER_MEANING = NEVER_SET + (
     "|origin|cookie2?|user-agent|accept(-.*)?|content-.*|authorization|proxy-.*|anthropic-.*"
     "|access-control-.*|openai-.*|x-(goog-)?api-key|x-request-id|x-forwarded-for|x-llm-proxy-.*")
 
-visible_ascii = pattern("[!-~]+", "must be visible ASCII without spaces")
+visible_ascii = pattern("(?![\"'])[!-~]+", "must be visible ASCII without spaces and quotes")
 model_globs = listed(pattern(
     "[!-+.-~-]+", "must be models such as gpt-*, separated by commas, none empty"))
 web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
-    r"local|[a-z][a-z0-9+.-]*://[!-+.-~]+", "must be *, off, or local and origins such as"
-    " https://chat.example.org or https://*.example.org, by commas")))
+    "(?i)(local|[a-z][a-z0-9+.-]*://[!-.0-~]+)/?", "must be *, off, or local and origins such as"
+    " https://chat.example.org or https://*.example.org, by commas",
+    lambda match: re.sub(  # as browsers spell it (RFC 6454 6.2)
+        "^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1].lower()))))
 cpu_number = word_or({"auto": -1, "off": None}, number_between(
     0, 9999, message="must be auto, off or the number of a CPU"))
+# Those that this process may use, before it stays on one
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 networks = listed(read_network)
 read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
                       "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
@@ -330,8 +335,8 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
-    "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty or in quotes; one with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -358,7 +363,7 @@ public_url = pattern("https?://" + HOST_SHAPE + "/?",
                      "must be http://HOST[:PORT] or https://...",
                      lambda match: match[0].rstrip("/"))
 otlp_headers = mapping(
-    "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
+    "([A-Za-z0-9_-]+) *= *([!-~]*)", "must be name=value, separated by commas",
     lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
 shares = listed(pattern(  # '80%' -> 0.8
     "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
@@ -1085,6 +1090,7 @@ OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_F
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
+    name = name.upper()
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -1095,12 +1101,18 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def plain_ip(host):
+    """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
 def is_far(host: str) -> bool:
     """Tells whether a host is none of this machine or its network, as far as its name says."""
     try:
-        return ipaddress.ip_address(host).is_global
+        return plain_ip(host).is_global
     except ValueError:
-        return "." in host and not host.endswith((".local", ".lan"))
+        return "." in host and not host.endswith((".local", ".localhost", ".lan"))
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -1173,10 +1185,9 @@ class Config(types.SimpleNamespace):
             upstream.key and url.scheme == "https" and is_far(url.host)
             for upstream in self.all_upstreams() for url in upstream.url)
 
-    @property
-    def scheme(self) -> str:
-        """The scheme of URLs for callers."""
-        return "https" if self.tls_cert_file else "http"
+    def origin(self, host: str) -> str:
+        """Returns where callers reach this proxy by the name of its host."""
+        return Endpoint("https" if self.tls_cert_file else "http", host, self.port, "").origin
 
     @property
     def keys_are_asked_for(self) -> bool:
@@ -1305,6 +1316,10 @@ class Config(types.SimpleNamespace):
         if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
             yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
                    % self.workers)
+        first = self.cpu_affinity
+        if CPUS and first not in (None, -1):
+            for one in {*range(first, first + (self.workers or 1))}.difference(CPUS):
+                yield "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -1344,7 +1359,7 @@ class ConfigFaults(Exception):
 
 DOTENV_ROW = re.compile(  # a line, or several where the value is in quotes
     r"""[ \t]*(?:#.*|(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*="""
-    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
+    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(?![ \t]*["'])(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
 
 
 def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
@@ -1803,12 +1818,6 @@ def split_query(query):
     return keys, "&".join(rest)
 
 
-def plain_ip(host):
-    """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    return getattr(ip, "ipv4_mapped", None) or ip
-
-
 def address_of(host: str) -> str:
     """Returns what stands for the owner of an address: of IPv6 its /64, which is what one customer
     has (RFC 6177). All neighbours share the link-local /64, so there the whole address counts."""
@@ -2011,10 +2020,7 @@ class Callers:
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
-        try:
-            return any(plain_ip(host) in network for network in self.trusted)
-        except ValueError:
-            return False
+        return any(plain_ip(host) in network for network in self.trusted)
 
     def address(self, fields: Fields, host: str) -> str:
         """Returns whose address counts: `host`, the peer's, or, where that is a trusted proxy, the
@@ -2110,14 +2116,7 @@ class Origins:
         if not match or match[1] in self.SCHEMES:
             return bool(match)
         host = match[2].strip("[]")
-        if match[1] not in ("http", "https"):
-            return False
-        try:
-            ip = plain_ip(host)
-        except ValueError:
-            return "." not in host or host == self.host_name or (
-                host.endswith((".local", ".localhost")))
-        return not ip.is_global
+        return match[1] in ("http", "https") and (host == self.host_name or not is_far(host))
 
     @staticmethod
     def is_own(fields: Fields) -> bool:
@@ -8743,6 +8742,9 @@ class Response:
         return self.stream.more(context, left, self.address.what_body)
 
 
+STATES = "closed", "half_open", "open"  # of breakers, the best first
+
+
 class Breaker:
     """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
     tries whether it can be closed. One that takes longer than that to find out does not keep others
@@ -8864,7 +8866,7 @@ class Breakers:
     def state(self, now: float) -> str:
         """Returns the worst of them."""
         states = [one.state(now) for one in (self.connections, *self.models.values())]
-        return max(states, key=("closed", "half_open", "open").index)
+        return max(states, key=STATES.index)
 
 
 class TransportConfig(NamedTuple):
@@ -9271,7 +9273,7 @@ class Upstream:
     def stats(self) -> JsonObject:
         """Returns what /health says of it."""
         states = self.states()
-        best = min(states, key=("closed", "half_open", "open").index)
+        best = min(states, key=STATES.index)
         found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
@@ -11173,7 +11175,7 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.log.say("DATABASE or its lock was deleted or replaced")
             self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
@@ -11942,7 +11944,7 @@ def state_family(routes: Routes) -> Family:
     for one in routes.all:
         known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
-                   for state in ("closed", "half_open", "open", "disabled")]
+                   for state in (*STATES, "disabled")]
     return Family("llm_proxy_upstream_state", "gauge",
                   "How many addresses of an upstream are in this state; closed is well", states)
 
@@ -17619,8 +17621,10 @@ class LoopWatch:
 
 class Handshakes:
     """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
-    waits. The first ones may come at once."""
+    waits. The first ones may come at once. A turn is not given back by who leaves before it comes,
+    so nobody waits for longer than MOST_SECONDS: how many do is bounded elsewhere."""
     PER_SECOND = 20
+    MOST_SECONDS = 5
     MAX_KNOWN = 4096
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -17630,7 +17634,7 @@ class Handshakes:
     def seconds_to_turn(self, address: str) -> float:
         """Takes a turn; returns the time to it, 0 or less: now."""
         now = self.loop.time()
-        turn = max(now - 1, self.next.pop(address, 0))
+        turn = min(max(now - 1, self.next.pop(address, 0)), now + self.MOST_SECONDS)
         self.next[address] = turn + 1 / self.PER_SECOND
         if len(self.next) > self.MAX_KNOWN:
             self.next.popitem(last=False)
@@ -17687,7 +17691,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.admin = Admin(proxy, self.pages.catalogue)
         self.most = most
         self.parts = self.make_parts()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
         self.open: Set[ClientConnection] = set()
@@ -17696,16 +17699,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection, bind_and_activate=False)
-        self.take_listener(listener or listen(host, port))
-        proxy.books.open()
-        for act in (self.loop_watch.tick, self.sweep, self.beat,
-                    *([proxy.redis.start] if proxy.redis else ())):
-            self.loop.call_soon_threadsafe(act)
-
-    def take_listener(self, listener):
         self.socket.close()
-        self.socket = listener
-        self.server_address = listener.getsockname()
+        self.socket = listener or listen(host, port)
+        self.server_address = self.socket.getsockname()
+        proxy.books.open()
+        self.loop.call_soon_threadsafe(self.begin)
+
+    def begin(self):
+        """Begins what is done once in a while."""
+        self.loop_watch.tick()
+        self.sweep()
+        self.beat()
+        if self.proxy.redis:
+            self.proxy.redis.start()
 
     def make_parts(self) -> ReplyParts:
         proxy, config = self.proxy, self.proxy.config
@@ -18456,9 +18462,8 @@ def describe_redaction(config):
 
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
-    host = "[%s]" % config.host if ":" in config.host else config.host
     return [
-        "llm_proxy %s listens on %s://%s:%d" % (VERSION, config.scheme, host, config.port),
+        "llm_proxy %s listens on %s" % (VERSION, config.origin(config.host)),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
         *describe_redaction(config),
@@ -18477,8 +18482,7 @@ def settings_help():
 
 def ask_at_once(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
-    loop = asyncio.SelectorEventLoop()
-    with contextlib.closing(loop):
+    with contextlib.closing(asyncio.SelectorEventLoop()) as loop:
         try:
             return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
@@ -18487,10 +18491,10 @@ def ask_at_once(upstream):
 
 def ask_for_stored_keys(config):
     """Notes whether keys are stored, as a start would."""
-    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
-        with contextlib.closing(Database(config.database, reading=True)) as database:
-            if is_closed(database.connection.execute):
-                config.note_stored_keys()
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error), (
+            contextlib.closing(Database(config.database, reading=True))) as database:
+        if is_closed(database.connection.execute):
+            config.note_stored_keys()
 
 
 def check(config):
@@ -18510,8 +18514,8 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [clean(model.name) for model in ask_at_once(upstream)]
-                models = visible(", ".join(names)) or "none that would be asked of it"
+                names = [ascii(model.name)[1:-1] for model in ask_at_once(upstream)]
+                models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
                 code = 1
@@ -18549,7 +18553,7 @@ def database_faults(config):
 
 def look_at_database(path):
     """Raises DatabaseFault where a service could not use it."""
-    if os.path.exists(path) and os.path.getsize(path):
+    with contextlib.suppress(FileNotFoundError):
         Database(path, reading=True).close()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
@@ -18566,17 +18570,12 @@ def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
     differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
     where it stays; those that write, which run already, are left free: they would hold it up when
-    they have much to do. Raises ConfigFaults for a CPU that this process may not use."""
-    if cpu is None or not hasattr(os, "sched_setaffinity"):
+    they have much to do."""
+    if cpu is None or not CPUS:
         return
-    allowed = sorted(os.sched_getaffinity(0))
-    one = allowed[(port + worker) % len(allowed)] if cpu < 0 else cpu + worker
-    try:
-        os.sched_setaffinity(0, {one}.intersection(allowed))
-    except OSError:
-        if cpu >= 0:
-            raise ConfigFaults(
-                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
+    one = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {one})
 
 
 def tune_interpreter():
@@ -18602,7 +18601,7 @@ def raise_descriptor_limit():
 DEMO_HINT = (
     "try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked"
     " for):\n"
-    "  curl -N %s://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+    "  curl -N %s/v1/chat/completions -H 'Content-Type: application/json' \\\n"
     """    -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"""
     """"stream":true}'""")
 
@@ -18646,9 +18645,8 @@ def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
     which its owner alone can read."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    page = "dashboard: %s/dashboard" % (
-        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (config.public_url or config.origin(host))
     if config.admin_key or has_admin:
         return page
     key = place = new_secret()
@@ -18786,7 +18784,7 @@ def run_worker(config, log_stream, reread, worker):
             proxy.limits.buckets.succeeds = worker.again
         server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
-    except (ConfigFaults, DatabaseFault, OSError) as fault:
+    except (DatabaseFault, OSError) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
@@ -18796,11 +18794,14 @@ def reload(server: Server, reread: Callable[[], Config]):
     """Go by settings, certificates and a usage log that were changed, and say so."""
     proxy, say = server.proxy, server.proxy.books.log.say
     try:
-        rest = rebuild(proxy, reread())
+        config = reread()
         server.reload()
+        rest = rebuild(proxy, config)
         say("settings and certificates were read again; " + describe_limits(proxy.config))
         for name in rest:
             say("%s was changed: it needs a new start" % name)
+        for warning in config.warnings():
+            say("warning: " + warning)
     except (ConfigFaults, OSError, ValueError) as fault:
         say("settings and certificates were not read again, the old ones stay: %s" % fault)
     if proxy.books.usage_log:
@@ -18856,8 +18857,7 @@ def watch_parent(server, lifeline, stop):
 async def probe(server):
     """Says which upstreams are not there at the start, while calls run already."""
     async def one(address):
-        context = Context(server.loop)
-        with contextlib.closing(context):
+        with contextlib.closing(Context(server.loop)) as context:
             fault = await address.probe(context)
         if fault:
             server.proxy.books.log.say(fault)
@@ -19444,12 +19444,11 @@ def run_command(options, environ, log_stream):
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
+    remarks = []
     if demo:
         demo.first_seconds = config.demo_first_ms / 1000
+        remarks.append(DEMO_HINT % config.origin("127.0.0.1"))
     tune_interpreter()
-    remarks = []
-    if options.demo:
-        remarks.append(DEMO_HINT % (config.scheme, config.port))
     return run(config, log_stream, remarks, lambda: read_config(environ, read_dotenv_file()))
 
 
