@@ -6281,15 +6281,19 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
+URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
+    if not match.lastindex:
+        return 0
     text = match.string
     start, end = match.span()
-    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
-        return 0
+    if text[start - 1:start] == ":":
+        url = text.rfind("://", max(0, start - 80), start)
+        if url > 0 and URL_PASSWORD.fullmatch(text, url - 1, start):
+            return 0
     return end
 
 
@@ -6432,11 +6436,11 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
-    shape("email", r"""
+    shape("email", r"""  # what has no domain is taken as a whole: none of its words has one
         [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        @(?:(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
         (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
-        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
+        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))()|(?=[A-Za-z0-9.-]{5}))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card, hint="[0-9]{4}"),
