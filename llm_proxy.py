@@ -6748,10 +6748,12 @@ class Redaction:
 
     def judge(self, call: Call):
         """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
-        if self.mode == "block" and call.masked:
-            raise MustNotLeave(call.masks.describe())
-        if self.mode != "mask":
-            call.masked = call.masks = None
+        if self.mode == "mask":
+            return
+        found, masks = call.masked, call.masks
+        call.masked = call.masks = None  # it may go to another upstream as it is
+        if self.mode == "block" and found:
+            raise MustNotLeave(masks.describe())
 
 
 class Restorer:

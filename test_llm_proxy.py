@@ -12452,6 +12452,7 @@ class RedactedCallsTest(KeysCase):
             " UPSTREAM_FAR_MODELS=* UPSTREAM_NEAR_MODELS=* UPSTREAM_ORDER=far,near")
         self.assertEqual(self.came_from(call()), "far")
         self.assertEqual(self.came_from(call(system="a@x.org")), "near")
+        self.assertEqual(near.requests[0].json()["system"], "a@x.org")
 
     def test_what_may_leave_is_left(self):
         self.redact(REDACT_ALLOW="*@Example.com, 4111*")
