@@ -5856,6 +5856,10 @@ class Edit:
         """Returns what goes on for an event."""
         raise NotImplementedError
 
+    def end_of_words(self, data: bytes) -> int:
+        """Returns where the last word begins of a string of JSON that goes on."""
+        raise NotImplementedError
+
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
         return b""
@@ -5891,7 +5895,7 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20   # bytes of that,
-    MAX_STRING = 1 << 22  # and of one string in it
+    MAX_STRING = 1 << 17  # and of one string in it
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
@@ -5902,6 +5906,7 @@ class Editor:
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
+        self.repeated = 0   # 1: what is held back begins with a quote that has gone on
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -5940,17 +5945,25 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0 and len(data) <= self.MAX_STRING:
-            whole = 0  # half a string cannot be read
-        self.held = data[max(whole, 0):]
-        return self.edited(data[:whole]) if whole >= 0 else self.flush()
+        """Of a string that is too long for that each piece becomes a string of its own."""
+        quote = b""
+        end = end_of_strings(data) if len(data) > self.MAX_STRING else 0
+        if end < 0:
+            quote = data[:1] if data[:1] == b'"' else b""
+            end = self.edits[0].end_of_words(data) if quote else len(data)
+        elif len(data) <= self.MAX_WHOLE and len(data) - end <= self.MAX_STRING:
+            end = 0
+        self.held = quote + data[end:]
+        shown = self.edited(data[:end] + quote)[self.repeated:]
+        if end:
+            self.repeated = len(quote)
+        return shown[:-1] if quote else shown
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
         held = self.held
         self.held = b""
-        shown = self.edited(held)
+        shown = self.edited(held)[self.repeated:]
         rest = b"".join([edit.end() for edit in self.edits])
         if not rest or not self.events.payload(held):
             return rest + shown
@@ -6769,6 +6782,7 @@ class Restorer:
         "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
+    BETWEEN = re.compile('[,;|<>"]')  # of such a row of words, as nearly no value has any
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
                  redactor: Optional[Redactor] = None):
@@ -6828,7 +6842,9 @@ class Restorer:
         if not self.redactor:
             return begin
         words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
-        return min(begin, len(text) - words.end())
+        start = len(text) - words.end()
+        between = self.BETWEEN.search(text, start) if words.end() == self.MAX_WORDS else None
+        return min(begin, between.end() if between else start)
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6904,6 +6920,8 @@ def varied(data, fixed):
 
 
 SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
+# The end of an escape, or a last character in UTF-8
+BEGUN_CHARACTER = re.compile(rb"(?:u[0-9A-Fa-f]{0,3}|[\xc0-\xff][\x80-\xbf]{0,3})\Z")
 
 
 class Said(str):
@@ -6920,7 +6938,7 @@ def is_beside(block: Block, other: Block) -> bool:
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
-    MAX_HELD = 1 << 16
+    MAX_HELD = 1 << 20
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
@@ -6949,6 +6967,13 @@ class Unmasking(Edit):
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
+    def end_of_words(self, data: bytes) -> int:
+        """Cuts no character and no escape."""
+        end = self.restorer.waiting(data.decode("latin-1"))
+        begun = BEGUN_CHARACTER.search(data, end - 5, end)
+        end = begun.start() if begun else end
+        return end - (end - len(data[:end].rstrip(b"\\"))) % 2
+
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
         if not match or len(self.blocks) > (self.usual_block in self.blocks):
@@ -6963,6 +6988,8 @@ class Unmasking(Edit):
     def apply_any(self, event):
         payload = self.payload(event)
         if not payload:
+            if self.restorer.redactor and self.events and len(event) > self.MAX_HELD:
+                self.restorer.masks.counts["opaque"] += 1  # it was not awaited whole
             is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
             return (self.end() if is_last else b"") + self.restorer.restore_json(
                 self.restorer.mask_json(event))

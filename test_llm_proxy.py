@@ -5387,17 +5387,31 @@ class UnmaskingTest(ProxyCase):
             found = self.unmask("chat", json.dumps({"content": said}).encode(), events=False)
             self.assertEqual(json.loads(found), {"content": shown})
 
-    def test_a_string_of_more_than_a_mebibyte_is_masked_from_its_beginning_to_its_end(self):
-        redactor, dialect = llm_proxy.Redactor(["email"]), llm_proxy.DIALECTS["openai"]
-        restorer = llm_proxy.Restorer(llm_proxy.Masks(redactor), dialect.JSON_TEXTS, redactor)
-        editor = llm_proxy.Editor(None, [llm_proxy.Unmasking(dialect, None, restorer)])
-        text = "mail al@corp.com; " + "word " * 300_000 + "bob@corp.com."
-        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        passed = b"".join([editor.feed(data[at:at + 65536]) for at in range(0, len(data), 65536)])
-        passed += editor.flush()
-        self.assertNotIn(b"@corp.com", passed)
-        self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"].count("word"),
-                         300_000)
+    def test_a_string_of_any_length_is_masked_from_its_beginning_to_its_end(self):
+        for said, count in self.each((("word ", 1_000_000), ("\u4eba", 200_000), ("a@b.co,", 40_000),
+                                      ("\\\\", 99_999), ("\u00e9\\u00", 50_000))):
+            text = "mail al@corp.com; [[EMAIL_1]] " + said * count + "x bob@corp.com, [[EMAIL_1]]."
+            data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            passed = self.unmask("chat", data, 65536, answers=True, events=False)
+            self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"], re.sub(
+                r"[a-z]+@(corp\.com|b\.co)", "[[EMAIL]]", text).replace("[[EMAIL_1]]", "ann@example.com"))
+
+    def test_an_event_that_repeats_a_long_text_is_awaited_whole(self):
+        data = events({"type": "response.completed", "response": {"output": [
+            {"content": [{"text": "to bob@corp.com [[EMAIL_1]] " * 9000}]}]}})
+        passed = self.unmask("responses", data, 65536, answers=True)
+        self.assertEqual((passed.count(b"bob@"), passed.count(b"[[EMAIL_1")), (0, 0))
+        masks = self.masks()
+        self.unmask("responses", data * 9, 65536, answers=True, masks=masks)
+        self.assertEqual(masks.counts["opaque"], 0)
+        self.unmask("responses", data.replace(b"to ", b"to " * 40), 65536, True, masks=masks)
+        self.assertGreater(masks.counts["opaque"], 0)
+
+    def test_a_row_of_values_without_a_space_is_masked_wherever_it_is_cut(self):
+        for size in self.each((1, 7, 50)):
+            said = [delta(("bob@x.org," * 90)[at:at + size]) for at in range(0, 900, size)]
+            self.assertNotIn("@", str(self.said(self.payloads("chat", self.unmask(
+                "chat", events(*said, "[DONE]"), answers=True)))))
 
 
 class RedactedAnswersTest(ProxyCase):
