@@ -652,10 +652,12 @@ Characters = FrozenSet[str]
 
 class Repetition(NamedTuple):
     """A part of an expression that may take more or less: the characters of it, those of which each
-    round needs one, and those of which one must follow; `number` tells which part."""
+    round needs one, and those of which one must follow; `number` tells which part, and it may end
+    in so many `ways`."""
     number: int
     takes: Characters
     needs: Tuple[Characters, ...]
+    ways: float
     then: Tuple[Characters, ...] = ()
 
     def clashes(self, later: "Repetition") -> bool:
@@ -687,6 +689,7 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # and of more than one character so many
     MOST_CHOICES = 3     # whose ways begin alike
     MOST_OPEN = 200
+    MOST_STEPS = 1000    # of all ways to take what could be one's or another one's
 
     def __init__(self, text: str):
         """Raises ValueError, whose message says what is wrong, and where."""
@@ -700,6 +703,7 @@ class LinearPattern:
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
         self.alphabet = {*map(chr, range(256)), *text}
         self.numbers: Dict[int, int] = {}  # of repetitions, by identity
+        self.ways: Dict[int, float] = {}   # of those that can take the same, by number
         self.choices = 0
         begin = self.beginning(self.tree)
         self.walk(self.tree, set(), False)
@@ -781,11 +785,15 @@ class LinearPattern:
             return after
         number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
         found = Repetition(number, frozenset().union(*self.sets(inner, False)),
-                           () if single else tuple(self.sets(inner, True)))
+                           () if single else tuple(self.sets(inner, True)),
+                           most - least + 1 if single and not (repeated or unlimited) else math.inf)
         for one in before:
-            require(not one.clashes(found), "must not have repetitions, one soon after the other,"
-                    " that can take the same: number %d and number %d, as '%s'" % (
-                        one.number, number, min(one.takes & found.takes, default="")))
+            if one.clashes(found):
+                self.ways.update({one.number: one.ways, number: found.ways})
+                require(math.prod(self.ways.values()) * self.tree.getwidth()[1] <= self.MOST_STEPS,
+                        "must not have repetitions, one soon after the other,"
+                        " that can take the same: number %d and number %d, as '%s'" % (
+                            one.number, number, min(one.takes & found.takes, default="")))
         return {*after, *(() if least else before), found}
 
     def beginning(self, parts):
