@@ -789,12 +789,15 @@ class LinearPattern:
                            most - least + 1 if single and not (repeated or unlimited) else math.inf)
         for one in before:
             if one.clashes(found):
-                self.ways.update({one.number: one.ways, number: found.ways})
-                require(math.prod(self.ways.values()) * self.tree.getwidth()[1] <= self.MOST_STEPS,
-                        "must not have repetitions, one soon after the other,"
-                        " that can take the same: number %d and number %d, as '%s'" % (
-                            one.number, number, min(one.takes & found.takes, default="")))
+                self.require_few_ways(one, found)
         return {*after, *(() if least else before), found}
+
+    def require_few_ways(self, one, later):
+        self.ways.update({one.number: one.ways, later.number: later.ways})
+        steps = math.prod(self.ways.values()) * self.tree.getwidth()[1]
+        require(steps <= self.MOST_STEPS, "must not have repetitions, one soon after the other,"
+                " that can take the same: number %d and number %d, as '%s'" % (
+                    one.number, later.number, min(one.takes & later.takes, default="")))
 
     def beginning(self, parts):
         """Returns what it begins with as often as it may, if that takes one character."""
@@ -5864,10 +5867,6 @@ class Edit:
         """Returns what goes on for an event."""
         raise NotImplementedError
 
-    def end_of_words(self, data: bytes) -> int:
-        """Returns where the last word begins of a string of JSON that goes on."""
-        raise NotImplementedError
-
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
         return b""
@@ -6606,8 +6605,8 @@ class Redactor:
                 rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
                 found = [row for row in rows if row[1]]
                 if self.allow or (found and found[-1][0] >= end):
-                    found = [row for row in found
-                             if row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                    found = [row for row in found if row[0] < end and not self.may_leave(
+                        text[row[0]:row[1]])]
                 yield found
                 if len(some) < self.BATCH or some[-1].start() >= end:
                     break
@@ -6951,7 +6950,7 @@ class Unmasking(Edit):
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
-    MAX_LEARNED = 4       # of which a new sort takes half a millisecond
+    left_to_learn = 4     # of which a new sort takes half a millisecond
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -6966,7 +6965,6 @@ class Unmasking(Edit):
         self.blocks: Dict[Block, Tuple[str, bytes]] = {}
         self.usual: Optional["re.Pattern[bytes]"] = None  # how most events are spelled,
         self.usual_block: Block = ()                      # and of what they have text
-        self.left_to_learn = self.MAX_LEARNED
         self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
@@ -6976,7 +6974,8 @@ class Unmasking(Edit):
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
     def end_of_words(self, data: bytes) -> int:
-        """Cuts no character and no escape."""
+        """Returns where the last word begins of a string of JSON that goes on, or the rest of it
+        that cuts no character and no escape."""
         end = self.restorer.waiting(data.decode("latin-1"))
         begun = BEGUN_CHARACTER.search(data, end - 5, end)
         end = begun.start() if begun else end
@@ -6996,11 +6995,7 @@ class Unmasking(Edit):
     def apply_any(self, event):
         payload = self.payload(event)
         if not payload:
-            if self.restorer.redactor and self.events and len(event) > self.MAX_HELD:
-                self.restorer.masks.counts["opaque"] += 1  # it was not awaited whole
-            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-            return (self.end() if is_last else b"") + self.restorer.restore_json(
-                self.restorer.mask_json(event))
+            return self.apply_other(event)
         texts = list(self.dialect.texts(payload)) if self.events else ()
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
@@ -7013,6 +7008,14 @@ class Unmasking(Edit):
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
+
+    def apply_other(self, event):
+        """Does so with what is no event with an object, or too large for one."""
+        if self.events and len(event) > self.MAX_HELD and self.restorer.redactor:
+            self.restorer.masks.counts["opaque"] += 1
+        is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
+        return (self.end() if is_last else b"") + self.restorer.restore_json(
+            self.restorer.mask_json(event))
 
     def payload(self, event):
         """Returns the object of an event, or of all of the JSON where something is looked for in
