@@ -6684,11 +6684,6 @@ class Masks:
         self.taken: Set[str] = set()
         self.numbers: Dict[str, int] = collections.Counter()
 
-    def skip(self, text: str):
-        """Takes no placeholder that a text of the prompt has of its own."""
-        if "[[" in text:
-            self.taken.update([match[0].upper() for match in self.PLACEHOLDER.finditer(text)])
-
     def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
         placeholders stand for what must not leave. `anew`: also for what has none yet."""
@@ -6740,7 +6735,8 @@ class Masks:
         changed; `body` is how it came."""
         if b"[[" in body or b"\\u005" in body:
             for words in words_in(dict(payload)):
-                self.skip(words.text)
+                found = self.PLACEHOLDER.finditer(words.text)
+                self.taken.update([match[0].upper() for match in found])
                 yield
         masked = dict(payload)
         for words in words_in(masked):

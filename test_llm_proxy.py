@@ -4986,9 +4986,11 @@ class RedactionTest(ProxyCase):
         (@+)+y (@*)*y (@+)*y (@+@+)+y @+@+y @*@*y (@+,?)+y (?:@{1,9}){2,9}y @+z?@+y (@+|b@+)+y
         @+(?:@+)?y (?:@@?)+y @*.@*y (?:@|@@)+y""".split()
     OTHERS = r"""(a)\1 (?P<q>a)(?P=q) (a)?(?(1)b|c) (?=a)b (?!a)b (?<=a)b (?<!a)b
-        a{1,9}a{1,9} (?:a?a?)?a{40}a? a{1,3}a{1,3}b+c (?:a{1,2}b?a{1,2}){2} a{2,9}b?a{2,9}b?a{2,9} a?a?a?a?a?a?a?
+        a{1,9}a{1,9} (?:a?a?)?a{40}a? a{1,3}a{1,3}b+c (?:a{1,2}b?a{1,2}){2} a?a?a?a?a?a?a?
+        a{2,9}b?a{2,9}b?a{2,9}
         (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y (a|a)+y (?:a|ab?)+c (ab|a|a)+y
-        (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9, "(aa|a)" * 6]
+        (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9,
+                                                              "(aa|a)" * 6]
 
     def test_fifty_ordinary_patterns_are_taken(self):
         patterns = re.split(" ; |\n", self.ORDINARY.strip())
@@ -5434,13 +5436,15 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(json.loads(found), {"content": shown})
 
     def test_a_string_of_any_length_is_masked_from_its_beginning_to_its_end(self):
-        for said, count in self.each((("word ", 1_000_000), ("\u4eba", 200_000), ("a@b.co,", 40_000),
-                                      ("\\\\", 99_999), ("\u00e9\\u00", 50_000))):
+        for said, count in self.each((
+                ("word ", 900_000), ("\u4eba", 200_000), ("a@b.co,", 40_000), ("\\\\", 99_999),
+                ("\u00e9\\u00", 50_000))):
             text = "mail al@corp.com; [[EMAIL_1]] " + said * count + "x bob@corp.com, [[EMAIL_1]]."
             data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
             passed = self.unmask("chat", data, 65536, answers=True, events=False)
-            self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"], re.sub(
-                r"[a-z]+@(corp\.com|b\.co)", "[[EMAIL]]", text).replace("[[EMAIL_1]]", "ann@example.com"))
+            shown = re.sub(r"[a-z]+@(corp\.com|b\.co)", "[[EMAIL]]", text)
+            self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"],
+                             shown.replace("[[EMAIL_1]]", "ann@example.com"))
 
     def test_an_event_that_repeats_a_long_text_is_awaited_whole(self):
         data = events({"type": "response.completed", "response": {"output": [
