@@ -657,10 +657,12 @@ Characters = FrozenSet[str]
 
 class Repetition(NamedTuple):
     """A part of an expression that may take more or less: the characters of it, those of which each
-    round needs one, and those of which one must follow; `number` tells which part."""
+    round needs one, and those of which one must follow; `number` tells which part, and it may end
+    in so many `ways`."""
     number: int
     takes: Characters
     needs: Tuple[Characters, ...]
+    ways: float
     then: Tuple[Characters, ...] = ()
 
     def clashes(self, later: "Repetition") -> bool:
@@ -692,6 +694,7 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # and of more than one character so many
     MOST_CHOICES = 3     # whose ways begin alike
     MOST_OPEN = 200
+    MOST_STEPS = 1000    # of all ways to take what could be one's or another one's
 
     def __init__(self, text: str):
         """Raises ValueError, whose message says what is wrong, and where."""
@@ -705,6 +708,7 @@ class LinearPattern:
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
         self.alphabet = {*map(chr, range(256)), *text}
         self.numbers: Dict[int, int] = {}  # of repetitions, by identity
+        self.ways: Dict[int, float] = {}   # of those that can take the same, by number
         self.choices = 0
         begin = self.beginning(self.tree)
         self.walk(self.tree, set(), False)
@@ -786,12 +790,19 @@ class LinearPattern:
             return after
         number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
         found = Repetition(number, frozenset().union(*self.sets(inner, False)),
-                           () if single else tuple(self.sets(inner, True)))
+                           () if single else tuple(self.sets(inner, True)),
+                           most - least + 1 if single and not (repeated or unlimited) else math.inf)
         for one in before:
-            require(not one.clashes(found), "must not have repetitions, one soon after the other,"
-                    " that can take the same: number %d and number %d, as '%s'" % (
-                        one.number, number, min(one.takes & found.takes, default="")))
+            if one.clashes(found):
+                self.require_few_ways(one, found)
         return {*after, *(() if least else before), found}
+
+    def require_few_ways(self, one, later):
+        self.ways.update({one.number: one.ways, later.number: later.ways})
+        steps = math.prod(self.ways.values()) * self.tree.getwidth()[1]
+        require(steps <= self.MOST_STEPS, "must not have repetitions, one soon after the other,"
+                " that can take the same: number %d and number %d, as '%s'" % (
+                    one.number, later.number, min(one.takes & later.takes, default="")))
 
     def beginning(self, parts):
         """Returns what it begins with as often as it may, if that takes one character."""
@@ -5889,7 +5900,7 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20   # bytes of that,
-    MAX_STRING = 1 << 22  # and of one string in it
+    MAX_STRING = 1 << 17  # and of one string in it
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
@@ -5900,6 +5911,7 @@ class Editor:
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
+        self.repeated = 0   # 1: what is held back begins with a quote that has gone on
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -5938,17 +5950,25 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0 and len(data) <= self.MAX_STRING:
-            whole = 0  # half a string cannot be read
-        self.held = data[max(whole, 0):]
-        return self.edited(data[:whole]) if whole >= 0 else self.flush()
+        """Of a string that is too long for that each piece becomes a string of its own."""
+        quote = b""
+        end = end_of_strings(data) if len(data) > self.MAX_STRING else 0
+        if end < 0:
+            quote = data[:1] if data[:1] == b'"' else b""
+            end = self.edits[0].end_of_words(data) if quote else len(data)
+        elif len(data) <= self.MAX_WHOLE and len(data) - end <= self.MAX_STRING:
+            end = 0
+        self.held = quote + data[end:]
+        shown = self.edited(data[:end] + quote)[self.repeated:]
+        if end:
+            self.repeated = len(quote)
+        return shown[:-1] if quote else shown
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
         held = self.held
         self.held = b""
-        shown = self.edited(held)
+        shown = self.edited(held)[self.repeated:]
         rest = b"".join([edit.end() for edit in self.edits])
         if not rest or not self.events.payload(held):
             return rest + shown
@@ -6281,15 +6301,19 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
+URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
+    if not match.lastindex:
+        return 0
     text = match.string
     start, end = match.span()
-    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
-        return 0
+    if text[start - 1:start] == ":":
+        url = text.rfind("://", max(0, start - 80), start)
+        if url > 0 and URL_PASSWORD.fullmatch(text, url - 1, start):
+            return 0
     return end
 
 
@@ -6432,11 +6456,11 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
-    shape("email", r"""
+    shape("email", r"""  # what has no domain is taken as a whole: none of its words has one
         [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        @(?:(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
         (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
-        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
+        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))()|(?=[A-Za-z0-9.-]{5}))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card, hint="[0-9]{4}"),
@@ -6581,8 +6605,8 @@ class Redactor:
                 rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
                 found = [row for row in rows if row[1]]
                 if self.allow or (found and found[-1][0] >= end):
-                    found = [row for row in found
-                             if row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                    found = [row for row in found if row[0] < end and not self.may_leave(
+                        text[row[0]:row[1]])]
                 yield found
                 if len(some) < self.BATCH or some[-1].start() >= end:
                     break
@@ -6633,11 +6657,6 @@ class Masks:
         self.values: Texts = {}        # by placeholder
         self.taken: Set[str] = set()
         self.numbers: Dict[str, int] = collections.Counter()
-
-    def skip(self, text: str):
-        """Takes no placeholder that a text of the prompt has of its own."""
-        if "[[" in text:
-            self.taken.update([match[0].upper() for match in self.PLACEHOLDER.finditer(text)])
 
     def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
@@ -6690,7 +6709,8 @@ class Masks:
         changed; `body` is how it came."""
         if b"[[" in body or b"\\u005" in body:
             for words in words_in(dict(payload)):
-                self.skip(words.text)
+                found = self.PLACEHOLDER.finditer(words.text)
+                self.taken.update([match[0].upper() for match in found])
                 yield
         masked = dict(payload)
         for words in words_in(masked):
@@ -6744,10 +6764,12 @@ class Redaction:
 
     def judge(self, call: Call):
         """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
-        if self.mode == "block" and call.masked:
-            raise MustNotLeave(call.masks.describe())
-        if self.mode != "mask":
-            call.masked = call.masks = None
+        if self.mode == "mask":
+            return
+        found, masks = call.masked, call.masks
+        call.masked = call.masks = None  # it may go to another upstream as it is
+        if self.mode == "block" and found:
+            raise MustNotLeave(masks.describe())
 
 
 class Restorer:
@@ -6763,6 +6785,7 @@ class Restorer:
         "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
+    BETWEEN = re.compile('[,;|<>"]')  # of such a row of words, as nearly no value has any
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
                  redactor: Optional[Redactor] = None):
@@ -6822,7 +6845,9 @@ class Restorer:
         if not self.redactor:
             return begin
         words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
-        return min(begin, len(text) - words.end())
+        start = len(text) - words.end()
+        between = self.BETWEEN.search(text, start) if words.end() == self.MAX_WORDS else None
+        return min(begin, between.end() if between else start)
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6898,6 +6923,8 @@ def varied(data, fixed):
 
 
 SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
+# The end of an escape, or a last character in UTF-8
+BEGUN_CHARACTER = re.compile(rb"(?:u[0-9A-Fa-f]{0,3}|[\xc0-\xff][\x80-\xbf]{0,3})\Z")
 
 
 class Said(str):
@@ -6914,12 +6941,12 @@ def is_beside(block: Block, other: Block) -> bool:
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
-    MAX_HELD = 1 << 16
+    MAX_HELD = 1 << 20
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
-    MAX_LEARNED = 4       # of which a new sort takes half a millisecond
+    left_to_learn = 4     # of which a new sort takes half a millisecond
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -6934,7 +6961,6 @@ class Unmasking(Edit):
         self.blocks: Dict[Block, Tuple[str, bytes]] = {}
         self.usual: Optional["re.Pattern[bytes]"] = None  # how most events are spelled,
         self.usual_block: Block = ()                      # and of what they have text
-        self.left_to_learn = self.MAX_LEARNED
         self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
@@ -6942,6 +6968,14 @@ class Unmasking(Edit):
             return 0
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
+
+    def end_of_words(self, data: bytes) -> int:
+        """Returns where the last word begins of a string of JSON that goes on, or the rest of it
+        that cuts no character and no escape."""
+        end = self.restorer.waiting(data.decode("latin-1"))
+        begun = BEGUN_CHARACTER.search(data, end - 5, end)
+        end = begun.start() if begun else end
+        return end - (end - len(data[:end].rstrip(b"\\"))) % 2
 
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
@@ -6957,9 +6991,7 @@ class Unmasking(Edit):
     def apply_any(self, event):
         payload = self.payload(event)
         if not payload:
-            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-            return (self.end() if is_last else b"") + self.restorer.restore_json(
-                self.restorer.mask_json(event))
+            return self.apply_other(event)
         texts = list(self.dialect.texts(payload)) if self.events else ()
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
@@ -6972,6 +7004,14 @@ class Unmasking(Edit):
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
+
+    def apply_other(self, event):
+        """Does so with what is no event with an object, or too large for one."""
+        if self.events and len(event) > self.MAX_HELD and self.restorer.redactor:
+            self.restorer.masks.counts["opaque"] += 1
+        is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
+        return (self.end() if is_last else b"") + self.restorer.restore_json(
+            self.restorer.mask_json(event))
 
     def payload(self, event):
         """Returns the object of an event, or of all of the JSON where something is looked for in
