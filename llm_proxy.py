@@ -8210,7 +8210,10 @@ class RequestBody:
 
     async def inflate(self, data, most):
         """Returns what was compressed, of at most `most` bytes; others run in between."""
-        inflater = zlib.decompressobj(WINDOW_BITS[self.coding])
+        bits = WINDOW_BITS[self.coding]
+        if self.coding == "deflate" and data and data[0] & 15 != 8:
+            bits = -bits  # without the header of RFC 1950, which some leave out
+        inflater = zlib.decompressobj(bits)
         pieces, size = [], 0
         while not inflater.eof:
             try:
