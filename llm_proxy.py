@@ -14178,9 +14178,13 @@ REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
     "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
-        # or that name the account
+        # or that name the account, be it through LiteLLM,
         "set-cookie", "set-cookie2", "openai-organization", "openai-project",
-        "anthropic-organization-id"))
+        "anthropic-organization-id", "llm_provider-openai-organization",
+        "llm_provider-set-cookie", "x-litellm-model-api-base", "x-litellm-key-spend",
+        # or speak for the origin that a browser asked, or to a server before us
+        "alt-svc", "strict-transport-security", "public-key-pins", "nel", "report-to",
+        "reporting-endpoints", "clear-site-data", "x-accel-redirect", "x-sendfile"))
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
     "max-age", "allow-private-network"))

@@ -7249,6 +7249,11 @@ x-twice: a=1, b=2
 set-cookie:
 openai-organization:
 anthropic-organization-id:
+llm_provider-openai-organization:
+alt-svc:
+strict-transport-security:
+clear-site-data:
+x-accel-redirect:
 etag: "x"
 server: theirs/1
 date: then
