@@ -12643,6 +12643,11 @@ class Redis(asyncio.Protocol):
         if self.transport:
             self.transport.abort()
 
+    def heed(self, fault: RedisFault):
+        """Ends the connection where a fault is what Redis said itself."""
+        if fault.code not in ("", fault.LATE):
+            self.leave(fault)
+
     # -- its life
 
     def start(self):
@@ -13033,14 +13038,15 @@ return {existed, redis.call('ZCARD', KEYS[3]), redis.call('HGET', KEYS[1], 'last
 
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more; then `admitted` tells what was decided here, where it
-    was sent: Redis may have taken it."""
-    __slots__ = ("keyed_rules", "costs", "future", "levels", "sent", "admitted")
+    `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
+    decided here, where it was sent: Redis may have taken it."""
+    __slots__ = ("keyed_rules", "costs", "future", "until", "levels", "sent", "admitted")
 
-    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup, until: float):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
+        self.until = until
         self.levels: Optional[List[Level]] = None
         self.sent = self.admitted = False
 
@@ -13186,7 +13192,9 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.03       # for a connection that was lost a moment ago
+    WAIT_SECONDS = 0.08       # of a call, whatever it waits for,
+    HELD_SECONDS = 0.01       # and of one whose time went by while something held the loop
+    GRACE_SECONDS = 0.03      # for a connection that was lost a moment ago
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13201,6 +13209,7 @@ class RedisBuckets(Buckets):
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
     grace: Optional[asyncio.TimerHandle] = None
+    looking: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
 
@@ -13209,7 +13218,7 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
-        self.counts = collections.deque(maxlen=10)
+        self.counts = collections.deque([peers], maxlen=10)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
@@ -13217,7 +13226,8 @@ class RedisBuckets(Buckets):
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
-        self.takes: "collections.deque[Take]" = collections.deque()
+        self.takes: "collections.deque[Take]" = collections.deque()    # to be sent
+        self.waiting: "collections.deque[Take]" = collections.deque()  # or were not long ago
         self.batches: "collections.deque[Batch]" = collections.deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
@@ -13242,8 +13252,12 @@ class RedisBuckets(Buckets):
     async def take(self, keyed_rules, costs):
         if self.state == "away":
             return self.take_here(keyed_rules, costs, None)
-        one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
+        loop = self.redis.loop
+        one = Take(keyed_rules, costs, Wakeup(loop=loop), loop.time() + self.WAIT_SECONDS)
         self.takes.append(one)
+        self.waiting.append(one)
+        if not self.looking:
+            self.looking = loop.call_at(one.until, self.look, one.until)
         self.redis.flush_soon()
         await one.future
         if one.levels is None:
@@ -13329,7 +13343,9 @@ class RedisBuckets(Buckets):
             key, taken_at = place
             batch.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
-            batch.take(self.takes.popleft())
+            one = self.takes.popleft()
+            if not one.future.done():
+                batch.take(one)
         return batch
 
     def describe(self, rule, key):
@@ -13347,11 +13363,7 @@ class RedisBuckets(Buckets):
 
     def on_answer(self, batch, reply):
         if isinstance(reply, RedisFault):
-            if reply.code == RedisFault.LATE:
-                self.decide([*batch.takes, *self.takes])
-                self.takes.clear()
-            elif reply.code:
-                self.redis.leave(reply)
+            self.redis.heed(reply)
         elif not self.batches or self.batches[0] is not batch:
             pass  # it was answered before
         elif reply == b"gap":
@@ -13362,7 +13374,7 @@ class RedisBuckets(Buckets):
                 flags, *numbers = reply.split()
                 self.read_answer(batch, flags, list(map(int, numbers)))
             except (AttributeError, ValueError):  # somebody else has written there
-                self.decide(batch.takes)
+                self.decide()
                 self.redis.leave(RedisFault("has other things under these names"))
             if not self.charging:  # what there is was too much for one batch
                 self.redis.flush_soon()
@@ -13458,9 +13470,24 @@ class RedisBuckets(Buckets):
                     began=known.rule.began, interval=share.interval))])
         return found
 
-    def decide(self, takes):
-        """Has calls decided here that wait for Redis."""
-        for one in takes:
+    def look(self, planned):
+        """Has calls decided here that have waited for long enough."""
+        loop = self.redis.loop
+        now = loop.time()
+        if now > planned + self.HELD_SECONDS:  # so that their answers may be there, unread
+            self.looking = loop.call_later(self.HELD_SECONDS, self.look, math.inf)
+            return
+        self.looking = None
+        self.decide(now)
+        if self.waiting:
+            until = self.waiting[0].until
+            self.looking = loop.call_at(until, self.look, until)
+
+    def decide(self, until=math.inf):
+        """Has calls decided here that were to wait until then."""
+        waiting = self.waiting
+        while waiting and (waiting[0].until <= until or waiting[0].future.done()):
+            one = waiting.popleft()
             if not one.future.done():
                 one.future.wake()
 
@@ -13470,7 +13497,7 @@ class RedisBuckets(Buckets):
         if self.state == "here":
             self.state = "returning"
             self.beat_timer.cancel()
-            self.grace = self.redis.loop.call_later(self.WAIT_SECONDS, self.go_away)
+            self.grace = self.redis.loop.call_later(self.GRACE_SECONDS, self.go_away)
         elif self.state == "returning":
             self.go_away()
 
@@ -13479,9 +13506,7 @@ class RedisBuckets(Buckets):
             self.grace.cancel()
         self.state = "away"
         self.on_change("away")
-        takes = [one for batch in self.batches for one in batch.takes]
-        self.decide([*takes, *self.takes])
-        self.takes.clear()
+        self.decide()
 
     # -- when it is back
 
@@ -13567,9 +13592,7 @@ class RedisBuckets(Buckets):
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
-            if reply.code not in ("", RedisFault.LATE):
-                self.redis.leave(reply)
-            return
+            return self.redis.heed(reply)
         try:
             if self.read_beat(reply)[1] != number:
                 raise RedisFault("has lost what it knew")
@@ -13687,8 +13710,7 @@ class SharedQueue(FairQueue):
                     self.script, self.keys, *self.arguments(age, len(names), names))
         except RedisFault as fault:  # it may have given some
             self.give_back(names)
-            if fault.code not in ("", fault.LATE):
-                self.redis.leave(fault)
+            self.redis.heed(fault)
             names = names if self.redis.available else []
         self.task = None
         self.short = False

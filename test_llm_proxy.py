@@ -10198,7 +10198,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
         batch = llm_proxy.Batch(store.number + 1, store.describe)
         batch.charge(*pair, 2, 0)
-        batch.take(llm_proxy.Take([pair], costs(3), None))
+        batch.take(llm_proxy.Take([pair], costs(3), None, 0))
         later = llm_proxy.Batch(store.number + 3, store.describe)
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
@@ -10369,7 +10369,7 @@ class SharedLimitsTest(ProxyCase):
         client.head()
 
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
-        self.patch_seconds(RedisBuckets_WAIT_SECONDS=PATIENCE)
+        self.patch_seconds(RedisBuckets_GRACE_SECONDS=PATIENCE)
         one, two = self.start_here(), self.start_here()
         self.assertEqual(self.admitted(7, "sk-1"), 7)
         wait_for(lambda: one.processes == two.processes == 2)
@@ -10428,8 +10428,8 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.stored(), [8])
 
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
-        buckets, client = self.start_here(), llm_proxy.Redis
-        self.assertLess(client.ANSWER_SECONDS + client.LOOK_SECONDS + buckets.WAIT_SECONDS, 0.101)
+        buckets = self.start_here()
+        self.assertLess(buckets.WAIT_SECONDS + buckets.HELD_SECONDS, 0.1)
         self.assertEqual(self.admitted(1), 1)
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
@@ -10446,6 +10446,13 @@ class SharedLimitsTest(ProxyCase):
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assertEqual(self.stored(), [0])  # nothing twice
         self.assertEqual(self.admitted(1), 0)
+
+    def test_no_call_waits_for_longer_whatever_redis_and_its_connection_do(self):
+        self.patch_seconds(Redis_ANSWER_SECONDS=PATIENCE, Redis_SILENT_SECONDS=PATIENCE)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            buckets = self.start(REDIS_URL="redis://127.0.0.1:%d" % silent.getsockname()[1])
+            self.assertEqual(self.admitted(11), 10)
+            self.assertEqual(buckets.state, "returning")
 
     def test_a_replica_that_takes_over_knows_all_or_is_told(self):
         for lost, left in self.each(((0, 6), (2, 4))):
@@ -10500,9 +10507,7 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_take_that_comes_too_late_is_given_back(self):
         buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
-        with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
-                llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
-                    buckets, "policy", "closed"):
+        with mock.patch.multiple(buckets, WAIT_SECONDS=0, policy="closed"):
             self.redis.process.send_signal(signal.SIGSTOP)
             self.assert_status(503)
             self.redis.process.send_signal(signal.SIGCONT)
@@ -10512,8 +10517,7 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_decided_here_goes_by_what_was_seen_last(self):
         buckets = self.start_here(limits="each 3 requests per hour")
         for late, in_time in self.each(((1, 2), (0, 0))):
-            with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
-                    llm_proxy.Redis, "LOOK_SECONDS", 0):
+            with mock.patch.object(buckets, "WAIT_SECONDS", 0):
                 self.redis.process.send_signal(signal.SIGSTOP)
                 self.assertEqual(self.admitted(1), late)
                 self.redis.process.send_signal(signal.SIGCONT)
