@@ -13025,14 +13025,21 @@ return answer
 """
 
 # Tells that a process is there. KEYS[3] are all that are; returns whether there were any, how many
-# there are, the number of the last batch of this one, and that of the last loss.
+# there are, the number of the last batch of this one, and that of the last loss. ARGV[2] is the
+# last batch that it knows to be done, ARGV[3] the last loss: where that batch was lost, and nobody
+# has told so since, there is a new one, whose number is a time, since not all saw all of them.
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[3])
 redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 5000000))
 redis.call('PEXPIRE', KEYS[1], 86400000)
-return {existed, redis.call('ZCARD', KEYS[3]), redis.call('HGET', KEYS[1], 'last') or '0',
-        redis.call('GET', KEYS[2]) or '0'}
+local last = redis.call('HGET', KEYS[1], 'last') or '0'
+local loss = redis.call('GET', KEYS[2]) or '0'
+if ARGV[2] and tonumber(last) < tonumber(ARGV[2]) and tonumber(loss) <= tonumber(ARGV[3]) then
+  loss = string.format('%.0f', math.max(now, ARGV[3] + 1))
+  redis.call('SET', KEYS[2], loss)
+end
+return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 """
 
 
@@ -13513,15 +13520,15 @@ class RedisBuckets(Buckets):
     async def catch_up(self):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
-        before = self.loss
-        existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
+        existed, last, loss = self.read_beat(
+            await self.redis.ask_first(*self.beat_parts(done, self.loss)))
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            self.loss = max(self.loss, before + 1)  # as others tell it already, or one more
-            await self.put_back(done, self.known_levels(), "last %d" % self.loss)
+            await self.put_back(done, self.known_levels(), "last %d" % loss)
         self.fresh = False
+        self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
@@ -13545,7 +13552,7 @@ class RedisBuckets(Buckets):
             batch = Batch(number, self.describe)
             for act in itertools.islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            mode = "put %d" % self.loss if batch.acts else end
+            mode = end.replace("last", "put") if batch.acts else end
             await self.redis.ask_first(*self.batch_parts(batch, mode))
 
     def come_back(self):
@@ -13562,10 +13569,10 @@ class RedisBuckets(Buckets):
         if self.fills:
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
-    def beat_parts(self):
+    def beat_parts(self, *known):
         return self.redis.script_parts(
             self.beat_script, [*self.keys, self.prefix + "processes"],
-            [self.redis.process])
+            [self.redis.process, *known])
 
     def beat(self):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
@@ -13579,23 +13586,24 @@ class RedisBuckets(Buckets):
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
 
     def read_beat(self, reply):
-        """Returns whether anybody was there before, and the last batch that was done. Where Redis
-        has lost who is there, the others tell soon. Raises RedisFault."""
+        """Returns whether anybody was there before, the last batch that was done and the last loss.
+        Where Redis has lost who is there, the others tell soon. Raises RedisFault."""
         try:
             existed, count, last, loss = map(int, reply)
         except (TypeError, ValueError):
             raise RedisFault("answers with nonsense") from None
-        self.loss = max(self.loss, loss)
         self.counts.append(count)
         self.processes = max(self.counts)
-        return existed, last
+        return existed, last, loss
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
             return self.redis.heed(reply)
         try:
-            if self.read_beat(reply)[1] != number:
+            _, last, loss = self.read_beat(reply)
+            if last != number:
                 raise RedisFault("has lost what it knew")
+            self.loss = loss
         except RedisFault as fault:
             self.redis.leave(fault)
 

@@ -10208,6 +10208,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.start()
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
         name, _ = store.describe(*pair)
+        self.server.ask("DEL", "{test}:lost")
         stale = None
         for process, mode, act, level in self.each((
                 ("c", "last 1", None, None), ("c", "-", ("charge", 1, 0), 9),  # who knew nothing
@@ -10231,6 +10232,28 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
             stale = stale or self.server.ask("GET", name)
+
+
+    def test_one_loss_has_one_number_for_all_also_for_who_has_missed_some(self):
+        self.start()
+        self.server.ask("DEL", "{test}:lost")
+        store, told = self.buckets, [0]
+        for process, knows, number in self.each((
+                ("a", 0, 1), ("b", 0, 1), ("missed", 0, 1), ("lost again", None, None),
+                ("missed", 0, 2), ("a", 1, 2), ("b", 1, 2), ("b", 2, 3))):
+            if knows is None:
+                self.server.ask("DEL", "{test}:lost")
+                self.clock.now += 1
+                self.set_time()
+                continue
+            with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
+                parts = store.beat_parts(9, told[knows])
+            _, last, loss = store.read_beat(
+                self.redis.loop.run_until_complete(self.redis.call(*parts)))
+            if number == len(told):
+                self.assertGreater(loss, told[-1])
+                told.append(loss)
+            self.assertEqual((last, loss), (0, told[number]))
 
 
 @NEEDS_REDIS
