@@ -12559,7 +12559,7 @@ class Redis(asyncio.Protocol):
     flushing = False
     late_times = 0
     failures = 0                              # connections in a row that were no good
-    dropped = 0                               # commands that were never sent
+    dropped = 0                               # commands and charges that were never sent
 
     def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
                  loop: asyncio.AbstractEventLoop, name: str):
@@ -12988,6 +12988,7 @@ function act.put()
   end
 end
 function act.renew() buckets[number()].changed = true end
+function act.look() number() end
 for word in words do act[word]() end
 
 local function text(value) return string.format('%.0f', value) end
@@ -13157,13 +13158,16 @@ class Charges:
         self.running: Dict[BucketKey, int] = collections.Counter()
         self.rules: Dict[BucketKey, Rule] = {}  # those that count running calls
 
-    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float):
+    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
+        """Returns whether there was room."""
+        self.note_running(rule, key, amount)
         place = key, taken_at if rule.window and amount < 0 else 0.0
-        if place in self.unsent or len(self.unsent) < self.MOST:
-            _, before = self.unsent.get(place, (rule, 0))
+        _, before = self.unsent.get(place, (rule, 0))
+        has_room = place in self.unsent or len(self.unsent) < self.MOST
+        if has_room:
             self.unsent[place] = rule, before + amount
             self.pending[key] += amount
-            self.note_running(rule, key, amount)
+        return has_room
 
     def note_running(self, rule, key, amount):
         if rule.unit == RUNNING:
@@ -13207,6 +13211,7 @@ class RedisBuckets(Buckets):
     BEAT_SECONDS = 0.5
     START_BEATS = 3           # after which all that were started together are counted
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
+    LOOKS = 50                # at buckets, with each beat
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
@@ -13252,7 +13257,7 @@ class RedisBuckets(Buckets):
     def health(self):
         words = self.reason if self.is_degraded else "is there"
         return {"limits": {"shared_by": self.processes, "degraded": self.is_degraded,
-                           "redis": words}}
+                           "redis": words, "dropped": self.redis.dropped}}
 
     # -- what Buckets does
 
@@ -13308,12 +13313,13 @@ class RedisBuckets(Buckets):
     # -- what is asked of Redis
 
     def act(self, *act):
+        self.redis.dropped += len(self.acts) == self.MOST_KEPT
         self.acts.append(act)
         self.redis.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
         """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
-        self.charges.add(rule, key, amount, taken_at)
+        self.redis.dropped += not self.charges.add(rule, key, amount, taken_at)
         if not self.charging:
             self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
@@ -13583,6 +13589,8 @@ class RedisBuckets(Buckets):
         if self.beats % self.RENEW_BEATS == 0:
             for key, rule in self.charges.rules.items():
                 self.act("renew", rule, key)
+        for one in list(itertools.islice(self.levels.values(), self.LOOKS)):
+            self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
 
     def read_beat(self, reply):

@@ -10332,7 +10332,8 @@ class SharedLimitsTest(ProxyCase):
         self.is_back(one)
         wait_for(lambda: one.processes == two.processes == 2)
         health = self.ask(request("GET", "/health")).json()
-        self.assertEqual(health["limits"], {"shared_by": 2, "degraded": False, "redis": "is there"})
+        self.assertEqual(health["limits"], {
+            "shared_by": 2, "degraded": False, "redis": "is there", "dropped": 0})
 
     def test_what_a_call_did_not_use_can_be_had_by_the_other(self):
         told = says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
@@ -10364,6 +10365,28 @@ class SharedLimitsTest(ProxyCase):
         self.assert_said("Redis is there again: ")
         wait_for(lambda: self.stored() == [4])
         self.assertEqual(self.admitted(6), 4)
+
+    def test_charges_that_find_no_room_are_counted_and_running_calls_end_all_the_same(self):
+        self.patch_seconds(Charges_MOST=1)
+        buckets = self.start_here(limits=self.RULE + "; each 2 running")
+        self.redis.kill()
+        self.is_away(buckets)
+        self.assertEqual(self.admitted(4), 4)
+        wait_for(lambda: not buckets.charges.running)
+        self.assertGreater(self.ask(HEALTH).json()["limits"]["dropped"], 3)
+
+    def test_while_redis_is_away_a_share_is_of_what_all_have_left(self):
+        one, two = self.start_here(), self.start_here()
+        address = self.address
+        self.assertEqual(self.admitted(1), 1)
+        self.address = self.proxies[0]
+        self.assertEqual(self.admitted(5), 5)
+        wait_for(lambda: [level.level for level in two.seen()] == [4])
+        wait_for(lambda: two.processes == 2)
+        self.redis.kill()
+        self.is_away(two)
+        self.address = address
+        self.assertEqual(self.admitted(4), 2)
 
     def test_open_lets_all_in_meanwhile_and_closed_none(self):
         for policy, admitted, status, stored in self.each((("closed", 0, 503, []),
