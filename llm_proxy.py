@@ -12380,8 +12380,6 @@ class RedisFault(Exception):
     """Redis did not do what it was asked to. Its words, such as 'is out of memory', name no address
     and no password; `code` is the first word of what Redis said itself."""
 
-    LATE = "late"  # no code of Redis's: the reply may come yet
-
     def __init__(self, words: str, code: str = "", moved_to: Optional[Tuple[str, int]] = None):
         super().__init__(words)
         self.code = code
@@ -12518,15 +12516,14 @@ class RedisScript:
 
 
 class Asked:
-    """A command on its way. `answer` is told the reply, or a RedisFault; one that is late is told
-    to be, and may come yet. Without `answer` the command is sent again where it may be lost."""
-    __slots__ = ("data", "answer", "sent", "is_late")
+    """A command on its way. `answer` is told the reply, or a RedisFault. Without `answer` the
+    command is sent again where it may be lost."""
+    __slots__ = ("data", "answer", "sent")
 
     def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
         self.data = data
         self.answer = answer
         self.sent = 0.0
-        self.is_late = False
 
     def tell(self, reply):
         if self.answer:
@@ -12538,7 +12535,7 @@ class Redis(asyncio.Protocol):
     write, and answers come in that order. It is away from the moment it is refused, cut, silent
     for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
     it is `available` again when all of these went well."""
-    ANSWER_SECONDS = 0.05    # until who waits for an answer is told that it is late
+    ANSWER_SECONDS = 0.07    # that a call waits for an answer
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -12583,11 +12580,11 @@ class Redis(asyncio.Protocol):
     # -- for everyone, on the loop
 
     async def call(self, *parts: RedisPart) -> RedisReply:
-        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
-        the latest."""
+        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS at the latest,
+        though the reply may come yet."""
         if not self.available:
             raise RedisFault("is away")
-        return await self.ask_first(*parts)
+        return await self.ask_first(*parts, seconds=self.ANSWER_SECONDS)
 
     async def run(self, script: RedisScript, keys: Sequence[RedisPart],
                   *arguments: RedisPart) -> RedisReply:
@@ -12602,7 +12599,7 @@ class Redis(asyncio.Protocol):
         else:
             self.keep(redis_command(parts))
 
-    async def ask_first(self, *parts: RedisPart) -> RedisReply:
+    async def ask_first(self, *parts: RedisPart, seconds: Optional[float] = None) -> RedisReply:
         """Does what `call` does, also before it is available."""
         answered = self.loop.create_future()
 
@@ -12611,7 +12608,8 @@ class Redis(asyncio.Protocol):
                 answered.set_result(reply)
 
         self.ask(answer, *parts)
-        reply = await answered
+        await asyncio.wait([answered], timeout=seconds)
+        reply = answered.result() if answered.done() else RedisFault("answers late")
         if isinstance(reply, RedisFault):
             raise reply
         return reply
@@ -12645,7 +12643,7 @@ class Redis(asyncio.Protocol):
 
     def heed(self, fault: RedisFault):
         """Ends the connection where a fault is what Redis said itself."""
-        if fault.code not in ("", fault.LATE):
+        if fault.code:
             self.leave(fault)
 
     # -- its life
@@ -12801,7 +12799,7 @@ class Redis(asyncio.Protocol):
             self.leave(RedisFault("answers late"))
 
     def look(self):
-        """Tells those who have waited for too long, and ends a connection that is silent."""
+        """Ends a connection that is silent."""
         now = self.loop.time()
         held = max(0, now - self.look_at) if self.timer else 0
         self.timer = None
@@ -12809,12 +12807,6 @@ class Redis(asyncio.Protocol):
             return
         self.look_at = now + self.LOOK_SECONDS
         self.timer = self.loop.call_at(self.look_at, self.look)
-        late = itertools.takewhile(
-            lambda one: now - one.sent - held > self.ANSWER_SECONDS, list(self.asked))
-        for one in late:
-            if not one.is_late:
-                one.is_late = True
-                one.tell(RedisFault("answers late", RedisFault.LATE))
         if now - self.asked[0].sent - held > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
 
@@ -13205,7 +13197,6 @@ class RedisBuckets(Buckets):
     MOST_KEPT = 20_000        # acts that wait
     WAIT_SECONDS = 0.08       # of a call, whatever it waits for,
     HELD_SECONDS = 0.01       # and of one whose time went by while something held the loop
-    GRACE_SECONDS = 0.03      # for a connection that was lost a moment ago
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13220,7 +13211,6 @@ class RedisBuckets(Buckets):
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
-    grace: Optional[asyncio.TimerHandle] = None
     looking: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
@@ -13505,18 +13495,15 @@ class RedisBuckets(Buckets):
                 one.future.wake()
 
     def on_leave(self, fault):
-        """A connection was lost, or could not be had."""
+        """A connection was lost, or, which is to be away, could not be had."""
         self.reason = str(fault)
         if self.state == "here":
             self.state = "returning"
             self.beat_timer.cancel()
-            self.grace = self.redis.loop.call_later(self.GRACE_SECONDS, self.go_away)
         elif self.state == "returning":
             self.go_away()
 
     def go_away(self):
-        if self.grace:
-            self.grace.cancel()
         self.state = "away"
         self.on_change("away")
         self.decide()
@@ -13563,8 +13550,6 @@ class RedisBuckets(Buckets):
 
     def come_back(self):
         was_away = self.state == "away"
-        if self.grace:
-            self.grace.cancel()
         self.state = "here"
         self.succeeds = False
         self.local = Buckets(self.clock)

@@ -10415,7 +10415,6 @@ class SharedLimitsTest(ProxyCase):
         client.head()
 
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
-        self.patch_seconds(RedisBuckets_GRACE_SECONDS=PATIENCE)
         one, two = self.start_here(), self.start_here()
         self.assertEqual(self.admitted(7, "sk-1"), 7)
         wait_for(lambda: one.processes == two.processes == 2)
@@ -10494,7 +10493,7 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.admitted(1), 0)
 
     def test_no_call_waits_for_longer_whatever_redis_and_its_connection_do(self):
-        self.patch_seconds(Redis_ANSWER_SECONDS=PATIENCE, Redis_SILENT_SECONDS=PATIENCE)
+        self.patch_seconds(Redis_SILENT_SECONDS=PATIENCE)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             buckets = self.start(REDIS_URL="redis://127.0.0.1:%d" % silent.getsockname()[1])
             self.assertEqual(self.admitted(11), 10)
