@@ -12422,15 +12422,13 @@ class RedisReader:
             value, end = found
             self.taken += end - place
             place = end
-            if not self.is_begun(value) and self.complete(value, replies):
+            is_begun = self.open and value is self.open[-1][0]
+            if not is_begun and self.complete(value, replies):
                 self.taken = 0
         del self.data[:place]
         if self.taken + len(self.data) > self.MOST_BYTES:
             raise RedisFault("sends too long a reply")
         return replies
-
-    def is_begun(self, value):
-        return self.open and value is self.open[-1][0]
 
     def complete(self, value, replies):
         """Puts a value where it belongs, and arrays that it completes; returns whether that was the
@@ -12514,6 +12512,11 @@ class RedisScript:
         self.digest = hashlib.sha1(text.encode()).hexdigest()  # Redis's own choice
         self.is_loaded = False
 
+    def parts(self, keys: Sequence[RedisPart], arguments: Iterable[RedisPart]) -> List[RedisPart]:
+        """Returns the command that runs it."""
+        how = ("EVALSHA", self.digest) if self.is_loaded else ("EVAL", self.text)
+        return [*how, len(keys), *keys, *arguments]
+
 
 class Asked:
     """A command on its way. `answer` is told the reply, or a RedisFault. Without `answer` the
@@ -12589,7 +12592,7 @@ class Redis(asyncio.Protocol):
     async def run(self, script: RedisScript, keys: Sequence[RedisPart],
                   *arguments: RedisPart) -> RedisReply:
         """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
-        return await self.call(*self.script_parts(script, keys, arguments))
+        return await self.call(*script.parts(keys, arguments))
 
     def send(self, *parts: RedisPart):
         """Has a command done, now or when Redis is there again; never waits. Where a connection is
@@ -12627,12 +12630,6 @@ class Redis(asyncio.Protocol):
         if not self.flushing:
             self.flushing = True
             self.loop.call_soon(self.flush)
-
-    @staticmethod
-    def script_parts(script: RedisScript, keys: Sequence[RedisPart],
-                     arguments: Sequence[RedisPart]) -> List[RedisPart]:
-        how = ("EVALSHA", script.digest) if script.is_loaded else ("EVAL", script.text)
-        return [*how, len(keys), *keys, *arguments]
 
     def leave(self, reason: RedisFault):
         """Ends the connection; another one is made."""
@@ -13147,8 +13144,7 @@ class Charges:
         # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
         self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
         self.pending: Dict[BucketKey, int] = collections.Counter()
-        self.running: Dict[BucketKey, int] = collections.Counter()
-        self.rules: Dict[BucketKey, Rule] = {}  # those that count running calls
+        self.running: Dict[Tuple[Rule, BucketKey], int] = collections.Counter()
 
     def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
         """Returns whether there was room."""
@@ -13163,10 +13159,9 @@ class Charges:
 
     def note_running(self, rule, key, amount):
         if rule.unit == RUNNING:
-            self.running[key] += amount
-            self.rules[key] = rule
-            if not self.running[key]:
-                del self.running[key], self.rules[key]
+            self.running[rule, key] += amount
+            if not self.running[rule, key]:
+                del self.running[rule, key]
 
     def note_answer(self, key: BucketKey, amount: int) -> int:
         """So much has arrived; returns what has not."""
@@ -13358,9 +13353,8 @@ class RedisBuckets(Buckets):
         return self.prefix + name, describe_kind(rule, hour)
 
     def batch_parts(self, batch, mode="-"):
-        return self.redis.script_parts(
-            self.batch_script, [*self.keys, *batch.names],
-            [batch.text(mode), self.redis.process])
+        return self.batch_script.parts(
+            [*self.keys, *batch.names], [batch.text(mode), self.redis.process])
 
     # -- what Redis answers
 
@@ -13466,7 +13460,7 @@ class RedisBuckets(Buckets):
                 known = self.level_of(rule, key)
                 level = known.level // self.processes
                 if rule.unit == RUNNING:
-                    level = share.capacity - self.charges.running[key]
+                    level = share.capacity - self.charges.running[rule, key]
                 elif self.succeeds and key not in self.levels:
                     level = 0
                 self.local.store([known._replace(level=level, rule=share._replace(
@@ -13525,9 +13519,8 @@ class RedisBuckets(Buckets):
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
-        for key, count in charges.running.items():
-            self.acts.appendleft(
-                ("count", charges.rules[key], key, count - charges.pending.get(key, 0)))
+        for (rule, key), count in charges.running.items():
+            self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
         """Yields the acts that put levels back as they were without what is pending."""
@@ -13561,9 +13554,8 @@ class RedisBuckets(Buckets):
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def beat_parts(self, *known):
-        return self.redis.script_parts(
-            self.beat_script, [*self.keys, self.prefix + "processes"],
-            [self.redis.process, *known])
+        return self.beat_script.parts(
+            [*self.keys, self.prefix + "processes"], [self.redis.process, *known])
 
     def beat(self):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
@@ -13572,8 +13564,8 @@ class RedisBuckets(Buckets):
         if self.beats == self.START_BEATS:
             self.on_change("there")
         if self.beats % self.RENEW_BEATS == 0:
-            for key, rule in self.charges.rules.items():
-                self.act("renew", rule, key)
+            for pair in self.charges.running:
+                self.act("renew", *pair)
         for one in list(itertools.islice(self.levels.values(), self.LOOKS)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
