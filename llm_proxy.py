@@ -12528,10 +12528,6 @@ class Asked:
         self.answer = answer
         self.sent = 0.0
 
-    def tell(self, reply):
-        if self.answer:
-            self.answer(reply)
-
 
 class Redis(asyncio.Protocol):
     """One connection, kept up by a task. What is asked for in one pass of the loop travels in one
@@ -12588,11 +12584,6 @@ class Redis(asyncio.Protocol):
         if not self.available:
             raise RedisFault("is away")
         return await self.ask_first(*parts, seconds=self.ANSWER_SECONDS)
-
-    async def run(self, script: RedisScript, keys: Sequence[RedisPart],
-                  *arguments: RedisPart) -> RedisReply:
-        """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
-        return await self.call(*script.parts(keys, arguments))
 
     def send(self, *parts: RedisPart):
         """Has a command done, now or when Redis is there again; never waits. Where a connection is
@@ -12754,14 +12745,13 @@ class Redis(asyncio.Protocol):
         if replies:
             self.note_lateness()
         for reply in replies:
-            self.asked.popleft().tell(reply)
+            answer = self.asked.popleft().answer
+            if answer:
+                answer(reply)
 
     def connection_lost(self, failure):
         self.leave(RedisFault("has closed the connection"))
         self.transport = None
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
         asked, self.asked = self.asked, collections.deque()
         self.drop([*asked, *self.unsent])
         self.unsent = []
@@ -12811,7 +12801,7 @@ class Redis(asyncio.Protocol):
         """Nothing of it will be answered."""
         for one in asked:
             if one.answer:
-                one.tell(RedisFault("is away"))
+                one.answer(RedisFault("is away"))
             else:
                 self.keep(one.data)
 
@@ -13240,9 +13230,8 @@ class RedisBuckets(Buckets):
         return self.state == "away"
 
     def health(self):
-        words = self.reason if self.is_degraded else "is there"
         return {"limits": {"shared_by": self.processes, "degraded": self.is_degraded,
-                           "redis": words, "dropped": self.redis.dropped}}
+                           "redis": self.reason, "dropped": self.redis.dropped}}
 
     # -- what Buckets does
 
@@ -13280,8 +13269,7 @@ class RedisBuckets(Buckets):
 
     def fill(self, owner):
         super().fill(owner)
-        if len(self.fills) < self.MOST_KEPT:
-            self.fills.add(owner)
+        self.fills.add(owner)
         self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def restore(self, rule, key, level, since):
@@ -13495,12 +13483,9 @@ class RedisBuckets(Buckets):
             self.state = "returning"
             self.beat_timer.cancel()
         elif self.state == "returning":
-            self.go_away()
-
-    def go_away(self):
-        self.state = "away"
-        self.on_change("away")
-        self.decide()
+            self.state = "away"
+            self.on_change("away")
+            self.decide()
 
     # -- when it is back
 
@@ -13544,6 +13529,7 @@ class RedisBuckets(Buckets):
     def come_back(self):
         was_away = self.state == "away"
         self.state = "here"
+        self.reason = "is there"
         self.succeeds = False
         self.local = Buckets(self.clock)
         if was_away:
@@ -13699,8 +13685,8 @@ class SharedQueue(FairQueue):
         given = 0
         try:
             if names:
-                given = await self.redis.run(
-                    self.script, self.keys, *self.arguments(age, len(names), names))
+                given = await self.redis.call(*self.script.parts(
+                    self.keys, self.arguments(age, len(names), names)))
         except RedisFault as fault:  # it may have given some
             self.give_back(names)
             self.redis.heed(fault)
@@ -13725,8 +13711,7 @@ class SharedQueue(FairQueue):
         self.most = len(self.leases) if self.redis.available else self.part(self.all)
         for _ in names:
             self.start_next()
-        if self.redis.available:
-            self.give_back(self.leases[self.running:])
+        self.give_back(self.leases[self.running:])
 
     def be_short(self):
         """Not all got a slot: now it counts how many may wait. Ask again in a moment."""
@@ -13738,7 +13723,8 @@ class SharedQueue(FairQueue):
         if names:
             self.redis.send("ZREM", self.keys[0], *names)
             self.leases = [one for one in self.leases if one not in names]
-            self.most = len(self.leases) if self.redis.available else self.most
+            if self.redis.available:
+                self.most = len(self.leases)
 
     def begin(self):
         """Redis is there: what runs here has slots, even too many."""
@@ -13763,10 +13749,9 @@ class SharedQueue(FairQueue):
     def beat(self):
         """Renews what is leased; to be called every second."""
         now = self.clock.monotonic()
-        if self.leases and self.redis.available and now >= self.renew_at:
+        if self.leases and now >= self.renew_at:
             self.renew_at = now + self.RENEW_SECONDS
-            self.redis.send("EVAL", self.script.text, len(self.keys), *self.keys,
-                            *self.arguments(0, 0, self.leases))
+            self.redis.send(*self.script.parts(self.keys, self.arguments(0, 0, self.leases)))
 
 
 # Returns a hash and how often that was changed, where that is not as often as ARGV[1] says.
@@ -13815,8 +13800,7 @@ class SharedKeys:
 
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
-        if self.redis.available:
-            self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
+        self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
 
     def on_keys(self, reply):
         if type(reply) is not list:  # nothing new, or a fault
@@ -13881,8 +13865,8 @@ class SharedSums:
             return False
         told = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
-        asking = self.redis.run(
-            self.script, [self.key], self.AT_ONCE, after, self.box, *itertools.chain(*told))
+        asking = self.redis.call(*self.script.parts(
+            [self.key], [self.AT_ONCE, after, self.box, *itertools.chain(*told)]))
         asked = asyncio.run_coroutine_threadsafe(asking, self.redis.loop)
         try:
             entries = asked.result(self.WAIT_SECONDS)

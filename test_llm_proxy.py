@@ -10708,14 +10708,14 @@ class SharedQueueTest(RedisCase):
 
     def test_a_call_that_comes_while_another_one_gets_its_slot_is_asked_for_too(self):
         queue = self.queue(2)
-        run = queue.redis.run
+        ask = queue.redis.call
 
-        async def run_and_enter(*arguments):
-            answer = await run(*arguments)
-            queue.redis.run = run
+        async def ask_and_enter(*arguments):
+            answer = await ask(*arguments)
+            queue.redis.call = ask
             queue.enter("b", 1)
             return answer
-        queue.redis.run = run_and_enter
+        queue.redis.call = ask_and_enter
         queue.enter("a", 1)
         self.wait_until(2)
 
@@ -10937,10 +10937,10 @@ class SharedSumsTest(ProxyCase):
 
     def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
         async def late(*arguments):
-            await run(*arguments)
+            await ask(*arguments)
             raise llm_proxy.RedisFault("answers late")
-        one, two, run = self.box(), self.box(), llm_proxy.Redis.run
-        with mock.patch.object(llm_proxy.Redis, "run", late):
+        one, two, ask = self.box(), self.box(), llm_proxy.Redis.call
+        with mock.patch.object(llm_proxy.Redis, "call", late):
             self.call_at(one, 2)
             wait_for(lambda: self.redis.ask("XLEN", "{llm_proxy}:sums") > 1)
         self.assert_told(2, one, two)
