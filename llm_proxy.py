@@ -13180,8 +13180,8 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.08       # of a call, whatever it waits for,
-    HELD_SECONDS = 0.01       # and of one whose time went by while something held the loop
+    WAIT_SECONDS = 0.09       # of a call, whatever it waits for, on a machine that is not so
+    HELD_SECONDS = 0.01       # busy that timers are later than this
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13213,8 +13213,8 @@ class RedisBuckets(Buckets):
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
-        self.takes: "collections.deque[Take]" = collections.deque()    # to be sent
-        self.waiting: "collections.deque[Take]" = collections.deque()  # or were not long ago
+        self.takes = collections.deque()    # to be sent
+        self.waiting = collections.deque()  # calls that wait, or did a moment ago
         self.batches: "collections.deque[Batch]" = collections.deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
@@ -13459,8 +13459,8 @@ class RedisBuckets(Buckets):
         """Has calls decided here that have waited for long enough."""
         loop = self.redis.loop
         now = loop.time()
-        if now > planned + self.HELD_SECONDS:  # so that their answers may be there, unread
-            self.looking = loop.call_later(self.HELD_SECONDS, self.look, math.inf)
+        if now > planned + self.HELD_SECONDS:  # Redis may be as late, so once more
+            self.looking = loop.call_later(now - planned, self.look, math.inf)
             return
         self.looking = None
         self.decide(now)
