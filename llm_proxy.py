@@ -12435,8 +12435,6 @@ class RedisFault(Exception):
     """Redis did not do what it was asked to. Its words, such as 'is out of memory', name no address
     and no password; `code` is the first word of what Redis said itself."""
 
-    LATE = "late"  # no code of Redis's: the reply may come yet
-
     def __init__(self, words: str, code: str = "", moved_to: Optional[Tuple[str, int]] = None):
         super().__init__(words)
         self.code = code
@@ -12479,15 +12477,13 @@ class RedisReader:
             value, end = found
             self.taken += end - place
             place = end
-            if not self.is_begun(value) and self.complete(value, replies):
+            is_begun = self.open and value is self.open[-1][0]
+            if not is_begun and self.complete(value, replies):
                 self.taken = 0
         del self.data[:place]
         if self.taken + len(self.data) > self.MOST_BYTES:
             raise RedisFault("sends too long a reply")
         return replies
-
-    def is_begun(self, value):
-        return self.open and value is self.open[-1][0]
 
     def complete(self, value, replies):
         """Puts a value where it belongs, and arrays that it completes; returns whether that was the
@@ -12571,21 +12567,21 @@ class RedisScript:
         self.digest = hashlib.sha1(text.encode()).hexdigest()  # Redis's own choice
         self.is_loaded = False
 
+    def parts(self, keys: Sequence[RedisPart], arguments: Iterable[RedisPart]) -> List[RedisPart]:
+        """Returns the command that runs it."""
+        how = ("EVALSHA", self.digest) if self.is_loaded else ("EVAL", self.text)
+        return [*how, len(keys), *keys, *arguments]
+
 
 class Asked:
-    """A command on its way. `answer` is told the reply, or a RedisFault; one that is late is told
-    to be, and may come yet. Without `answer` the command is sent again where it may be lost."""
-    __slots__ = ("data", "answer", "sent", "is_late")
+    """A command on its way. `answer` is told the reply, or a RedisFault. Without `answer` the
+    command is sent again where it may be lost."""
+    __slots__ = ("data", "answer", "sent")
 
     def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
         self.data = data
         self.answer = answer
         self.sent = 0.0
-        self.is_late = False
-
-    def tell(self, reply):
-        if self.answer:
-            self.answer(reply)
 
 
 class Redis(asyncio.Protocol):
@@ -12593,7 +12589,7 @@ class Redis(asyncio.Protocol):
     write, and answers come in that order. It is away from the moment it is refused, cut, silent
     for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
     it is `available` again when all of these went well."""
-    ANSWER_SECONDS = 0.05    # until who waits for an answer is told that it is late
+    ANSWER_SECONDS = 0.07    # that a call waits for an answer
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -12614,7 +12610,7 @@ class Redis(asyncio.Protocol):
     flushing = False
     late_times = 0
     failures = 0                              # connections in a row that were no good
-    dropped = 0                               # commands that were never sent
+    dropped = 0                               # commands and charges that were never sent
 
     def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
                  loop: asyncio.AbstractEventLoop, name: str):
@@ -12638,16 +12634,11 @@ class Redis(asyncio.Protocol):
     # -- for everyone, on the loop
 
     async def call(self, *parts: RedisPart) -> RedisReply:
-        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS and one look at
-        the latest."""
+        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS at the latest,
+        though the reply may come yet."""
         if not self.available:
             raise RedisFault("is away")
-        return await self.ask_first(*parts)
-
-    async def run(self, script: RedisScript, keys: Sequence[RedisPart],
-                  *arguments: RedisPart) -> RedisReply:
-        """Returns what a script returns that is one of `scripts`. Raises RedisFault."""
-        return await self.call(*self.script_parts(script, keys, arguments))
+        return await self.ask_first(*parts, seconds=self.ANSWER_SECONDS)
 
     def send(self, *parts: RedisPart):
         """Has a command done, now or when Redis is there again; never waits. Where a connection is
@@ -12657,7 +12648,7 @@ class Redis(asyncio.Protocol):
         else:
             self.keep(redis_command(parts))
 
-    async def ask_first(self, *parts: RedisPart) -> RedisReply:
+    async def ask_first(self, *parts: RedisPart, seconds: Optional[float] = None) -> RedisReply:
         """Does what `call` does, also before it is available."""
         answered = self.loop.create_future()
 
@@ -12666,7 +12657,8 @@ class Redis(asyncio.Protocol):
                 answered.set_result(reply)
 
         self.ask(answer, *parts)
-        reply = await answered
+        await asyncio.wait([answered], timeout=seconds)
+        reply = answered.result() if answered.done() else RedisFault("answers late")
         if isinstance(reply, RedisFault):
             raise reply
         return reply
@@ -12685,18 +12677,17 @@ class Redis(asyncio.Protocol):
             self.flushing = True
             self.loop.call_soon(self.flush)
 
-    @staticmethod
-    def script_parts(script: RedisScript, keys: Sequence[RedisPart],
-                     arguments: Sequence[RedisPart]) -> List[RedisPart]:
-        how = ("EVALSHA", script.digest) if script.is_loaded else ("EVAL", script.text)
-        return [*how, len(keys), *keys, *arguments]
-
     def leave(self, reason: RedisFault):
         """Ends the connection; another one is made."""
         self.available = False
         self.reason = self.reason or reason
         if self.transport:
             self.transport.abort()
+
+    def heed(self, fault: RedisFault):
+        """Ends the connection where a fault is what Redis said itself."""
+        if fault.code:
+            self.leave(fault)
 
     # -- its life
 
@@ -12809,14 +12800,13 @@ class Redis(asyncio.Protocol):
         if replies:
             self.note_lateness()
         for reply in replies:
-            self.asked.popleft().tell(reply)
+            answer = self.asked.popleft().answer
+            if answer:
+                answer(reply)
 
     def connection_lost(self, failure):
         self.leave(RedisFault("has closed the connection"))
         self.transport = None
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
         asked, self.asked = self.asked, collections.deque()
         self.drop([*asked, *self.unsent])
         self.unsent = []
@@ -12851,7 +12841,7 @@ class Redis(asyncio.Protocol):
             self.leave(RedisFault("answers late"))
 
     def look(self):
-        """Tells those who have waited for too long, and ends a connection that is silent."""
+        """Ends a connection that is silent."""
         now = self.loop.time()
         held = max(0, now - self.look_at) if self.timer else 0
         self.timer = None
@@ -12859,12 +12849,6 @@ class Redis(asyncio.Protocol):
             return
         self.look_at = now + self.LOOK_SECONDS
         self.timer = self.loop.call_at(self.look_at, self.look)
-        late = itertools.takewhile(
-            lambda one: now - one.sent - held > self.ANSWER_SECONDS, list(self.asked))
-        for one in late:
-            if not one.is_late:
-                one.is_late = True
-                one.tell(RedisFault("answers late", RedisFault.LATE))
         if now - self.asked[0].sent - held > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
 
@@ -12872,7 +12856,7 @@ class Redis(asyncio.Protocol):
         """Nothing of it will be answered."""
         for one in asked:
             if one.answer:
-                one.tell(RedisFault("is away"))
+                one.answer(RedisFault("is away"))
             else:
                 self.keep(one.data)
 
@@ -13038,6 +13022,7 @@ function act.put()
   end
 end
 function act.renew() buckets[number()].changed = true end
+function act.look() number() end
 for word in words do act[word]() end
 
 local function text(value) return string.format('%.0f', value) end
@@ -13075,27 +13060,35 @@ return answer
 """
 
 # Tells that a process is there. KEYS[3] are all that are; returns whether there were any, how many
-# there are, the number of the last batch of this one, and that of the last loss.
+# there are, the number of the last batch of this one, and that of the last loss. ARGV[2] is the
+# last batch that it knows to be done, ARGV[3] the last loss: where that batch was lost, and nobody
+# has told so since, there is a new one, whose number is a time, since not all saw all of them.
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[3])
 redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 5000000))
 redis.call('PEXPIRE', KEYS[1], 86400000)
-return {existed, redis.call('ZCARD', KEYS[3]), redis.call('HGET', KEYS[1], 'last') or '0',
-        redis.call('GET', KEYS[2]) or '0'}
+local last = redis.call('HGET', KEYS[1], 'last') or '0'
+local loss = redis.call('GET', KEYS[2]) or '0'
+if ARGV[2] and tonumber(last) < tonumber(ARGV[2]) and tonumber(loss) <= tonumber(ARGV[3]) then
+  loss = string.format('%.0f', math.max(now, ARGV[3] + 1))
+  redis.call('SET', KEYS[2], loss)
+end
+return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 """
 
 
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more; then `admitted` tells what was decided here, where it
-    was sent: Redis may have taken it."""
-    __slots__ = ("keyed_rules", "costs", "future", "levels", "sent", "admitted")
+    `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
+    decided here, where it was sent: Redis may have taken it."""
+    __slots__ = ("keyed_rules", "costs", "future", "until", "levels", "sent", "admitted")
 
-    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup):
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup, until: float):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
+        self.until = until
         self.levels: Optional[List[Level]] = None
         self.sent = self.admitted = False
 
@@ -13196,23 +13189,24 @@ class Charges:
         # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
         self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
         self.pending: Dict[BucketKey, int] = collections.Counter()
-        self.running: Dict[BucketKey, int] = collections.Counter()
-        self.rules: Dict[BucketKey, Rule] = {}  # those that count running calls
+        self.running: Dict[Tuple[Rule, BucketKey], int] = collections.Counter()
 
-    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float):
+    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
+        """Returns whether there was room."""
+        self.note_running(rule, key, amount)
         place = key, taken_at if rule.window and amount < 0 else 0.0
-        if place in self.unsent or len(self.unsent) < self.MOST:
-            _, before = self.unsent.get(place, (rule, 0))
+        _, before = self.unsent.get(place, (rule, 0))
+        has_room = place in self.unsent or len(self.unsent) < self.MOST
+        if has_room:
             self.unsent[place] = rule, before + amount
             self.pending[key] += amount
-            self.note_running(rule, key, amount)
+        return has_room
 
     def note_running(self, rule, key, amount):
         if rule.unit == RUNNING:
-            self.running[key] += amount
-            self.rules[key] = rule
-            if not self.running[key]:
-                del self.running[key], self.rules[key]
+            self.running[rule, key] += amount
+            if not self.running[rule, key]:
+                del self.running[rule, key]
 
     def note_answer(self, key: BucketKey, amount: int) -> int:
         """So much has arrived; returns what has not."""
@@ -13241,12 +13235,14 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.03       # for a connection that was lost a moment ago
+    WAIT_SECONDS = 0.09       # of a call, whatever it waits for, on a machine that is not so
+    HELD_SECONDS = 0.01       # busy that timers are later than this
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
     START_BEATS = 3           # after which all that were started together are counted
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
+    LOOKS = 50                # at buckets, with each beat
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
@@ -13255,7 +13251,7 @@ class RedisBuckets(Buckets):
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
-    grace: Optional[asyncio.TimerHandle] = None
+    looking: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
 
@@ -13264,7 +13260,7 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
-        self.counts = collections.deque(maxlen=10)
+        self.counts = collections.deque([peers], maxlen=10)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
@@ -13272,7 +13268,8 @@ class RedisBuckets(Buckets):
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
-        self.takes: "collections.deque[Take]" = collections.deque()
+        self.takes = collections.deque()    # to be sent
+        self.waiting = collections.deque()  # calls that wait, or did a moment ago
         self.batches: "collections.deque[Batch]" = collections.deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
@@ -13288,17 +13285,20 @@ class RedisBuckets(Buckets):
         return self.state == "away"
 
     def health(self):
-        words = self.reason if self.is_degraded else "is there"
         return {"limits": {"shared_by": self.processes, "degraded": self.is_degraded,
-                           "redis": words}}
+                           "redis": self.reason, "dropped": self.redis.dropped}}
 
     # -- what Buckets does
 
     async def take(self, keyed_rules, costs):
         if self.state == "away":
             return self.take_here(keyed_rules, costs, None)
-        one = Take(keyed_rules, costs, Wakeup(loop=self.redis.loop))
+        loop = self.redis.loop
+        one = Take(keyed_rules, costs, Wakeup(loop=loop), loop.time() + self.WAIT_SECONDS)
         self.takes.append(one)
+        self.waiting.append(one)
+        if not self.looking:
+            self.looking = loop.call_at(one.until, self.look, one.until)
         self.redis.flush_soon()
         await one.future
         if one.levels is None:
@@ -13324,8 +13324,7 @@ class RedisBuckets(Buckets):
 
     def fill(self, owner):
         super().fill(owner)
-        if len(self.fills) < self.MOST_KEPT:
-            self.fills.add(owner)
+        self.fills.add(owner)
         self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def restore(self, rule, key, level, since):
@@ -13342,12 +13341,13 @@ class RedisBuckets(Buckets):
     # -- what is asked of Redis
 
     def act(self, *act):
+        self.redis.dropped += len(self.acts) == self.MOST_KEPT
         self.acts.append(act)
         self.redis.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
         """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
-        self.charges.add(rule, key, amount, taken_at)
+        self.redis.dropped += not self.charges.add(rule, key, amount, taken_at)
         if not self.charging:
             self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
@@ -13384,7 +13384,9 @@ class RedisBuckets(Buckets):
             key, taken_at = place
             batch.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
-            batch.take(self.takes.popleft())
+            one = self.takes.popleft()
+            if not one.future.done():
+                batch.take(one)
         return batch
 
     def describe(self, rule, key):
@@ -13394,19 +13396,14 @@ class RedisBuckets(Buckets):
         return self.prefix + name, describe_kind(rule, hour)
 
     def batch_parts(self, batch, mode="-"):
-        return self.redis.script_parts(
-            self.batch_script, [*self.keys, *batch.names],
-            [batch.text(mode), self.redis.process])
+        return self.batch_script.parts(
+            [*self.keys, *batch.names], [batch.text(mode), self.redis.process])
 
     # -- what Redis answers
 
     def on_answer(self, batch, reply):
         if isinstance(reply, RedisFault):
-            if reply.code == RedisFault.LATE:
-                self.decide([*batch.takes, *self.takes])
-                self.takes.clear()
-            elif reply.code:
-                self.redis.leave(reply)
+            self.redis.heed(reply)
         elif not self.batches or self.batches[0] is not batch:
             pass  # it was answered before
         elif reply == b"gap":
@@ -13417,7 +13414,7 @@ class RedisBuckets(Buckets):
                 flags, *numbers = reply.split()
                 self.read_answer(batch, flags, list(map(int, numbers)))
             except (AttributeError, ValueError):  # somebody else has written there
-                self.decide(batch.takes)
+                self.decide()
                 self.redis.leave(RedisFault("has other things under these names"))
             if not self.charging:  # what there is was too much for one batch
                 self.redis.flush_soon()
@@ -13506,58 +13503,64 @@ class RedisBuckets(Buckets):
                 known = self.level_of(rule, key)
                 level = known.level // self.processes
                 if rule.unit == RUNNING:
-                    level = share.capacity - self.charges.running[key]
+                    level = share.capacity - self.charges.running[rule, key]
                 elif self.succeeds and key not in self.levels:
                     level = 0
                 self.local.store([known._replace(level=level, rule=share._replace(
                     began=known.rule.began, interval=share.interval))])
         return found
 
-    def decide(self, takes):
-        """Has calls decided here that wait for Redis."""
-        for one in takes:
+    def look(self, planned):
+        """Has calls decided here that have waited for long enough."""
+        loop = self.redis.loop
+        now = loop.time()
+        if now > planned + self.HELD_SECONDS:  # Redis may be as late, so once more
+            self.looking = loop.call_later(now - planned, self.look, math.inf)
+            return
+        self.looking = None
+        self.decide(now)
+        if self.waiting:
+            until = self.waiting[0].until
+            self.looking = loop.call_at(until, self.look, until)
+
+    def decide(self, until=math.inf):
+        """Has calls decided here that were to wait until then."""
+        waiting = self.waiting
+        while waiting and (waiting[0].until <= until or waiting[0].future.done()):
+            one = waiting.popleft()
             if not one.future.done():
                 one.future.wake()
 
     def on_leave(self, fault):
-        """A connection was lost, or could not be had."""
+        """A connection was lost, or, which is to be away, could not be had."""
         self.reason = str(fault)
         if self.state == "here":
             self.state = "returning"
             self.beat_timer.cancel()
-            self.grace = self.redis.loop.call_later(self.WAIT_SECONDS, self.go_away)
         elif self.state == "returning":
-            self.go_away()
-
-    def go_away(self):
-        if self.grace:
-            self.grace.cancel()
-        self.state = "away"
-        self.on_change("away")
-        takes = [one for batch in self.batches for one in batch.takes]
-        self.decide([*takes, *self.takes])
-        self.takes.clear()
+            self.state = "away"
+            self.on_change("away")
+            self.decide()
 
     # -- when it is back
 
     async def catch_up(self):
         """Has all done that was not answered, after what Redis has lost is put back. Raises
         RedisFault."""
-        before = self.loss
-        existed, last = self.read_beat(await self.redis.ask_first(*self.beat_parts()))
         done = self.batches[0].number - 1 if self.batches else self.number
+        existed, last, loss = self.read_beat(
+            await self.redis.ask_first(*self.beat_parts(done, self.loss)))
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            self.loss = max(self.loss, before + 1)  # as others tell it already, or one more
-            await self.put_back(done, self.known_levels(), "last %d" % self.loss)
+            await self.put_back(done, self.known_levels(), "last %d" % loss)
         self.fresh = False
+        self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
-        for key, count in charges.running.items():
-            self.acts.appendleft(
-                ("count", charges.rules[key], key, count - charges.pending.get(key, 0)))
+        for (rule, key), count in charges.running.items():
+            self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
         """Yields the acts that put levels back as they were without what is pending."""
@@ -13575,14 +13578,13 @@ class RedisBuckets(Buckets):
             batch = Batch(number, self.describe)
             for act in itertools.islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            mode = "put %d" % self.loss if batch.acts else end
+            mode = end.replace("last", "put") if batch.acts else end
             await self.redis.ask_first(*self.batch_parts(batch, mode))
 
     def come_back(self):
         was_away = self.state == "away"
-        if self.grace:
-            self.grace.cancel()
         self.state = "here"
+        self.reason = "is there"
         self.succeeds = False
         self.local = Buckets(self.clock)
         if was_away:
@@ -13592,10 +13594,9 @@ class RedisBuckets(Buckets):
         if self.fills:
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
-    def beat_parts(self):
-        return self.redis.script_parts(
-            self.beat_script, [*self.keys, self.prefix + "processes"],
-            [self.redis.process])
+    def beat_parts(self, *known):
+        return self.beat_script.parts(
+            [*self.keys, self.prefix + "processes"], [self.redis.process, *known])
 
     def beat(self):
         """Tells that this process is there, and learns whether Redis has lost what it knew."""
@@ -13604,30 +13605,31 @@ class RedisBuckets(Buckets):
         if self.beats == self.START_BEATS:
             self.on_change("there")
         if self.beats % self.RENEW_BEATS == 0:
-            for key, rule in self.charges.rules.items():
-                self.act("renew", rule, key)
+            for pair in self.charges.running:
+                self.act("renew", *pair)
+        for one in list(itertools.islice(self.levels.values(), self.LOOKS)):
+            self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
 
     def read_beat(self, reply):
-        """Returns whether anybody was there before, and the last batch that was done. Where Redis
-        has lost who is there, the others tell soon. Raises RedisFault."""
+        """Returns whether anybody was there before, the last batch that was done and the last loss.
+        Where Redis has lost who is there, the others tell soon. Raises RedisFault."""
         try:
             existed, count, last, loss = map(int, reply)
         except (TypeError, ValueError):
             raise RedisFault("answers with nonsense") from None
-        self.loss = max(self.loss, loss)
         self.counts.append(count)
         self.processes = max(self.counts)
-        return existed, last
+        return existed, last, loss
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
-            if reply.code not in ("", RedisFault.LATE):
-                self.redis.leave(reply)
-            return
+            return self.redis.heed(reply)
         try:
-            if self.read_beat(reply)[1] != number:
+            _, last, loss = self.read_beat(reply)
+            if last != number:
                 raise RedisFault("has lost what it knew")
+            self.loss = loss
         except RedisFault as fault:
             self.redis.leave(fault)
 
@@ -13738,12 +13740,11 @@ class SharedQueue(FairQueue):
         given = 0
         try:
             if names:
-                given = await self.redis.run(
-                    self.script, self.keys, *self.arguments(age, len(names), names))
+                given = await self.redis.call(*self.script.parts(
+                    self.keys, self.arguments(age, len(names), names)))
         except RedisFault as fault:  # it may have given some
             self.give_back(names)
-            if fault.code not in ("", fault.LATE):
-                self.redis.leave(fault)
+            self.redis.heed(fault)
             names = names if self.redis.available else []
         self.task = None
         self.short = False
@@ -13765,8 +13766,7 @@ class SharedQueue(FairQueue):
         self.most = len(self.leases) if self.redis.available else self.part(self.all)
         for _ in names:
             self.start_next()
-        if self.redis.available:
-            self.give_back(self.leases[self.running:])
+        self.give_back(self.leases[self.running:])
 
     def be_short(self):
         """Not all got a slot: now it counts how many may wait. Ask again in a moment."""
@@ -13778,7 +13778,8 @@ class SharedQueue(FairQueue):
         if names:
             self.redis.send("ZREM", self.keys[0], *names)
             self.leases = [one for one in self.leases if one not in names]
-            self.most = len(self.leases) if self.redis.available else self.most
+            if self.redis.available:
+                self.most = len(self.leases)
 
     def begin(self):
         """Redis is there: what runs here has slots, even too many."""
@@ -13803,10 +13804,9 @@ class SharedQueue(FairQueue):
     def beat(self):
         """Renews what is leased; to be called every second."""
         now = self.clock.monotonic()
-        if self.leases and self.redis.available and now >= self.renew_at:
+        if self.leases and now >= self.renew_at:
             self.renew_at = now + self.RENEW_SECONDS
-            self.redis.send("EVAL", self.script.text, len(self.keys), *self.keys,
-                            *self.arguments(0, 0, self.leases))
+            self.redis.send(*self.script.parts(self.keys, self.arguments(0, 0, self.leases)))
 
 
 # Returns a hash and how often that was changed, where that is not as often as ARGV[1] says.
@@ -13855,8 +13855,7 @@ class SharedKeys:
 
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
-        if self.redis.available:
-            self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
+        self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
 
     def on_keys(self, reply):
         if type(reply) is not list:  # nothing new, or a fault
@@ -13921,8 +13920,8 @@ class SharedSums:
             return False
         told = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
-        asking = self.redis.run(
-            self.script, [self.key], self.AT_ONCE, after, self.box, *itertools.chain(*told))
+        asking = self.redis.call(*self.script.parts(
+            [self.key], [self.AT_ONCE, after, self.box, *itertools.chain(*told)]))
         asked = asyncio.run_coroutine_threadsafe(asking, self.redis.loop)
         try:
             entries = asked.result(self.WAIT_SECONDS)

@@ -10090,7 +10090,7 @@ class RedisFaultsTest(RedisCase):
             self.assertEqual(words, "answers late")
             self.assertLess(milliseconds, 2000)
             self.assertTrue(redis.available)  # one that is late says little
-            self.wait_for(lambda: not redis.available)
+            self.wait_for(lambda: self.left)
             self.assertEqual(set(self.left), {"does not answer"})
 
     def test_nonsense_ends_the_connection(self):
@@ -10164,28 +10164,6 @@ class RedisTest(RedisCase):
         self.client("redis://:hunter2@127.0.0.1:%d" % server.port)
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "does not take the user and password")
-
-    def test_it_comes_back_when_the_server_does(self):
-        server = RedisServer(self)
-        redis = self.client(server.url)
-        self.wait_for(lambda: redis.available)
-        server.kill()
-        self.wait_for(lambda: not redis.available)
-        redis.send("SET", "a", "later")
-        server.start()
-        began = time.monotonic()
-        self.wait_for(lambda: redis.available)
-        self.assertLess(time.monotonic() - began, PATIENCE / 4)
-        self.assertEqual(self.run_loop(redis.call("GET", "a")), b"later")
-
-    def test_a_script_goes_by_its_digest_until_that_is_forgotten(self):
-        server = RedisServer(self)
-        script = llm_proxy.RedisScript("return KEYS[1] .. ARGV[1]")
-        redis = self.client(server.url)
-        redis.scripts.append(script)
-        self.wait_for(lambda: redis.available)
-        self.assertTrue(script.is_loaded)
-        self.assertEqual(self.run_loop(redis.run(script, ["a"], "b")), b"ab")
 
     def test_a_server_that_stands_still_holds_nobody_for_long(self):
         self.patch_seconds(Redis_SILENT_SECONDS=0.15)
@@ -10304,7 +10282,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
         batch = llm_proxy.Batch(store.number + 1, store.describe)
         batch.charge(*pair, 2, 0)
-        batch.take(llm_proxy.Take([pair], costs(3), None))
+        batch.take(llm_proxy.Take([pair], costs(3), None, 0))
         later = llm_proxy.Batch(store.number + 3, store.describe)
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
@@ -10314,6 +10292,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.start()
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
         name, _ = store.describe(*pair)
+        self.server.ask("DEL", "{test}:lost")
         stale = None
         for process, mode, act, level in self.each((
                 ("c", "last 1", None, None), ("c", "-", ("charge", 1, 0), 9),  # who knew nothing
@@ -10337,6 +10316,28 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
             stale = stale or self.server.ask("GET", name)
+
+
+    def test_one_loss_has_one_number_for_all_also_for_who_has_missed_some(self):
+        self.start()
+        self.server.ask("DEL", "{test}:lost")
+        store, told = self.buckets, [0]
+        for process, knows, number in self.each((
+                ("a", 0, 1), ("b", 0, 1), ("missed", 0, 1), ("lost again", None, None),
+                ("missed", 0, 2), ("a", 1, 2), ("b", 1, 2), ("b", 2, 3))):
+            if knows is None:
+                self.server.ask("DEL", "{test}:lost")
+                self.clock.now += 1
+                self.set_time()
+                continue
+            with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
+                parts = store.beat_parts(9, told[knows])
+            _, last, loss = store.read_beat(
+                self.redis.loop.run_until_complete(self.redis.call(*parts)))
+            if number == len(told):
+                self.assertGreater(loss, told[-1])
+                told.append(loss)
+            self.assertEqual((last, loss), (0, told[number]))
 
 
 @NEEDS_REDIS
@@ -10418,7 +10419,8 @@ class SharedLimitsTest(ProxyCase):
         self.is_back(one)
         wait_for(lambda: one.processes == two.processes == 2)
         health = self.ask(request("GET", "/health")).json()
-        self.assertEqual(health["limits"], {"shared_by": 2, "degraded": False, "redis": "is there"})
+        self.assertEqual(health["limits"], {
+            "shared_by": 2, "degraded": False, "redis": "is there", "dropped": 0})
 
     def test_what_a_call_did_not_use_can_be_had_by_the_other(self):
         told = says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
@@ -10431,7 +10433,10 @@ class SharedLimitsTest(ProxyCase):
         one = self.start_here()
         two = self.start_here()
         wait_for(lambda: one.processes == two.processes == 2)
-        self.assertEqual(self.admitted(2), 2)
+        for self.address in reversed(self.proxies):
+            self.assertEqual(self.admitted(1), 1)
+        wait_for(lambda: [found.level for found in two.seen()] == [8])
+        self.address = self.proxies[1]
         self.redis.kill()
         self.is_away(two)
         one.beats = two.beats = two.START_BEATS  # after which Redis is said to be there
@@ -10450,6 +10455,15 @@ class SharedLimitsTest(ProxyCase):
         self.assert_said("Redis is there again: ")
         wait_for(lambda: self.stored() == [4])
         self.assert_admitted(4, 6)
+
+    def test_charges_that_find_no_room_are_counted_and_running_calls_end_all_the_same(self):
+        self.patch_seconds(Charges_MOST=1)
+        buckets = self.start_here(limits=self.RULE + "; each 2 running")
+        self.redis.kill()
+        self.is_away(buckets)
+        self.assertEqual(self.admitted(4), 4)
+        wait_for(lambda: not buckets.charges.running)
+        self.assertGreater(self.ask(HEALTH).json()["limits"]["dropped"], 3)
 
     def test_open_lets_all_in_meanwhile_and_closed_none(self):
         for policy, admitted, status, stored in self.each((("closed", 0, 503, []),
@@ -10478,7 +10492,6 @@ class SharedLimitsTest(ProxyCase):
         client.head()
 
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
-        self.patch_seconds(RedisBuckets_WAIT_SECONDS=PATIENCE)
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(7, 7, "sk-1")
         wait_for(lambda: one.processes == two.processes == 2)
@@ -10493,6 +10506,7 @@ class SharedLimitsTest(ProxyCase):
             self.redis.ask("SCRIPT", "FLUSH")
             self.assert_admitted(3, 3)
             self.is_back(buckets)
+            self.assertTrue(buckets.batch_script.is_loaded)
         self.assertEqual(self.stored(), [4])
 
     def test_what_others_have_written_there_stops_nothing(self):
@@ -10537,8 +10551,8 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.stored(), [8])
 
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
-        buckets, client = self.start_here(), llm_proxy.Redis
-        self.assertLess(client.ANSWER_SECONDS + client.LOOK_SECONDS + buckets.WAIT_SECONDS, 0.101)
+        buckets = self.start_here()
+        self.assertLess(buckets.WAIT_SECONDS + buckets.HELD_SECONDS, 0.1)
         self.assertEqual(self.admitted(1), 1)
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
@@ -10555,6 +10569,13 @@ class SharedLimitsTest(ProxyCase):
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assertEqual(self.stored(), [0])  # nothing twice
         self.assert_admitted(0, 1)
+
+    def test_no_call_waits_for_longer_whatever_redis_and_its_connection_do(self):
+        self.patch_seconds(Redis_SILENT_SECONDS=PATIENCE)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            buckets = self.start(REDIS_URL="redis://127.0.0.1:%d" % silent.getsockname()[1])
+            self.assertEqual(self.admitted(11), 10)
+            self.assertEqual(buckets.state, "returning")
 
     def test_a_replica_that_takes_over_knows_all_or_is_told(self):
         for lost, left in self.each(((0, 6), (2, 4))):
@@ -10609,9 +10630,7 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_take_that_comes_too_late_is_given_back(self):
         buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
-        with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
-                llm_proxy.Redis, "LOOK_SECONDS", 0), mock.patch.object(
-                    buckets, "policy", "closed"):
+        with mock.patch.multiple(buckets, WAIT_SECONDS=0, policy="closed"):
             self.redis.process.send_signal(signal.SIGSTOP)
             self.assert_status(503)
             self.redis.process.send_signal(signal.SIGCONT)
@@ -10621,8 +10640,7 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_decided_here_goes_by_what_was_seen_last(self):
         buckets = self.start_here(limits="each 3 requests per hour")
         for late, in_time in self.each(((1, 2), (0, 0))):
-            with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
-                    llm_proxy.Redis, "LOOK_SECONDS", 0):
+            with mock.patch.object(buckets, "WAIT_SECONDS", 0):
                 self.redis.process.send_signal(signal.SIGSTOP)
                 self.assert_admitted(late, 1)
                 self.redis.process.send_signal(signal.SIGCONT)
@@ -10799,14 +10817,14 @@ class SharedQueueTest(RedisCase):
 
     def test_a_call_that_comes_while_another_one_gets_its_slot_is_asked_for_too(self):
         queue = self.queue(2)
-        run = queue.redis.run
+        ask = queue.redis.call
 
-        async def run_and_enter(*arguments):
-            answer = await run(*arguments)
-            queue.redis.run = run
+        async def ask_and_enter(*arguments):
+            answer = await ask(*arguments)
+            queue.redis.call = ask
             queue.enter("b", 1)
             return answer
-        queue.redis.run = run_and_enter
+        queue.redis.call = ask_and_enter
         queue.enter("a", 1)
         self.wait_until(2)
 
@@ -11028,10 +11046,10 @@ class SharedSumsTest(ProxyCase):
 
     def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
         async def late(*arguments):
-            await run(*arguments)
+            await ask(*arguments)
             raise llm_proxy.RedisFault("answers late")
-        one, two, run = self.box(), self.box(), llm_proxy.Redis.run
-        with mock.patch.object(llm_proxy.Redis, "run", late):
+        one, two, ask = self.box(), self.box(), llm_proxy.Redis.call
+        with mock.patch.object(llm_proxy.Redis, "call", late):
             self.call_at(one, 2)
             wait_for(lambda: self.redis.ask("XLEN", "{llm_proxy}:sums") > 1)
         self.assert_told(2, one, two)
