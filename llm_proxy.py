@@ -9740,7 +9740,7 @@ class Entry:
         cost, left = self.charged("-")
         used = usd = remarks = ""
         if usage:
-            mark = "~" if usage.estimated else ""
+            mark = "~" * usage.estimated
             used = f" in={mark}{usage.input} out={mark}{usage.output}"
         if self.priced:
             usd = " usd=" + format_usd(self.picodollars)
@@ -14435,11 +14435,12 @@ class Reply:
         call, masks, reader = self.call, self.call.masks, self.entry.reader
         streamed, encoding, _ = self.kind_of(head)
         redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
-        is_text = streamed or "json" in head.get("content-type", "").lower()
-        if not is_text or not (masks.values or redactor):
+        kind = head.get("content-type", "text/").lower()
+        is_read = streamed or "json" in kind
+        if not (masks.values or redactor) or not (is_read or kind.startswith("text/")):
             return reader
-        if encoding != IDENTITY:
-            masks.pass_opaque(UpstreamFailed("its answer is encoded"))
+        if not is_read or encoding != IDENTITY:
+            masks.pass_opaque(UpstreamFailed("its answer cannot be read"))
             return reader
         events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)

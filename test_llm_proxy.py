@@ -5558,13 +5558,15 @@ class RedactedAnswersTest(ProxyCase):
         self.assertEqual(UnmaskingTest.said(told.json()), {
             ("candidates", "content", "parts", "text"): "to " + self.MAIL})
 
-    def test_an_answer_that_is_encoded_is_counted_and_passed_or_refused(self):
+    def test_an_answer_that_cannot_be_read_is_counted_and_passed_or_refused(self):
         packed = gzip.compress(json.dumps(self.SAID).encode())
-        for opaque, status in self.each((("pass", 200), ("refuse", 502))):
+        for body, field, opaque, status in self.each([
+                (*answer, *way) for way in (("pass", 200), ("refuse", 502))
+                for answer in ((packed, "Content-Encoding: gzip"),
+                               (b"to [[EMAIL_1]]", "Content-Type: text/plain"))]):
             self.settings["REDACT_OPAQUE"] = opaque
-            told = self.told(says(packed, "200 OK", "Content-Encoding: gzip"))
-            self.assertEqual(told.status, status)
-            self.assertEqual(told.body == packed, status == 200)
+            told = self.told(says(body, "200 OK", field))
+            self.assertEqual((told.status, told.body == body), (status, status == 200))
             self.assert_entry("redacted", "email=1,opaque=1")
 
     def test_what_the_answer_alone_says_is_counted_where_it_is_masked(self):
