@@ -10244,7 +10244,7 @@ class Database:
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
         (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
-        if start is None or start // HOUR * HOUR + HOUR > now or self.facts["unsummed"]:
+        if start is None or start // HOUR * HOUR + HOUR > now:
             return False
         hour = start // HOUR * HOUR
         with self.transaction():
@@ -11146,7 +11146,7 @@ class Ledger(Writer):
         try:
             if self.trade and not database.tells:
                 database.begin_to_tell()
-            while (database.add_new() or database.add_older() or database.roll_up(wall)
+            while (database.add_new() or database.roll_up(wall) or database.add_older()
                    or database.list_ids()):
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
                     return  # calls are to be written, too

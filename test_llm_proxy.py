@@ -9052,15 +9052,18 @@ class SumsTest(TableCase):
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
         options = types.SimpleNamespace(since="99999d", by=None, id=None, caller=None)
-        used = None
-        for step in range(6):
+        used, states = None, set()
+        for step in range(60):
             with contextlib.suppress(KeyError), mock.patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
                     wraps=self.database.note), mock.patch.object(llm_proxy.Database, "BATCH", 220):
-                self.database.add_older()
+                self.database.roll_up(self.DAY + 86400) or self.database.add_older()
             usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
             used = usage
+            facts = self.database.facts
+            states.add((facts["rolled"] > 0, facts["unsummed"] > 0))
+        self.assertIn((True, True), states)  # pages are quick meanwhile, too
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
         self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
                          (0, 1, whole))
