@@ -13613,6 +13613,17 @@ class PageTest(AdminCase):
         self.click("Audit")
         self.see("ADMIN_KEY", "ann")
 
+    def test_the_call_that_is_shown_with_a_new_key_goes_to_a_model_that_it_may_use(self):
+        self.start(says(b'{"data": [{"id": "gpt-5"}, {"id": "gemma"}]}'))
+        self.log_in()
+        self.click("Keys")
+        self.click("More")
+        self.enter("name", "ann")
+        self.enter("models", "gem*")
+        self.click("Make key")
+        self.made_key()
+        self.see('"model":"gemma"')
+
     def test_an_upstream_is_tested_and_disabled(self):
         self.start(says(b'{"data": [{"id": "gemma"}]}'))
         self.log_in()
@@ -13635,7 +13646,7 @@ class PageTest(AdminCase):
         self.click("tokens")
         self.see("Tokens by caller, last 24 hours", "1,234", "so far")
         self.assertIn("range=day", self.browser.run("location.hash"))
-        self.assertTrue(self.browser.run("document.querySelector('#chart rect.s1') !== null"))
+        self.assertTrue(self.browser.run("!!document.querySelector('#chart rect[style*=s1]')"))
         chart = self.browser.find("//main//*[@id='chart']")
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
