@@ -16380,14 +16380,15 @@ th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, 
 tr[tabindex] { cursor: pointer; } td:not(.number, .line) { min-width: 104px; }
 tr[tabindex]:hover, tr.open { background: var(--surface);
   box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); } table + button { margin-top: 12px; }
-.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 248px; }
-.actions button { margin-left: 4px; } .actions:has(.ask) > button { display: none; }
-.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; width: 244px; justify-content: end;
-  align-items: center; } .warned { color: var(--warn); } .mark::before { content: ""; }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; position:
+  relative; min-width: min(256px, 20vw); } .actions button { margin-left: 4px; }
+.ask { display: flex; flex-wrap: wrap; gap: 4px; width: max-content; max-width: 296px; z-index: 1;
+  justify-content: end; align-items: center; padding: 2px 4px; position: absolute; top: 0;
+  right: 0; } .actions:has(.ask) > button { visibility: hidden; } .warned { color: var(--warn); }
 .swatch, .mark::before { display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-.mark.bad::before { background: var(--bad); } .failed { color: var(--bad); }
+.mark.bad::before { background: var(--bad); } .mark::before { content: ""; }
 .mark.off::before { border: 1.5px solid var(--muted); border-radius: 50%; }
 .figures, .columns { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 24px; }
 .figures { margin-bottom: 32px; } .figure .label { grid-column: 1 / -1; white-space: nowrap; }
@@ -16395,9 +16396,9 @@ tr[tabindex]:hover, tr.open { background: var(--surface);
 .value { font-size: 20px; line-height: 28px; } svg { display: block; overflow: visible; }
 .chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
 .spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .grid { stroke: var(--lines); }
-.bucket { display: grid; grid-template-columns: 144px 1fr; gap: 0 12px; align-items: center; }
-.track { height: 8px; border-radius: 2px; background: var(--surface);
-  box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
+.bucket { display: grid; grid-template-columns: 88px 1fr; gap: 0 12px; align-items: center;
+  min-width: min(400px, 27vw); } .track { height: 8px; border-radius: 2px; overflow: hidden;
+  background: var(--surface); box-shadow: inset 0 0 0 1px var(--lines); }
 .level { height: 100%; background: var(--accent); transform-origin: left;
   transition: transform 900ms linear; } .low .level { background: var(--warn); }
 .big .bucket { margin-top: 8px; grid-template-columns: 480px 1fr; } .big .track { height: 16px; }
@@ -16406,7 +16407,7 @@ tr[tabindex]:hover, tr.open { background: var(--surface);
 .chart svg { width: 100%; height: 300px; touch-action: pan-y; } .cursor { stroke: var(--muted); }
 .chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
-.values, .notice { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
+.values, .notice, .ask { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
 .values { position: absolute; top: 0; width: auto; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
 .values td:first-child { text-align: left; } .swatch { border-radius: 2px; }
@@ -16422,7 +16423,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .notice > .mark { flex: 1; white-space: normal; padding: 2px 0; } .box pre { max-width: none; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
-.stale .live, .stale .live * { color: var(--muted); }
+.stale .live, .stale .live * { color: var(--muted); } .failed { color: var(--bad); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
@@ -16430,7 +16431,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
   nav { gap: 0 8px; justify-content: space-between; }
   #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; }
-  .ask { width: auto; justify-content: start; } .cards td > svg { display: inline-block; }
+  .ask { right: auto; justify-content: start; } .cards td > svg { display: inline-block; }
   .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
@@ -17121,10 +17122,9 @@ const madeKey = ({name, key, role, model}) => h("section", {class: "box", "data-
   `Watch the calls of ${name}`))]);
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", "name", "line"], ["State", stateMark], ["Addresses", one => one.addresses, "number"],
-  ["In flight", ({in_flight, max_concurrency}) => max_concurrency
-    ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
-  ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
+  ["Name", "name", "line"], ["State", stateMark, "line"], ["Addresses", "addresses", "line"],
+  ["In flight", ({in_flight, max_concurrency: most}) => in_flight + (most ? " of " + most : ""),
+    "number"], ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
   ["First byte, ms", "first_p50", "number"], ["95% within", "first_p95", "number"],
   ["Models", ({model, models}) => model || models?.join(", ") || "all"]];
 function openUpstreams(view) {
