@@ -15891,7 +15891,7 @@ class Admin:
         """Returns what answers a request, None where it is not for the admin API."""
         if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
             return self.quota
-        is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
+        is_ours = (request.path + "/").startswith(self.ROOT + "/")
         return self.answer if is_ours else None
 
     def find(self, method, path):

@@ -9052,7 +9052,7 @@ class SumsTest(TableCase):
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
         options = types.SimpleNamespace(since="99999d", by=None, id=None, caller=None)
-        used, states = None, set()
+        used = early = None
         for step in range(60):
             with contextlib.suppress(KeyError), mock.patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
@@ -9062,8 +9062,8 @@ class SumsTest(TableCase):
             self.assertEqual(usage, used or usage)
             used = usage
             facts = self.database.facts
-            states.add((facts["rolled"] > 0, facts["unsummed"] > 0))
-        self.assertIn((True, True), states)  # pages are quick meanwhile, too
+            early = early or facts["unsummed"] and facts["rolled"]
+        self.assertTrue(early)  # pages are quick meanwhile, too
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
         self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
                          (0, 1, whole))
@@ -11437,14 +11437,6 @@ class KeysTest(KeysCase):
         self.change("set", "ann", expires="never")
         self.assertEqual(client.exchange(call(ann)).status, 200)
 
-    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
-        self.start()
-        ann = self.add()
-        self.change("revoke", "ann")
-        self.assertEqual(self.statuses(ann), [401])
-        self.change("restore", "ann")
-        self.assertEqual(self.statuses(ann), [200])
-
     def test_rotation_changes_the_secret_and_nothing_else(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
         first = self.add(team="red")
@@ -11457,13 +11449,6 @@ class KeysTest(KeysCase):
         self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
         self.proxy.clock.now += 3600
         self.assertEqual(self.statuses(second, third), [401, 200])
-
-    def test_a_rotation_without_grace_ends_all_secrets_before(self):
-        self.start()
-        first = self.add()
-        second = self.change("rotate", "ann", "1h").secret
-        third = self.change("rotate", "ann").secret
-        self.assertEqual(self.statuses(first, second, third), [401, 401, 200])
 
     def test_the_log_says_why_a_key_is_refused(self):
         self.start(PROXY_API_KEYS="anyone", **self.STEERING)
@@ -12993,8 +12978,10 @@ class AdminBooksTest(AdminCase):
         self.assert_status(401, call(first))
         self.change("POST", "/keys/ann/restore")
         self.assert_status(200, call(first))
-        second = self.change("POST", "/keys/ann/rotate", {"grace": "1h"})["key"]
-        self.assertEqual([self.ask(call(key)).status for key in (first, second)], [200, 200])
+        keys = [first]
+        for grace, found in (("1h", [200, 200]), (None, [401, 401, 200])):
+            keys.append(self.change("POST", "/keys/ann/rotate", {"grace": grace})["key"])
+            self.assertEqual([self.ask(call(key)).status for key in keys], found)
 
     def test_a_change_of_keys_is_answered_though_the_ledger_is_hindered(self):
         self.start()
@@ -13621,7 +13608,6 @@ class PageTest(AdminCase):
         self.enter("name", "ann")
         self.enter("models", "gem*")
         self.click("Make key")
-        self.made_key()
         self.see('"model":"gemma"')
 
     def test_an_upstream_is_tested_and_disabled(self):
