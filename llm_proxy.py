@@ -1709,7 +1709,7 @@ class QueueRefused(Refusal):
     """The queue before the upstream is too long, or did not move in time."""
     status = 503
     nothing_sent = True
-    message = "The upstream is busy and the line before it is long, try again in a moment"
+    message = "The upstream is busy and the queue before it is long, try again in a moment"
 
     def __init__(self, cause: str):
         super().__init__(cause=cause, fields={
@@ -1784,7 +1784,7 @@ class Fields:
     __slots__ = ()
 
     def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
-        raise NotImplementedError
+        """Returns the value of a field."""
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None
@@ -2176,6 +2176,10 @@ def format_wait(wait):
     return "%ds" % math.ceil(wait) if wait <= 59 else "%d min" % math.ceil(wait / 60)
 
 
+# Where each call makes one: by its class a NamedTuple takes CPython twice as long.
+new_tuple = tuple.__new__
+
+
 class Quota(NamedTuple):
     """One bucket at one moment, for headers: amounts as `format_amount` gives them, times in whole
     seconds. `reset_seconds` is the time to the next refill, 0 where the bucket is full; all three
@@ -2219,7 +2223,7 @@ class Level(NamedTuple):
         if unit == USD:
             return Quota(format_usd(capacity), format_usd(left), format_usd(amount), interval,
                          reset)
-        return Quota(capacity, left, amount, interval, reset)
+        return new_tuple(Quota, (capacity, left, amount, interval, reset))
 
     @property
     def wait(self) -> float:
@@ -2375,7 +2379,7 @@ class Buckets:
             level += taken[unit] - cost
             if level > capacity:
                 level = capacity
-            levels.append(Level(level, refilled, rule, key, cost, now))
+            levels.append(new_tuple(Level, (level, refilled, rule, key, cost, now)))
         return levels
 
     def window_after(self, rule, key, capacity, cost, taken, taken_at):
@@ -2589,8 +2593,12 @@ class Limits:
                        for rule in ordered_rules for kind, glob in rule.scopes if kind == "model"}
         self.known = {}
 
+    def all_rules(self) -> List[Rule]:
+        """Returns the rules, and those of keys."""
+        return [*self.rules, *itertools.chain.from_iterable(self.own.values())]
+
     def units(self) -> Set[str]:
-        return {UNITS[rule.unit] for rule in itertools.chain(self.rules, *self.own.values())}
+        return {UNITS[rule.unit] for rule in self.all_rules()}
 
     def matching(self, caller: Caller, address: str, model: Optional[str],
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
@@ -2691,7 +2699,7 @@ class Limits:
     def take_over(self, wall: float):
         """Has the buckets of rules that came before these go over to these."""
         self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in itertools.chain(self.rules, *self.own.values())}
+        texts = {rule.text for rule in self.all_rules()}
         self.buckets.drop([one.key for one in self.buckets.seen() if one.key[0] not in texts])
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
@@ -3243,12 +3251,14 @@ def clamp(value, bounds):
     return min(bounds[1], max(bounds[0], value))
 
 
+LEARN_ALL = 8       # learned is from so many first calls of a caller to a model, and then from
+LEARN_SHARE = 0.05  # this share: counting takes time
+
+
 class CostEstimator:
     """What calls cost, by unit: estimated before, known after. An estimate counts characters; how
     many of them make a token, and how much a model says, is learned from calls that report their
     usage."""
-    LEARN_ALL = 8       # of a caller's first calls to a model, and then
-    LEARN_SHARE = 0.05  # of its calls: counting takes time
     NO_TEXT = 2048      # bytes of a response that are not worth counting
 
     def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
@@ -3342,7 +3352,7 @@ class CostEstimator:
                 own = self.habits(call).of(caller)
                 return reported._replace(input=self.estimated_input(call, own))
             # Where no rule counts tokens, what is learned is for the books alone.
-            if self.needs_estimate or random.random() < self.LEARN_SHARE:
+            if self.needs_estimate or random.random() < LEARN_SHARE:
                 self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
@@ -3382,7 +3392,7 @@ class CostEstimator:
             limit, outputs = call.output_limit()
             if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
                 own.note_output(used.output // outputs)
-        if calls <= self.LEARN_ALL or random.random() < self.LEARN_SHARE:
+        if calls <= LEARN_ALL or random.random() < LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
@@ -3982,6 +3992,10 @@ class StoredPath(NamedTuple):
     is_listed: bool
 
 
+LARGE_BODY = 8192  # bytes from which reading a body takes its time, and its payload much room
+MAX_MODEL = 256    # characters of a model's name
+
+
 class Call(Billable):
     """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
     is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
@@ -4012,6 +4026,8 @@ class Call(Billable):
         self.path = path
         self.query = query
         self.payload: JsonObject = {}
+        self.large = False      # whether its body is,
+        self.is_plain = False   # and whether it asks for nothing but an answer to messages
         self.forgotten = False  # what is large of it
         self.length = None      # until it is asked for
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
@@ -4030,11 +4046,15 @@ class Call(Billable):
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        self.remember()
+        if self.forgotten:
+            self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
         self.models = (model,)
+        if self.is_plain and model == self.model == self.payload.get("model") and not (
+                rewrite or self.masked):
+            return  # as nearly always
         payload = self.masked or self.payload
         self.masked = None
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
@@ -4111,7 +4131,7 @@ class Call(Billable):
     def prompt_length(self) -> Tuple[int, List[int], int]:
         if self.length is None:
             payload = self.payload
-            if self.json_body and not self.json_body.cuts and PLAIN_CHAT.issuperset(payload):
+            if self.is_plain and not self.json_body.cuts:
                 self.length = chat_length(payload.get("messages"))
                 if self.length:  # as nearly always
                     return self.length
@@ -4176,8 +4196,6 @@ class Call(Billable):
                     raise BadRequest("%s must be an integer" % name)
         return found
 
-    LARGE = 8192  # bytes of a body whose payload is not kept
-
     def remember(self):
         """Undoes `forget`."""
         if self.forgotten:
@@ -4189,10 +4207,15 @@ class Call(Billable):
         an answer that outlives it."""
         return not self.json_body or self.runs_in_background() or bool(self.references())
 
+    def drop(self):
+        """Drops what is not needed any more when it has ended."""
+        self.payload = self.body = self.upstream_body = self.put_model = None
+        self.json_body = self.masked = self.masks = None
+
     def forget(self):
         """Drops what is large of the payload, once it is known what the call asks for: it takes 40
         times the room of its bytes, and the call may wait long."""
-        if self.json_body and len(self.body) > self.LARGE:
+        if self.json_body:
             self.prompt_length()
             with contextlib.suppress(BadRequest):
                 self.output_limit()
@@ -5144,9 +5167,7 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_
 
 
 # The names of three counts, as most servers tell no more, and what stands around such a count
-USUAL_COUNTS = b"prompt_tokens", b"completion_tokens", b"total_tokens"
-AROUND_COUNT = b":,} \t\r\n"
-IS_COUNT = re.compile(rb"[0-9]{1,12}").fullmatch
+USUAL_COUNTS = "prompt_tokens", "completion_tokens", "total_tokens"
 
 
 @functools.lru_cache(KNOWN_MODELS)
@@ -5240,20 +5261,21 @@ class OpenAI(Dialect):
 
     def usual_usage(self, data, model):
         """Finds three counts in what ends the response."""
-        if data.count(b"_tokens") != 3 or data.count(b'"model"') != 1 or (
-                data.find(model_mark(model)) < 0
-                or data.find(b'"service_tier"') >= 0 or data.find(b'"status"') >= 0):
+        find = data.find
+        start, named = data.rfind(self.USAGE_MARK), find(model_mark(model))
+        if find(b"_tokens", 0, start) >= 0 or (
+                named < 0 or find(b'"model"') != named or find(b'"model"', named + 1) >= 0
+                or find(b'"service_tier"') >= 0 or find(b'"status"') >= 0):
             return None
-        parts = data[data.rfind(self.USAGE_MARK):].split(b'"')
-        told = [part.strip(AROUND_COUNT) for part in parts[2::2]]
-        if len(parts) != 9 or parts[8].count(b"}") != 2 or told[0] != b"{" or (
-                not all(map(IS_COUNT, told[1:]))):  # brackets: its own, and that of all
+        try:
+            [counts] = decode_json(b"{" + data[start:]).values()
+            prompt, output, total = map(counts.pop, USUAL_COUNTS)
+        except (ValueError, KeyError, AttributeError):
             return None
-        found = dict(zip(parts[3::2], map(int, told[1:])))
-        prompt, output, total = [found.get(name, -1) for name in USUAL_COUNTS]
-        if not 0 < prompt <= total == prompt + output:
+        if counts or not (type(prompt) is type(output) is type(total) is int and (
+                0 < prompt <= total == prompt + output <= MAX_TOKENS_PER_CALL)):
             return None
-        return Usage(prompt, output, 0, 0, 0, False, 0, model)
+        return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, ()))
 
     def usage(self, counts, model=None, tier=None):
         if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
@@ -5648,20 +5670,20 @@ def is_admin_path(method, path):
                 or (method == "DELETE" and MODEL_REMOVAL.fullmatch(path)))
 
 
+# An upstream in Go would take "MODEL" for "model", and we would have read another one.
+READ_KEYS = frozenset("""
+    model models fallbacks stream stream_options options background
+    previous_response_id conversation""".split()) | OUTPUT_NUMBERS
+# What nearly all calls have besides: no other spelling of those.
+USUAL_KEYS = READ_KEYS.union("""
+    messages input prompt system instructions contents temperature top_p tools tool_choice
+    parallel_tool_calls response_format reasoning_effort stop seed user""".split())
+
+
 class Dialects:
     """Finds the dialect and the endpoint of a request, and reads it. What any upstream could take
     for a metered endpoint is that endpoint, under its plain name; what cannot be named plainly is
     refused."""
-    # An upstream in Go would take "MODEL" for "model", and we would have read another one.
-    READ_KEYS = frozenset("""
-        model models fallbacks stream stream_options options background
-        previous_response_id conversation""".split()) | OUTPUT_NUMBERS
-    # What nearly all calls have besides: no other spelling of those.
-    USUAL_KEYS = READ_KEYS.union("""
-        messages input prompt system instructions contents temperature top_p tools tool_choice
-        parallel_tool_calls response_format reasoning_effort stop seed user""".split())
-    MAX_MODEL = 256
-
     def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
                  admin_paths: bool, max_text: int):
         """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
@@ -5742,15 +5764,16 @@ class Dialects:
         if call.endpoint in UNNAMED:
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif call.endpoint:
-            call.body = await read_body()
+            call.body = body = await read_body()
+            call.large = len(body) > LARGE_BODY
             model = self.read_payload(call)
         elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             model = self.read_model_path(call)
         if isinstance(model, str):
-            if len(model) > self.MAX_MODEL:
+            if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -5798,6 +5821,7 @@ class Dialects:
         if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
             return model
         call.body = await read_body()
+        call.large = len(call.body) > LARGE_BODY
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
             found = self.read_payload(call)
         else:
@@ -5811,9 +5835,11 @@ class Dialects:
         if len(body.short) > self.max_text:
             raise TextTooLarge()
         call.payload = payload = body.parse()
-        if not self.USUAL_KEYS.issuperset(payload):
-            others = payload.keys() - self.READ_KEYS
-            for key in self.READ_KEYS.intersection(map(str.casefold, others)):
+        if PLAIN_CHAT.issuperset(payload):
+            call.is_plain = call.endpoint == "chat"
+        elif not USUAL_KEYS.issuperset(payload):
+            others = payload.keys() - READ_KEYS
+            for key in READ_KEYS.intersection(map(str.casefold, others)):
                 raise BadRequest("The key %s must be spelled in lower case" % key)
         dialect = call.dialect
         if call.endpoint == UNKNOWN:
@@ -5983,8 +6009,8 @@ class UsageReader(UsageSource):
     MAX_UNPACKED = 1 << 20
 
     characters = 0
-    compact_above = MAX_KEPT
     usual: Optional[Usage] = None  # by usual_usage
+    counts: JsonObject = {}        # which is not changed, but replaced
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
@@ -5995,20 +6021,18 @@ class UsageReader(UsageSource):
     def __init__(self, call, streamed, readable, packed=False):
         """`readable`: it can be read, but for what is `packed`."""
         self.dialect = call.dialect
-        self.events = call.dialect.events
+        self.call = call
         self.endpoint = (call.owes or call).endpoint
-        self.asked = call.upstream_model
-        self.on_made = call.on_made
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
         self.editor: Optional[Editor] = None
         if call.usage_requested_by_us and streamed and readable and not packed:
-            self.editor = Editor(self.events, [HiddenUsage(self.dialect)])
+            self.editor = Editor(self.dialect.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
         self.size = 0
+        self.compact_above = self.MAX_KEPT
         self.cut = False  # the beginning of a line or of JSON is gone
-        self.counts: JsonObject = {}
         self.final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
         self.end_is_read = False
         self.running = False       # it has not ended, which is told
@@ -6086,15 +6110,15 @@ class UsageReader(UsageSource):
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
-        found = []
+        found, events = [], self.dialect.events
         if data.find(self.dialect.USAGE_MARK) >= 0:  # far sooner known than by an expression
             found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
-            payload = self.events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+            payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
             if not payload:  # its JSON may stand in several lines
-                event = data[self.events.last_end(data, match.start()):]
-                payload = self.events.payload(self.events.cut(event)[0])
+                event = data[events.last_end(data, match.start()):]
+                payload = events.payload(events.cut(event)[0])
             self.note(payload)
         if self.counts and self.final is None:  # what was told before more text is not all of it
             rest = data[found[-1].end():] if found else data
@@ -6136,15 +6160,16 @@ class UsageReader(UsageSource):
 
     def read_last_events(self, data):
         """Notes what the last three events say of their stream's end."""
+        framing = self.dialect.events
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
-        if last.endswith(self.events.event(LAST_DATA)) and last.find(b"error") < 0 and (
+        if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
         lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
         events = 0
-        for event in reversed(self.events.cut(b"".join(lines))):
-            found = self.events.all_data(event)
+        for event in reversed(framing.cut(b"".join(lines))):
+            found = framing.all_data(event)
             payload = object_in(found)
             if NAMED_FAULT.search(event):
                 self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
@@ -6162,9 +6187,10 @@ class UsageReader(UsageSource):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
         self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
-        names = self.on_made and self.closed and names_made(payload)
+        on_made = self.call.on_made
+        names = on_made and self.closed and names_made(payload)
         if names:
-            self.on_made(names)
+            on_made(names)
         if self.counts:
             self.note_server(payload)
         else:  # it may be told without a mark
@@ -6176,7 +6202,7 @@ class UsageReader(UsageSource):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = len(data) <= self.MAX_KEPT and not self.cut
         if small and not may_be_fault(data):
-            self.usual = self.dialect.usual_usage(data, self.asked)
+            self.usual = self.dialect.usual_usage(data, self.call.upstream_model)
             if self.usual:
                 return
         payload = object_in(data) if small else {}
@@ -7408,13 +7434,15 @@ def encode_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
 
 
+AS_IS, PLAIN, CHUNKED = range(3)  # styles of a BodyAdapter
+
+
 class BodyAdapter:
     """A body on its way from one side's framing to the other's: `feed` turns what came into what
     goes out. AS_IS passes the sender's bytes, PLAIN the payload alone, CHUNKED the payload in
     chunks of ours. A `reader` is fed the payload, and returns what of it goes on where the style is
     not AS_IS. With `events`, something can be inserted between two of them."""
     __slots__ = ("framing", "style", "reader", "events", "passed", "tail")
-    AS_IS, PLAIN, CHUNKED = range(3)
 
     def __init__(self, framing: Framing, style: int = AS_IS,
                  reader: Optional[Union[UsageReader, Editor]] = None,
@@ -7431,7 +7459,7 @@ class BodyAdapter:
         out, payload = self.framing.feed(data)
         if self.reader and payload:
             payload = self.reader.feed(payload)
-        if self.style != self.AS_IS:
+        if self.style != AS_IS:
             ended = self.framing.ended
             if ended and self.reader:
                 payload += self.reader.flush()
@@ -7442,18 +7470,18 @@ class BodyAdapter:
         return out
 
     def frame(self, payload, ended):
-        if self.style != self.CHUNKED:
+        if self.style != CHUNKED:
             return payload
         return encode_chunk(payload) + (LAST_CHUNK if ended else b"")
 
     def insert(self, event: bytes) -> bytes:
         """Returns `event` as it can be put in here, between two events and two chunks; else
         nothing."""
-        in_chunk = self.style == self.AS_IS and self.framing.remaining
+        in_chunk = self.style == AS_IS and self.framing.remaining
         if in_chunk or not self.events or not self.events.at_boundary(self.tail):
             return b""
         self.passed += len(event)
-        return event if self.style == self.PLAIN else encode_chunk(event)
+        return event if self.style == PLAIN else encode_chunk(event)
 
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
         """The sender closed; returns (whether that is a proper end, what is left to send)."""
@@ -7515,6 +7543,7 @@ class Context:
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
     on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
+    id_begin = ""        # of its requests
     # Which model is asked for whom, where it is of interest how such calls fare
     subject: Optional[Tuple[str, CallerKey]] = None
 
@@ -7749,6 +7778,9 @@ class Stream:
 
     def take(self, size):
         data = self.read_buffer
+        if len(data) == size:  # as nearly always: nothing is copied
+            self.read_buffer = b""
+            return data
         self.read_buffer = data[size:]
         return data[:size]
 
@@ -7760,7 +7792,9 @@ class Stream:
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
         the next call would take for its response."""
-        poller = self.poller = self.poller or self.poller_for(READABLE)
+        poller = self.poller
+        if poller is None:
+            poller = self.poller = self.poller_for(READABLE)
         if poller is None or poller.poll(0):
             self.on_readable()
         return not self.ended and not self.read_buffer
@@ -8048,7 +8082,6 @@ class MemoryBudget:
 class Turns:
     """Has those whose bodies take long to understand go one by one, each caller in its turn. As
     long as one took, the loop is left to everybody else before the next."""
-    SMALL = 8192  # bytes of a body that needs none
     handle = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -8236,7 +8269,7 @@ class Upload(Transfer):
 
     def __init__(self, body: RequestBody, upstream: Stream, seconds: float):
         self.body = body
-        style = BodyAdapter.CHUNKED if body.length is None else BodyAdapter.PLAIN
+        style = CHUNKED if body.length is None else PLAIN
         super().__init__(body.client, upstream, BodyAdapter(body.framing, style), seconds, seconds)
 
     def __enter__(self) -> "Upload":
@@ -8755,9 +8788,6 @@ class Breaker:
         """Returns how long no call may be made; 0 or less: it may."""
         return self.opened + self.seconds - now if self.concerns(caller) else 0
 
-    def allows(self, now, caller=None):
-        return self.seconds_left(now, caller) <= 0
-
     def enter(self, now, caller=None):
         """A call is made."""
         if self.concerns(caller):
@@ -8783,7 +8813,7 @@ class Breaker:
     def state(self, now):
         if self.opened is None:
             return "closed"
-        return "half_open" if self.trying or self.allows(now) else "open"
+        return "half_open" if self.trying or self.seconds_left(now) <= 0 else "open"
 
 
 Subject = Tuple[str, CallerKey]  # which model is asked for whom
@@ -8883,14 +8913,16 @@ class TunnelResponse(http.client.HTTPResponse):
         return found
 
 
+SPARE_SECONDS = 3  # uvicorn, Node and llama.cpp close idle connections after 5
+MAX_UNRIPE = 16    # spare ones that are looked at and cannot be reused yet
+
+
 class Address:
     """One address of an upstream: its spare connections, and how it fared lately."""
     LOOPBACK_SECONDS = 0.001  # how long a connection to this machine may hold the loop
-    SPARE_SECONDS = 3         # uvicorn, Node and llama.cpp close idle ones after 5
     # llama.cpp closes after a stream although it promised to keep the connection, and others send
     # the body of a HEAD, which would be taken for the next response.
     REUSE_DELAY = 0.05
-    MAX_UNRIPE = 16           # spare connections that are looked at and cannot be reused yet
     DEAF_SECONDS = 1          # an upstream goes on sending after its caller left
     MAX_CONNECTING = 8        # connections that are opened at once, in helper threads
 
@@ -9019,20 +9051,18 @@ class Address:
     def spare(self):
         """Returns a spare connection that is still silent, the newest first."""
         now = self.clock.monotonic()
-        unripe = []
-        while self.spares and len(unripe) < self.MAX_UNRIPE:
-            reusable, stream = self.spares.pop()
+        spares, unripe, found = self.spares, [], None
+        while spares and not found and len(unripe) < MAX_UNRIPE:
+            reusable, stream = spares.pop()
             if reusable > now:
                 unripe.append((reusable, stream))
-            elif now - reusable < self.SPARE_SECONDS and stream.is_silent():
-                break
+            elif now - reusable < SPARE_SECONDS and stream.is_silent():
+                found = stream
             else:
                 stream.close()
-        else:
-            stream = None
         if unripe:
-            self.spares.extend(reversed(unripe))
-        return stream
+            spares.extend(reversed(unripe))
+        return found
 
     def keep(self, stream, in_doubt):
         """Keep a connection; one that may yet say or do something is used again a little later."""
@@ -9043,7 +9073,7 @@ class Address:
 
     def close_stale(self, everything: bool = False):
         """Close spare connections that are too old to be used again; called once in a while."""
-        oldest = self.clock.monotonic() - self.SPARE_SECONDS
+        oldest = self.clock.monotonic() - SPARE_SECONDS
         while self.spares and (everything or self.spares[0][0] < oldest):
             self.spares.popleft()[1].close()
 
@@ -9202,7 +9232,7 @@ class Upstream:
         """Returns the address to ask next, which has one more running call now. Raises `failure`,
         that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
         response."""
-        if context.expired():
+        if context.until != math.inf and context.expired():
             raise UpstreamTimeout()
         address = self.addresses[0]
         if failed or len(self.addresses) > 1 or address.breakers.troubled:
@@ -9226,12 +9256,6 @@ class Upstream:
         if subject:
             address.breakers.enter(now, subject)
         return address
-
-    def judge_head(self, address, good, connected, subject):
-        """Whether a call went well is known at its end, but one that tries an open breaker must not
-        keep others waiting for that."""
-        if not good or address.breakers.is_tried(subject):
-            self.judge(address, good, subject, connected)
 
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
@@ -9318,8 +9342,12 @@ class Upstream:
                 failure = refusal
                 failed += [] if stale else [address]
             finally:
-                if context.subject and (not good or address.breakers.troubled):
-                    self.judge_head(address, good, stream is not None, context.subject)
+                # Whether a call went well is known at its end, but one that tries an open breaker
+                # must not keep others waiting for that.
+                breakers = address.breakers
+                if context.subject and (not good or (
+                        breakers.troubled and breakers.is_tried(context.subject))):
+                    self.judge(address, good, context.subject, stream is not None)
                 if response is None:
                     address.running -= 1
 
@@ -9569,6 +9597,8 @@ class Entry:
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
+    all_ms = 0          # when it has ended, milliseconds, and
+    first_ms = None     # those to the first byte, where there was one
     trace: Optional["Trace"] = None        # where traces are wanted,
     reasons: Sequence[str] = ()            # and with it why the model stopped
     context: Optional[Context] = None      # while it runs, both
@@ -9593,26 +9623,24 @@ class Entry:
         """Notes the end, and drops what is large and not needed any more."""
         self.ended = clock.monotonic()
         self.wall = clock.time_ns()
-        if self.started is None:
-            self.started = self.ended  # no head ever came
+        started = self.started
+        if started is None:
+            self.started = started = self.ended  # no head ever came
+        self.all_ms = int((self.ended - started) * 1000)
+        if self.first_byte is not None:
+            self.first_ms = int((self.first_byte - started) * 1000)
         self.reader = self.context = self.ticket = None
         call = self.call
         if call:
-            call.payload = call.body = call.upstream_body = call.put_model = call.on_made = None
-            call.json_body = call.masked = call.masks = None
+            call.on_made = None  # which has the entry
+            if call.large or call.made or call.masks:
+                call.drop()
         return self
-
-    def milliseconds(self, until):
-        return None if until is None else int((until - self.started) * 1000)
 
     @property
     def redacted(self):
         """How much was found that must not leave, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.found.items()]) if self.found else None
-
-    def who(self) -> str:
-        """Returns who calls, as books have it."""
-        return self.caller.label if self.caller else self.address
+        return ",".join(["%s=%d" % row for row in self.found.items()])
 
     def as_row(self) -> Tuple:
         """Returns what the ledger keeps, by COLUMNS; usage is 0 where there was no answer."""
@@ -9623,7 +9651,7 @@ class Entry:
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
-            self.request_id, self.wall / 1e9, self.who(),
+            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
             self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
@@ -9632,9 +9660,9 @@ class Entry:
             self.picodollars / PICODOLLARS, self.picodollars,
             self.priced is False,
             hold and hold.held, hold and hold.describe_charges(),
-            self.milliseconds(self.first_byte), self.milliseconds(self.ended), self.passed,
+            self.first_ms, self.all_ms, self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.redacted)
+            self.connect_ms, self.redacted if self.found else None)
 
     def as_fields(self) -> JsonObject:
         """Returns the row by the names of its columns."""
@@ -9667,7 +9695,10 @@ class Entry:
         if not tightest:
             return nothing, nothing
         level, _, rule, _, amount, _ = tightest
-        return format_amount(rule, amount), format_amount(rule, max(0, level))
+        left = level if level > 0 else 0
+        if rule.unit == USD:
+            return format_usd(amount), format_usd(left)
+        return amount, left
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -9682,22 +9713,24 @@ class Entry:
 
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
-        call, usage = self.call, self.usage
-        first = "-" if self.first_byte is None else f"{self.milliseconds(self.first_byte)}ms"
+        call, usage, caller = self.call, self.usage, self.caller
+        first = "-" if self.first_byte is None else f"{self.first_ms}ms"
         cost, left = self.charged("-")
-        used = ""
+        used = usd = remarks = ""
         if usage:
             mark = "~" if usage.estimated else ""
             used = f" in={mark}{usage.input} out={mark}{usage.output}"
-        usd = " usd=" + format_usd(self.picodollars) if self.priced else ""
-        remarks = self.remarks() if self.queued or self.cause or self.found else ""
+        if self.priced:
+            usd = " usd=" + format_usd(self.picodollars)
+        if self.queued or self.cause or self.found:
+            remarks = self.remarks()
         return (
-            f"{format_moment(self.wall)} {self.who()} "
+            f"{format_moment(self.wall)} {caller.label if caller else self.address} "
             f"{self.method or '-'} {(self.path or '-')[:200]} {one_word(call and call.model)} "
             f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
             f"{'stream' if call and call.stream else '-'} first={first} "
-            f"all={self.milliseconds(self.ended)}ms cost={cost} left={left}{used}{usd} "
+            f"all={self.all_ms}ms cost={cost} left={left}{used}{usd} "
             f"bytes={self.passed} upstream={self.upstream or '-'} "
             f"id={self.request_id or '-'}{remarks}")
 
@@ -9715,6 +9748,7 @@ class Writer:
 
     def __init__(self, name: str):
         self.queue = collections.deque()
+        self.room = self.ROOM
         self.dropped = 0  # since the start
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
@@ -9723,7 +9757,7 @@ class Writer:
         return "<%s: %d queued, %d dropped>" % (self.thread.name, len(self.queue), self.dropped)
 
     def record(self, item: Union[str, JsonObject, Entry]):
-        if len(self.queue) >= self.ROOM:
+        if len(self.queue) >= self.room:
             self.dropped += 1
         else:
             self.queue.append(self.kept(item))
@@ -9795,10 +9829,9 @@ class Log(Writer):
         self.say(traceback.format_exc().rstrip())
 
     def kept(self, item):
-        return item if type(item) is str else self.format(item)
-
-    def format(self, entry):
-        return json.dumps(entry.as_dict()) if self.as_json else entry.as_text()
+        if type(item) is str:
+            return item
+        return json.dumps(item.as_dict()) if self.as_json else item.as_text()
 
     def write_queued(self):
         while self.queue:
@@ -9844,8 +9877,8 @@ class UsageLog(Log):
         file = 1 if path == "-" else path
         super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
 
-    def format(self, entry):
-        return json.dumps(entry.as_fields())
+    def kept(self, item):
+        return json.dumps(item.as_fields())
 
     def reopen(self):
         """Has the next lines go to a new file, where somebody has moved the old one."""
@@ -14078,8 +14111,7 @@ class SharedStored(Stored):
             super().owe(name, self.read_bill(*json.loads(text)))
 
     def read_bill(self, keys, costs, taken, dialect, model, made, characters):
-        rules = {rule.text: rule for rule in itertools.chain(
-            self.limits.rules, *self.limits.own.values())}
+        rules = {rule.text: rule for rule in self.limits.all_rules()}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
         hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
@@ -14147,14 +14179,20 @@ def status_line(status, reason):
     return "HTTP/1.1 %d %s" % (status, reason)
 
 
-class ReplyParts(types.SimpleNamespace):
+class ReplyParts:
     """What all replies share."""
-    config: Config
-    clock: Any
-    dialects: Dialects
-    budget: MemoryBudget
-    turns: Turns
-    origins: Origins
+    __slots__ = ("config", "clock", "dialects", "budget", "turns", "origins", "max_body", "warn_at")
+
+    def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
+                 turns: Turns, origins: Origins):
+        self.config = config
+        self.clock = clock
+        self.dialects = dialects
+        self.budget = budget
+        self.turns = turns
+        self.origins = origins
+        self.max_body = config.max_body_bytes
+        self.warn_at = config.warn_at
 
 
 IDENTITY, PACKED, UNREADABLE = range(3)
@@ -14208,13 +14246,13 @@ class Reply:
 
     async def read_body(self) -> bytes:
         """Returns the body of a metered call."""
-        most = self.parts.config.max_body_bytes
+        most = self.parts.max_body
         if self.content is None:
             self.body.owner = owner = self.entry.caller.key
             began = self.context.loop.time()
             content = await self.body.read(most, self.context)
             self.entry.held_up += self.context.loop.time() - began
-            if len(content) > Turns.SMALL:
+            if len(content) > LARGE_BODY:
                 await asyncio.sleep(0)  # to join it took its time
                 try:
                     await self.parts.turns.take(owner, self.context)
@@ -14327,12 +14365,13 @@ class Reply:
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        streamed, encoding, may_tell_usage = self.kind_of(response.head)
+        head = response.head
+        streamed, encoding, may_tell_usage = self.kind_of(head)
         response.streamed = streamed
         if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        reader = self.unmasking(response.head) if call.masks else self.entry.reader
+        reader = self.unmasking(head) if call.masks else self.entry.reader
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14388,21 +14427,22 @@ class Reply:
     def adapt(self, response, has_events, reader):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
         left out."""
-        framing, events, style = response.framing, None, BodyAdapter.AS_IS
-        editor = reader.editor if isinstance(reader, UsageReader) else reader
+        framing, events, style = response.framing, None, AS_IS
+        editor = reader.editor if type(reader) is UsageReader else reader
         drops = editor is not None and not framing.ended
         if has_events:
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
-            if response.head.length is not None and response.status != 204:
-                self.framing_line = f"Content-Length: {response.head.length}\r\n"
+            length = response.head.length
+            if length is not None and response.status != 204:
+                self.framing_line = f"Content-Length: {length}\r\n"
         elif self.request.version == 0:  # HTTP/1.0 knows no chunks: closing ends the body
-            style = BodyAdapter.PLAIN
+            style = PLAIN
             self.close_after = self.until_close = True
         else:
             if drops or not isinstance(framing, Chunked):
-                style = BodyAdapter.CHUNKED
+                style = CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
         adapter = BodyAdapter(framing, style, reader, events)
         if self.early:
@@ -14656,12 +14696,16 @@ class Reply:
         entry, hold = self.entry, self.entry.hold
         entry.status = status
         if entry.request_id is None:
-            entry.request_id = new_request_id()
+            entry.request_id = f"{self.context.id_begin}{random.getrandbits(48):012x}"
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
-        lines += f"X-Request-ID: {entry.request_id}\r\n{rate}{self.cors_lines()}"
-        if rate and self.parts.config.warn_at:
+        cache = self.request.cache if self.request else {}
+        cors = cache.get("cors")
+        if cors is None:
+            cors = cache["cors"] = self.cors_lines()
+        lines += f"X-Request-ID: {entry.request_id}\r\n{rate}{cors}"
+        if rate and self.parts.warn_at:
             lines += self.warning_line(hold)
         if entry.queued is not None:
             lines += f"X-Queue-Ms: {entry.queued}\r\n"
@@ -14671,7 +14715,7 @@ class Reply:
 
     def warning_line(self, hold):
         text = warning_text([(share, level.rule.text) for share, level in shares_used(hold)],
-                            self.parts.config.warn_at)
+                            self.parts.warn_at)
         return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
     def date_line(self):
@@ -14715,6 +14759,8 @@ class Proxy:
         self.estimator = estimator
         self.dialects = dialects
         self.read = dialects.read
+        self.resolve = dialects.resolve
+        self.has_deadlines = config.max_call_seconds > 0
         self.stored = stored
         self.routes = routes
         self.books = books
@@ -14736,12 +14782,11 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.read(call, request.method, request, reply.read_body)
-        large = call.body and len(call.body) > Turns.SMALL
-        if large:  # others come in between reading it, looking for things and estimating it
+        if call.large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
         self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
-        if large:
+        if call.large:
             await asyncio.sleep(0)
         for upstream in upstreams:
             try:
@@ -14757,10 +14802,10 @@ class Proxy:
         entry.upstream = upstream.name
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
-                             upstream.rewrite, None if upstream.model else self.dialects.resolve)
+                             upstream.rewrite, None if upstream.model else self.resolve)
         subject = reply.context.subject = call.upstream_model, entry.caller.key
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
-            if not upstream.rewrite:
+            if call.large and not upstream.rewrite:
                 call.forget()
             try:
                 with await self.forward(upstream, reply, call) as response:         # forward
@@ -14988,7 +15033,7 @@ class Proxy:
             raise NotForCalls()
         if self.traces:
             reply.entry.trace = Trace.join(request)
-        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
+        if self.has_deadlines or TIMEOUT_FIELD in request.lines:
             reply.set_deadlines()
         place = request.cache.get("place")
         if place is None:
@@ -15111,7 +15156,9 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        held = 0
+        if entry.gave_up or ending != "ok" and ending == CallerGone.outcome:
+            held = hold.output_tokens
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
@@ -16308,7 +16355,7 @@ class Admin:
         return {"rules": [
             {"text": rule.text, "unit": rule.word, "refused": refused.get(rule.text, 0),
              "capacity": None if rule.capacity is None else format_amount(rule, rule.capacity)}
-            for rule in dict.fromkeys(itertools.chain(limits.rules, *limits.own.values()))]}
+            for rule in dict.fromkeys(limits.all_rules())]}
 
     # -- settings
 
@@ -17293,6 +17340,8 @@ class ClientConnection:
         self.client = Stream(self.loop, sock)
         self.context = Context(self.loop)
         self.context.on_connect = self.on_connect
+        # A whole id for each request would cost a microsecond.
+        self.context.id_begin = new_request_id()[:-12]
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
@@ -17685,9 +17734,8 @@ class Server(http.server.ThreadingHTTPServer):
         proxy, config = self.proxy, self.proxy.config
         memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
         origins = Origins(config.cors_origins, socket.gethostname())
-        return ReplyParts(
-            config=config, clock=proxy.clock, dialects=proxy.dialects,
-            budget=MemoryBudget(memory), turns=Turns(self.loop), origins=origins)
+        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
+                          Turns(self.loop), origins)
 
     # -- in the accepting thread
 
@@ -18446,7 +18494,7 @@ def settings_help():
         rows += ["", group + ":"]
         for setting in settings:
             default = " [%s]" % setting.default if setting.default else ""
-            rows.append("  %-24s %s%s" % (setting.name, setting.sentence, default))
+            rows.append("  %-29s %s%s" % (setting.name, setting.sentence, default))
     return "\n".join(rows)
 
 
@@ -18473,7 +18521,7 @@ def check(config):
     ask_for_stored_keys(config)
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
-        print("%-24s %s" % (name, visible(line)))
+        print("%-29s %s" % (name, visible(line)))
     for line in greeting(config)[1:]:
         print(line)
     faults = [*port_faults(config), *database_faults(config)]
@@ -18595,15 +18643,14 @@ def open_database(config, log_stream, remarks):
         remarks.append(IN_MEMORY % fault)
 
 
-def open_patiently(log_stream, path, lock, shared=False, tries=12):
+def open_patiently(log_stream, path, lock, shared=False):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
-    while True:
+    for left in reversed(range(12)):
         try:
             return Database(path, lock, shared=shared)
         except InUse as fault:
-            tries -= 1
-            if not tries:
+            if not left:
                 raise
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 

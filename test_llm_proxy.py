@@ -255,6 +255,11 @@ class Answered(Message):
         assert set(error) == {"message", "type", "param", "code"}, error
         return error
 
+    def tells(self, name, value):
+        """A member of an OpenAI error must be this."""
+        found = self.error()[name]
+        assert found == value, found
+
 
 def hang_up(sock):
     """Ends a connection with a RST."""
@@ -310,6 +315,12 @@ class Client:
         self.answered.body = b"".join(found)
         return self.answered
 
+    def expect_cut(self):
+        assert not self.rest().whole, "it is whole"
+
+    def expect_end(self):
+        assert self.rest().whole, "it was cut"
+
     def read(self, method="POST"):
         self.head(method)
         return self.rest()
@@ -317,6 +328,11 @@ class Client:
     def exchange(self, data, method="POST"):
         """Send one request and read its answer."""
         return self.send(data).read(method)
+
+    def answers(self, status, data=b""):
+        """Send what there is to be sent; the answer must have this status."""
+        found = (self.exchange(data) if data else self.read()).status
+        assert found == status, found
 
     def is_readable(self):
         """Returns whether bytes have come, or the end of the connection."""
@@ -474,6 +490,10 @@ class Stub:
     def calls(self):
         return len(self.requests)
 
+    @property
+    def last(self):
+        return self.requests[-1]
+
     def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
@@ -619,8 +639,12 @@ class TableCase(unittest.TestCase):
             yield row
         current.clear()
 
+    def assert_left(self, left, *whose):
+        """So much is left in the bucket of a caller."""
+        self.assertEqual(self.left(*whose), left)
+
     def patch_seconds(self, **seconds):
-        """Shrink deadlines, `Class_NAME=seconds`, for this test."""
+        """Set deadlines and other constants, `Class_NAME=value`, for this test."""
         for name, value in seconds.items():
             owner, _, constant = name.partition("_")
             patch = mock.patch.object(getattr(llm_proxy, owner), constant, value)
@@ -684,8 +708,9 @@ usual_prices = functools.lru_cache(None)(llm_proxy.usual_prices)
 
 
 class ProxyCase(TableCase):
-    """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends."""
-    proxy = None
+    """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends; one
+    that has none is started with the first connection."""
+    proxy = address = None
 
     @classmethod
     def setUpClass(cls):
@@ -786,12 +811,16 @@ class ProxyCase(TableCase):
             self.on_loop(int)
 
     def connect(self, **options):
+        if self.address is None:
+            self.start()
         client = Client(self.address, **options)
         self.addCleanup(client.reset)
         return client
 
-    def ask(self, data, method=None):
-        """Send one request on a connection of its own; returns the Answered."""
+    def ask(self, data=None, method=None):
+        """Send one request, or a call by this key, on a connection of its own; returns the
+        Answered."""
+        data = data if isinstance(data, bytes) else call(data)
         client = self.connect()
         answered = client.exchange(data, method or data.split(b" ", 1)[0].decode("latin-1"))
         client.close()
@@ -809,16 +838,23 @@ class ProxyCase(TableCase):
         self.assertEqual(answered.status, status)
         self.assert_fields(answered, *fields)
         if error:
-            self.assertEqual(answered.error()["type"], error)
+            answered.tells("type", error)
         return answered
 
-    def ask_stub(self, data):
+    def start_silent(self):
+        """Starts one for whose Stub the test answers, where none runs."""
+        if self.address is None:
+            self.start(None)
+
+    def ask_stub(self, data=call()):
         """Send a request whose answer the test sends itself; returns (Client, Asked)."""
+        self.start_silent()
         client = self.connect().send(data)
         return client, self.stub.next()
 
     def begin(self, *payloads, client=None, key=None, fields=(), head=STREAM, **payload):
         """Start a streamed call and read its head and `payloads`; returns (Client, Asked)."""
+        self.start_silent()
         client = client or self.connect()
         client.send(call(key, *fields, **{"stream": True, **payload}))
         asked = self.stub.next()
@@ -852,6 +888,10 @@ class ProxyCase(TableCase):
         """
         return wait_for(lambda: self.lines.entries()[number:number + 1], "an access line")[0]
 
+    def assert_entry(self, name, value, number=0):
+        """The access line of the call with this number says so."""
+        self.assertEqual(self.entry(number)[name], value)
+
     def assert_said(self, text):
         """The log, which a thread of its own writes, has this."""
         wait_for(lambda: text in self.lines.text(), text)
@@ -859,6 +899,17 @@ class ProxyCase(TableCase):
     def left(self, key=None):
         """What is left in a caller's bucket, by /health."""
         return self.ask(request("GET", "/health", key=key)).json()["quota"]["remaining"]
+
+    def assert_calls(self, calls):
+        """So many calls came to the Stub."""
+        self.assertEqual(self.stub.calls, calls)
+
+    def close_books(self):
+        """Has all written that is queued."""
+        self.proxy.books.close(PATIENCE)
+
+    def outcome(self):
+        return self.entry()["outcome"]
 
     def assert_spent(self, calls, left):
         """So many calls came to the Stub, and so much is left in the caller's bucket."""
@@ -904,6 +955,9 @@ class ManyCase(ProxyCase):
 
     def came_from(self, data):
         return self.ask(data).json()["from"]
+
+    def assert_from(self, stub, data):
+        self.assertEqual(self.came_from(data), stub)
 
     def states(self, key=None):
         """What /health says of the upstreams."""
@@ -1595,17 +1649,16 @@ class CallersTest(ProxyCase):
             self.assertIsNone(self.stub.requests[0].get("api-key"))
 
     def test_two_different_credentials_are_refused(self):
-        self.start()
         answered = self.assert_status(400, call("a", "X-Api-Key: b"))
-        self.assertEqual(answered.error()["type"], "invalid_request_error")
-        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        answered.tells("type", "invalid_request_error")
+        self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
 
     def test_without_a_credential_the_address_is_the_caller_and_no_bearer_can_be_it(self):
         self.start(MAX_TOKENS=5)
-        self.ask(call())
+        self.ask()
         self.assertEqual((self.left(), self.left("k"), self.left("127.0.0.1")), (4, 5, 5))
-        self.assertEqual(self.entry()["caller"], "127.0.0.1")
-        self.ask(call("127.0.0.1"))
+        self.assert_entry("caller", "127.0.0.1")
+        self.ask("127.0.0.1")
         self.assertEqual((self.left(), self.left("127.0.0.1")), (4, 4))
 
     def test_who_tries_many_keys_has_to_wait_but_a_right_one_always_passes(self):
@@ -1643,7 +1696,7 @@ class CallersTest(ProxyCase):
         rows = [("GET", "/health", 200), ("HEAD", "/health", 200), ("OPTIONS", CHAT, 204)]
         for method, path, status in self.each(rows):
             self.assert_status(status, request(method, path))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_a_key_outside_ascii_is_unknown_and_no_error(self):
         self.start(PROXY_API_KEYS="alice=sk-1")
@@ -1659,7 +1712,7 @@ class CallersTest(ProxyCase):
         self.start(PROXY_API_KEYS="alice=sk-alice-secret,sk-nameless-secret")
         found = []
         for number, key in enumerate(("sk-alice-secret", "sk-nameless-secret", "sk-wrong-secret")):
-            found += [str(self.ask(call(key)).status), self.entry(number)["caller"]]
+            found += [str(self.ask(key).status), self.entry(number)["caller"]]
         self.assertRegex(" ".join(found), "^200 alice 200 key:[0-9a-f]{8} 401 127.0.0.1$")
         self.assertNotIn("secret", self.lines.text())
 
@@ -1668,8 +1721,8 @@ class CallersTest(ProxyCase):
         labels = []
         for _ in range(2):
             self.start()
-            self.ask(call("k"))
-            self.ask(call("k"))
+            self.ask("k")
+            self.ask("k")
             labels.append({self.entry(0)["caller"], self.entry(1)["caller"]})
         self.assertEqual([*map(len, labels), len(labels[0] | labels[1])], [1, 1, 2])
 
@@ -1702,7 +1755,7 @@ class TrustTest(ProxyCase):
             self.start(TRUSTED_PROXIES=trusted, CALLER_HEADER="X-User")
             for name in self.each(names):
                 self.assertEqual(self.identified(name + ": 192.0.2.1"), ("127.0.0.1", "127.0.0.1"))
-                self.assertIsNone(self.stub.requests[-1].get(name))
+                self.assertIsNone(self.stub.last.get(name))
 
     ADDRESSES = """
         X-Forwarded-For: 192.0.2.1 -> 192.0.2.1
@@ -1766,7 +1819,7 @@ class TrustTest(ProxyCase):
         self.assertEqual((len(set(callers)), callers[2]), (3, "-/zoe"))
         elsewhere = self.identified("X-User: zoe", "X-Forwarded-For: 192.0.2.9")
         self.assertEqual(elsewhere, ("-/zoe", "192.0.2.9"))
-        self.assertEqual(self.entry(3)["remaining"], 8)
+        self.assert_entry("remaining", 8, 3)
 
     def test_a_mapped_address_may_be_trusted_too(self):
         for trusted in self.each(["::ffff:127.0.0.1", "::ffff:127.0.0.0/104"]):
@@ -1929,7 +1982,7 @@ class LimitsTest(LimitsCase):
         for capacity, refill, interval in self.each(rows):
             self.start(None, capacity, refill, interval)
             model = ModelBucket(capacity, refill, interval)
-            self.assertEqual(self.left(), capacity)
+            self.assert_left(capacity)
             self.clock.now = fractions.Fraction(1, 3)
             for step in range(self.STEPS):
                 steps = choose.randrange(interval * 20)
@@ -1969,14 +2022,14 @@ class LimitsTest(LimitsCase):
         hold.settle(costs(3))
         hold.settle(costs(1))
         hold.give_back()
-        self.assertEqual(self.left(), 7)
+        self.assert_left(7)
 
     def test_a_hold_that_nobody_settled_is_given_back(self):
         self.start()
         with self.assertRaises(ZeroDivisionError), self.admit(5):
-            self.assertEqual(self.left(), 5)
+            self.assert_left(5)
             1 / 0
-        self.assertEqual(self.left(), 10)
+        self.assert_left(10)
 
     def test_a_call_that_cost_more_than_it_held_leaves_a_debt_that_is_waited_for(self):
         self.start()
@@ -1988,7 +2041,7 @@ class LimitsTest(LimitsCase):
         self.start()
         with self.admit(5):
             self.clock.now += 3000
-        self.assertEqual(self.left(), 10)
+        self.assert_left(10)
 
     def test_a_cost_above_the_capacity_is_said_to_be_one_and_has_no_wait(self):
         self.start()
@@ -2015,7 +2068,7 @@ class LimitsTest(LimitsCase):
         for number in range(12000):
             self.admit(1, name=str(number))
         self.assertLessEqual(len(self.buckets.levels), 10000)
-        self.assertEqual(self.left("11999"), 9)
+        self.assert_left(9, "11999")
 
     def test_the_least_recently_used_bucket_goes_first(self):
         self.start(room=3)
@@ -2191,8 +2244,8 @@ class RulesTogetherTest(LimitsCase):
                 self.assertRaises(LimitReached, self.awaited, admission)
                 continue
             with self.awaited(admission):
-                self.assertEqual(self.left(), left)
-            self.assertEqual(self.left(), 6)
+                self.assert_left(left)
+            self.assert_left(6)
 
 
 class KeysRulesTest(LimitsCase):
@@ -2373,7 +2426,7 @@ class WindowsTest(LimitsCase):
             self.clock.now += 60
             self.admit(6)
             hold.settle(costs(cost))
-            self.assertEqual(self.left(), left)
+            self.assert_left(left)
 
     def test_a_call_gives_back_to_its_own_window(self):
         for text in self.each((self.TEN, "each 10 tokens per calendar month in Asia/Tokyo")):
@@ -2381,7 +2434,7 @@ class WindowsTest(LimitsCase):
             hold = self.admit(10)
             self.clock.now += 59
             hold.settle(costs(3))
-            self.assertEqual(self.left(), 7)
+            self.assert_left(7)
 
     def test_a_calendars_period_ends_when_its_zone_says_so(self):
         for period, moment, expected in self.each(self.CALENDAR):
@@ -2403,7 +2456,7 @@ class WindowsTest(LimitsCase):
         for seconds, left in self.each((
                 (0.5, 0), (1, 3), (0.9, 0), (2, 0), (86500, 3), (400 * 86400, 3), (90000, 3))):
             self.clock.time_ns = lambda: wall + int(seconds * 1e9)
-            self.assertEqual(self.left(), left)
+            self.assert_left(left)
             if left:
                 self.admit(3)
 
@@ -2457,7 +2510,7 @@ class LimitsOverHttpTest(ProxyCase):
 
         def run(_):
             gate.wait(PATIENCE)
-            return self.ask(call("k")).body
+            return self.ask("k").body
         with concurrent.futures.ThreadPoolExecutor(200) as pool:
             bodies = list(pool.map(run, range(200)))
         limited = [body for body in bodies if b"limit reached" in body]
@@ -2469,7 +2522,7 @@ class LimitsOverHttpTest(ProxyCase):
         calls = []
         for seconds in (0, 0, 0, 59, 1, 0, 600, 0, 0):
             clock.now += seconds
-            self.ask(call())
+            self.ask()
             calls.append(self.stub.calls)
         self.assertEqual(calls, [1, 2, 2, 2, 3, 3, 4, 5, 5])
 
@@ -2482,12 +2535,12 @@ class LimitsOverHttpTest(ProxyCase):
         }
         for number, (name, end) in enumerate(self.each(ends.items())):
             client, asked = self.begin(event(1))
-            answered = self.ask(call())
+            answered = self.ask()
             self.assertEqual((answered.status, answered.get("retry-after")), (429, "2"), name)
             self.assertIn("1 running already", answered.error()["message"])
             end(client, asked)
             self.entry(2 * number + 1)
-            self.assertEqual(self.left(), 1)
+            self.assert_left(1)
 
     def test_a_limit_reply_tells_the_end_of_the_window(self):
         clock = Clock(0)  # Tuesday, 14 November 2023, 22:13:20 UTC
@@ -2496,7 +2549,7 @@ class LimitsOverHttpTest(ProxyCase):
                 each 2 requests per calendar day in Asia/Tokyo -> 17 hours -> 2 0 2 86400 60400"""):
             self.start(clock=clock, LIMITS=rule)
             for _ in range(3):
-                answered = self.ask(call("k"))
+                answered = self.ask("k")
             self.assertIn(b"limit reached, wait %s" % wait.encode(), answered.body)
             self.assertEqual(" ".join(value for name, value in answered.fields
                                       if name.startswith("x-ratelimit-")), fields)
@@ -2673,7 +2726,7 @@ class UsageTest(ProxyCase):
     def test_a_fixed_price_is_the_same_for_every_call(self):
         self.start(REQUEST_TOKEN_COST=7)
         self.ask(call(messages="x" * 1000, max_tokens=5))
-        self.assertEqual(self.left(), 993)
+        self.assert_left(993)
 
     def test_a_maximum_that_is_no_whole_number_is_refused(self):
         self.start(TOKEN_COST_MODE="estimate")
@@ -2681,7 +2734,7 @@ class UsageTest(ProxyCase):
         values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
         for name, value in self.each(itertools.product(names, values)):
             answered = self.assert_status(400, call(**{name: value}))
-            self.assertEqual(answered.error()["type"], "invalid_request_error")
+            answered.tells("type", "invalid_request_error")
             self.assertIn(name, answered.error()["message"])
         self.assert_spent(0, 1000)
 
@@ -2859,7 +2912,7 @@ class LearningTest(ProxyCase):
             entry = self.entry(number + 1)
             self.assertEqual((entry["outcome"], entry["output"]), ("caller_gone", 5000))
             left -= 5000 + entry["input"]
-            self.assertEqual(self.left("alice"), left)
+            self.assert_left(left, "alice")
 
     def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
         self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
@@ -2874,7 +2927,7 @@ class LearningTest(ProxyCase):
         self.proxy.limits.buckets.clock = clock
         for _ in range(10):
             clock.now += 10 ** 6
-            self.ask(call("teacher"))
+            self.ask("teacher")
         clock.now += 10 ** 6
         self.stub.answer = answer
         with threads(functools.partial(self.ask, call("k%d" % number)) for number in range(60)):
@@ -3089,7 +3142,6 @@ class JsonTest(ProxyCase):
                     llm_proxy.JsonBody(body).parse()
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
-        self.start()
         for body in self.each(self.REFUSED):
             answered = self.ask(request("POST", CHAT, body))
             self.assertEqual(refusal(answered), (400, "invalid_request_error"))
@@ -3117,12 +3169,12 @@ class JsonTest(ProxyCase):
                 % picture)):
             self.ask(request("POST", CHAT, text.encode()))
             there = text[::-1].replace('"tsaf"', '"laer"', 1)[::-1]
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual(asked.digest, hashlib.sha256(there.encode()).hexdigest())
         body = b' { "messages": [], "stream_options": {"a": [1]},"stream":true}'
         self.ask(request("POST", CHAT, body))
         body = body.replace(b'{"a": [1]}', b'{"a":[1],"include_usage":true}')
-        self.assertEqual(self.stub.requests[-1].body, body)
+        self.assertEqual(self.stub.last.body, body)
         answered = self.ask(request("POST", CHAT, b'{"\\u006dodel": "fast"}'))
         self.assertIn("model must be spelled plainly", answered.error()["message"])
 
@@ -3161,15 +3213,13 @@ class JsonTest(ProxyCase):
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
         """An upstream in Go would take "MODEL" for "model", and we would have read another one."""
-        self.start()
         table = ["Model", "MAX_TOKENS", "Stream", "max_Completion_tokens", "\u017ftream"]
         for key in self.each(table):
             self.assert_status(400, call(**{key: 1}))
         self.assert_status(200, call(Temperature=1))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_a_model_has_at_most_256_characters(self):
-        self.start()
         statuses = [self.ask(call(model="x" * size)).status for size in (256, 257)]
         self.assertEqual(statuses, [200, 400])
 
@@ -3285,43 +3335,41 @@ class PathsTest(ManyCase):
     def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
         """Each is limited, in the assistant's words, or refused."""
         self.start(MAX_TOKENS=1)
-        self.ask(call())
+        self.ask()
         for path in self.each(self.SAME_ENDPOINT):
             answered = self.ask(request("POST", path, chat(prompt="x")))
             said = {200: b"limit reached", 400: b'"error"'}[answered.status]
             self.assertIn(said, answered.body)
-            self.assertEqual(self.stub.calls, 1)
+            self.assert_calls(1)
 
     def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
-        self.start()
         for path, plain in self.each(self.PLAIN_NAMES):
             self.assert_status(200, request("POST", path, chat()))
-            self.assertEqual(self.stub.requests[-1].target, plain)
-        self.assertEqual(self.left(), 1000 - 7)
+            self.assertEqual(self.stub.last.target, plain)
+        self.assert_left(1000 - 7)
 
     def test_other_methods_and_paths_are_forwarded_as_they_are_and_cost_a_request_or_nothing(self):
-        self.start()
         left = 1000
         for cost, method, path in self.each(map(str.split, self.FORWARDED.strip().splitlines())):
             body = b"" if method in ("GET", "HEAD") else b"not json"
             self.assert_status(200, request(method, path, body))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual((asked.method, asked.target, asked.body), (method, path, body))
             left -= int(cost)
-            self.assertEqual(self.left(), left)
+            self.assert_left(left)
 
     def rows(self, text):
         return self.each([row.split() for row in text.split(",") if row.strip()])
 
     def test_what_is_unknown_gets_past_neither_an_empty_bucket_nor_a_full_queue(self):
         self.start(MAX_TOKENS=1)
-        self.ask(call())
+        self.ask()
         for method, path in self.rows(self.UNKNOWN):
             answered = self.ask(request(method, path, chat()))
             limited = answered.status == 429 or b"limit reached" in answered.body
             self.assertEqual((limited, self.stub.calls), (True, 1))
         self.start(None, MAX_CONCURRENCY=1, MAX_QUEUE=0)
-        _, running = self.ask_stub(call())
+        _, running = self.ask_stub()
         for method, path in self.rows(self.UNKNOWN):
             answered = self.ask(request(method, path, chat()))
             self.assertEqual((answered.status, self.stub.calls), (503, 1))
@@ -3349,7 +3397,7 @@ class PathsTest(ManyCase):
             self.assert_status(200, request("POST", "/v1/files", b"x"))
             batch = self.ask(request("POST", "/v1/batches", b'{"input_file_id": "x"}'))
             self.assertEqual(batch.status, answered.status)
-            self.assertEqual(self.left(), expected[1] - 1 - (batch.status == 200))
+            self.assert_left(expected[1] - 1 - (batch.status == 200))
 
     def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
         told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
@@ -3370,7 +3418,7 @@ class PathsTest(ManyCase):
         self.ask(request("GET", CHAT, b"", "X-HTTP-Method-Override: POST"))
         self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
         self.assert_status(400, request("post", CHAT, chat()))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
 
 class FormsTest(ManyCase):
@@ -3399,7 +3447,6 @@ class FormsTest(ManyCase):
         return request("POST", "/v1/audio/transcriptions", body, kind)
 
     def test_a_body_has_one_type(self):
-        self.start()
         for kinds, status in self.each((
                 (["a/b"], 200), (["audio/x", "multipart/form-data; boundary=x"], 400),
                 (["a/b, c/d"], 400))):
@@ -3418,7 +3465,7 @@ class FormsTest(ManyCase):
                 asked, body = one.requests[-1], file + field.replace("fast", "real") + "--B--\r\n"
                 self.assertEqual(asked.body, body.encode("latin-1"))
                 self.assertEqual(asked.get("content-type"), "multipart/form-data; boundary=B")
-        self.assertEqual(self.left(), 1000 - 3)
+        self.assert_left(1000 - 3)
 
     def test_a_form_has_its_model_in_the_path_too(self):
         one = self.start_routed()
@@ -3432,7 +3479,6 @@ class FormsTest(ManyCase):
             self.assertEqual((asked.target, asked.body), ("/v1" + path % "real", real))
 
     def test_a_form_that_two_readers_could_take_apart_differently_is_refused(self):
-        self.start()
         model = self.PART % ('"model"', "m")
         for data in self.each((
                 self.form(model, model), self.form(model, end=""), self.form(model, end="--B\r\n"),
@@ -3469,7 +3515,7 @@ class FormsTest(ManyCase):
         self.assertEqual((asked.get("content-type"), asked.get("content-encoding")),
                          ("audio/wav", "br"))
         self.assert_status(413, request("POST", "/v1/x", b"x" * 11))
-        self.assertEqual(self.left(), 999)
+        self.assert_left(999)
 
 
 # Rows: an endpoint; what its API tells; input, output, cached, cache_write and reasoning tokens
@@ -3701,7 +3747,7 @@ class UsageReaderTest(ProxyCase):
             found = []
             for short in (usage, None):
                 reader = self.new_reader(streamed=False)
-                reader.asked = "m"
+                reader.call.upstream_model = "m"
                 reader.feed(data)
                 with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
                     found.append((reader.reported_usage(True), reader.fault))
@@ -4215,7 +4261,7 @@ class DialectsTest(ProxyCase):
         for number, row in enumerate(self.each(self.SHOWN)):
             answered = self.ask_at(*row, key=None, model="m")
             self.assertEqual(answered.get("x-ratelimit-remaining"), str(9 - number))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertNotIn(b"sk-1", asked.head)
             self.assertNotIn("key", asked.target)
         self.assertEqual(self.stub.requests[4].target, CHAT + "?a=b&c=d")
@@ -4228,7 +4274,7 @@ class DialectsTest(ProxyCase):
         names = ("authorization", "x-api-key", "x-goog-api-key")
         for path, field, expected in self.each(self.SHOWN_UPSTREAM):
             self.ask_at(path, field, key=None)
-            fields = self.stub.requests[-1].fields
+            fields = self.stub.last.fields
             shown = ["%s: %s" % one for one in fields if one[0] in names]
             self.assertEqual(shown, [expected])
 
@@ -4238,7 +4284,7 @@ class DialectsTest(ProxyCase):
             self.ask_at(path, key=path, model="m")
             calls = self.stub.calls
             self.ask_at(path, key=path, model="m")
-            self.assertEqual(self.stub.calls, calls)
+            self.assert_calls(calls)
         for path in self.each(self.MISSPELLED.split()):
             self.assertEqual(self.ask_at(path).status, 400)
         for path in self.each(self.UNMETERED.split() * 3):
@@ -4249,11 +4295,11 @@ class DialectsTest(ProxyCase):
         for path in self.each("""/v1/responses /v1/messages /v1/embeddings /v1beta/interactions
                 /api/chat /v1/chat/completions/batch""".split()):
             self.ask_at(path, model="asked")
-            self.assertEqual(self.stub.requests[-1].json()["model"], "real")
+            self.assertEqual(self.stub.last.json()["model"], "real")
         for target in self.each(["/v1beta/models/%s:streamGenerateContent?alt=sse",
                                  "/openai/deployments/%s/chat/completions?api-version=1"]):
             self.ask_at(target % "asked")
-            self.assertEqual(self.stub.requests[-1].target, target % "real")
+            self.assertEqual(self.stub.last.target, target % "real")
 
     def test_a_path_and_a_payload_cannot_name_two_models(self):
         self.start(MODEL_ALIASES="fast=gpt-5")
@@ -4261,7 +4307,7 @@ class DialectsTest(ProxyCase):
                 ("/openai/deployments/%s/completions", "/OpenAI/Deployments/%s/completions"),
                 ("fast", "gpt-5"), ("gpt-5",))):
             self.ask_at(path % asked, model="other")
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual((asked.target, asked.json()), (path % served, {"model": served}))
 
     def test_estimates_know_each_api_s_maximum(self):
@@ -4272,9 +4318,8 @@ class DialectsTest(ProxyCase):
         self.assertEqual(self.ask_at(self.GENERATE, generationConfig=3).status, 400)
 
     def test_who_the_callers_user_is_does_not_go_upstream(self):
-        self.start()
         self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
-        self.assertNotIn(b"example.org", self.stub.requests[-1].head)
+        self.assertNotIn(b"example.org", self.stub.last.head)
 
 
 class LimitReplyTest(ProxyCase):
@@ -4480,7 +4525,7 @@ class LimitReplyTest(ProxyCase):
 
     def start_empty(self, **settings):
         self.start(clock=Clock(), MAX_TOKENS=1, **settings)
-        self.ask(call())
+        self.ask()
 
     def events(self, answered):
         """[(the event's name or None, its data)] of a stream."""
@@ -4602,7 +4647,7 @@ class LimitReplyTest(ProxyCase):
         for method in self.each(["embedContent", "batchEmbedContents"]):
             self.start(MAX_TOKENS=1)
             answered = self.limited(self.GEMINI + method, content={"parts": [{"text": "x" * 40}]})
-            self.assertEqual(self.entry()["input"], 10)
+            self.assert_entry("input", 10)
             found = answered.status, answered.json()["error"]["status"]
             self.assertEqual(found, (429, "RESOURCE_EXHAUSTED"))
 
@@ -5260,17 +5305,17 @@ class UnmaskingTest(ProxyCase):
 
     def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
         told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
-        with mock.patch.object(llm_proxy.Editor, "MAX_WHOLE", 40):
-            for step in self.each((23, 1, 41)):
-                found = self.unmask("chat", told.encode(), step, events=False)
-                self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
-                cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
-                found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
-                                    masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
-                self.assertEqual(json.loads(found), [
-                    4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
-                for large in (b"x" * 99, b"\"" + b"x" * 99):
-                    self.assertEqual(self.unmask("chat", large, step, events=False), large)
+        self.patch_seconds(Editor_MAX_WHOLE=40)
+        for step in self.each((23, 1, 41)):
+            found = self.unmask("chat", told.encode(), step, events=False)
+            self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
+            cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
+            found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
+                                masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+            self.assertEqual(json.loads(found), [
+                4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
+            for large in (b"x" * 99, b"\"" + b"x" * 99):
+                self.assertEqual(self.unmask("chat", large, step, events=False), large)
 
     def test_of_many_blocks_and_large_events_nothing_waits(self):
         for count, size, waits in self.each(((64, 5, 64), (65, 5, 64), (1, 1 << 17, 0))):
@@ -5428,7 +5473,7 @@ class RedactedAnswersTest(ProxyCase):
                                  json.dumps(self.SAID).replace("[[EMAIL_1]]", self.MAIL))
                 asked = self.stub.requests[0].body
                 self.assertEqual(json.loads(asked)["prompt"], "[[EMAIL_1]]")
-                self.assertEqual(self.entry()["redacted"], "email=1")
+                self.assert_entry("redacted", "email=1")
 
     def test_a_stream_does_so_too_without_the_usage_that_its_caller_did_not_ask_for(self):
         self.settings["TOKEN_COST_MODE"] = "usage"
@@ -5439,7 +5484,7 @@ class RedactedAnswersTest(ProxyCase):
             self.assertEqual((done, nothing), ("data: [DONE]", ""))
             self.assertEqual([json.loads(one[6:]) for one in found], [
                 delta("to "), delta(self.MAIL + "! "), delta("["), LAST_DELTA])
-            self.assertEqual((self.entry()["input"], self.entry()["outcome"]), (20, "ok"))
+            self.assertEqual((self.entry()["input"], self.outcome()), (20, "ok"))
 
     def test_what_waits_is_let_go_where_a_stream_is_cut(self):
         self.start(None, **self.settings)
@@ -5473,7 +5518,7 @@ class RedactedAnswersTest(ProxyCase):
             told = self.told(says(packed, "200 OK", "Content-Encoding: gzip"))
             self.assertEqual(told.status, status)
             self.assertEqual(told.body == packed, status == 200)
-            self.assertEqual(self.entry()["redacted"], "email=1,opaque=1")
+            self.assert_entry("redacted", "email=1,opaque=1")
 
     def test_what_the_answer_alone_says_is_counted_where_it_is_masked(self):
         self.settings["REDACT_ANSWERS"] = "on"
@@ -5481,7 +5526,7 @@ class RedactedAnswersTest(ProxyCase):
         told = self.told(says(said, "200 OK", "Content-Type: text/event-stream"), stream=True)
         found = [json.loads(one[6:]) for one in told.body.split(b"\n\n") if b"{" in one]
         self.assertEqual(list(UnmaskingTest.said(found).values()), [self.MAIL + " [[EMAIL]]"])
-        self.assertEqual(self.entry()["redacted"], "email=2")
+        self.assert_entry("redacted", "email=2")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5578,7 +5623,6 @@ class HeadTest(ProxyCase):
         ("414", "GET /%s HTTP/1.1 | Host: x" % ("x" * 70000))]
 
     def test_well_formed_heads_are_taken(self):
-        self.start()
         table = [raw_head(text) for text in rows(self.TAKEN) + self.TAKEN_TOO]
         table += [b"\r\n" * number + table[0] for number in (1, 3)]
         table.append(raw_head(POST + "Host: x | Content-Length: 0002", b"{}"))
@@ -5592,11 +5636,11 @@ class HeadTest(ProxyCase):
         self.start(sends(b"\r\n" + answer(), close=False))
         client = self.connect()
         for data in self.each([call() + b"\r\n", call() + b"\r\n", b"\r\n\r\n" + call()]):
-            self.assertEqual(client.exchange(data).status, 200)
+            client.answers(200, data)
         client = self.connect()
         for byte in b"\r\n\r\n" + call():
             client.send(bytes([byte]))
-        self.assertEqual((client.read().status, self.stub.requests[-1].body), (200, chat()))
+        self.assertEqual((client.read().status, self.stub.last.body), (200, chat()))
         self.assertEqual(self.connect().exchange(b"\r\n" * 20 + call()).status, 400)
         self.patch_seconds(ClientConnection_HEAD_SECONDS=0.1)
         client.send(b"\r\n")
@@ -5605,7 +5649,7 @@ class HeadTest(ProxyCase):
     def test_an_answer_with_long_lines_and_many_fields_is_passed_on(self):
         fields = ["X-Long: " + "x" * 20000] + ["X-%d: x" % number for number in range(400)]
         self.start(says(b"{}", "200 OK", *fields))
-        answered = self.ask(call())
+        answered = self.ask()
         self.assertEqual((answered.get("x-long"), answered.get("x-399")), ("x" * 20000, "x"))
 
     def test_everything_else_is_refused_and_ends_the_connection(self):
@@ -5622,18 +5666,17 @@ class HeadTest(ProxyCase):
             self.assertEqual(refusal(answered), (int(status), "invalid_request_error"))
             self.assertEqual(answered.get("connection"), "close")
             self.assertEqual(client.ending(), "closed")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
         wait_for(lambda: len(self.lines.entries()) == len(table), "a line for each")
         self.assertEqual({entry["outcome"] for entry in self.lines.entries()}, {"refused"})
 
     def test_a_line_that_cannot_be_right_is_refused_before_the_head_is_complete(self):
-        self.start()
         for start in self.each([
                 b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n", b"GET / HTTP/1.1\r\nHost: x\nX: y",
                 b"GET / HTTP/1.1\nHost: x", b"GET / HTTP/1.1\r\n folded: x\r\n",
                 b"GET / HTTP/1.1\r\nHost: x\rX", b"GET / HTTP/1.1\r\nX-A : x\r\nX", b"\r\n\n"]):
             client = self.connect()
-            self.assertEqual(client.exchange(start).status, 400)
+            client.answers(400, start)
             self.assertEqual(client.ending(), "closed")
 
     def test_methods_that_make_an_upstream_echo_what_it_got_are_not_passed_on(self):
@@ -5641,10 +5684,9 @@ class HeadTest(ProxyCase):
         for method in self.each(["TRACE", "TRACK", "CONNECT"]):
             answered = self.ask(request(method, "/v1/x"))
             self.assertEqual(refusal(answered), (405, "invalid_request_error"))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
-        self.start()
         for method, upgrade in self.each(itertools.product(
                 ("GET", "POST"), ("websocket", "h2c, WebSocket/13"))):
             fields = "Connection: Upgrade", "Upgrade: " + upgrade
@@ -5652,7 +5694,7 @@ class HeadTest(ProxyCase):
             self.assertEqual(refusal(answered), (426, "invalid_request_error"))
             found = answered.get("upgrade"), answered.get("connection")
             self.assertEqual(found, ("HTTP/1.1", "upgrade"))
-        self.assertEqual((self.stub.calls, self.entry()["outcome"]), (0, "refused"))
+        self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
         fields = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"
         self.assert_status(200, call(None, *fields))
         rows = "GET", "/v1/x", b"", "Upgrade: websocket"
@@ -5660,7 +5702,6 @@ class HeadTest(ProxyCase):
 
     def test_a_head_may_come_in_any_three_pieces(self):
         """Each piece is sent when the one before it was read. Of all ways, each 13th is tried."""
-        self.start()
         data = raw_head("GET /v1/x HTTP/1.1 | Host: x | X-A: b")
         ways = list(itertools.combinations(range(1, len(data)), 2))
         for first, second in self.each(ways[::13]):
@@ -5670,11 +5711,10 @@ class HeadTest(ProxyCase):
             client.close()
 
     def test_a_caller_who_leaves_within_a_head_or_between_calls_is_no_error_of_ours(self):
-        self.start()
         for hang_up in self.each([Client.close, Client.reset]):
             hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
             client = self.connect()
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200, call())
             hang_up(client)
         wait_for(lambda: not self.server.open, "the end of the connections")
 
@@ -5701,14 +5741,13 @@ class RepeatedHeadTest(ProxyCase):
                 (chunked, " | Transfer-Encoding: chunked | Content-Length: 2", LAST, 400)]):
             self.start()
             client = self.connect()
-            self.assertEqual(client.exchange(first).status, 200)
+            client.answers(200, first)
             second = client.exchange(raw_head(POST + "Host: x" + fields, body))
             self.assertEqual(second.status, status)
             bodies = [asked.body for asked in self.stub.requests]
             self.assertEqual(bodies, [b"hello", body][:1 + (status == 200)])
 
     def test_another_key_is_another_caller(self):
-        self.start()
         client = self.connect()
         for key in "abb":
             client.exchange(call(key))
@@ -5814,11 +5853,11 @@ class FramingTest(ProxyCase):
         passage, until_close = llm_proxy.BodyAdapter, llm_proxy.UntilClose
         chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
         for framing, style, data, expected in self.each([
-                (llm_proxy.Chunked(), passage.AS_IS, chunks, chunks),
-                (llm_proxy.Chunked(), passage.PLAIN, chunks, b"hello!"),
-                (llm_proxy.Sized(6), passage.AS_IS, b"hello!", b"hello!"),
-                (until_close(), passage.AS_IS, b"hello!", b"hello!"),
-                (until_close(), passage.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
+                (llm_proxy.Chunked(), llm_proxy.AS_IS, chunks, chunks),
+                (llm_proxy.Chunked(), llm_proxy.PLAIN, chunks, b"hello!"),
+                (llm_proxy.Sized(6), llm_proxy.AS_IS, b"hello!", b"hello!"),
+                (until_close(), llm_proxy.AS_IS, b"hello!", b"hello!"),
+                (until_close(), llm_proxy.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
             one = passage(framing, style)
             found = one.feed(data)
             if not framing.ended:
@@ -5844,7 +5883,6 @@ class StreamTest(ProxyCase):
 
     def test_every_event_reaches_the_caller_before_the_next_one_is_sent(self):
         """Text that looks like the end of a stream does not end it."""
-        self.start(None)
         client, asked = self.begin()
         payloads = [*map(event, range(20)), b"data: [DONE]\n\n", b"0\r\n\r\n",
                     b'data: {"text": " [DONE]"}\n\n']
@@ -5859,7 +5897,6 @@ class StreamTest(ProxyCase):
         self.assertEqual((entry["bytes"], entry["stream"]), (sum(map(len, payloads)), True))
 
     def test_the_bytes_of_a_stream_pass_unchanged_chunk_by_chunk(self):
-        self.start(None)
         client, asked = self.begin()
         chunks = (event(1) + event(2), event(3)[:7], event(3)[7:], b"data: [DONE]\n\n")
         body = b"2;x=y\r\n: \r\n" + b"".join(map(chunk, chunks)) + LAST
@@ -5966,12 +6003,11 @@ class StreamTest(ProxyCase):
         self.assertEqual(client.exchange(call()).body, b"x")
 
     def test_a_caller_may_send_its_next_request_while_a_stream_is_running(self):
-        self.start(None)
         client, asked = self.begin(b"one")
         client.send(call(seed=2))
         asked.chunks(b"two")
         client.expect(b"two")
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
         asked.chunks(end=True)
         self.assertEqual(client.rest().body, b"onetwo")
         asked = self.stub.next()
@@ -6029,7 +6065,7 @@ class StreamTest(ProxyCase):
             thread.join(PATIENCE)
             self.assertFalse(thread.is_alive())
             self.assertLess(sent[0], 64 << 20)
-            self.assertEqual(self.entry(number)["outcome"], "caller_gone")
+            self.assert_entry("outcome", "caller_gone", number)
 
     def test_a_large_download_passes_whole(self):
         def large(asked):
@@ -6051,7 +6087,7 @@ class StreamTest(ProxyCase):
                 client.expect(event(number))
         for client, asked in streams:
             asked.chunks(end=True)
-            self.assertTrue(client.rest().whole)
+            client.expect_end()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6280,8 +6316,7 @@ class QueueTest(WaitingCase):
         self.assertIn(waited, [entry["queue_ms"] for entry in self.lines.entries()])
 
     def test_without_a_cap_nobody_is_told_of_a_line(self):
-        self.start()
-        self.assertIsNone(self.ask(call()).get("x-queue-ms"))
+        self.assertIsNone(self.ask().get("x-queue-ms"))
         self.assertNotIn("queue", self.base())
 
     def order(self, *keys, **settings):
@@ -6316,11 +6351,11 @@ class QueueTest(WaitingCase):
             found = answered.error()["type"], answered.get("retry-after")
             self.assertEqual(found, ("server_error", "5"))
             self.assert_ending("refused", left=100 - (key == "next"), key=key)
-            self.assertEqual(self.entry()["cause"], "queue full")
+            self.assert_entry("cause", "queue full")
 
     def test_who_waits_too_long_gets_a_503_and_costs_nothing(self):
         self.start_busy(QUEUE_SECONDS="0.1")
-        answered = self.ask(call("next"))
+        answered = self.ask("next")
         self.assert_turned_away(answered, "queue_timeout")
         self.assertGreaterEqual(int(answered.get("x-queue-ms")), 100)
         self.assert_ending("refused", left=100, key="next")
@@ -6336,7 +6371,7 @@ class QueueTest(WaitingCase):
             self.assert_ending("caller_gone", left=100, key="next")  # nothing was sent
             self.finish(asked, first)
             self.assertEqual(self.finish(self.stub.next(), third).status, 200)
-            self.assertEqual(self.stub.calls, 2)
+            self.assert_calls(2)
 
     def test_what_is_not_metered_does_not_wait(self):
         self.start_busy()
@@ -6419,7 +6454,7 @@ class QueueTest(WaitingCase):
         first.head()
         self.stub.refuse_connections()
         self.assert_status(502, request("GET", "/v1/files"))
-        self.assert_turned_away(self.ask(call("next")), "upstream_open")
+        self.assert_turned_away(self.ask("next"), "upstream_open")
 
     def test_a_slow_reader_holds_no_slot_once_the_upstream_has_done_its_part(self):
         self.start(None, MAX_CONCURRENCY=1)
@@ -6443,7 +6478,7 @@ class QueueTest(WaitingCase):
         client.head()
         client.expect(self.COMMENT)
         asked.stream(end=True)
-        self.assertTrue(client.rest().whole)
+        client.expect_end()
 
     def test_all_lines_together_take_no_longer_than_one_and_are_told_as_one(self):
         stubs = self.start_lines("one", "two", QUEUE_SECONDS="3", clock=Clock())
@@ -6470,13 +6505,13 @@ class QueueTest(WaitingCase):
             part_with(address, *arguments)
             for parting in address.partings:
                 parting.cancel()
-        with mock.patch.object(llm_proxy.Address, "part_with", part_and_cancel):
-            asked.wait_for_hang_up(client)
-            self.wait_for_slot()
+        self.patch_seconds(Address_part_with=part_and_cancel)
+        asked.wait_for_hang_up(client)
+        self.wait_for_slot()
 
     def test_addresses_have_no_weight(self):
         self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="127.0.0.1=3")
-        self.ask_stub(call())
+        self.ask_stub()
         caller, = self.proxy.routes.base.queue.queues.values()
         self.assertEqual(caller.weight, 1)
 
@@ -6484,7 +6519,7 @@ class QueueTest(WaitingCase):
         self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
         client = self.connect()
         for _ in range(20):
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200, call())
 
 
 class EarlyStreamTest(WaitingCase):
@@ -6538,7 +6573,7 @@ class EarlyStreamTest(WaitingCase):
             asked.finish()
             self.assertEqual(self.rest(client), (True, body))
             self.assert_ending("ok", left=999)
-            self.assertEqual(self.entry()["bytes"], len(client.answered.body))
+            self.assert_entry("bytes", len(client.answered.body))
             if version == "1.1":  # the connection carries another call
                 client.send(call())
                 self.assertEqual(self.finish(self.stub.next(), client).status, 200)
@@ -6651,7 +6686,7 @@ class EarlyStreamTest(WaitingCase):
         self.start_early()
         client, asked = self.wait_early()
         asked.wait_for_hang_up(client)
-        self.assertEqual(self.entry()["outcome"], "caller_gone")
+        self.assertEqual(self.outcome(), "caller_gone")
 
     def test_a_pause_in_a_running_stream_is_filled_between_two_events(self):
         body = event(1) + event(2)
@@ -6719,14 +6754,14 @@ class DeadlinesTest(WaitingCase):
         self.pass_seconds(seconds - 0.001)
         self.assert_silent(client, 0)
         self.pass_seconds(0.002)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
 
     def test_the_first_byte_has_a_time_of_its_own(self):
         self.start(None, FIRST_BYTE_TIMEOUT="1", READ_TIMEOUT="5")
         self.assertEqual(self.late(call(), 1).status, 504)
         self.start(None, FIRST_BYTE_TIMEOUT="9", READ_TIMEOUT="5")
         self.assert_cut(call(stream=True), 5)
-        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+        self.assertEqual(self.outcome(), "upstream_cut")
 
     def test_a_caller_may_shorten_every_wait_and_lengthen_none(self):
         self.start(None, READ_TIMEOUT="5", BREAKER_FAILURES=1)
@@ -6771,7 +6806,7 @@ class DeadlinesTest(WaitingCase):
         self.start(None)
         client = self.connect().send(self.in_time(50))
         self.expire("the response of")
-        self.assertEqual(client.read().status, 504)
+        client.answers(504)
         self.stub.next()
         client.send(call())
         asked = self.stub.next()
@@ -6784,7 +6819,6 @@ class DeadlinesTest(WaitingCase):
         self.assertEqual(self.finish(asked, client).status, 200)
 
     def test_what_is_no_number_of_milliseconds_is_a_400(self):
-        self.start()
         for text in self.each(["", "0", "-1", "1.5", "soon", "9999999999"]):
             answered = self.ask(self.in_time(text))
             self.assertEqual(refusal(answered), (400, "invalid_request_error"))
@@ -6796,7 +6830,7 @@ class DeadlinesTest(WaitingCase):
         self.connect_slow().send(call())
         self.stub.next().send(answer(b"x" * 100000))
         self.expire("the client to take its answer")
-        self.assertEqual(self.entry(2)["outcome"], "caller_gone")
+        self.assert_entry("outcome", "caller_gone", 2)
         self.wait_for_slot()
 
     def test_a_call_that_lasts_too_long_is_cut(self):
@@ -6808,8 +6842,8 @@ class DeadlinesTest(WaitingCase):
             asked.chunks(event(1))
             client.expect(event(1))
         self.assertEqual(self.expire("the body of the response"), 1)
-        self.assertFalse(client.rest().whole)
-        self.assertEqual(self.entry()["outcome"], "upstream_cut")
+        client.expect_cut()
+        self.assertEqual(self.outcome(), "upstream_cut")
         self.assertEqual(self.late(call(), 3).status, 504)
 
 
@@ -7043,9 +7077,9 @@ class StoredTest(ManyCase):
                          request("GET", "/box/v1/responses/" + name),
                          request("POST", "/v1/responses", json.dumps(
                              {"model": "x", "previous_response_id": name}).encode())):
-                self.assertEqual(self.came_from(data), stub.port)
-        self.assertEqual(self.came_from(request("GET", "/v1/responses/resp_0")), "base")
-        self.assertEqual(self.came_from(request("GET", "/other/v1/responses/" + name)), "other")
+                self.assert_from(stub.port, data)
+        self.assert_from("base", request("GET", "/v1/responses/resp_0"))
+        self.assert_from("other", request("GET", "/other/v1/responses/" + name))
 
     def test_only_the_last_things_are_remembered(self):
         self.patch_seconds(Stored_ROOM=2)
@@ -7203,17 +7237,17 @@ class UpstreamsTest(CallCase):
             for _ in range(3):
                 self.assertEqual(client.exchange(call()).body, b'{"said": "hi"}')
             self.entry(2)
-            self.ask(call())
+            self.ask()
             self.assert_traffic(4, 1)
 
     def test_a_connection_is_used_again_after_a_stream_has_settled(self):
         """Some upstreams close after a stream although they promised not to."""
         self.patch_seconds(Address_REUSE_DELAY=0.01)
         self.start(sends(STREAM + LAST, close=False))
-        self.ask(call())
+        self.ask()
         self.entry()
         time.sleep(0.02)
-        self.ask(call())
+        self.ask()
         self.assert_traffic(2, 1)
 
     def test_after_an_answer_that_has_no_body_a_connection_must_have_been_silent_for_a_while(self):
@@ -7232,7 +7266,7 @@ class UpstreamsTest(CallCase):
     def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
         for late in self.each((b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")):
             self.start(None)
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             asked.send(answer())
             client.read()
             self.entry()
@@ -7254,7 +7288,7 @@ class UpstreamsTest(CallCase):
                 (request("DELETE", "/v1/x"), Asked.reset, 502, 2),
                 (body, Asked.reset, 502, 2), (call(), Asked.reset, 502, 2)]):
             self.start(None, BREAKER_FAILURES=1)
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             asked.answer()
             client.read()
             client.send(data)
@@ -7266,11 +7300,10 @@ class UpstreamsTest(CallCase):
             self.assertEqual(self.base()["state"], "closed")
         self.start(Asked.reset)
         self.assert_status(502, request("GET", "/v1/x"))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_the_system_looks_after_silent_connections_of_both_sides(self):
-        self.start(None)
-        self.ask_stub(call())
+        self.ask_stub()
         sockets = self.proxy.loop._selector.get_map()
         wait_for(lambda: len(sockets) == 3, "reading of both, and of the loop's own")
         found = []
@@ -7286,7 +7319,7 @@ class UpstreamsTest(CallCase):
         self.start(BASE_API_KEY="sk-upstream", PASS_HEADERS="X-Trace-*, cookie2")
         for path in self.each((CHAT, "/v1/files")):
             self.ask(request("POST", path, chat(), *PRIVATE_FIELDS, *PASSED_FIELDS))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             for row in PASSED_FIELDS:
                 name, _, value = row.partition(":")
                 self.assertIn((name.lower(), value.strip()), asked.fields)
@@ -7299,19 +7332,17 @@ class UpstreamsTest(CallCase):
     def test_what_belongs_to_the_account_of_a_caller_goes_up_with_its_own_key(self):
         self.start(BASE_API_KEY="passthrough", PASS_HEADERS="*")
         self.ask(call("sk-caller", "OpenAI-Organization: org-1", "X-Api-Key:", "Cookie: a=b"))
-        self.assert_fields(self.stub.requests[-1], "authorization: Bearer sk-caller",
+        self.assert_fields(self.stub.last, "authorization: Bearer sk-caller",
                            "openai-organization: org-1", "cookie: a=b", "x-api-key")
 
     def test_without_a_key_of_our_own_no_credential_goes_upstream(self):
-        self.start()
-        self.ask(call("sk-caller"))
+        self.ask("sk-caller")
         self.assert_fields(self.stub.requests[0], "authorization")
 
     def test_a_metered_answer_stays_readable_and_the_coding_of_others_is_the_callers_choice(self):
-        self.start()
         for path, coding in ((CHAT, "identity"), ("/v1/files", "identity"), ("/tokenize", "gzip")):
             self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
-            self.assert_fields(self.stub.requests[-1], "accept-encoding: " + coding)
+            self.assert_fields(self.stub.last, "accept-encoding: " + coding)
 
     BASES = table("""\
 -              /v1/models?x=1     /v1/models?x=1
@@ -7335,17 +7366,16 @@ class UpstreamsTest(CallCase):
         for base, path, target in self.each(self.BASES):
             self.start(base=base)
             self.ask(request("GET", path))
-            self.assertEqual(self.stub.requests[-1].target, target)
+            self.assertEqual(self.stub.last.target, target)
 
     def test_a_base_model_replaces_the_callers_and_nothing_else(self):
         self.start(BASE_MODEL="gemma4")
         rest = {"messages": "model ä \u2028", "temperature": 0.1, "x": [10 ** 20, None]}
         for model in self.each(({"model": "any"}, {"model": None}, {"model": ["x"]}, {})):
             self.ask(request("POST", CHAT, json.dumps({**model, **rest}).encode()))
-            self.assertEqual(self.stub.requests[-1].json(), {"model": "gemma4", **rest})
+            self.assertEqual(self.stub.last.json(), {"model": "gemma4", **rest})
 
     def test_without_a_base_model_a_body_passes_byte_for_byte(self):
-        self.start()
         body = b' {"model":"m",  "messages":[{"content":"\\u00e4 \xc3\xa4"}],"n":1.0} \r\n'
         self.ask(request("POST", CHAT, body))
         self.assertEqual(self.stub.requests[0].body, body)
@@ -7376,9 +7406,8 @@ class UpstreamsTest(CallCase):
         self.assert_status(302, request("GET", "/v1/y"), elsewhere)
 
     def test_upstream_times_are_unix_nanoseconds(self):
-        self.start()
         before = time.time_ns()
-        answered = self.ask(call())
+        answered = self.ask()
         names = "x-upstream-request-start", "x-upstream-request-stop"
         start, stop = (int(answered.get(name)) for name in names)
         self.assertTrue(before <= start <= stop <= time.time_ns())
@@ -7404,15 +7433,15 @@ class UploadTest(CallCase):
         for chunked in self.each((False, True, False)):
             digest = self.upload(client, chunked)
             self.assertEqual(client.read().body.decode(), digest)
-            self.assert_fields(self.stub.requests[-1], "content-type: " + self.MULTIPART,
+            self.assert_fields(self.stub.last, "content-type: " + self.MULTIPART,
                                "content-length:" + " 5242880" * (not chunked))
-        self.assertEqual(self.left(), 1)
+        self.assert_left(1)
 
     def test_an_upload_is_passed_on_while_it_comes(self):
         self.start(None, reads=False)
         client, asked = self.relay("/v1/files")
         asked.answer()
-        self.assertEqual(client.read().status, 200)
+        client.answers(200)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
         self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=PATIENCE)
@@ -7421,7 +7450,7 @@ class UploadTest(CallCase):
         client = self.connect().send(call() + upload)
         client.sock.shutdown(socket.SHUT_WR)
         for _ in range(2):
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
         self.assert_status(200)
         self.assertEqual((self.stub.connections, self.stub.faults), (1, []))
 
@@ -7445,7 +7474,7 @@ class UploadTest(CallCase):
         self.start(None, reads=False)
         client, asked = self.ask_stub(unsized("/v1/files", CHUNKED))
         answered = client.exchange(b"3\r\nabcX")
-        self.assertEqual(answered.error()["type"], "invalid_request_error")
+        answered.tells("type", "invalid_request_error")
         self.assertEqual(answered.status, 400)
         asked.wait_for_hang_up()
 
@@ -7570,12 +7599,12 @@ class BreakerTest(CallCase):
                 breaker.judge(self.VERDICTS[what], now)
             elif what:
                 breaker.enter(now)
-            self.assertEqual(breaker.allows(now), state in ("closed", "half_open"))
+            self.assertEqual(breaker.seconds_left(now) <= 0, state in ("closed", "half_open"))
             self.assertEqual(breaker.state(now), state.replace("tried", "half_open"))
 
     def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
         self.start(None, BREAKER_FAILURES=1)
-        client, asked = self.ask_stub(call())
+        client, asked = self.ask_stub()
         asked.answer()
         client.read()
         for connections, state in ((1, "closed"), (2, "open")):
@@ -7619,7 +7648,7 @@ class BreakerTest(CallCase):
         for act, opens in self.each(rows):
             self.start(act, BREAKER_FAILURES=2)
             for _ in range(3):
-                self.ask(call())
+                self.ask()
             expected = ("open", 2) if opens else ("closed", 3)
             self.assertEqual((self.base()["state"], self.stub.calls), expected)
 
@@ -7638,21 +7667,21 @@ class BreakerTest(CallCase):
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
         for _ in range(3):
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             asked.wait_for_hang_up(client)
         wait_for(lambda: self.base()["in_flight"] == 0)
         self.assert_base("closed")
         for _ in range(2):
             client = self.connect().send(call())
             self.expire("the response of")
-            self.assertEqual(client.read().status, 504)
+            client.answers(504)
         self.assert_status(503)
 
     def test_a_caller_who_leaves_while_its_call_tries_lets_the_next_one_try(self):
         clock = self.open_the_base(1)
         clock.now += 31
         self.stub.answer = None
-        client, asked = self.ask_stub(call())
+        client, asked = self.ask_stub()
         self.assert_status(503)
         asked.wait_for_hang_up(client)
         wait_for(lambda: self.base()["in_flight"] == 0)
@@ -7678,7 +7707,7 @@ class BreakerTest(CallCase):
     def test_an_answer_to_a_retry_is_the_callers_and_is_charged(self):
         answers = iter([answer(b"{}", "429 x", "Retry-After: 0"), answer(b"[]")])
         self.start(lambda asked: asked.send(next(answers)), UPSTREAM_RETRIES=1)
-        self.assertEqual((self.ask(call()).body, self.stub.calls, self.left()), (b"[]", 2, 999))
+        self.assertEqual((self.ask().body, self.stub.calls, self.left()), (b"[]", 2, 999))
         self.assert_base("closed")
 
     def test_an_open_upstream_is_closed_by_the_one_call_that_tries_it_and_the_log_says_so(self):
@@ -7733,7 +7762,7 @@ class BreakerTest(CallCase):
     def test_an_upload_is_not_asked_for_again(self):
         self.start(says(b"{}", "503 x", "Retry-After: 0"), UPSTREAM_RETRIES=3)
         self.assert_status(503, request("POST", "/v1/files", b"x" * 100))
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
 
 class RoutesTest(CallCase):
@@ -7845,20 +7874,20 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         for path in self.each(paths.split()):
             answered = self.ask(request("POST", path, chat()))
             self.assertIn(answered.status, (200, 400))
-            self.assertEqual(self.left(), 100 - self.stub.calls - box.calls)
+            self.assert_left(100 - self.stub.calls - box.calls)
 
     def test_a_model_that_no_upstream_serves_is_a_404_that_names_it(self):
         self.start_named("one", "UPSTREAM_ONE_MODELS=gpt-*", base=False)
         answered = self.assert_status(404, call(model="claude-5"), error="invalid_request_error")
-        self.assertEqual(answered.error()["code"], "model_not_found")
+        answered.tells("code", "model_not_found")
         self.assertIn("'claude-5'", answered.error()["message"])
         body = chat(model="claude-5", max_tokens=1)
         answered = self.assert_status(404, request("POST", "/v1/messages", body))
         self.assertEqual(answered.json()["error"]["type"], "not_found_error")
         answered = self.assert_status(404, request("GET", "/v1/models/other"))
-        self.assertEqual(answered.error()["code"], "model_not_found")
+        answered.tells("code", "model_not_found")
         self.assert_status(404, request("GET", "/v1/files"))
-        self.assertEqual(self.left(), 1000)
+        self.assert_left(1000)
 
     def test_a_key_that_is_set_replaces_the_callers_and_passthrough_passes_it_on(self):
         calls = {
@@ -7898,12 +7927,11 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             self.assertEqual((entry["input"], entry["output"], entry["estimated"]), expected)
 
     def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
-        self.start()
         for number, (path, payload, stream) in enumerate(self.each((
                 ("/api/chat", {}, True), ("/api/generate", {"stream": None}, True),
                 ("/api/chat", {"stream": False}, False), ("/api/embed", {}, False)))):
             self.ask(request("POST", path, json.dumps({"model": "m", **payload}).encode()))
-            self.assertEqual(self.entry(number)["stream"], stream)
+            self.assert_entry("stream", stream, number)
 
     def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
         self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough MAX_TOKENS=5")
@@ -7949,7 +7977,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
     def test_a_name_that_gemini_spells_in_two_ways_is_one_model(self):
         gemini, = self.start_named("gemini", "UPSTREAM_GEMINI_MODELS=gemini-*",
                                    LIMITS="model:gemini-2 1 requests per day")
-        self.assertEqual(self.came_from(call(model="models/gemini-2")), "gemini")
+        self.assert_from("gemini", call(model="models/gemini-2"))
         self.assertEqual(gemini.requests[0].json()["model"], "gemini-2")
         for model in ("gemini-2", "models/gemini-2"):
             self.assertIn(b"limit reached", self.ask(call(model=model)).body)
@@ -7971,15 +7999,15 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             " UPSTREAM_TWO_MODELS=m UPSTREAM_THREE_MODELS=m UPSTREAM_TWO_MAX_CONCURRENCY=1"
             " MAX_QUEUE=0 BREAKER_FAILURES=1",
             LIMITS="upstream:three 1 requests per day; upstream:* 100 requests per day")
-        self.assertEqual(self.came_from(call()), "one")
+        self.assert_from("one", call())
         one.answer = says(b"{}", "503 No")
         self.assert_status(503)  # it was sent
-        self.assertEqual(self.came_from(call()), "two")  # one is open
+        self.assert_from("two", call())  # one is open
         two.answer = None
         client = self.connect().send(call())
         asked = two.next()
-        self.assertEqual(self.came_from(call()), "three")  # two is at work
-        self.assertIn(b"limit reached", self.ask(call()).body)
+        self.assert_from("three", call())  # two is at work
+        self.assertIn(b"limit reached", self.ask().body)
         asked.answer()
         client.read()
         self.assertEqual([asked.json()["model"] for asked in two.requests], ["m", "m"])
@@ -8044,14 +8072,14 @@ class HttpsTest(CallCase):
         for settings, status, cause in self.each(rows):
             self.start(**settings)
             self.assert_status(status)
-            self.assertEqual(self.entry()["cause"], cause)
+            self.assert_entry("cause", cause)
 
     def test_a_stream_comes_through_and_a_caller_who_leaves_closes_it(self):
         self.box.answer = None
         self.start(UPSTREAM_CA_FILE=self.file)
         client, asked = self.begin(event(1))
         asked.wait_for_hang_up(client)
-        self.assertEqual(self.entry()["outcome"], "caller_gone")
+        self.assertEqual(self.outcome(), "caller_gone")
 
     def tunnel(self, asked):
         """The proxy on the way out, and the upstream behind it."""
@@ -8193,7 +8221,7 @@ redacted      None"""))
 
     def test_a_json_line_tells_the_same_but_for_details(self):
         self.start(**self.KEYS)
-        self.ask(call("sk-1"))
+        self.ask("sk-1")
         entry, row = self.assert_same()
         details = """
             address dialect served cached cache_write reasoning picodollars unpriced held charges
@@ -8233,10 +8261,10 @@ redacted      None"""))
         for number, (data, status, outcome, left) in enumerate(self.each(self.CALLS)):
             self.assert_status(status, data, "x-ratelimit-remaining: " + left)
             ProxyCase.assert_ending(self, outcome, 3, number, "sk-1")
-            self.assertEqual(self.entry(number)["status"], status)
+            self.assert_entry("status", status, number)
         for number in range(5):
             self.assert_same(number)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         found = len(self.rows(self.path)), len(self.lines.entries()), self.stub.calls
         self.assertEqual(found, (5, 7, 2))
 
@@ -8246,7 +8274,7 @@ redacted      None"""))
         for number in range(100):
             self.assertEqual(self.ask(call(None if number % 4 else "sk-x")).status,
                              401 if number % 4 or number < 40 else 429)
-        self.ask(call("sk-1"))
+        self.ask("sk-1")
         clock.now += 1
         self.ask(b"nonsense\r\n\r\n")
         wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
@@ -8276,12 +8304,12 @@ redacted      None"""))
     def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
         self.start()
         log, client = self.proxy.books.log, self.connect()
-        log.ROOM = 10
+        log.room = 10
         with self.held_up(self.lines, "write") as blocked:
             client.exchange(call())
             self.assertTrue(blocked.wait(PATIENCE))
             for _ in range(25):
-                self.assertEqual(client.exchange(call()).status, 200)
+                client.answers(200, call())
             wait_for(lambda: log.dropped == 15, "the last of them")
         wait_for(lambda: "15 log lines dropped" in self.lines.text(), "the count")
         self.assertEqual(len(self.lines.entries()), 11)
@@ -8302,7 +8330,7 @@ redacted      None"""))
                 ("json", '{"time": "%s", "message": "hello"}\n', '{"time": "%s", "id": '))):
             self.start(clock=Clock(), LOG_FORMAT=kind)
             self.proxy.books.log.say("hello")
-            self.ask(call())
+            self.ask()
             for line in lines:
                 self.assert_said(line % moment)
 
@@ -8310,15 +8338,15 @@ redacted      None"""))
         self.start()
         write = self.lines.write
         self.lines.write = lambda data: write(data[:7])
-        self.ask(call())
-        self.assertEqual(self.entry()["status"], 200)
+        self.ask()
+        self.assert_entry("status", 200)
         full = mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left"))
         self.lines.write = full
         self.assert_status(200)
         wait_for(lambda: full.called)
         self.lines.write = write
-        self.ask(call())
-        self.assertEqual(self.entry(1)["status"], 200)
+        self.ask()
+        self.assert_entry("status", 200, 1)
 
     def test_the_id_of_a_call_is_a_random_uuid(self):
         found = {llm_proxy.new_request_id() for _ in range(100)}
@@ -8352,12 +8380,11 @@ class LedgerTest(LedgerCase):
         self.start()
         reader, now = llm_proxy.LedgerReader(self.path), time.time()
         for number in range(1, 3):
-            self.ask(call())
+            self.ask()
             wait_for(lambda: [one.calls for one in reader.totals(
                 "model", now - 900, now + 900).values()] == [number], "the sum")
 
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
-        self.start()
         models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
         for model in models:
             self.assert_status(200, call(model=model))
@@ -8393,13 +8420,13 @@ class LedgerTest(LedgerCase):
         later.time_ns = lambda: clock.time_ns() + 5 * 10 ** 9
         self.start(act, clock, LIMITS=rules)
         self.ask(call("k", max_tokens=1))
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(act, later, DATABASE=self.path, LIMITS=rules + "; address 5 requests per day")
         found = {key[0]: level for key, level in levels(self.proxy).items()}
         self.assertEqual(found, {"all 100 tokens per day": -50, "each 10 requests per 100s": 9})
         later.now += 5  # the tenth second
         self.assertEqual([*levels(self.proxy).values()], [-50])
-        self.assertEqual(self.left("k"), 0)
+        self.assert_left(0, "k")
 
     def test_what_is_left_of_a_month_survives_a_restart_and_a_clock_that_slept(self):
         clock, later = Clock(), Clock(0.0)  # Tuesday, 14 November 2023, 22:30 UTC
@@ -8409,7 +8436,7 @@ class LedgerTest(LedgerCase):
         self.ask(call("k", max_tokens=1))
         for hours, lost in self.each(((1, 3), (1.6, 2), (2.1, 1), (16 * 24, 1), (16 * 24 + 1, 0))):
             wall = clock.time_ns() + int(hours * 3600 * 1e9)
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             later.time_ns = functools.partial(int, wall)
             self.start(clock=later, DATABASE=self.path, LIMITS=rules)
             self.assertEqual([*levels(self.proxy).values()], [-50] * lost)
@@ -8423,7 +8450,7 @@ class LedgerTest(LedgerCase):
             clock = Clock()
             self.start(act, clock, LIMITS=old)
             self.ask(call("k", max_tokens=1))
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             self.start(act, clock, DATABASE=self.path, LIMITS=new)
             self.assertEqual(sorted(levels(self.proxy).values()), expected)
 
@@ -8431,17 +8458,17 @@ class LedgerTest(LedgerCase):
         clock, right = Clock(), Clock()
         clock.time_ns = lambda: right.time_ns() + 86400 * 10 ** 9
         self.start(clock=clock, MAX_TOKENS=10)
-        self.ask(call("k"))
-        self.proxy.books.close(PATIENCE)
+        self.ask("k")
+        self.close_books()
         self.start(clock=right, MAX_TOKENS=10, DATABASE=self.path)
-        self.assertEqual(self.left("k"), 9)
+        self.assert_left(9, "k")
         said = "1 buckets were saved by a clock that was ahead"
         wait_for(lambda: said in self.lines.text(), "the line")
 
     def test_what_a_call_took_is_saved_with_its_row(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
         for number in range(1, 4):
-            self.ask(call("k"))
+            self.ask("k")
             self.wait_for_rows(number)
             with contextlib.closing(sqlite3.connect(self.path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
@@ -8452,7 +8479,7 @@ class LedgerTest(LedgerCase):
         for number, act in enumerate(self.each((os.unlink, lambda path: os.replace(other, path)))):
             other = new_path(self, "other.db")
             llm_proxy.Database(other).connection.close()
-            self.ask(call("k"))
+            self.ask("k")
             self.wait_for_rows(1 + number)
             for end in ("-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
@@ -8461,7 +8488,7 @@ class LedgerTest(LedgerCase):
             act(self.path)
             wait_for(lambda: self.lines.text().count("a new one is begun") == number + 1)
             wait_for(lambda: self.lines.text().count("are kept in " + self.path) == number + 1)
-            self.ask(call("k"))
+            self.ask("k")
             self.wait_for_rows(1)
             with contextlib.closing(sqlite3.connect(self.path)) as connection:
                 found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
@@ -8472,26 +8499,26 @@ class LedgerTest(LedgerCase):
         lock, other = llm_proxy.lock_name(self.path), new_path(self, "other")
         os.unlink(lock)
         wait_for(lambda: os.path.exists(lock))
-        wait_for(lambda: "are kept in " + self.path in self.lines.text())
+        self.assert_said("are kept in " + self.path)
         with self.assertRaises(llm_proxy.InUse):
             llm_proxy.lock_for_service(self.path)
         with llm_proxy.lock_for_service(other) as theirs:
             self.proxy.books.ledger.reopen_at = 0
             os.replace(theirs.name, lock)
             said = "in memory only: DATABASE %s is used by another llm_proxy" % self.path
-            wait_for(lambda: said in self.lines.text())
+            self.assert_said(said)
 
     def test_a_key_without_a_name_has_the_same_label_after_a_restart(self):
         labels = []
         for _ in range(2):
             self.start(**({"DATABASE": self.path} if labels else {}))
-            self.ask(call("k"))
+            self.ask("k")
             labels.append(self.entry()["caller"])
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
         self.assertRegex(labels[0], "^key:[0-9a-f]{8}$")
         self.assertEqual(labels[0], labels[1])
         self.start()
-        self.ask(call("k"))
+        self.ask("k")
         self.assertNotEqual(self.entry()["caller"], labels[0])
 
     def test_what_was_made_is_known_after_a_restart_as_far_as_there_is_room(self):
@@ -8505,7 +8532,7 @@ class LedgerTest(LedgerCase):
         self.start(lambda asked: asked.send(answer(b'{"id": "resp_%d"}' % next(names))), **keys)
         for key in "baa":
             self.ask(request("POST", "/v1/responses", b"{}", key=key))
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(says(), **keys)
         found = [self.ask(request("GET", "/v1/responses/resp_%d" % number, key=key)).status
                  for key in "ab" for number in range(3)]
@@ -8524,7 +8551,7 @@ class LedgerTest(LedgerCase):
     def test_a_full_queue_drops_and_counts_and_holds_up_nobody(self):
         self.start()
         ledger = self.proxy.books.ledger
-        ledger.ROOM = 3
+        ledger.room = 3
         with self.held_up(ledger, "write_queued") as blocked:
             self.assertTrue(blocked.wait(PATIENCE))
             began = time.monotonic()
@@ -8542,7 +8569,7 @@ class LedgerTest(LedgerCase):
         fault = sqlite3.OperationalError("disk I/O error")
         text = "the database cannot be written: disk I/O error"
         with mock.patch.object(database, "add", side_effect=fault) as add:
-            self.ask(call())
+            self.ask()
             wait_for(lambda: text in self.lines.text() and add.call_count > 1)
         self.assertEqual(self.row()["status"], 200)
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
@@ -8582,13 +8609,13 @@ class LedgerTest(LedgerCase):
             path = os.path.join(folder or new_path(self), "llm_proxy.db")
             usage_log = path + ".jsonl"
             self.start(DATABASE=path, USAGE_LOG=usage_log, MAX_TOKENS=10 ** 6)
-            self.ask(call("k"))
+            self.ask("k")
             self.wait_for_rows(1)
             ledger, client = self.proxy.books.ledger, self.connect()
-            ledger.ROOM = 20
+            ledger.room = 20
             with self.full_disk(folder):
                 for _ in range(60):
-                    self.assertEqual(client.exchange(call("k")).status, 200)
+                    client.answers(200, call("k"))
                 said = "the database cannot be written: database or disk is full"
                 wait_for(lambda: said in self.lines.text(), said)
                 dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
@@ -8598,7 +8625,7 @@ class LedgerTest(LedgerCase):
             self.ask(call("k", "X-Request-ID: the-last"))
             wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
             self.assert_counted(pathlib.Path(usage_log).read_text("ascii").splitlines(), 62)
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             with contextlib.closing(sqlite3.connect(path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
             self.assertEqual(found, [(10 ** 6 - 62,)])
@@ -8612,7 +8639,7 @@ class LedgerTest(LedgerCase):
     def test_the_same_entries_go_to_a_file_of_json_lines(self):
         path = new_path(self, "llm_proxy.db") + ".jsonl"
         self.start(says(completion(20, 4)), USAGE_LOG=path)
-        self.ask(call())
+        self.ask()
         self.assertEqual(json.loads(wait_for(pathlib.Path(path).read_text)), self.row())
         self.proxy.books.usage_log.stream.close()
 
@@ -8626,7 +8653,7 @@ class LedgerTest(LedgerCase):
             self.proxy.books.usage_log = full
             for _ in range(10):
                 full.say("x" * 60000)
-            self.ask(call())
+            self.ask()
             self.assertEqual(self.row()["status"], 200)
             self.proxy.books.usage_log = None
             full.close(0.2)
@@ -8673,8 +8700,11 @@ class KeysCase(LedgerCase):
             connection.commit()
         return found[-1]
 
+    def assert_statuses(self, statuses, *keys):
+        self.assertEqual(self.statuses(*keys), statuses)
+
     def statuses(self, *keys):
-        return [self.ask(call(key)).status for key in keys]
+        return [self.ask(key).status for key in keys]
 
 
 class KeyStoreTest(KeysCase):
@@ -9261,7 +9291,7 @@ class BalanceTest(LedgerCase):
         missing = sorted(self.missing())
         running = self.proxy.limits.buckets.levels["all 1000 running",]
         self.assertEqual(running[0], 1000)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.assert_balance(self.rows(self.path), missing)
 
     def assert_balance(self, rows, missing):
@@ -9420,7 +9450,7 @@ class MetricsTest(SignalsCase):
         self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
                    LIMITS="each 9 requests per day")
         for key in ("sk-1", "sk-2"):
-            self.ask(call(key))
+            self.ask(key)
         self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
         self.assertEqual(self.sums("bucket_level"), 8)
 
@@ -9444,7 +9474,7 @@ class MetricsTest(SignalsCase):
         self.start(**keys, METRICS="open")
         self.assert_status(200, request("GET", "/metrics"),
                            "content-type: text/plain; version=0.0.4; charset=utf-8")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_ten_wrong_keys_in_a_row_at_metrics_are_too_many(self):
         self.start(clock=Clock(), ADMIN_KEY="adm")
@@ -9471,7 +9501,7 @@ class MetricsTest(SignalsCase):
         wait_for(lambda: self.base()["queue"]["waiting"], "the line")
         clock.now += 20
         asked.chunks(self.STREAMED, end=True)
-        self.assertTrue(client.rest().whole)
+        client.expect_end()
         asked = self.stub.next()
         wait_for(lambda: "the response of" in "".join(self.server.running_calls()), "its waiting")
         clock.now += 3
@@ -9608,7 +9638,7 @@ class TracesTest(SignalsCase):
 
     def test_a_guess_is_told_as_one_and_what_has_no_price_has_none(self):
         self.start_traced()
-        self.ask(call("sk-1"))
+        self.ask("sk-1")
         (_, told), = self.spans()
         self.assertEqual(
             (told["llm_proxy.estimated"], "llm_proxy.usd" in told), (True, False))
@@ -9616,7 +9646,7 @@ class TracesTest(SignalsCase):
     def test_what_went_wrong_is_told(self):
         self.start_traced(says(b"{}", "404 Not Found"), LIMITS="each 1 requests per day")
         for key in ("sk-1", "sk-1", "wrong"):
-            self.ask(call(key))
+            self.ask(key)
         found = {told["llm_proxy.outcome"]: (span, told) for span, told in self.spans(3)}
         for outcome, error in self.each((("upstream_status", "404"), ("limited", "limited"),
                                          ("refused", "refused"))):
@@ -9646,7 +9676,7 @@ class TracesTest(SignalsCase):
             self.ask(call("sk-1", "Traceparent: " + odd, "Tracestate: a=b"))
             span, _ = self.spans(number + 1)[number]
             self.assertNotIn("parentSpanId", span)
-            self.assert_fields(self.stub.requests[-1], "tracestate:", "traceparent: 00-%s-%s-01" % (
+            self.assert_fields(self.stub.last, "tracestate:", "traceparent: 00-%s-%s-01" % (
                 span["traceId"], span["spanId"]))
 
     def test_a_later_version_of_the_field_is_read_as_far_as_it_is_known(self):
@@ -9671,22 +9701,22 @@ class TracesTest(SignalsCase):
         def answer(asked):
             asked.answer(b"{}", answers[min(2, self.collector.calls - 1)].decode())
         self.start_traced(taken=answer)
-        self.ask(call("sk-1"))
+        self.ask("sk-1")
         wait_for(lambda: self.collector.calls == 2, "the second try")
         self.assertEqual(self.sums("dropped_total", 'what="traces"'), 0)
-        self.ask(call("sk-1"))
+        self.ask("sk-1")
         wait_for(lambda: self.sums("dropped_total", 'what="traces"') == 1, "the loss")
         self.assertEqual(self.collector.calls, 3)
-        wait_for(lambda: "traces cannot be delivered: status 400" in self.lines.text())
+        self.assert_said("traces cannot be delivered: status 400")
 
     def test_a_collector_that_is_away_holds_up_nothing_and_its_address_is_not_told(self):
         self.start_traced(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1/secret-path")
-        self.proxy.traces.poster.ROOM = 3
+        self.proxy.traces.poster.room = 3
         client = self.connect()
         for _ in range(10):
-            self.assertEqual(client.exchange(call("sk-1")).status, 200)
+            client.answers(200, call("sk-1"))
         wait_for(lambda: self.sums("dropped_total", 'what="traces"') == 10, "the count")
-        wait_for(lambda: "traces cannot be delivered: connection refused" in self.lines.text())
+        self.assert_said("traces cannot be delivered: connection refused")
         self.assertNotIn("secret-path", self.lines.text())
 
     def test_a_collector_by_https_must_be_who_it_says(self):
@@ -9695,7 +9725,7 @@ class TracesTest(SignalsCase):
                                             ({}, "certificate not trusted"))):
             collector = self.stub_of("collector", tls=llm_proxy.server_context(file, None))
             self.start(**self.KEYS, **settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
-            self.ask(call("sk-1"))
+            self.ask("sk-1")
             wait_for(lambda: (outcome or "") in self.lines.text() if outcome else collector.calls)
             self.assertEqual(collector.calls, 0 if outcome else 1)
 
@@ -9774,7 +9804,7 @@ class WarningsTest(SignalsCase):
         for connection in self.stub.sockets:
             hang_up(connection)
         look = functools.partial(self.on_loop, self.look)
-        self.ask(call("sk-1"))
+        self.ask("sk-1")
         look()
         look()
         self.assertEqual([one["event"] for one in self.events(1)], ["upstream_down"])
@@ -9819,7 +9849,7 @@ class WarningsTest(SignalsCase):
         self.start_warned()
         self.hook.answer = says(b"", "500 No")
         self.on_loop(self.proxy.watchers.warnings.tell, "test", (), None)
-        wait_for(lambda: "webhook cannot be delivered: status 500" in self.lines.text())
+        self.assert_said("webhook cannot be delivered: status 500")
         self.assertEqual(self.hook.calls, 3)
         self.assertEqual(self.sums("dropped_total", 'what="webhook"'), 1)
 
@@ -10298,6 +10328,9 @@ class SharedLimitsTest(ProxyCase):
         outcomes = [self.ask(call(key)).body == b'{"said": "hi"}' for _ in range(calls)]
         return sum(outcomes)
 
+    def assert_admitted(self, admitted, *calls):
+        self.assertEqual(self.admitted(*calls), admitted)
+
     def stored(self):
         """The levels in Redis."""
         found = [self.redis.ask("GET", name) for name in self.redis.ask("KEYS", "*:b:*")]
@@ -10305,9 +10338,9 @@ class SharedLimitsTest(ProxyCase):
 
     def test_two_proxies_share_a_bucket(self):
         one = self.start_here()
-        self.assertEqual(self.admitted(6), 6)
+        self.assert_admitted(6, 6)
         two = self.start_here()
-        self.assertEqual(self.admitted(6), 4)
+        self.assert_admitted(4, 6)
         self.assertEqual(self.stored(), [0])
         self.is_back(one)
         wait_for(lambda: one.processes == two.processes == 2)
@@ -10318,7 +10351,7 @@ class SharedLimitsTest(ProxyCase):
         told = says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
         for left in ("970", "940"):
             buckets = self.start_here(told, "each 1000 tokens per hour", RESPONSE_TOKEN_RESERVE=900)
-            self.assertEqual(self.ask(call()).get("x-ratelimit-remaining"), left)
+            self.assertEqual(self.ask().get("x-ratelimit-remaining"), left)
             self.is_back(buckets)
 
     def test_while_redis_is_away_each_has_its_share_and_that_is_charged_later(self):
@@ -10330,7 +10363,7 @@ class SharedLimitsTest(ProxyCase):
         self.is_away(two)
         one.beats = two.beats = two.START_BEATS  # after which Redis is said to be there
         began = time.monotonic()
-        self.assertEqual(self.admitted(6), 4)  # of the 8 that are left
+        self.assert_admitted(4, 6)  # of the 8 that are left
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assert_said(": this process goes by its share of the limits, one of 2")
         self.assertIn("llm_proxy_limits_degraded 1", self.ask(
@@ -10343,7 +10376,7 @@ class SharedLimitsTest(ProxyCase):
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assert_said("Redis is there again: ")
         wait_for(lambda: self.stored() == [4])
-        self.assertEqual(self.admitted(6), 4)
+        self.assert_admitted(4, 6)
 
     def test_open_lets_all_in_meanwhile_and_closed_none(self):
         for policy, admitted, status, stored in self.each((("closed", 0, 503, []),
@@ -10351,7 +10384,7 @@ class SharedLimitsTest(ProxyCase):
             buckets = self.start_here(REDIS_AWAY=policy)
             self.redis.kill()
             self.is_away(buckets)
-            self.assertEqual(self.admitted(12), admitted)
+            self.assert_admitted(admitted, 12)
             self.assert_status(status, call("b"))
             self.redis.start()
             self.is_back(buckets)
@@ -10359,13 +10392,13 @@ class SharedLimitsTest(ProxyCase):
 
     def test_flushall_opens_no_gate(self):
         buckets = self.start_here(limits=self.RULE + "; each 2 running; all 99 requests per day")
-        self.assertEqual(self.admitted(7), 7)
+        self.assert_admitted(7, 7)
         self.stub.answer, before = None, self.stub.answer
-        client, asked = self.ask_stub(call())
+        client, asked = self.ask_stub()
         self.stub.answer = before
         self.is_back(buckets)
         self.redis.ask("FLUSHALL")
-        self.assertEqual(self.admitted(5), 2)
+        self.assert_admitted(2, 5)
         wait_for(lambda: self.stored() == [0, 89])
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
         asked.answer()
@@ -10374,18 +10407,18 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
         self.patch_seconds(RedisBuckets_WAIT_SECONDS=PATIENCE)
         one, two = self.start_here(), self.start_here()
-        self.assertEqual(self.admitted(7, "sk-1"), 7)
+        self.assert_admitted(7, 7, "sk-1")
         wait_for(lambda: one.processes == two.processes == 2)
         self.redis.ask("FLUSHALL")
         wait_for(lambda: self.stored() == [3])
-        self.assertEqual(self.admitted(4, "sk-1"), 3)
+        self.assert_admitted(3, 4, "sk-1")
         self.assertFalse(one.is_degraded or two.is_degraded)
 
     def test_scripts_that_redis_was_made_to_forget_are_told_again(self):
         buckets = self.start_here(MAX_CONCURRENCY=1, SHARE_SLOTS="on")
         for _ in range(2):
             self.redis.ask("SCRIPT", "FLUSH")
-            self.assertEqual(self.admitted(3), 3)
+            self.assert_admitted(3, 3)
             self.is_back(buckets)
         self.assertEqual(self.stored(), [4])
 
@@ -10393,7 +10426,7 @@ class SharedLimitsTest(ProxyCase):
         for text in self.each([
                 ("nonsense",), ("inf inf inf",), (bytes(range(256)),), ("1e300 -1",)]):
             buckets = self.start_here()
-            self.assertEqual(self.admitted(1), 1)
+            self.assert_admitted(1, 1)
             self.is_back(buckets)
             name, = self.redis.ask("KEYS", "*:b:*")
             self.redis.ask("SET", name, *text)
@@ -10411,7 +10444,7 @@ class SharedLimitsTest(ProxyCase):
         with mock.patch.object(buckets.redis, "url", llm_proxy.RedisUrl(
                 path=self.redis.path, password="hunter2")):
             wait_for(lambda: buckets.reason == "does not take the user and password")
-            self.assertEqual(self.admitted(11), 10)
+            self.assert_admitted(10, 11)
         self.assertNotIn("hunter2", self.lines.text() + repr(self.ask(HEALTH).body))
 
     def test_a_server_that_refuses_to_write_is_away_until_it_does_not(self):
@@ -10438,7 +10471,7 @@ class SharedLimitsTest(ProxyCase):
         seconds = []
         for _ in range(9):
             began = time.monotonic()
-            self.assertEqual(self.admitted(1), 1)
+            self.assert_admitted(1, 1)
             seconds.append(time.monotonic() - began)
         self.assertLess(statistics.median(seconds), 0.1 + 0.05)  # 50 ms are this machine's,
         self.assertLess(max(seconds), PATIENCE / 4)              # which may have much to do
@@ -10448,7 +10481,7 @@ class SharedLimitsTest(ProxyCase):
         self.is_back(buckets)
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assertEqual(self.stored(), [0])  # nothing twice
-        self.assertEqual(self.admitted(1), 0)
+        self.assert_admitted(0, 1)
 
     def test_a_replica_that_takes_over_knows_all_or_is_told(self):
         for lost, left in self.each(((0, 6), (2, 4))):
@@ -10458,28 +10491,28 @@ class SharedLimitsTest(ProxyCase):
             new.ask("REPLICAOF", "127.0.0.1", old.port)
             both = [self.start_here(REDIS_URL="unix://" + link) for _ in range(2)]
             wait_for(lambda: [one.processes for one in both] == [2, 2])
-            self.assertEqual(self.admitted(4), 4)
+            self.assert_admitted(4, 4)
             self.redis = new
             wait_for(lambda: self.stored() == [6], "the replica")
             new.ask("REPLICAOF", "NO", "ONE")
-            self.assertEqual(self.admitted(lost), lost)  # as the old one knows alone
+            self.assert_admitted(lost, lost)  # as the old one knows alone
             old.ask("REPLICAOF", "127.0.0.1", new.port)
             for one in both:
                 wait_for(lambda: one.reason == "is read-only")
-            self.assertEqual(self.admitted(9), left // 2)
+            self.assert_admitted(left // 2, 9)
             os.symlink(new.path, link + ".new")
             os.replace(link + ".new", link)
             for one in both:
                 self.is_back(one)
             self.assertEqual(self.stored(), [left - left // 2])
-            self.assertEqual(self.admitted(9), left - left // 2)
+            self.assert_admitted(left - left // 2, 9)
 
     def test_what_was_charged_while_redis_was_away_is_told_at_the_end(self):
         for seconds in self.each(((2,), (0,))):
             buckets = self.start_here(says(), self.RULE)
             self.redis.kill()
             self.is_away(buckets)
-            self.assertEqual(self.admitted(2), 2)
+            self.assert_admitted(2, 2)
             buckets.DRAIN_SECONDS, = seconds
             with threads([self.redis.start] if seconds[0] else []):
                 self.drain(0)
@@ -10518,34 +10551,34 @@ class SharedLimitsTest(ProxyCase):
             with mock.patch.object(llm_proxy.Redis, "ANSWER_SECONDS", -1), mock.patch.object(
                     llm_proxy.Redis, "LOOK_SECONDS", 0):
                 self.redis.process.send_signal(signal.SIGSTOP)
-                self.assertEqual(self.admitted(1), late)
+                self.assert_admitted(late, 1)
                 self.redis.process.send_signal(signal.SIGCONT)
                 self.is_back(buckets)
-            self.assertEqual(self.admitted(4), in_time)
+            self.assert_admitted(in_time, 4)
 
     def test_what_is_given_and_filled_is_so_for_all(self):
         rule, key = "each 10 requests per hour", "sk-1"
         one = self.start_here(PROXY_API_KEYS="ann=" + key)
         two = self.start_here(PROXY_API_KEYS="ann=" + key)
-        self.assertEqual(self.admitted(12, key), 10)
+        self.assert_admitted(10, 12, key)
         owner = ("key", hashlib.sha256(key.encode()).digest())
         loop = one.redis.loop
         loop.call_soon_threadsafe(one.fill, owner)
         wait_for(lambda: not self.stored())
-        self.assertEqual(self.admitted(12, key), 10)
+        self.assert_admitted(10, 12, key)
         until = time.monotonic() + 60
         loop.call_soon_threadsafe(one.give, self.proxy.limits.rules[0], (rule, owner), 3, until)
         wait_for(lambda: self.stored() == [3])
-        self.assertEqual(self.admitted(12, key), 3)
+        self.assert_admitted(3, 12, key)
         self.assertEqual([amount for (amount, _), in two.given.values()], [3])
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
         self.start_here(None, rules)
-        running = [self.ask_stub(call()) for _ in range(2)]
+        running = [self.ask_stub() for _ in range(2)]
         self.start_here(None, rules)
-        running.append(self.ask_stub(call()))
-        self.assertIn(b"3 running already", self.ask(call()).body)
+        running.append(self.ask_stub())
+        self.assertIn(b"3 running already", self.ask().body)
         name, = self.redis.ask("KEYS", "*:r:*")
         rows = self.redis.ask("GET", name).split()
         self.assertEqual(sorted(rows[1::3]), [b"1", b"2"])
@@ -10555,7 +10588,7 @@ class SharedLimitsTest(ProxyCase):
             client.head()
         wait_for(lambda: not self.redis.ask("KEYS", "*:r:*"))
         self.redis.ask("SET", name, "dead 3 1")  # it has said nothing for 30 s
-        for client, asked in [self.ask_stub(call()) for _ in range(3)]:
+        for client, asked in [self.ask_stub() for _ in range(3)]:
             asked.answer()
             client.head()
 
@@ -10569,7 +10602,7 @@ class SharedLimitsTest(ProxyCase):
         self.redis.kill()
         for settings, admitted in self.each((({"DATABASE": path}, 5), ({"PEERS": 3}, 3))):
             self.is_away(self.start(**settings))
-            self.assertEqual(self.admitted(7), admitted)
+            self.assert_admitted(admitted, 7)
 
     def test_wherever_one_comes_to_a_cluster_of_three_nodes_it_is_one_store(self):
         wait_for(lambda: all(b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
@@ -10577,7 +10610,7 @@ class SharedLimitsTest(ProxyCase):
                              for node in self.nodes), "the cluster")
         for node, admitted in zip(self.nodes, (4, 4, 2)):
             self.start_here(REDIS_URL=node.url)
-            self.assertEqual(self.admitted(4), admitted)
+            self.assert_admitted(admitted, 4)
 
 
 @NEEDS_REDIS
@@ -10793,7 +10826,7 @@ class SharedKeysTest(KeysCase):
         def found():
             result = []
             for _, self.address, _ in self.boxes:
-                status = self.ask(call(secret)).status
+                status = self.ask(secret).status
                 result.append(401 if status == 429 else status)  # which was asked for too often
             return tuple(result)
         wait_for(lambda: found() == statuses, "%r of all" % (statuses,))
@@ -10818,7 +10851,7 @@ class SharedKeysTest(KeysCase):
         self.until(secret, 200, 200)
         self.redis.kill()
         path = self.boxes.pop()[2]
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start_box(path)
         self.until(secret, 200, 200)
         self.keys(path, "revoke", "ann")
@@ -10863,7 +10896,7 @@ class SharedSumsTest(ProxyCase):
     def call_at(self, box, count):
         self.address, _ = box
         for _ in range(count):
-            self.ask(call("sk-a"))
+            self.ask("sk-a")
 
     @staticmethod
     def totals(path):
@@ -10900,7 +10933,7 @@ class SharedSumsTest(ProxyCase):
         self.call_at(one, 3)
         self.assert_told(3, one)
         for _ in range(2):
-            self.proxy.books.close(PATIENCE)
+            self.close_books()
             one = self.box(one[1])
             self.assert_told(3, one, two)
 
@@ -10915,10 +10948,10 @@ class SharedSumsTest(ProxyCase):
         self.redis.start()
         self.assert_told(4, one, two)
         two = self.box(two[1])  # which is started again
-        with mock.patch.object(llm_proxy.SharedSums, "AT_ONCE", 1):
-            self.call_at(one, 1)
-            self.call_at(two, 1)
-            self.assert_told(6, one, two)
+        self.patch_seconds(SharedSums_AT_ONCE=1)
+        self.call_at(one, 1)
+        self.call_at(two, 1)
+        self.assert_told(6, one, two)
 
     def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
         async def late(*arguments):
@@ -11129,7 +11162,7 @@ class SettlingTest(LedgerCase):
                 "usage": {"prompt_tokens": 20, "total_tokens": 25},
                 "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
             self.ask(request("GET", poll))
-            self.assertEqual(self.left(), 975)
+            self.assert_left(975)
 
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
@@ -11203,22 +11236,20 @@ class SettlingTest(LedgerCase):
         self.assert_ending("ok", 1000 - 24)
 
     def test_whether_a_stream_is_asked_for_is_said_plainly(self):
-        self.start()
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
         for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
             self.assert_status(400, request("POST", path, chat(stream=value)))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
         self.assert_status(200, call(stream=None))
 
     def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
-        self.start()
         path = "/v1beta/models/m:generateContent?"
         for query, left in self.each((
                 ("fields=candidates", ""), ("alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"),
                 ("f%69elds=x&fields", ""), ("myfields=x", "myfields=x"),
                 ("alt=proto&$callback=x&alt", ""), ("a=b&%24alt=json", "a=b&%24alt=json"))):
             self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
 
@@ -11232,7 +11263,7 @@ class SettlingTest(LedgerCase):
             body = completion(20, 4)
             body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(body)
             self.stub.answer = says(body, "200 OK", "Content-Encoding: " + name)
-            self.assert_used(self.ask(call()), "20", "4", "")
+            self.assert_used(self.ask(), "20", "4", "")
             self.assert_ending("ok", 1000 - 24 * (number + 2), number + 1)
 
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
@@ -11277,7 +11308,7 @@ class SettlingTest(LedgerCase):
             self.start(says(body, "400 Bad Request"))
             for number in (0, 1):
                 self.assertEqual(self.assert_status(400, call(stream=True)).body, body)
-                self.assertEqual(self.stub.calls, calls[number])
+                self.assert_calls(calls[number])
                 self.assert_ending("upstream_status", 1000, number)
 
     def test_a_maximum_beyond_all_numbers_is_no_crash(self):
@@ -11294,11 +11325,10 @@ class SettlingTest(LedgerCase):
             self.assertIsNone(answered.get("content-length"))
 
     def test_a_json_answer_in_pieces_tells_its_cost_in_its_head(self):
-        self.start(None)
         body = completion(20, 4)
         head = STREAM.replace(b"text/event-stream", b"application/json")
         for data in self.each((answer(body), head + chunk(body[:9]) + chunk(body[9:]) + LAST)):
-            client, asked = self.ask_stub(call())
+            client, asked = self.ask_stub()
             for at in range(0, len(data), 40):
                 asked.send(data[at:at + 40])
             asked.finish()
@@ -11374,28 +11404,27 @@ class SettlingTest(LedgerCase):
 
 class KeysTest(KeysCase):
     def test_the_first_key_closes_the_door_and_keys_of_the_settings_go_on_working(self):
-        self.start()
-        self.assertEqual(self.statuses("x", None), [200, 200])
+        self.assert_statuses([200, 200], "x", None)
         ann = self.add()
-        self.assertEqual(self.statuses(ann, "x", None), [200, 401, 401])
+        self.assert_statuses([200, 401, 401], ann, "x", None)
         self.assert_said("nobody may call without one from now on")
         self.assertEqual([row["caller"] for row in self.wait_for_rows(5)][2], "ann")
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
-        self.assertEqual(self.statuses(ann, "sk-old", "x"), [200, 200, 401])
+        self.assert_statuses([200, 200, 401], ann, "sk-old", "x")
 
     def test_the_door_stays_open_where_anyone_may_call(self):
         self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
                    LIMIT_REPLY="error")
         ann = self.add()
-        self.assertEqual(self.statuses("x", None, ann, ann), [200, 200, 200, 429])
+        self.assert_statuses([200, 200, 200, 429], "x", None, ann, ann)
 
     def test_the_door_is_closed_at_the_next_start_too(self):
         self.start()
         self.add()
         self.change("remove", "ann")
-        self.assertEqual(self.statuses("x"), [401])
-        self.proxy.books.close(PATIENCE)
+        self.assert_statuses([401], "x")
+        self.close_books()
         self.start(DATABASE=self.path)
         self.assertEqual((self.statuses("x"), self.proxy.stored.policy), ([401], "own"))
         self.assertEqual(self.proxy.config.cors_origins, ("*",))
@@ -11421,11 +11450,11 @@ class KeysTest(KeysCase):
             self.start(clock=clock, PROXY_API_KEYS=policy)
             ann = self.add(expires="30d")
             client = self.connect()
-            self.assertEqual(client.exchange(call(ann)).status, 200)
+            client.answers(200, call(ann))
             clock.now += 60
             self.change(act, "ann", **{"expires": "1m"} if act == "set" else {})
-            self.assertEqual(client.exchange(call(ann)).status, 401)
-            self.assertEqual(self.stub.calls, 1)
+            client.answers(401, call(ann))
+            self.assert_calls(1)
 
     def test_a_key_that_expires_is_a_401_from_then_on(self):
         clock = Clock()
@@ -11433,22 +11462,22 @@ class KeysTest(KeysCase):
         ann, client = self.add(expires="1m"), self.connect()
         for seconds, status in self.each(((0, 200), (59, 200), (1, 401), (60, 401))):
             clock.now += seconds
-            self.assertEqual(client.exchange(call(ann)).status, status)
+            client.answers(status, call(ann))
         self.change("set", "ann", expires="never")
-        self.assertEqual(client.exchange(call(ann)).status, 200)
+        client.answers(200, call(ann))
 
     def test_rotation_changes_the_secret_and_nothing_else(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
         first = self.add(team="red")
-        self.ask(call(first))
+        self.ask(first)
         second = self.change("rotate", "ann").secret
         third = self.change("rotate", "ann", "1h").secret
-        self.assertEqual(self.statuses(first, second, third), [401, 200, 200])
+        self.assert_statuses([401, 200, 200], first, second, third)
         self.assertEqual((self.left(second), self.left(third)), (7, 7))
         rows = self.wait_for_rows(4)
         self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
         self.proxy.clock.now += 3600
-        self.assertEqual(self.statuses(second, third), [401, 200])
+        self.assert_statuses([401, 200], second, third)
 
     def test_the_log_says_why_a_key_is_refused(self):
         self.start(PROXY_API_KEYS="anyone", **self.STEERING)
@@ -11459,7 +11488,7 @@ class KeysTest(KeysCase):
                 (ann, "ann", "model_not_allowed"), (ben, "ben", "upstream_not_allowed"),
                 (self.STEERING["VIEWER_KEY"], "VIEWER_KEY", "key_not_for_calls"),
                 (old, "127.0.0.1", "key of cem ended")))):
-            self.ask(call(key))
+            self.ask(key)
             entry = self.entry(number)
             self.assertEqual((entry["caller"], entry["cause"]), (caller, cause))
 
@@ -11473,7 +11502,7 @@ class KeysTest(KeysCase):
             for key in [*self.STEERING.values(), *stored]:
                 for data in (call(key), request("GET", "/v1/files", key=key)):
                     self.assertEqual(self.ask(data).error()["code"], "key_not_for_calls")
-            self.assertEqual(self.stub.calls, 0)
+            self.assert_calls(0)
             self.assertFalse(self.execute("SELECT * FROM facts WHERE name = 'closed'"))
 
     def test_a_stored_key_never_goes_up_where_callers_show_their_own(self):
@@ -11481,7 +11510,7 @@ class KeysTest(KeysCase):
                                  " PROXY_API_KEYS=anyone")
         ann = self.add()
         self.assertEqual(self.ask(call(ann, model="x")).error()["code"], "upstream_not_allowed")
-        self.assertEqual(self.statuses(ann), [200])
+        self.assert_statuses([200], ann)
         self.assertEqual((self.stub.calls, stubs[0].requests[0].get("authorization")), (0, None))
 
     def start_page(self, role, **settings):
@@ -11499,24 +11528,24 @@ class KeysTest(KeysCase):
             self.start_page(role)
             keys = [self.add(one, role=one) for one in llm_proxy.ROLES]
             for three in (keys, [keys[0], *reversed([*self.STEERING.values()])]):
-                self.assertEqual(self.statuses(*three), statuses)
+                self.assert_statuses(statuses, *three)
         self.assertEqual(self.ask(call(self.STEERING["ADMIN_KEY"])).json(), {"who": "ADMIN_KEY"})
 
     def test_wrong_keys_are_counted_at_pages_too_even_where_anyone_may_call(self):
         for policy in self.each(("anyone", "ann=sk-1")):
             self.start_page("viewer", PROXY_API_KEYS=policy)
-            self.assertEqual(self.statuses(None), [401])
+            self.assert_statuses([401], None)
             found = self.statuses(*["sk-x%d" % number for number in range(11)])
             self.assertEqual(found, [401] * 10 + [429])
-            self.assertEqual(self.statuses(self.STEERING["VIEWER_KEY"], None), [200, 401])
+            self.assert_statuses([200, 401], self.STEERING["VIEWER_KEY"], None)
 
     def test_a_key_that_is_no_more_opens_no_page(self):
         self.start_page("admin")
         secret = self.add("boss", role="admin")
         new = self.change("rotate", "boss").secret
-        self.assertEqual(self.statuses(secret, new), [401, 200])
+        self.assert_statuses([401, 200], secret, new)
         self.change("revoke", "boss")
-        self.assertEqual(self.statuses(new), [401])
+        self.assert_statuses([401], new)
 
     MODELS = (
         ("gemma-3", 200), ("GEMMA-3", 200), ("google/gemma-3", 200), ("gpt-4o", 200),
@@ -11529,7 +11558,7 @@ class KeysTest(KeysCase):
         for model, status in self.each(self.MODELS):
             answered = self.assert_status(status, call(ann, model=model))
             if status == 403:
-                self.assertEqual(answered.error()["code"], "model_not_allowed")
+                answered.tells("code", "model_not_allowed")
         called = self.stub.calls
         for payload in self.each((
                 {"models": ["gemma-3", "llama"]}, {"fallbacks": ["llama"]},
@@ -11539,8 +11568,8 @@ class KeysTest(KeysCase):
                                "/v1beta/models/llama:generateContent", "/api/chat")):
             self.assert_status(403, request("POST", path, chat(model="llama"), key=ann))
         self.assert_status(403, request("POST", "/v1/files", b"x", key=ann))
-        self.assertEqual(self.stub.calls, called)
-        self.assertEqual(self.statuses(ben), [200])
+        self.assert_calls(called)
+        self.assert_statuses([200], ben)
 
     def test_the_list_of_models_shows_what_a_key_may_use(self):
         listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
@@ -11592,40 +11621,40 @@ class KeysTest(KeysCase):
         self.start(LIMITS="each 9 requests per day; team:red 3 requests per day",
                    LIMIT_REPLY="error")
         ann, ben = self.add(team="red"), self.add("ben", team="red")
-        self.assertEqual(self.statuses(ann, ann, ben, ben), [200, 200, 200, 429])
+        self.assert_statuses([200, 200, 200, 429], ann, ann, ben, ben)
         self.change("set", "ann", team="", limits="4 requests per day")
-        self.assertEqual(self.statuses(*[ann] * 4), [200, 200, 200, 429])  # 7 of 9 were left
+        self.assert_statuses([200, 200, 200, 429], *[ann] * 4)  # 7 of 9 were left
         self.change("set", "ann", reset=True)
-        self.assertEqual(self.statuses(ann), [200])
+        self.assert_statuses([200], ann)
 
     def test_a_keys_rule_may_count_what_no_other_does(self):
         self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
         ann = self.add(limits="100 tokens per day")
         self.ask(call(ann, max_tokens=1))
-        self.assertEqual(self.left(ann), 40)
-        self.proxy.books.close(PATIENCE)
+        self.assert_left(40, ann)
+        self.close_books()
         self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
-        self.assertEqual(self.left(ann), 40)
+        self.assert_left(40, ann)
 
     def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
         self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
                    PROXY_API_KEYS="old=sk-old")
         ann = self.add()
-        self.assertEqual(self.statuses(ann, ann, ann), [200, 200, 429])
+        self.assert_statuses([200, 200, 429], ann, ann, ann)
         self.change("give", "ann", "5", "requests")
-        self.assertEqual(self.statuses(ann, "sk-old", "sk-old", "sk-old"), [200, 200, 200, 429])
+        self.assert_statuses([200, 200, 200, 429], ann, "sk-old", "sk-old", "sk-old")
         self.change("reset", "old")
-        self.assertEqual(self.statuses("sk-old"), [200])
-        self.proxy.books.close(PATIENCE)
+        self.assert_statuses([200], "sk-old")
+        self.close_books()
         self.start(clock=self.proxy.clock, DATABASE=self.path, LIMITS="each 2 requests per day")
-        self.assertEqual(self.left(ann), 4)
+        self.assert_left(4, ann)
         self.proxy.clock.now += 86400
-        self.assertEqual(self.left(ann), 2)
+        self.assert_left(2, ann)
 
     def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
         self.start()
         self.change("give", "nobody", "5", "usd")
-        wait_for(lambda: "nobody has no bucket in usd: it was given nothing" in self.lines.text())
+        self.assert_said("nobody has no bucket in usd: it was given nothing")
 
     def test_orders_that_somebody_else_has_written_are_not_carried_out(self):
         self.start()
@@ -11635,11 +11664,11 @@ class KeysTest(KeysCase):
                      " ('ann', 'requests', NULL, NULL, 0), (x'00', NULL, NULL, NULL, 0)")
         self.store().give("ann", "5", "requests")
         wait_for(lambda: self.left(ann) == 1005)
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
                      " ('ann', 'requests', 'x', 1e12, 1)")
         self.start(DATABASE=self.path)
-        self.assertEqual(self.left(ann), 1005)
+        self.assert_left(1005, ann)
 
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
         for column, value in self.each((
@@ -11652,27 +11681,27 @@ class KeysTest(KeysCase):
             self.execute("UPDATE keys SET %s = %s WHERE name = 'ann'" % (
                 column, "NULL" if value is None else repr(value)))
             wait_for(lambda: self.proxy.callers is not before)
-            self.assertEqual(self.statuses(ann, ben), [401, 200])
+            self.assert_statuses([401, 200], ann, ben)
             self.assert_said("in DATABASE cannot be read: it lets nobody in")
 
     def test_keys_that_cannot_be_read_any_more_change_nothing(self):
         self.start()
         ann = self.add()
         self.execute("ALTER TABLE keys RENAME TO old")
-        wait_for(lambda: "the keys in DATABASE cannot be read" in self.lines.text())
-        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assert_said("the keys in DATABASE cannot be read")
+        self.assert_statuses([200, 401], ann, "x")
         self.assertEqual(len(self.wait_for_rows(2)), 2)
         self.execute("ALTER TABLE old RENAME TO keys")
         self.add("ben")
-        self.assertEqual(self.statuses(ann, "x"), [200, 401])
+        self.assert_statuses([200, 401], ann, "x")
 
     def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
         self.start()
         ann = self.add()
-        self.proxy.books.close(PATIENCE)
+        self.close_books()
         with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
             self.start(DATABASE=self.path)
-            self.assertEqual(self.statuses(ann, "x"), [401, 401])
+            self.assert_statuses([401, 401], ann, "x")
         wait_for(lambda: self.statuses(ann) == [200])
 
     def test_a_database_that_is_deleted_opens_no_door(self):
@@ -11680,8 +11709,8 @@ class KeysTest(KeysCase):
         ann = self.add()
         os.remove(self.path)
         wait_for(lambda: self.statuses(ann) == [401])
-        self.assertEqual(self.statuses("x"), [401])
-        self.assertEqual(self.statuses(self.add("ben")), [200])
+        self.assert_statuses([401], "x")
+        self.assert_statuses([200], self.add("ben"))
 
     def test_when_a_key_was_used_is_known_to_the_minute(self):
         clock = Clock()
@@ -11689,7 +11718,7 @@ class KeysTest(KeysCase):
         ann, keys = self.add(), self.store()
         for seconds, used in self.each(((0, 1000), (59, 1000), (2, 1061))):
             clock.now += seconds
-            self.ask(call(ann))
+            self.ask(ann)
             wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
 
     def test_a_stored_key_has_the_turns_of_its_name(self):
@@ -11701,17 +11730,17 @@ class KeysTest(KeysCase):
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
         ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
-        self.assertEqual(client.exchange(call(ann, "X-User: u")).status, 403)
-        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 200)
+        client.answers(403, call(ann, "X-User: u"))
+        client.answers(200, call(ann, "X-User: u", model="gemma"))
         self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
         self.change("revoke", "ann")
-        self.assertEqual(client.exchange(call(ann, "X-User: u", model="gemma")).status, 401)
+        client.answers(401, call(ann, "X-User: u", model="gemma"))
 
     def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
         self.start()
         ann, client = self.add(), self.connect()
         for number in range(3):
-            self.assertEqual(client.exchange(call(ann)).status, 200)
+            client.answers(200, call(ann))
             self.change("set", "ann", note=str(number))
         connection, = self.server.open
         sizes = {len(connection.last.cache)}
@@ -11721,7 +11750,7 @@ class KeysTest(KeysCase):
     def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
         self.start(clock=Clock(), LIMITS="each 9 requests per day")
         ann = self.add(limits="5 requests per day")
-        self.ask(call(ann))
+        self.ask(ann)
         new = {**self.proxy.config.texts, "LIMITS": "each 7 requests per day"}
         config = read_config({name: text for name, text in new.items() if text})
         self.on_loop(llm_proxy.rebuild, self.proxy, config)
@@ -11760,7 +11789,7 @@ class FallbackTest(CallCase):
             for row, path in self.each(itertools.product(self.RENAMED, paths)):
                 body = json.dumps({"model": "m", **row[0]}).encode()
                 self.ask(request("POST", path, body))
-                self.assertEqual(self.stub.requests[-1].json(), {"model": "m", **row[pinned]})
+                self.assertEqual(self.stub.last.json(), {"model": "m", **row[pinned]})
 
     def test_the_models_of_a_batch_of_calls_count_and_are_replaced_too(self):
         batch = {"requests": [{"params": {"model": "a"}}, {"params": {"model": 7}}]}
@@ -11769,7 +11798,7 @@ class FallbackTest(CallCase):
             self.start(LIMITS="model:b 9 requests per day; each 1 usd per day", UNPRICED="1",
                        **settings)
             self.ask(request("POST", "/v1/messages/batches", json.dumps(batch).encode()))
-            asked = self.stub.requests[-1].json()["requests"]
+            asked = self.stub.last.json()["requests"]
             self.assertEqual([one["params"]["model"] for one in asked], [model, 7])
             self.assertEqual(len(levels(self.proxy)), 1 + (model == "b"))
         self.start(LIMITS="each 1 usd per day")
@@ -11797,7 +11826,7 @@ class UnpricedTest(CallCase):
         for path, payload, keys, said in self.each(self.REFUSED):
             answered = self.assert_status(403, request("POST", path, chat(model="m", **payload)))
             self.assertEqual(llm_proxy.dig(json.loads(answered.body), *keys), said)
-        self.assertEqual(self.entry()["cause"], "model_has_no_price")
+        self.assert_entry("cause", "model_has_no_price")
         self.assert_status(403, call(model="gpt-4o", models=["m"]))
         self.assert_status(403, call(model=None))
         self.assert_status(403, request("POST", "/v1/audio/speech", chat(model="m")))
@@ -11837,7 +11866,7 @@ class EndingsTest(LedgerCase):
             self.start(**settings)
             self.assert_status(200, call(**payload), "x-ratelimit-remaining: %d" % left)
             self.assert_ending("ok", left)
-            self.assertEqual(self.entry()["remaining"], left)
+            self.assert_entry("remaining", left)
 
     def test_every_metered_answer_tells_the_bucket(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
@@ -11875,7 +11904,7 @@ class EndingsTest(LedgerCase):
                    "each 900 tokens per day; all 5 usd per day")
         for _ in range(200):
             self.ask(call(model="gpt-4o"))
-        self.assertEqual(self.stub.calls, 100)
+        self.assert_calls(100)
         self.assertEqual([*levels(self.proxy).values()], [0])
         row = self.row()
         self.assertEqual((row["charges"], row["picodollars"]), ("each 100 requests per day=1", 0))
@@ -11886,7 +11915,7 @@ class EndingsTest(LedgerCase):
         answered = self.assert_status(502, error="upstream_error")
         self.assertNotIn(b"127.0.0.1", answered.body)
         self.assert_ending("upstream_failed", left=1000)
-        self.assertEqual(self.entry()["cause"], "connection refused")
+        self.assert_entry("cause", "connection refused")
 
     def test_a_silent_upstream_is_a_504_at_the_read_timeout_and_costs_nothing(self):
         self.start(None, Clock(), READ_TIMEOUT="30")
@@ -11896,7 +11925,7 @@ class EndingsTest(LedgerCase):
         self.assertEqual((answered.status, answered.error()["type"]), (504, "timeout_error"))
         self.stub.next().wait_for_hang_up()
         self.assert_ending("upstream_failed", left=1000)
-        self.assertEqual(self.entry()["ms"], 30000)
+        self.assert_entry("ms", 30000)
 
     def test_the_read_timeout_runs_between_bytes_of_a_stream_and_not_over_all_of_it(self):
         clock = Clock()
@@ -11907,7 +11936,7 @@ class EndingsTest(LedgerCase):
             asked.chunks(event(1))
             client.expect(event(1))
         clock.now += 101
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
         asked.wait_for_hang_up()
         self.assert_ending("upstream_cut", left=999)
 
@@ -11917,8 +11946,8 @@ class EndingsTest(LedgerCase):
             answered = self.assert_status(200, call(stream=True))
             self.assertTrue(answered.whole)
             self.left()
-            self.assertIn(self.entry()["outcome"], ("upstream_status", "upstream_cut"))
-            self.assert_ending(self.entry()["outcome"], left=1000)
+            self.assertIn(self.outcome(), ("upstream_status", "upstream_cut"))
+            self.assert_ending(self.outcome(), left=1000)
 
     def test_an_error_inside_a_200_that_is_the_callers_fault_costs_its_request(self):
         for code, mode, left in self.each((
@@ -11946,7 +11975,7 @@ class EndingsTest(LedgerCase):
             self.assertEqual((answered.whole, answered.body), (True, events(*told)))
             self.assert_ending(outcome, left=1000 - 3 - 2)
             cause = "ended without its mark" if outcome == "upstream_cut" else None
-            self.assertEqual(self.entry()["cause"], cause)
+            self.assert_entry("cause", cause)
 
     LAST_WORDS = [  # path, the last event, outcome
         (CHAT, [LAST_DELTA, USAGE_EVENT, "[DONE]"], "ok"),
@@ -11967,10 +11996,9 @@ class EndingsTest(LedgerCase):
             client.expect(self.EVENT + events(*told))
             hang_up(client)
             asked.wait_for_hang_up()
-            self.assertEqual(self.entry(number)["outcome"], outcome)
+            self.assert_entry("outcome", outcome, number)
 
     def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
-        self.start(None)
         told = events(LAST_DELTA, "[DONE]")
         for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
             client, asked = self.begin(told)
@@ -11978,7 +12006,7 @@ class EndingsTest(LedgerCase):
             with contextlib.suppress(OSError):
                 asked.chunks(b": a\n\n")
                 asked.send(LAST)
-            self.assertEqual(self.entry(number)["outcome"], "ok")
+            self.assert_entry("outcome", "ok", number)
             asked.finish()
 
     def test_a_caller_who_could_not_be_sent_the_last_event_missed_it(self):
@@ -11991,7 +12019,7 @@ class EndingsTest(LedgerCase):
             client, asked = self.begin(sent)
             with mock.patch.object(llm_proxy.Stream, "write", llm_proxy.Stream.fail_writing):
                 asked.chunks(unsent)
-                self.assertEqual(self.entry(number)["outcome"], outcome)
+                self.assert_entry("outcome", outcome, number)
             client.close()
             asked.over.set()
 
@@ -12044,7 +12072,6 @@ class EndingsTest(LedgerCase):
             self.assert_ending("caller_gone", 1000 - 3 - output, number, key)
 
     def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
-        self.start(None)
         for number, hang_up in enumerate(self.each(self.HANG_UPS)):
             client, asked = self.begin()
             hang_up(client)
@@ -12055,7 +12082,6 @@ class EndingsTest(LedgerCase):
             self.assert_ending("caller_gone", left=999 - number, number=number)
 
     def test_a_caller_who_sent_much_ahead_and_hangs_up_is_noticed(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         client.sock.settimeout(0.02)
         with self.assertRaises(OSError):  # it is not read on
@@ -12080,7 +12106,6 @@ class EndingsTest(LedgerCase):
         self.assert_ending("caller_gone", left=998, number=1)
 
     def test_a_bug_of_ours_is_a_500_with_one_traceback_that_ends_its_call_alone_for_nothing(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         bug = ZeroDivisionError("a bug")
         with mock.patch.object(self.proxy.routes, "find", side_effect=bug):
@@ -12094,11 +12119,10 @@ class EndingsTest(LedgerCase):
         wait_for(lambda: self.proxy.routes.base.stats()["in_flight"] == 0)
 
     def test_a_bug_of_ours_in_the_middle_of_an_answer_is_a_cut_and_costs_nothing(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         with mock.patch.object(llm_proxy.Chunked, "feed", side_effect=ZeroDivisionError("a bug")):
             asked.chunks(event(2))
-            self.assertFalse(client.rest().whole)
+            client.expect_cut()
         self.tracebacks = 1
         asked.wait_for_hang_up()
         self.assert_ending("internal_error", left=1000)
@@ -12528,7 +12552,7 @@ class PagesTest(CallCase):
         clock = Clock()
         self.start(clock=clock, MAX_TOKENS=10, REQUEST_TOKEN_COST=3, BASE_MODEL="gemma4")
         for _ in range(3):
-            self.ask(call("k"))
+            self.ask("k")
         clock.now += 100
         answered = self.ask(request("GET", "/health", key="k"))
         self.assertEqual(answered.json(), json.loads(self.HEALTH % llm_proxy.VERSION))
@@ -12537,24 +12561,24 @@ class PagesTest(CallCase):
     def test_health_charges_nothing_and_makes_no_bucket(self):
         self.start(MAX_TOKENS=10)
         for number in range(20):
-            self.assertEqual(self.left("key-%d" % number), 10)
+            self.assert_left(10, "key-%d" % number)
         self.assertEqual((len(self.proxy.limits.buckets.levels), self.stub.calls), (0, 0))
 
     def test_checks_tell_whether_it_lives_and_whether_calls_can_go_anywhere(self):
         self.start_named("spare", "BREAKER_FAILURES=1 PROXY_API_KEYS=sk-1 OPEN_TIMEOUT=1")
         client = self.connect()
         for address in (None, *self.proxy.routes.addresses()):
-            self.assertEqual(client.exchange(request("GET", "/readyz")).status, 200)
+            client.answers(200, request("GET", "/readyz"))
             if address:
                 self.on_loop(address.breakers.connections.judge, False, time.monotonic())
-        self.assertEqual(client.exchange(request("GET", "/readyz")).status, 503)
+        client.answers(503, request("GET", "/readyz"))
         answered = client.exchange(request("GET", "/healthz"))
         self.assertEqual((answered.status, answered.body, self.stub.calls), (200, b"ok\n", 0))
 
     def test_a_model_that_fails_leaves_the_proxy_ready(self):
         self.start(says(b"{}", "503 No"), BREAKER_FAILURES=1)
         for key in ("a", "b"):
-            self.ask(call(key))
+            self.ask(key)
         self.assert_base("open", addresses="0/1")
         self.assert_status(200, request("GET", "/readyz"))
 
@@ -12575,7 +12599,7 @@ class PagesTest(CallCase):
             204, data, "content-length:", "access-control-allow-origin: *",
             "access-control-allow-headers: x-a, authorization")
         self.assertIn("POST", answered.get("access-control-allow-methods"))
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     ORIGINS = table("""\
 *                               https://one.example     *
@@ -12658,13 +12682,12 @@ off                             http://localhost        -""")
             asked.chunks(end=True)
             self.assert_fields(client.answered, "x-accel-buffering: no")
         self.assert_fields(self.ask(call("k", stream=True)), "x-accel-buffering: no")
-        self.assert_fields(self.ask(call("k")), "x-accel-buffering:")
+        self.assert_fields(self.ask("k"), "x-accel-buffering:")
         client, asked = self.ask_stub(call("early", stream=True))
         self.assert_fields(client.head(), "x-accel-buffering: no")
         asked.close()
 
     def test_a_request_id_is_a_uuid_unless_the_caller_sent_one_which_alone_goes_upstream(self):
-        self.start()
         odd = ("two words", "x" * 200, "\xe4", "")
         rows = [call(), HEALTH, b"nonsense\r\n\r\n"]
         rows += [call(None, "X-Request-ID: " + name) for name in odd]
@@ -12674,7 +12697,7 @@ off                             http://localhost        -""")
         self.assert_fields(self.stub.requests[0], "x-request-id:")
         mine = "X-Request-ID: mine-1"
         self.assert_status(200, call(None, mine), mine)
-        self.assert_fields(self.stub.requests[-1], mine)
+        self.assert_fields(self.stub.last, mine)
 
 
 class CatalogueTest(CallCase):
@@ -12776,11 +12799,11 @@ class CatalogueTest(CallCase):
         with threads([self.listed] * 8):
             pass
         self.assert_listed("b a")
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
         clock.now += 61
         self.stub.answer = self.lists("c")
         self.assert_listed("c a")
-        self.assertEqual(self.stub.calls, 2)
+        self.assert_calls(2)
 
     def test_an_upstream_that_does_not_answer_is_left_out_in_time(self):
         silent, = self.start_named("silent", answer=self.lists("b"), UPSTREAM_SILENT_MODELS="*",
@@ -12805,7 +12828,7 @@ class CatalogueTest(CallCase):
         listed = self.listed(path="/models")
         self.assertEqual((listed["object"], listed["data"][0]["id"]), ("list", "gemma4"))
         self.assert_listed("gemma4")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
         self.start(self.lists("theirs"))
         self.assert_listed("theirs")
 
@@ -12836,7 +12859,6 @@ class AdminCase(ManyCase):
 
 class AdminTest(AdminCase):
     def test_pages_are_for_viewers_and_changes_for_admins(self):
-        self.start()
         keys = {"nobody": None, "wrong": "nobody's", "viewer": VIEWER, "admin": ADMIN}
         for method, path, who, status in self.each("""
                 GET -> /summary -> nobody -> 401
@@ -12861,7 +12883,6 @@ class AdminTest(AdminCase):
         self.assertEqual(self.admin("GET", "").status, 200)
 
     def test_the_contents_name_every_page_and_who_asks(self):
-        self.start()
         found = self.look("")
         self.assertEqual(found["you"], {"name": "VIEWER_KEY", "role": "viewer"})
         self.assertIn("/admin/api/upstreams/NAME/test", [row["path"] for row in found["endpoints"]])
@@ -12878,33 +12899,30 @@ class AdminTest(AdminCase):
             self.assertEqual(answered.status, status)
 
     def test_what_is_posted_must_be_a_small_json_object(self):
-        self.start()
         for body, status in self.each((
                 (b"", 200), (b"{}", 200), (b"[]", 400), (b"{", 400), (b"x" * 70000, 413))):
             data = request("POST", "/admin/api/upstreams/base/enable", body, key=ADMIN)
             self.assert_status(status, data)
 
     def test_a_request_without_a_host_is_told_what_it_lacks(self):
-        self.start()
         data = request("GET", "/admin/api", key=VIEWER, version="1.0").replace(
             b"Host: proxy.test\r\n", b"")
         self.assert_status(200, data)
 
     def test_an_upstream_that_is_disabled_is_asked_no_more(self):
-        self.start()
         self.assertEqual(self.admin("POST", "/upstreams/base/disable").status, 200)
         self.assert_status(404)
         state = self.look("/upstreams")["upstreams"][0]
         self.assertEqual((state["name"], state["state"]), ("base", "disabled"))
         self.admin("POST", "/upstreams/base/enable")
         self.assert_status(200)
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
         self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
-        self.assertEqual(self.came_from(call()), "other")
+        self.assert_from("other", call())
         self.admin("POST", "/upstreams/other/disable")
-        self.assertEqual(self.came_from(call()), "base")
+        self.assert_from("base", call())
         self.assert_status(404, request("POST", "/other" + CHAT, chat()))
 
     def test_an_upstream_is_tested_by_its_list_of_models(self):
@@ -12920,7 +12938,7 @@ class AdminTest(AdminCase):
         self.assertEqual(self.look("/summary")["upstreams"][0]["known"], [])
         self.ask(request("GET", "/v1/models"))
         self.assertEqual(self.look("/summary")["upstreams"][0]["known"], ["gemma"])
-        self.assertEqual(self.stub.calls, 1)
+        self.assert_calls(1)
 
     def test_the_settings_are_shown_without_secrets(self):
         self.start(BASE_API_KEY="sk-of-the-upstream")
@@ -12958,7 +12976,6 @@ class AdminBooksTest(AdminCase):
         return self.change("POST", "/keys", {"name": name, **fields}, 201)
 
     def test_a_key_is_made_shown_changed_and_removed(self):
-        self.start()
         made = self.add(team="red", limits="5000 tokens per day")
         self.assert_status(200, call(made["key"]))
         self.assert_status(401, call("another"))
@@ -12972,7 +12989,6 @@ class AdminBooksTest(AdminCase):
         self.assert_status(401, call(made["key"]))
 
     def test_a_key_is_revoked_restored_and_rotated(self):
-        self.start()
         first = self.add()["key"]
         self.change("POST", "/keys/ann/revoke")
         self.assert_status(401, call(first))
@@ -12981,25 +12997,23 @@ class AdminBooksTest(AdminCase):
         keys = [first]
         for grace, found in (("1h", [200, 200]), (None, [401, 401, 200])):
             keys.append(self.change("POST", "/keys/ann/rotate", {"grace": grace})["key"])
-            self.assertEqual([self.ask(call(key)).status for key in keys], found)
+            self.assertEqual([self.ask(key).status for key in keys], found)
 
     def test_a_change_of_keys_is_answered_though_the_ledger_is_hindered(self):
-        self.start()
         with mock.patch.object(llm_proxy.Admin, "READ_SECONDS", 0.01), \
                 mock.patch.object(llm_proxy.Ledger, "read_news"):
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
 
     def test_a_bucket_of_estimates_holds_tokens_and_is_given_some(self):
         self.start(TOKEN_COST_MODE="estimate")
-        self.ask(call("k"))
+        self.ask("k")
         row, = self.look("/callers")["callers"]
         self.assertEqual([one["unit"] for one in row["buckets"]], ["tokens"])
         before = self.left("k")
         self.change("POST", "/callers/%s/give" % row["name"], {"amount": "50", "unit": "tokens"})
-        self.assertEqual(self.left("k"), before + 50)
+        self.assert_left(before + 50, "k")
 
     def test_what_is_wrong_with_a_key_is_told(self):
-        self.start()
         self.add()
         for method, path, payload, status, said in self.each("""
                 POST -> /keys -> {"name": "ann"} -> 400 -> stored already
@@ -13036,21 +13050,20 @@ class AdminBooksTest(AdminCase):
         self.assertIn('rule="each 100 tokens per 60s window",caller="ann"} -50', text)
         self.assert_said("150% of each 100 tokens per 60s window")
         self.change("POST", "/keys/ann/reset")
-        self.assertEqual(self.left(secret), 100)
+        self.assert_left(100, secret)
 
     def test_a_caller_is_given_more_and_its_buckets_are_filled(self):
         self.start(LIMITS="each 2 requests per day")
         secret = self.add()["key"]
-        self.assertEqual([self.left(secret) for _ in range(2) if self.ask(call(secret))], [1, 0])
+        self.assertEqual([self.left(secret) for _ in range(2) if self.ask(secret)], [1, 0])
         self.change("POST", "/callers/ann/give", {"amount": 5, "unit": "requests"})
-        self.assertEqual(self.left(secret), 5)
+        self.assert_left(5, secret)
         bucket, = self.look("/callers")["callers"][0]["buckets"]
         self.assertEqual((bucket["level"], bucket["capacity"]), (5, 5))
         self.change("POST", "/keys/ann/reset")
         self.assertGreaterEqual(self.left(secret), 2)
 
     def test_every_write_is_in_the_audit_and_in_the_log(self):
-        self.start()
         self.add()
         self.admin("POST", "/upstreams/base/disable")
         self.change("POST", "/keys/ann/revoke")
@@ -13062,7 +13075,6 @@ class AdminBooksTest(AdminCase):
         self.assertEqual(len(self.look("/audit?before=%d" % rows[1]["id"])["rows"]), 1)
 
     def test_an_upstream_stays_disabled_after_a_new_start(self):
-        self.start()
         self.admin("POST", "/upstreams/base/disable")
         copied = new_path(self, "copy.db")
         with contextlib.closing(sqlite3.connect(self.path)) as source:
@@ -13072,9 +13084,8 @@ class AdminBooksTest(AdminCase):
         self.assert_status(404)
 
     def test_calls_and_their_sums_are_told(self):
-        self.start()
         for key in ("k1", "k1", "k2"):
-            self.ask(call(key))
+            self.ask(key)
         self.wait_for_rows(3)
         first = self.look("/calls?limit=2")
         rest = self.look("/calls?limit=2&before=%d" % first["next"])
@@ -13093,7 +13104,7 @@ class AdminBooksTest(AdminCase):
 
     def test_a_caller_sees_its_own_use_and_nobody_elses(self):
         self.start(PROXY_API_KEYS="ann=sk-ann, ben=sk-ben")
-        self.ask(call("sk-ann"))
+        self.ask("sk-ann")
         self.wait_for_rows(1)
         for key, calls in self.each((("sk-ann", 1), ("sk-ben", 0))):
             found = self.ask(request("GET", "/v1/quota", key=key)).json()
@@ -13105,7 +13116,7 @@ class AdminBooksTest(AdminCase):
         clock = Clock()
         self.start(clock=clock, LIMITS="each 10 requests per minute")
         for _ in range(9):
-            self.ask(call("k"))
+            self.ask("k")
         self.assertEqual([row["level"] for row in self.look("/summary")["near"]], [1])
         clock.now += 60
         self.assertEqual(self.look("/summary")["near"], [])
@@ -13142,7 +13153,7 @@ class AdminBooksTest(AdminCase):
 
     def test_without_a_database_there_is_what_the_process_knows(self):
         self.start(DATABASE="off")
-        self.ask(call("k"))
+        self.ask("k")
         self.assertEqual(len(self.look("/callers")["callers"]), 1)
         self.assertTrue(self.look("/summary")["has_calls"])
         self.assertEqual(self.ask(request("GET", "/v1/quota", key="k")).json()["calls"], [])
@@ -13152,7 +13163,6 @@ class AdminBooksTest(AdminCase):
             self.assertIn("DATABASE is off", answered.error()["message"])
 
     def test_who_leaves_before_the_database_has_answered_leaves_nothing_behind(self):
-        self.start()
         asked, leaves = threading.Event(), threading.Event()
 
         def slow(*_):
@@ -13160,16 +13170,15 @@ class AdminBooksTest(AdminCase):
             leaves.wait(PATIENCE)
             raise sqlite3.OperationalError("disk I/O error")
 
-        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
-            client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
-            self.assertTrue(asked.wait(PATIENCE))
-            client.reset()
-            wait_for(lambda: not self.server.open, "its end")
-            leaves.set()
-            self.assertEqual(self.admin("GET", "/usage").status, 503)
+        self.patch_seconds(LedgerReader_usage=slow)
+        client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+        self.assertTrue(asked.wait(PATIENCE))
+        client.reset()
+        wait_for(lambda: not self.server.open, "its end")
+        leaves.set()
+        self.assertEqual(self.admin("GET", "/usage").status, 503)
 
     def test_what_is_asked_for_wrongly_is_told(self):
-        self.start()
         for path in self.each("""/calls?before=x  /calls?slow=x  /usage?step=year  /usage?by=x
                 /usage?from=9&to=3  /usage?step=quarter&from=0""".split()):
             self.assertEqual(self.admin("GET", path).status, 400)
@@ -13193,16 +13202,14 @@ class EventsTest(AdminCase):
         return found[1], json.loads(found[2])
 
     def test_calls_are_told_as_they_begin_and_end(self):
-        self.start()
         client = self.listen()
-        self.ask(call("k"))
+        self.ask("k")
         _, begun = self.hear(client, "begin")
         _, ended = self.hear(client, "end")
         self.assertEqual((begun["model"], begun["state"]), ("m", "reading"))
         self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
 
     def test_calls_of_one_id_are_told_apart(self):
-        self.start()
         client, keys = self.listen(), []
         for _ in range(2):
             self.ask(call("k", "X-Request-ID: twice"))
@@ -13212,13 +13219,12 @@ class EventsTest(AdminCase):
         self.assertNotEqual(*keys)
 
     def test_a_listener_that_comes_back_is_told_what_it_missed(self):
-        self.start()
         client = self.listen()
-        self.ask(call("k"))
+        self.ask("k")
         before, first = self.hear(client, "end")
         number = re.findall("id: ([0-9]+)", before)[-1]
         client.close()
-        self.ask(call("k"))
+        self.ask("k")
         before, second = self.hear(self.listen("Last-Event-ID: " + number), "end")
         self.assertNotIn("event: end", before)
         self.assertNotEqual(first["id"], second["id"])
@@ -13228,31 +13234,28 @@ class EventsTest(AdminCase):
         clock = Clock()
         self.start(clock=clock)
         client = self.listen()
-        self.ask(call("k"))
+        self.ask("k")
         self.hear(client, "begin")
         clock.now += 1
         _, pulse = self.hear(client, "pulse")
         self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
 
     def test_who_stops_listening_has_made_no_call(self):
-        self.start()
         self.listen().reset()
-        wait_for(lambda: self.entry()["outcome"], "its line")
-        self.assertEqual(self.entry()["outcome"], "ok")
+        wait_for(lambda: self.outcome(), "its line")
+        self.assertEqual(self.outcome(), "ok")
         self.assertEqual(self.proxy.watchers.metrics.totals()[0], 0)
 
     def test_who_may_look_no_more_hears_no_more(self):
-        self.start()
         client = self.listen()
         self.on_loop(setattr, self.proxy, "callers", llm_proxy.build_callers(
             read_config({"BASE_API_URL": self.stub.url}), b"", llm_proxy.StoredKeys(b"")))
-        self.ask(call("k"))
+        self.ask("k")
         with self.assertRaises(Cut):
             self.hear(client, "pulse")
         self.assertNotIn("event: end", client.text)
 
     def test_listeners_do_not_hold_up_the_end(self):
-        self.start()
         self.listen()
         began = time.monotonic()
         self.drain(PATIENCE)
@@ -13284,7 +13287,7 @@ class SharedEventsTest(AdminCase):
         wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
         self.address = there
 
-        self.ask(call("k"))
+        self.ask("k")
         (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
         self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
         pulse = {"calls": 0}
@@ -13405,7 +13408,6 @@ class DashboardTest(AdminCase):
     """What needs no browser."""
 
     def test_the_page_may_run_nothing_but_its_own_script(self):
-        self.start()
         for path in self.each(("/dashboard", "/me")):
             first, second = [self.ask(request("GET", path)) for _ in range(2)]
             policy = first.get("content-security-policy")
@@ -13417,7 +13419,6 @@ class DashboardTest(AdminCase):
             self.assertEqual(first.get("content-type"), "text/html; charset=utf-8")
 
     def test_paths_that_are_nearly_those_of_the_page_lead_to_it(self):
-        self.start()
         for path, place in self.each((("/admin", "dashboard"), ("/admin/", "../dashboard"),
                                       ("/dashboard/", "../dashboard"), ("/me/", "../me"))):
             answered = self.ask(request("GET", path))
@@ -13576,7 +13577,7 @@ class PageTest(AdminCase):
         self.assert_status(200, call(first))
         self.click("Callers")
         self.see("4 of 5 requests", "0 running, room for 2 more", "Refused since the start")
-        self.ask(call(first))
+        self.ask(first)
         self.see("3 of 5 requests")
         self.click("Give", self.KEY)
         self.assertEqual(self.browser.run("document.querySelector('main select').innerText"),
@@ -13596,7 +13597,7 @@ class PageTest(AdminCase):
         self.click("Rotate", self.KEY)
         self.click("Rotate", self.KEY + "//form")
         second = self.made_key()
-        self.assertEqual([self.ask(call(key)).status for key in (first, second)], [200, 200])
+        self.assertEqual([self.ask(key).status for key in (first, second)], [200, 200])
         self.click("Audit")
         self.see("ADMIN_KEY", "ann")
 
@@ -13691,12 +13692,11 @@ class PageTest(AdminCase):
     def assert_listens_once(self):
         feed = self.proxy.watchers.feed
         wait_for(lambda: feed.listeners == 1, "one listener")
-        self.ask(call("ann"))
+        self.ask("ann")
         self.click("Now")
         self.see("3 in a minute")  # tokens
 
     def test_calls_of_one_id_have_a_row_each(self):
-        self.start()
         for _ in range(2):
             self.ask(call("ann", "X-Request-ID: twice"))
         wait_for(lambda: len(self.look("/calls")["calls"]) == 2, "the rows")
@@ -13739,14 +13739,13 @@ class PageTest(AdminCase):
         self.start()
         self.log_in()
         pages = [{"calls": [], "next": 5}, {"calls": [], "next": None}]
-        with mock.patch.object(llm_proxy.LedgerReader, "calls", lambda *_: pages.pop(0)):
-            self.browser.run("location.hash = '#calls?outcome=stopped'")
-            self.see("None among the latest calls so far.")
-            self.click("Look further back")
-            self.see("No such call")
+        self.patch_seconds(LedgerReader_calls=lambda *_: pages.pop(0))
+        self.browser.run("location.hash = '#calls?outcome=stopped'")
+        self.see("None among the latest calls so far.")
+        self.click("Look further back")
+        self.see("No such call")
 
     def test_a_viewer_sees_nothing_that_changes_anything(self):
-        self.start()
         self.call("ann")
         self.log_in(VIEWER)
         for tab, text in self.each((("Callers", "1 caller"), ("Keys", "keys add alice"),
@@ -13800,7 +13799,7 @@ class PageTest(AdminCase):
             self.see("reconnecting, as of")
         self.on_loop(setattr, feed, "closed", False)
         self.until(lambda: "reconnecting" not in self.text())
-        self.ask(call("ann"))
+        self.ask("ann")
         self.see("ended: ok")
 
 
@@ -13880,7 +13879,6 @@ def read_to_the_end(client):
 
 class ClientConnectionTest(ServerCase):
     def test_a_connection_carries_one_request_after_another(self):
-        self.start()
         client = self.connect()
         for data in self.each((
                 call(), HEALTH, request("POST", CHAT, b"{"),
@@ -13892,7 +13890,6 @@ class ClientConnectionTest(ServerCase):
         client.send(HEALTH * 2000)  # which must not hold the loop
 
     def test_a_caller_who_says_close_is_told_so_and_closed(self):
-        self.start()
         for data in self.each((
                 call(None, "Connection: close"), call(None, "connection: x, CLOSE"),
                 request("GET", "/health", version="1.0"))):
@@ -13910,14 +13907,14 @@ class ClientConnectionTest(ServerCase):
                 held += [self.ask_stub(large("b")) for _ in range(4)]
             answered = self.ask(large(key))
             self.assertEqual((answered.status, answered.error()["type"]), (503, "server_error"))
-        for client, asked in [self.ask_stub(call()), *held]:
+        for client, asked in [self.ask_stub(), *held]:
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
         self.connect().send(large("a")[:69000]).reset()
         wait_for(lambda: "caller_gone" in {entry["outcome"] for entry in self.lines.entries()})
         for client, asked in [self.ask_stub(large(key)) for key in "aaaabbbb"]:  # all is there
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
         wait_for(lambda: self.server.parts.budget.held == {}, "the return of it all")
 
     def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
@@ -13938,16 +13935,15 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(client.read().status, 400 if taken else 408)
 
     def test_a_continue_comes_once_and_only_when_the_body_is_wanted(self):
-        self.start()
         body = chat()
         for path in self.each((CHAT, "/v1/files")):
             head = request("POST", path, body, self.EXPECTING)[:-len(body)]
             client = self.connect()
-            self.assertEqual(client.exchange(head).status, 100)
+            client.answers(100, head)
             self.send_apart(client, body[:10], body[10:])
-            self.assertEqual(client.read().status, 200)
-            self.assertIsNone(self.stub.requests[-1].get("expect"))
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200)
+            self.assertIsNone(self.stub.last.get("expect"))
+            client.answers(200, call())
 
     def test_no_continue_comes_where_the_answer_is_no(self):
         self.start(PROXY_API_KEYS="sk-1", MAX_BODY_BYTES=1000)
@@ -13958,7 +13954,6 @@ class ClientConnectionTest(ServerCase):
             self.assert_last_answer(client, status)
 
     def test_a_body_that_comes_without_waiting_for_the_continue_is_taken(self):
-        self.start()
         client = self.connect().send(call(None, self.EXPECTING, "Connection: close"))
         self.assertIn(b"HTTP/1.1 200 ", read_to_the_end(client))
 
@@ -13971,7 +13966,7 @@ class ClientConnectionTest(ServerCase):
                 (chunks + LAST, 200), (chunks + chunk(b" ") + LAST, 413),
                 (call(None, "Expect: 200-ok"), 417))):
             self.assert_status(status, data)
-        self.assertEqual(self.stub.calls, 2)
+        self.assert_calls(2)
 
     def test_compressed_metered_bodies_are_read(self):
         self.start(MAX_BODY_BYTES=3000000)
@@ -13994,10 +13989,9 @@ class ClientConnectionTest(ServerCase):
                 ("zstd", packed, 415), ("br", packed, 415), ("gzip, gzip", packed, 415))):
             self.assert_status(status, request("POST", CHAT, sent, "Content-Encoding: " + coding),
                                known if status == 415 else "accept-encoding")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_other_compressed_bodies_are_passed_as_they_are(self):
-        self.start()
         self.ask(request("POST", "/v1/files", b"packed", "Content-Encoding: gzip"))
         asked, = self.stub.requests
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", b"packed"))
@@ -14011,10 +14005,9 @@ class ClientConnectionTest(ServerCase):
         self.assert_status(503, packed)
         for client, asked in held:
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
 
     def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
-        self.start()
         client, body = self.connect(), chat()
         chunks = b"".join(chunk(bytes([byte])) for byte in body) + LAST
         for head, sent in self.each((
@@ -14023,8 +14016,8 @@ class ClientConnectionTest(ServerCase):
             client.send(head)
             for byte in sent:
                 client.send(bytes([byte]))
-            self.assertEqual(client.read().status, 200)
-            self.assertEqual(self.stub.requests[-1].body, body)
+            client.answers(200)
+            self.assertEqual(self.stub.last.body, body)
 
     def test_an_early_answer_can_be_read_every_time(self):
         """3 MB of the body are on their way when the 401 is sent: closing at once would reset."""
@@ -14048,7 +14041,7 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(answered.status, 403)
             self.assertIn(answered.get("connection"), endings)
             if answered.get("connection") is None:
-                self.assertEqual(client.exchange(HEALTH).status, 200)
+                client.answers(200, HEALTH)
 
     def test_a_refused_body_that_came_whole_does_not_end_the_connection(self):
         self.start(PROXY_API_KEYS="sk-1")
@@ -14065,7 +14058,6 @@ class ClientConnectionTest(ServerCase):
             self.assertEqual(self.connect().exchange(data).status, 401)
 
     def test_broken_chunks_of_a_metered_call_are_a_400_that_ends_the_connection(self):
-        self.start()
         for body in self.each((
                 b"5\nhello", b"+5\r\nhello\r\n", b"5\r\nhelloX\r\n", b"0\r\nX y\r\n\r\n")):
             client = self.connect().send(unsized(CHAT, CHUNKED) + body)
@@ -14125,7 +14117,6 @@ class ClientConnectionTest(ServerCase):
         asked.close()
 
     def test_errors_do_not_tell_who_we_are(self):
-        self.start()
         answered = self.ask(b"nonsense\r\n\r\n")
         self.assertIsNone(answered.get("server"))
         self.assertNotIn(b"python", (str(answered.fields).encode() + answered.body).lower())
@@ -14138,15 +14129,15 @@ class ClientConnectionTest(ServerCase):
 class ServerTest(ServerCase):
     def test_connections_beyond_the_cap_get_a_503_and_room_is_made_again(self):
         self.start(None, MAX_CONNECTIONS=2)
-        (first, asked), (second, _) = [self.ask_stub(call()) for _ in range(2)]
+        (first, asked), (second, _) = [self.ask_stub() for _ in range(2)]
         answered = self.assert_last_answer(self.connect().send(call()), 503)
-        self.assertEqual(answered.error()["type"], "server_error")
-        self.assertEqual(self.stub.calls, 2)
+        answered.tells("type", "server_error")
+        self.assert_calls(2)
         asked.answer()
-        self.assertEqual(first.read().status, 200)
+        first.answers(200)
         first.close()
         self.stub.answer = says()
-        wait_for(lambda: self.ask(call()).status == 200, "room for another")
+        wait_for(lambda: self.ask().status == 200, "room for another")
         second.reset()
 
     def test_where_no_connection_is_left_the_longest_idle_one_of_who_has_most_goes(self):
@@ -14158,7 +14149,7 @@ class ServerTest(ServerCase):
         few, first, second, *others = clients
         self.assertEqual([first.ending(), second.ending()], ["closed", "closed"])
         for client in (few, *others):
-            self.assertEqual(client.exchange(call()).status, 200)
+            client.answers(200, call())
 
     def test_one_address_has_a_cap_of_its_own_unless_it_speaks_for_others(self):
         two = {"MAX_CONNECTIONS_PER_ADDRESS": 2}
@@ -14170,7 +14161,7 @@ class ServerTest(ServerCase):
             statuses = [client.read().status for client in clients]
             self.assertEqual(statuses, [200] * taken + [503] * (4 - taken))
             clients[0].close()
-            wait_for(lambda: self.ask(call()).status == 200, "room for another")
+            wait_for(lambda: self.ask().status == 200, "room for another")
 
     def test_other_addresses_than_loopback_have_a_cap_by_default(self):
         self.start()
@@ -14179,7 +14170,6 @@ class ServerTest(ServerCase):
         self.assertEqual(most, [math.inf] * 4 + [256] * 2)
 
     def test_a_burst_of_connections_is_taken(self):
-        self.start()
         clients = [self.connect() for _ in range(100)]
         for client in clients:
             client.send(HEALTH)
@@ -14196,7 +14186,7 @@ class ServerTest(ServerCase):
             time.sleep(0.05)  # which nothing on the loop may do
             return find(*arguments)
         with mock.patch.object(self.proxy.routes, "find", find_slowly):
-            wait_for(lambda: self.ask(call()) and said.search(self.lines.text()), "its line")
+            wait_for(lambda: self.ask() and said.search(self.lines.text()), "its line")
 
     def test_draining_closes_idle_connections_and_lets_a_running_stream_finish(self):
         self.start(None)
@@ -14212,22 +14202,20 @@ class ServerTest(ServerCase):
         self.assertEqual(cut, [0])
 
     def test_of_two_requests_that_came_before_a_drain_both_are_answered(self):
-        self.start(None)
         client, asked = self.ask_stub(call() * 2)
         with self.draining() as cut:
             asked.answer()
-            self.assertEqual(client.read().status, 200)
+            client.answers(200)
             self.stub.next().answer()
             self.assert_last_answer(client, 200)
         self.assertEqual(cut, [0])
 
     def test_what_still_runs_when_the_time_is_up_is_cut(self):
-        self.start(None)
         client, asked = self.begin(event(1))
         self.assertEqual(self.drain(0.05), 1)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
         asked.wait_for_hang_up()
-        self.assertEqual(self.entry()["outcome"], "stopped")
+        self.assertEqual(self.outcome(), "stopped")
 
 
 class TlsTest(ServerCase):
@@ -14260,7 +14248,7 @@ class TlsTest(ServerCase):
         self.stub.answer = says(body)
         answered = client.exchange(request("POST", "/v1/audio", body))
         digest = hashlib.sha256(body).hexdigest()
-        self.assertTrue(answered.body == body and self.stub.requests[-1].digest == digest)
+        self.assertTrue(answered.body == body and self.stub.last.digest == digest)
         events = [event(number) for number in range(200)]
         self.stub.answer = lambda asked: asked.stream(*events, end=True)
         answered = client.exchange(call(stream=True))
@@ -14288,7 +14276,7 @@ class TlsTest(ServerCase):
     def test_plain_http_is_told_what_is_wrong(self):
         self.start_tls()
         answered = self.assert_last_answer(self.connect().send(call()), 400)
-        self.assertEqual(answered.error()["message"], "This port speaks https")
+        answered.tells("message", "This port speaks https")
 
     def test_who_does_not_shake_hands_is_closed_in_time_and_holds_up_nobody(self):
         self.patch_seconds(ClientConnection_HEAD_SECONDS=0.2)
@@ -14312,7 +14300,7 @@ class TlsTest(ServerCase):
                     break
             else:
                 self.fail("it was borne for 3 s")
-        self.assertEqual(self.stub.calls, 0)
+        self.assert_calls(0)
 
     def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
         self.start_tls()
@@ -14326,13 +14314,13 @@ class TlsTest(ServerCase):
             self.server.reload()
         self.assertIs(self.server.tls, now)
         for one in (client, self.connect_tls()):
-            self.assertEqual(one.exchange(call()).status, 200)
+            one.answers(200, call())
 
     def test_stopping_ends_an_idle_connection_as_tls_says_and_awaits_no_handshake(self):
         self.start_tls()
         silent, client = self.connect(), self.connect_tls()
         client.sock.suppress_ragged_eofs = False
-        self.assertEqual(client.exchange(call()).status, 200)
+        client.answers(200, call())
         self.assertEqual(self.drain(PATIENCE), 0)
         self.assertEqual((client.ending(), silent.ending()), ("closed", "closed"))
 
@@ -14547,7 +14535,7 @@ class KeysCommandTest(ProcessCase):
         return self.finish("keys", *arguments, **{**self.settings, **settings})
 
     def status(self, key):
-        return self.ask(call(key)).status
+        return self.ask(key).status
 
     def test_a_command_beside_the_running_service_holds_soon(self):
         self.serve(**self.settings)
@@ -14673,7 +14661,7 @@ class KeysCommandTest(ProcessCase):
             with open(file, encoding="ascii") as stream:
                 key = stream.read().strip()
             keys.add(key)
-            error = self.ask(call(key)).error()
+            error = self.ask(key).error()
             self.assertEqual(error["code"], "key_not_for_calls")
             self.assertFalse(process.said(key))
             process.stop().wait()
@@ -14780,7 +14768,7 @@ class BenchTest(ProcessCase):
         self.assertEqual([*times], ["whole", "upstream", "proxy", "first byte", "jitter"])
         self.assertLess(times["first byte"]["min"], times["whole"]["min"])
         self.assertLess(times["jitter"]["min"], 500)
-        self.assertTrue(self.stub.requests[-1].json()["stream"])
+        self.assertTrue(self.stub.last.json()["stream"])
 
     def test_what_is_asked_is_as_the_options_say(self):
         url, listed = self.new_stub(), b'{"data": [{"id": "first"}, {"id": "second"}]}'
@@ -14791,7 +14779,7 @@ class BenchTest(ProcessCase):
                  "own", "/v1/embeddings"),
                 (["--payload", '{"model": "own"}', "--model", "m"], "m", CHAT))):
             self.bench("--key", "sk-1", "--requests", "1", *options, url=url)
-            asked = self.stub.requests[-1]
+            asked = self.stub.last
             self.assertEqual((asked.json()["model"], asked.target), (model, target))
             self.assertEqual(asked.get("authorization"), "Bearer sk-1")
 
@@ -14799,7 +14787,7 @@ class BenchTest(ProcessCase):
         url = self.new_stub()
         self.bench("--model", "m", "--requests", "1", url=url, BASE_API_KEY="sk-vendor",
                    BASE_API_URL="https://api.openai.com/v1")
-        self.assertNotIn(b"sk-vendor", self.stub.requests[-1].head)
+        self.assertNotIn(b"sk-vendor", self.stub.last.head)
 
     def test_https_is_checked_as_the_settings_say(self):
         file = pem_file(self)
@@ -15249,7 +15237,7 @@ class CommandsTest(ProcessCase):
         process = self.serve(DATABASE=path, MAX_TOKENS=10 ** 6)
         client, end = self.connect(), time.monotonic() + 0.5
         while time.monotonic() < end:
-            self.assertEqual(client.exchange(call("k")).status, 200)
+            client.answers(200, call("k"))
             ended.append(time.monotonic())
         killed = time.monotonic()
         process.stop(signal.SIGKILL).wait()
@@ -15286,7 +15274,7 @@ class CommandsTest(ProcessCase):
         usage_log = pathlib.Path(new_path(self, "usage.jsonl"))
         process, client = self.serve_dotenv(
             "PROXY_API_KEYS=a", "LIMITS=each 100 requests per day", USAGE_LOG=usage_log)
-        self.assertEqual(client.exchange(call("a")).status, 200)
+        client.answers(200, call("a"))
         wait_for(usage_log.read_bytes, "a row")
         usage_log.rename(usage_log.with_suffix(".old"))
         self.dotenv.write_text(
@@ -15341,7 +15329,7 @@ class CommandsTest(ProcessCase):
         client.expect(event(2))
         wait_for(lambda: process.stop().process.poll() is not None)
         self.assertNotEqual(process.wait(), 0)
-        self.assertFalse(client.rest().whole)
+        client.expect_cut()
 
     def test_pypy_is_told_to_compile_what_runs_seldom_too_and_cpython_nothing(self):
         pypyjit = mock.Mock()
@@ -15355,8 +15343,8 @@ class CommandsTest(ProcessCase):
     def test_the_demo_brings_its_own_endpoint(self):
         process = self.serve("--demo", MAX_TOKENS=1)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
-        self.assertIn(b"built-in demo endpoint", self.ask(call()).body)
-        self.assertIn(b"limit reached", self.ask(call()).body)
+        self.assertIn(b"built-in demo endpoint", self.ask().body)
+        self.assertIn(b"limit reached", self.ask().body)
 
     def run_demo(self):
         """Runs one in a thread; returns its URL."""
@@ -15452,14 +15440,13 @@ class WorkersTest(ProcessCase):
         for client, asked in streams:
             if client in cut:
                 asked.wait_for_hang_up()
-                self.assertFalse(client.rest().whole)
+                client.expect_cut()
             else:
                 asked.chunks(event(2), end=True)
-                self.assertTrue(client.rest().whole)
+                client.expect_end()
         self.assertEqual(self.process.stop().wait(), 0)
 
     def test_counts_add_up_and_never_go_back(self):
-        self.start()
         for _ in range(40):
             self.assert_status(200, call("k"))
         wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
@@ -15470,7 +15457,7 @@ class WorkersTest(ProcessCase):
             os.kill(pid, signal.SIGKILL)
             wait_for(lambda: pid not in self.workers() and len(self.workers()) == 4)
             self.assertEqual(self.scrape("requests_total"), 40)
-        self.ask(call("k"))
+        self.ask("k")
         wait_for(lambda: self.scrape("request_duration_seconds_count") == 41)
         self.process.stop().wait()
         _, out, _ = self.command("usage", "--csv", DATABASE=self.path).finish()
@@ -15482,13 +15469,13 @@ class WorkersTest(ProcessCase):
         secret = made.json()["key"]
 
         def statuses():
-            return {self.ask(call(secret)).status for _ in range(20)}
+            return {self.ask(secret).status for _ in range(20)}
         wait_for(lambda: statuses() == {200}, "the key")
         self.ask(request("POST", "/admin/api/keys/ann/revoke", b"", key=ADMIN))
         wait_for(lambda: statuses() <= {401, 429}, "its end")
         for act, status in self.each((("disable", 404), ("enable", 200))):
             self.ask(request("POST", "/admin/api/upstreams/base/" + act, b"", key=ADMIN))
-            wait_for(lambda: {self.ask(call("first-key-of-all-workers")).status
+            wait_for(lambda: {self.ask("first-key-of-all-workers").status
                               for _ in range(20)} == {status}, act)
         for number, said in self.each((
                 (signal.SIGUSR1, ": running calls: "), (signal.SIGHUP, "were read again"))):
@@ -15513,7 +15500,7 @@ class WorkersTest(ProcessCase):
         wait_for(self.refuses, "the end of accepting")
         for client, asked in streams:
             asked.chunks(event(2), end=True)
-            self.assertTrue(client.rest().whole)
+            client.expect_end()
         self.assertEqual(process.wait(), 0)
         told = [sum(word in row for row in process.rows) for word in (": stopping", ": stopped\n")]
         self.assertEqual(told[0], told[1])  # one that has not begun to serve says nothing
@@ -15528,7 +15515,7 @@ class WorkersTest(ProcessCase):
         wait_for(lambda: sum("goes by its share of the limits, one of 3" in row
                              for row in process.rows) == 3, "the absence of Redis")
         admitted = itertools.accumulate(
-            self.ask(call()).body == b'{"said": "hi"}' for _ in itertools.count())
+            self.ask().body == b'{"said": "hi"}' for _ in itertools.count())
         wait_for(lambda: next(admitted) == 9, "all that there is")
         for pid in self.workers():
             os.kill(pid, signal.SIGKILL)
@@ -15686,7 +15673,7 @@ class EnduranceCase(ProcessCase):
         def act():
             began = time.monotonic()
             statuses.append("failed")
-            statuses[-1] = self.ask(call()).status
+            statuses[-1] = self.ask().status
             seconds.append(time.monotonic() - began)
         with self.meanwhile(act):
             yield seconds
@@ -15870,7 +15857,7 @@ class DoorTest(EnduranceCase):
             self.drip(starts * number, seconds)
         self.assertEqual({asked.body for asked in self.stub.requests}, {chat()})
         self.assertEqual((self.stub.calls, self.in_flight()), (len(took), 0))
-        self.assertEqual(self.left(), 10 ** 9 - len(took))
+        self.assert_left(10 ** 9 - len(took))
         self.report("%d calls meanwhile, p99 %.1f ms", len(took), self.p99_milliseconds(took))
 
     def test_whatever_runs_has_no_thread_but_those_that_connect(self):
@@ -16305,7 +16292,7 @@ class FaultsTest(EnduranceCase):
         clients, delays = [self.connect() for _ in range(number)], []
         began = time.monotonic()
         for client in clients:
-            self.assertEqual(client.exchange(HEALTH).status, 200)
+            client.answers(200, HEALTH)
         late = time.monotonic() + seconds + self.size(8, 1)
         for client in clients:
             while not client.is_readable():
@@ -16372,7 +16359,6 @@ class FaultsTest(EnduranceCase):
                 self.assertEqual(entry["outcome"], "caller_gone")
 
     def test_whoever_leaves_within_a_metered_body_was_never_heard_of_upstream(self):
-        self.start()
         hang_ups = self.half_close, Client.reset
         for number, leave in self.each(enumerate(hang_ups * 2)):
             client = self.connect()
@@ -16513,7 +16499,7 @@ class FaultsTest(EnduranceCase):
 
     def assert_upstream_error(self, answered):
         self.assertEqual((answered.status, answered.whole), (502, True))
-        self.assertEqual(answered.error()["type"], "upstream_error")
+        answered.tells("type", "upstream_error")
         for told in (b"127.0.0.1", b"%d" % self.stub.port):
             self.assertNotIn(told, answered.body)
 
@@ -16538,7 +16524,7 @@ class FaultsTest(EnduranceCase):
             with self.within(1):
                 answered = self.ask(call(stream=stream))
             self.assert_understood(answered, expected, stream)
-            self.stub.requests[-1].over.set()
+            self.stub.last.over.set()
             self.assertEqual(self.ask(call(stream=stream)).body, b"the next")
             one, other = self.stub.requests[-2:]
             self.assertTrue(lasting or one.sock is not other.sock)
@@ -16551,7 +16537,7 @@ class FaultsTest(EnduranceCase):
         for entry in failed:
             self.assertEqual(entry["outcome"], "upstream_failed")
             self.assertTrue(entry["cause"])
-        self.assertEqual(self.left(), 10 ** 6 - (number - len(failed)))
+        self.assert_left(10 ** 6 - (number - len(failed)))
 
     def test_an_answer_to_a_request_that_is_not_taken_whole_is_passed_on(self):
         self.start(None, reads=False)
@@ -16560,10 +16546,10 @@ class FaultsTest(EnduranceCase):
         client, asked = self.ask_stub(data)
         asked.send(answer(b"early"))
         self.assertEqual(client.read().body, b"early")
-        client, other = self.ask_stub(call())
+        client, other = self.ask_stub()
         self.assertIsNot(other.sock, asked.sock)
         other.answer()
-        self.assertEqual(client.read().status, 200)
+        client.answers(200)
 
     # -- a signal to stop
 
@@ -16599,7 +16585,7 @@ class FaultsTest(EnduranceCase):
         with self.within(drain + 1), self.meanwhile(go_on):
             process.stop()
             for client, _ in pairs:
-                self.assertFalse(client.rest().whole)
+                client.expect_cut()
                 self.assertTrue((event(1) * 1000).startswith(client.answered.body))
             self.assertGreaterEqual(time.monotonic(), began + drain)
             self.assertEqual(process.wait(), 0)
@@ -16805,14 +16791,14 @@ class FaultsTest(EnduranceCase):
 
     def test_no_spelling_of_a_path_gets_more_than_the_rule_allows(self):
         self.start(LIMITS="address 1 requests per hour")
-        self.ask(call())
+        self.ask()
         body = chat(prompt="x", input="x", contents=[{"parts": [{"text": "x"}]}])
         forged = "X-Forwarded-For: 10.9.9.9"
         for path, version in self.each(itertools.product(self.SPELLINGS, ("1.1", "1.0"))):
             answered = self.ask(request("POST", path, body, forged, key="k", version=version))
             expected = "limit reached" if answered.status == 200 else '"error"'
             self.assertIn(expected, answered.body.decode())
-            self.assertEqual(self.stub.calls, 1)
+            self.assert_calls(1)
 
     def test_nobody_touches_the_bucket_of_a_caller_whose_address_is_spelled_as_a_key(self):
         self.start(MAX_TOKENS=10)
@@ -16824,9 +16810,9 @@ class FaultsTest(EnduranceCase):
         for data in self.each(ways):
             for _ in range(3):
                 self.ask(data)
-            self.assertEqual(self.left(), 10)
+            self.assert_left(10)
         # The key 127.0.0.1 in its five places shares 10, three keys have 3 calls each, mine 10.
-        self.assertEqual(self.stub.calls, 10 + 3 * 3 + 10)
+        self.assert_calls(10 + 3 * 3 + 10)
         for row in self.FORGED * 3:  # and a victim cannot be somebody else either
             self.ask(call(None, row + "10.1.2.3"))
         self.assert_spent(29 + 10, 0)
