@@ -15982,9 +15982,6 @@ class Admin:
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
-        if reply.content is None and reply.body.length is not None and (
-                reply.body.length > self.MAX_BODY):
-            raise BodyTooLarge()
         content = await reply.read_body()
         if len(content) > self.MAX_BODY:
             raise BodyTooLarge()
@@ -16175,14 +16172,14 @@ class Admin:
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
         upstream.model = None  # its own list is asked for
-        began = self.clock.monotonic()
+        began, models, fault = self.clock.monotonic(), [], None
         try:
             models = await ask_models(self.proxy.loop, upstream, 10)
-            names = [clean(model.name) for model in models[:self.MAX_SHOWN]]
-            found = {"ok": True, "models": names, "fault": None}
         except (Refusal, ValueError) as refusal:
-            found = {"ok": False, "models": [], "fault": with_cause(refusal)}
-        return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
+            fault = with_cause(refusal)
+        return {"ok": not fault, "fault": fault,
+                "models": [clean(model.name) for model in models[:self.MAX_SHOWN]],
+                "ms": round((self.clock.monotonic() - began) * 1000)}
 
     # -- keys
 
