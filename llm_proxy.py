@@ -279,6 +279,7 @@ def read_network(text):
     except ValueError:
         raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1,"
                          " separated by commas") from None
+    require(network.prefixlen, "must not be all addresses: anyone could say for whom it calls")
     mapped = getattr(network[0], "ipv4_mapped", None)
     return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network
 
@@ -302,14 +303,18 @@ HAS_OTHER_MEANING = NEVER_SET + (
     "|origin|cookie2?|user-agent|accept(-.*)?|content-.*|authorization|proxy-.*|anthropic-.*"
     "|access-control-.*|openai-.*|x-(goog-)?api-key|x-request-id|x-forwarded-for|x-llm-proxy-.*")
 
-visible_ascii = pattern("[!-~]+", "must be visible ASCII without spaces")
+visible_ascii = pattern("(?![\"'])[!-~]+", "must be visible ASCII without spaces and quotes")
 model_globs = listed(pattern(
     "[!-+.-~-]+", "must be models such as gpt-*, separated by commas, none empty"))
 web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
-    r"local|[a-z][a-z0-9+.-]*://[!-+.-~]+", "must be *, off, or local and origins such as"
-    " https://chat.example.org or https://*.example.org, by commas")))
+    "(?i)(local|[a-z][a-z0-9+.-]*://[!-.0-~]+)/?", "must be *, off, or local and origins such as"
+    " https://chat.example.org or https://*.example.org, by commas",
+    lambda match: re.sub(  # as browsers spell it (RFC 6454 6.2)
+        "^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1].lower()))))
 cpu_number = word_or({"auto": -1, "off": None}, number_between(
     0, 9999, message="must be auto, off or the number of a CPU"))
+# Those that this process may use, before it stays on one
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 networks = listed(read_network)
 read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
                       "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
@@ -330,8 +335,8 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))([!-~]+)",
-    "must be keys or name=key, separated by commas, none empty; a key with = in it needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty or in quotes; one with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -358,7 +363,7 @@ public_url = pattern("https?://" + HOST_SHAPE + "/?",
                      "must be http://HOST[:PORT] or https://...",
                      lambda match: match[0].rstrip("/"))
 otlp_headers = mapping(
-    "([A-Za-z0-9_-]+) *= *([!-+.-~]*)", "must be name=value, separated by commas",
+    "([A-Za-z0-9_-]+) *= *([!-~]*)", "must be name=value, separated by commas",
     lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
 shares = listed(pattern(  # '80%' -> 0.8
     "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
@@ -652,10 +657,12 @@ Characters = FrozenSet[str]
 
 class Repetition(NamedTuple):
     """A part of an expression that may take more or less: the characters of it, those of which each
-    round needs one, and those of which one must follow; `number` tells which part."""
+    round needs one, and those of which one must follow; `number` tells which part, and it may end
+    in so many `ways`."""
     number: int
     takes: Characters
     needs: Tuple[Characters, ...]
+    ways: float
     then: Tuple[Characters, ...] = ()
 
     def clashes(self, later: "Repetition") -> bool:
@@ -687,6 +694,7 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # and of more than one character so many
     MOST_CHOICES = 3     # whose ways begin alike
     MOST_OPEN = 200
+    MOST_STEPS = 1000    # of all ways to take what could be one's or another one's
 
     def __init__(self, text: str):
         """Raises ValueError, whose message says what is wrong, and where."""
@@ -700,6 +708,7 @@ class LinearPattern:
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
         self.alphabet = {*map(chr, range(256)), *text}
         self.numbers: Dict[int, int] = {}  # of repetitions, by identity
+        self.ways: Dict[int, float] = {}   # of those that can take the same, by number
         self.choices = 0
         begin = self.beginning(self.tree)
         self.walk(self.tree, set(), False)
@@ -781,12 +790,19 @@ class LinearPattern:
             return after
         number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
         found = Repetition(number, frozenset().union(*self.sets(inner, False)),
-                           () if single else tuple(self.sets(inner, True)))
+                           () if single else tuple(self.sets(inner, True)),
+                           most - least + 1 if single and not (repeated or unlimited) else math.inf)
         for one in before:
-            require(not one.clashes(found), "must not have repetitions, one soon after the other,"
-                    " that can take the same: number %d and number %d, as '%s'" % (
-                        one.number, number, min(one.takes & found.takes, default="")))
+            if one.clashes(found):
+                self.require_few_ways(one, found)
         return {*after, *(() if least else before), found}
+
+    def require_few_ways(self, one, later):
+        self.ways.update({one.number: one.ways, later.number: later.ways})
+        steps = math.prod(self.ways.values()) * self.tree.getwidth()[1]
+        require(steps <= self.MOST_STEPS, "must not have repetitions, one soon after the other,"
+                " that can take the same: number %d and number %d, as '%s'" % (
+                    one.number, later.number, min(one.takes & later.takes, default="")))
 
     def beginning(self, parts):
         """Returns what it begins with as often as it may, if that takes one character."""
@@ -1085,6 +1101,7 @@ OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_F
 
 def guard_meant_by(name: str) -> Optional[str]:
     """Returns the setting that guards and that a misspelt name means."""
+    name = name.upper()
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
@@ -1095,12 +1112,18 @@ def unknown_setting(name):
         f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
 
 
+def plain_ip(host):
+    """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
 def is_far(host: str) -> bool:
     """Tells whether a host is none of this machine or its network, as far as its name says."""
     try:
-        return ipaddress.ip_address(host).is_global
+        return plain_ip(host).is_global
     except ValueError:
-        return "." in host and not host.endswith((".local", ".lan"))
+        return "." in host and not host.endswith((".local", ".localhost", ".lan"))
 
 
 NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
@@ -1173,10 +1196,9 @@ class Config(types.SimpleNamespace):
             upstream.key and url.scheme == "https" and is_far(url.host)
             for upstream in self.all_upstreams() for url in upstream.url)
 
-    @property
-    def scheme(self) -> str:
-        """The scheme of URLs for callers."""
-        return "https" if self.tls_cert_file else "http"
+    def origin(self, host: str) -> str:
+        """Returns where callers reach this proxy by the name of its host."""
+        return Endpoint("https" if self.tls_cert_file else "http", host, self.port, "").origin
 
     @property
     def keys_are_asked_for(self) -> bool:
@@ -1305,6 +1327,10 @@ class Config(types.SimpleNamespace):
         if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
             yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
                    % self.workers)
+        first = self.cpu_affinity
+        if CPUS and first not in (None, -1):
+            for one in {*range(first, first + (self.workers or 1))}.difference(CPUS):
+                yield "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -1344,7 +1370,7 @@ class ConfigFaults(Exception):
 
 DOTENV_ROW = re.compile(  # a line, or several where the value is in quotes
     r"""[ \t]*(?:#.*|(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*="""
-    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
+    r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(?![ \t]*["'])(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
 
 
 def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
@@ -1803,12 +1829,6 @@ def split_query(query):
     return keys, "&".join(rest)
 
 
-def plain_ip(host):
-    """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    return getattr(ip, "ipv4_mapped", None) or ip
-
-
 def address_of(host: str) -> str:
     """Returns what stands for the owner of an address: of IPv6 its /64, which is what one customer
     has (RFC 6177). All neighbours share the link-local /64, so there the whole address counts."""
@@ -2011,10 +2031,7 @@ class Callers:
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
-        try:
-            return any(plain_ip(host) in network for network in self.trusted)
-        except ValueError:
-            return False
+        return any(plain_ip(host) in network for network in self.trusted)
 
     def address(self, fields: Fields, host: str) -> str:
         """Returns whose address counts: `host`, the peer's, or, where that is a trusted proxy, the
@@ -2110,14 +2127,7 @@ class Origins:
         if not match or match[1] in self.SCHEMES:
             return bool(match)
         host = match[2].strip("[]")
-        if match[1] not in ("http", "https"):
-            return False
-        try:
-            ip = plain_ip(host)
-        except ValueError:
-            return "." not in host or host == self.host_name or (
-                host.endswith((".local", ".localhost")))
-        return not ip.is_global
+        return match[1] in ("http", "https") and (host == self.host_name or not is_far(host))
 
     @staticmethod
     def is_own(fields: Fields) -> bool:
@@ -2838,11 +2848,9 @@ def text_weight(text: str) -> int:
 
 class CutText(str):
     """A long string without spaces of which only the beginning was read; `size` is its length."""
-    size = 0
 
-    @classmethod
-    def of(cls, text: str, size: int) -> "CutText":
-        found = cls(text)
+    def __new__(cls, text: str, size: int) -> "CutText":
+        found = super().__new__(cls, text)
         found.size = size
         return found
 
@@ -2943,48 +2951,6 @@ class Usage(NamedTuple):
             return self
         *sums, _, hour_write = map(sum, zip(*[one[:7] for one in (self, *self.others)]))
         return Usage(*sums, self.estimated, hour_write, self.model, self.tiers, self.picodollars)
-
-
-class Billable:
-    """What a cost depends on before the call is made: `models` are all that may serve it, and
-    `length` is what `prompt_length` has returned, once it was asked."""
-    __slots__ = ()
-    upstream_model: str
-    models: Tuple[str, ...]
-    length: Optional[Tuple[int, List[int], int]] = None
-
-    def prompt_length(self) -> Tuple[int, List[int], int]:
-        """Returns the weight of the prompt's text, and of that in each image and the like, and what
-        kind of text it is."""
-        raise NotImplementedError
-
-    def output_limit(self) -> Tuple[Optional[int], int]:
-        """Returns the most tokens of one output, None where the call does not limit them, and how
-        many outputs it asks for."""
-        raise NotImplementedError
-
-    def tiers(self) -> Tuple[str, ...]:
-        """Returns how it asks to be served."""
-        raise NotImplementedError
-
-
-class UsageSource:
-    """What a cost depends on once the response has ended."""
-    ended = False  # the response's own last event has passed, whatever came then
-    model: Optional[str] = None  # the one that served, where the response says so,
-    tier: Optional[str] = None   # and how
-
-    def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
-        """Returns the usage that was reported, if any, and whether nothing is missing from it."""
-        raise NotImplementedError
-
-    def most_characters(self) -> float:
-        """Returns about how many characters of text can have passed, without a look at them."""
-        raise NotImplementedError
-
-    def output_characters(self) -> int:
-        """Returns the weight of the text that passed."""
-        raise NotImplementedError
 
 
 # List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
@@ -3103,10 +3069,11 @@ class Prices:
                  unpriced: Union[str, Price] = "refuse"):
         """`unpriced` is the price of models that have none, or whether to `allow` them where money
         is counted."""
-        usual = usual_prices()
-        self.usual = {self.fold(name): price for name, price in usual.items()}
-        self.own = {name.casefold(): self.with_usual_tiers(name, price)
-                    for name, price in (own or {}).items()}
+        self.usual = {self.fold(name): price for name, price in usual_prices().items()}
+        self.own = {}
+        for name, price in (own or {}).items():
+            usual = self.usual.get(self.fold(name), price)
+            self.own[name.casefold()] = price._replace(tiers={**usual.tiers, **price.tiers})
         self.globs = [name for name in self.own if WILDCARD.search(name)]
         # Of several spellings the shortest counts, which has no date, and of these the last.
         self.folded = {self.fold(name): self.own[name]
@@ -3121,10 +3088,6 @@ class Prices:
         """Folds the name of a model; what is free, or tuned by a caller, has a price of its own."""
         name = name.casefold()
         return "ft:" * name.startswith("ft:") + fold_model(name) + ":free" * name.endswith(":free")
-
-    def with_usual_tiers(self, name, price):
-        usual = self.usual.get(self.fold(name))
-        return price._replace(tiers={**usual.tiers, **price.tiers}) if usual else price
 
     def find_price(self, model):
         name = model.casefold()
@@ -3143,9 +3106,9 @@ class Prices:
         if price is None or price is self.default:
             price = self.find(asked)
         # Google says ON_DEMAND_FLEX for flex; some say one twice.
-        names = sorted({name.casefold().removeprefix("on_demand_") for name in tiers},
-                       key=lambda name: not isinstance(price and price.tiers.get(name), Price))
-        for name in names:  # those with prices of their own before factors
+        names = {name.casefold().removeprefix("on_demand_") for name in tiers}
+        for name in sorted(names, key=lambda name: not isinstance(  # their own before factors
+                price and price.tiers.get(name), Price)):
             price = price and price.in_tier(name)
         return price
 
@@ -3289,7 +3252,7 @@ class CostEstimator:
     def habits(self, call):
         return self.models.get(self.model_key(call), self.unknown)
 
-    def estimate(self, call: Billable, caller: CallerKey) -> Tuple[Costs, Costs]:
+    def estimate(self, call: "Call", caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
@@ -3340,7 +3303,7 @@ class CostEstimator:
         prompt, output = used[:2]
         return self.request_cost, prompt + output, prompt, output, picodollars, running, estimate
 
-    def usage(self, call: Billable, caller: CallerKey, source: Optional[UsageSource], whole: bool,
+    def usage(self, call: "Call", caller: CallerKey, source: Optional["UsageReader"], whole: bool,
               held: int) -> Usage:
         """Returns what the call used: as reported, else estimated from its prompt and the text that
         came, and the share of it that its model hides. A response that is not `whole` may have
@@ -3511,7 +3474,7 @@ def cut_text(value, sizes):
     if type(value) is list:
         return [cut_text(one, sizes) for one in value]
     size = sizes.get(value[32:]) if type(value) is str else None
-    return value if size is None else CutText.of(value, size)
+    return value if size is None else CutText(value, size)
 
 
 def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
@@ -3690,14 +3653,14 @@ def parse_response(data: bytes) -> Any:
 
 
 def object_in(data: bytes) -> JsonObject:
-    """Returns a JSON object of an upstream, or the last of an array of them, {} where there is
+    """Returns a JSON object of an upstream, an array of several as its results, {} where there is
     none."""
     try:
         found = parse_response(data)
     except ValueError:
         return {}
     if type(found) is list and found:
-        found = found[-1]
+        found = {"results": found} if found[1:] else found[0]
     return found if type(found) is dict else {}
 
 
@@ -3821,20 +3784,22 @@ def is_count(value):
     return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
-def merged(before, after):
-    """Returns two reports in one. Counts only grow, so of numbers the larger is taken; null says
-    nothing."""
+def merged(before, after, join=max):
+    """Returns two reports in one. Counts only grow, so that of the same ones the larger is taken;
+    null says nothing."""
     found = dict(before)
     for name, value in after.items():
         old = found.get(name)
         if type(old) is dict and type(value) is dict:
-            found[name] = merged(old, value)
-        elif value is not None and not (is_count(value) and is_count(old) and value < old):
+            found[name] = merged(old, value, join)
+        elif is_count(value) and is_count(old):
+            found[name] = join(old, value)
+        elif value is not None:
             found[name] = value
     return found
 
 
-PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@=-]*)+")
 
 
 def fold_path(path):
@@ -3996,7 +3961,7 @@ LARGE_BODY = 8192  # bytes from which reading a body takes its time, and its pay
 MAX_MODEL = 256    # characters of a model's name
 
 
-class Call(Billable):
+class Call:
     """One LLM request, parsed. `endpoint` is None where nothing is metered. `body` is None where it
     is relayed as it comes; there is a payload where it is JSON. `prefix` names the upstream where
     the path did. `model` is what the caller asked for, `resolved_model` what that stands for, and
@@ -4108,8 +4073,11 @@ class Call(Billable):
             return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
         if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
             return self.path.endswith("/" + self.stored.name)
+        if self.endpoint == "messages":  # Anthropic's tools run in containers, which it names
+            short = self.json_body.short
+            return b'"code_execution_' in short or b'"web_' in short
         return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
-            self.endpoint == "other" and "/videos/" in self.path)
+            self.endpoint == "other" and "/video" in self.path)
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
@@ -4119,16 +4087,20 @@ class Call(Billable):
         is_chat = self.endpoint == "chat"
         meant = REFERENCES - CONVERSATIONS if is_chat else REFERENCES
         for part in objects_in(self.payload, says_of_things):
-            if not meant.isdisjoint(part):
-                for key in meant.intersection(part):
-                    found += names_of_things(part[key], key)
+            for key in meant.intersection(part):
+                found += names_of_things(part[key], key)
             kind = part.get("type")
+            if kind in ALL_STORED and "source" not in part and self.stored and (
+                    self.stored.collection.lower() == "evals"):
+                found.append("/")  # nobody's
             if kind in REFERENCE_TYPES or (
                     kind is None and not is_chat and part.keys() <= {"id", "type"}):
                 found += names_of_things(part)
         return found
 
     def prompt_length(self) -> Tuple[int, List[int], int]:
+        """Returns the weight of the prompt's text, and of that in each image and the like, and what
+        kind of text it is."""
         if self.length is None:
             payload = self.payload
             if self.is_plain and not self.json_body.cuts:
@@ -4143,8 +4115,9 @@ class Call(Billable):
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
-        """Returns the largest limit that any server takes for one; null counts as unsaid, as at
-        OpenAI, and -1 as none, as at llama.cpp. There is an output for each answer and prompt."""
+        """Returns the most tokens of one output, None where the call does not limit them, and how
+        many outputs it asks for: one for each answer and prompt. The largest limit counts that any
+        server takes for one; null is unsaid, as at OpenAI, and -1 none, as at llama.cpp."""
         if self.limit is None:
             most = self.payload.get("max_tokens")
             if self.endpoint == "chat" and UNUSUAL_NUMBERS.isdisjoint(self.payload) and (
@@ -4162,8 +4135,8 @@ class Call(Billable):
             elif value > outputs:
                 outputs = value
         most = max(limits, default=None)
-        if self.endpoint in UNNAMED:  # it may be a batch of calls, or have no output
-            most = sum(limits)
+        if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
+            most = sum(limits)  # it may be a batch of calls, or have no output
         prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
         for name in prompts.intersection(self.payload):
             many = self.payload[name]
@@ -4172,6 +4145,7 @@ class Call(Billable):
         return most if most != math.inf else None, outputs
 
     def tiers(self) -> Tuple[str, ...]:
+        """Returns how it asks to be served."""
         return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
 
     def holders(self):
@@ -4241,7 +4215,8 @@ def is_small(value):
 # Where true stands at one of these, an answer will only be told later,
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
-LATER_PATH = re.compile("/batches/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
+LATER_PATH = re.compile(
+    "/batch(?:es|PredictionJobs)/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
@@ -4255,7 +4230,7 @@ OUTPUT_COUNTS = frozenset("""
     numResults sampleCount""".split())
 OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 # Lists of these are several prompts: each has an output.
-PROMPTS = frozenset("prompt prompts text inputs instances".split())
+PROMPTS = frozenset("prompt prompts text inputs input_ids instances".split())
 BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
@@ -4269,6 +4244,7 @@ MEDIA_TYPES = frozenset("""
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
 MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
 MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
+IS_TEXT = re.compile("(?:data:)?(?:text/|application/(?:json|xml|yaml|javascript)\\b)")
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
 PLAIN_KEYS = MEDIA_KEYS.union(DATA_KEYS, OUTPUT_NUMBERS, """\
 role content type text parts model name description id index function functions parameters arguments
@@ -4300,22 +4276,16 @@ def chat_length(messages):
     return text_weight(text), [], kind_of_text(max(contents, key=len)) if contents else 0
 
 
-def is_media(part):
-    """Returns whether a part of a prompt is an image or the like, in any API; Anthropic's documents
-    may be plain text."""
-    kind = part.get("type")
-    return not MEDIA_KEYS.isdisjoint(part) or (
-        isinstance(kind, str) and kind in MEDIA_TYPES and "role" not in part
-        and dig(part, "source", "type") not in ("text", "content"))
-
-
 def media_texts(part):
-    """Returns what is text in an image and the like; None where a part is none. So is the data of
-    a file that says it is text."""
-    if not is_media(part):
+    """Returns what is text in a part of a prompt that is an image or the like, in any API, and so
+    is the data of a file that says it is text; None where it is none, as Anthropic's documents of
+    plain text."""
+    if MEDIA_KEYS.isdisjoint(part) and (
+            "role" in part or str(part.get("type")) not in MEDIA_TYPES
+            or dig(part, "source", "type") in ("text", "content")):
         return None
-    texts, data = [key for key in part if key not in PLAIN_KEYS], []
-    pairs = list(part.items())
+    texts, data = [], []
+    pairs = [("", part)]
     for key, value in pairs:  # the list grows meanwhile
         if isinstance(value, str):
             (data if key in DATA_KEYS and " " not in value else texts).append(value)
@@ -4323,8 +4293,8 @@ def media_texts(part):
             pairs += [(key, one) for one in value]
         elif type(value) is dict:
             pairs += value.items()
-            texts += [key for key in value if key not in PLAIN_KEYS]
-    if any([text.startswith(("text/", "data:text/")) for text in texts + data]):
+            texts += value.keys() - PLAIN_KEYS
+    if any(map(IS_TEXT.match, texts + data)):
         texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
 
@@ -4457,7 +4427,10 @@ MIXED = frozenset("skill_id prompt video agent uri fileName file_name".split())
 MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
 # Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
-REFERENCE = re.compile(('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES])).encode())
+# In evals, those of these without a source are all that anybody has stored.
+ALL_STORED = ("stored_completions", "responses")
+REFERENCE = re.compile(
+    ('"(?:%s)"' % "|".join([*REFERENCES, *REFERENCE_TYPES, *ALL_STORED])).encode())
 ID_ALONE = re.compile(
     rb'\{\s*(?:"type"\s*:\s*null\s*,\s*)?"id"\s*:\s*"[^"]*"\s*(?:,\s*"type"\s*:\s*null\s*)?\}')
 # Here stands what callers and their tools have made up.
@@ -4481,16 +4454,14 @@ NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id outp
 HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
-    results""".split()
+    results delta""".split()
 
 
 def may_refer(data):
     """Returns whether JSON may name something stored: by one of these words, or where an escape may
     spell one. Quotes in texts, which begin no word, would each be looked at."""
-    if data.find(b"\\u") >= 0:
-        return True
     plain = data.replace(b'\\"', b"")
-    return REFERENCE.search(plain) is not None or ID_ALONE.search(plain) is not None
+    return data.find(b"\\u") >= 0 or bool(REFERENCE.search(plain) or ID_ALONE.search(plain))
 
 
 def says_of_things(part):
@@ -4529,6 +4500,7 @@ OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
 FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
 FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
+AMOUNT = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE]-?[0-9]{1,2})?")
 # Errors by which an upstream says that its own account is to blame, or else the caller
 ACCOUNTS_FAULT = re.compile(
     "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
@@ -4539,9 +4511,16 @@ CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safe
 MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
 
 
-def without_masks(query):
+# What makes a request another one, at Google's servers and others
+OVERRIDE = re.compile(
+    r"(?:.*;)?\s*(?:\$(?:httpMethod|httpHeaders|ct)|_method|x-(?:http-)?method(?:-override)?)"
+    r"\s*(?:=.*)?", re.IGNORECASE | re.DOTALL)
+
+
+def without(pattern, query):
+    """Returns a query without the parameters that match."""
     return "&".join([part for part in query.split("&")
-                     if not MASK.fullmatch(urllib.parse.unquote_plus(part))])
+                     if not pattern.fullmatch(urllib.parse.unquote_plus(part))])
 
 
 def fault_status(*values):
@@ -4555,14 +4534,27 @@ def fault_status(*values):
     return 429 if ACCOUNTS_FAULT.search(words) else 400 if CALLERS_FAULT.search(words) else 502
 
 
+def fault_in(part, payload):
+    """Returns the status of the error that a part of a payload is, 0 where it is none."""
+    error = part.get("error") or part.get("errors")
+    code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
+    if error or code or part.get("success") is False or any(
+            [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
+        return fault_status(*as_list(error)[:1], part, payload.get("error"))
+    return 0
+
+
 def is_name(value):
     """Returns whether a value can be the name of a model or a tier."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
 
 
-def is_money(value):
-    """Returns whether a value can be an amount of money."""
-    return type(value) in (int, float) and 0 <= value < MAX_COST
+def read_money(value):
+    """Returns the amount of money that a value is, which some spell as text, in a list, which is
+    empty where it is none."""
+    if type(value) is str and AMOUNT.fullmatch(value):
+        value = float(value)
+    return [value] if type(value) in NUMBERS and 0 <= value < MAX_COST else []
 
 
 def with_iterations(told, parts):
@@ -4651,15 +4643,19 @@ class Dialect:
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
-        meta_info meta tokens billed_units metrics details""".split()
+        meta_info meta tokens billed_units metrics details
+        inlinedResponses amazon-bedrock-invocationMetrics""".split()
+    ANSWERS = ("results", "inlinedResponses")  # each to a prompt of its own
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count promptTokens input_token_count input_length""",
+            total_input_tokens prompt_eval_count promptTokens input_token_count input_length
+            prompt_token_count inputTokenCount inputTextTokenCount""",
         "tools": "toolUsePromptTokenCount total_tool_use_tokens",
         "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
             total_output_tokens candidatesTokenCount completionTokens output_token_count
-            generated_token_count generated_tokens""",
+            generated_token_count generated_tokens generation_token_count outputTokenCount
+            tokenCount""",
         "total": "total_tokens totalTokens totalTokenCount",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
@@ -4746,8 +4742,8 @@ class Dialect:
         names = []
         lists = {key: self.renamed(payload[key], rename, names)
                  for key in sorted(self.MODEL_LISTS) if type(payload.get(key)) is list}
-        same = all([lists[key] == payload[key] for key in lists])
-        return payload if same else {**payload, **lists}, self.few(names)
+        changed = {**payload, **lists}
+        return payload if changed == payload else changed, self.few(names)
 
     def few(self, names):
         """Returns each of these names once. Raises BadRequest for too many."""
@@ -4765,10 +4761,8 @@ class Dialect:
             return names[-1]
         if type(one) is not dict or self.ROW_KEYS.isdisjoint(one):
             return one
-        found = {key: one[key] for key in one.keys() - self.ROW_KEYS}
-        for key in self.ROW_KEYS.intersection(one if rename else ()):
-            found[key] = self.renamed(one[key], rename, names)
-        return found
+        return {key: self.renamed(value, rename, names) if key in self.ROW_KEYS else value
+                for key, value in one.items() if rename or key not in self.ROW_KEYS}
 
     def request_usage(self, call: Call) -> None:
         """Makes the upstream's body ask for the usage of a stream, where that must be asked for."""
@@ -4848,23 +4842,27 @@ class Dialect:
     def usage_counts(self, payload):
         """Returns what a response or an event reports of usage, by the API's own names, if
         anything; and whether nothing more will come: None where that is known at the end."""
-        final = self.is_finished(payload) or not payload.get(self.REASON[0]) or None
+        counts = self.counts_in(payload)
         if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
-            final = False  # what it tells of the output is no count
-        return self.counts_in(payload), final
+            return counts, False  # what it tells of the output is no count
+        return counts, self.is_finished(payload) or bool(  # some tell of the prompt first
+            not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
 
     def parts(self, payload):
-        """Returns the objects in a response or an event in which usage and the like may stand."""
-        found = [part for name in self.USAGE_HOLDERS for part in as_list(payload.get(name))[:128]]
-        return [part for part in found if isinstance(part, dict)]
+        """Returns the objects in a response or an event in which usage and the like may stand, by
+        the key at which they do."""
+        return {name: [part for part in as_list(payload[name])[:1000] if type(part) is dict]
+                for name in self.USAGE_HOLDERS if payload.get(name)}
 
     def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for part in self.parts(payload):
-                found = merged(found, self.counts_in(part))
+            for name, parts in self.parts(payload).items():
+                join = operator.add if name in self.ANSWERS else max
+                for part in parts:
+                    found = merged(found, self.counts_in(part), join)
         if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -4872,10 +4870,12 @@ class Dialect:
     def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
         model = payload.get(self.SERVED)
+        if payload.get("object") == "batch":
+            return model if is_name(model) else None, "batch"
         if is_name(model):
-            tier = "batch" if payload.get("object") == "batch" else payload.get(self.TIERS[0])
+            tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
-        for part in self.parts(payload):
+        for part in itertools.chain(*self.parts(payload).values()):
             if self.SERVED in part:
                 return self.served(part)
         return None, None
@@ -4904,13 +4904,11 @@ class Dialect:
 
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
-        it is none."""
-        for part in (*self.parts(payload), payload):
-            error = part.get("error") or part.get("errors")
-            code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
-            if error or code or part.get("success") is False or any(
-                    [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
-                return fault_status(*as_list(error)[:1], part, payload.get("error"))
+        it is none: one of several answers may have gone well."""
+        for parts in (*self.parts(payload).values(), [payload]):
+            faults = [fault_in(part, payload) for part in parts]
+            if faults and all(faults):
+                return faults[0]
         return 0
 
     def usual_usage(self, data, model):
@@ -4992,14 +4990,12 @@ class Dialect:
 
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [part[name] * unit for part in parts for name, unit in self.MONEY.items()
-                if is_money(part.get(name))]
-        if not told:
-            return None
-        own = dig(parts[0], "cost_details", "upstream_inference_cost")
-        if parts[0].get("is_byok") is True and is_money(own):  # OpenRouter, by one's own key
-            told = [max(told) + own * PICODOLLARS]
-        return min(MAX_COST, round(max(told)))
+        told = [unit * amount for part in parts for name, unit in self.MONEY.items()
+                for amount in read_money(part.get(name))]
+        if told and parts[0].get("is_byok") is True:  # OpenRouter, by one's own key
+            own = read_money(dig(parts[0], "cost_details", "upstream_inference_cost"))
+            told = [max(told) + PICODOLLARS * sum(own)]
+        return min(MAX_COST, round(max(told))) if told else None
 
     def without_usage(self, payload):
         """Returns what an event says besides usage, {} where that is nothing."""
@@ -5474,6 +5470,11 @@ class Gemini(Google):
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
+    def parts(self, payload):
+        """A stream without events is an array, of which the last object tells all."""
+        found = super().parts(payload)
+        return {**found, "results": found.get("results", [])[-1:]}
+
     def number(self, one, place):
         """The parts of an event go on where those of the one before ended, of thoughts and of
         text."""
@@ -5528,10 +5529,6 @@ class Interactions(Google):
     BLOCK_END = re.compile(r"\.stop$")
     LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
     REPLY_PARTS = INTERACTION_PARTS
-
-    def usage_counts(self, payload):
-        """Takes those of the whole interaction, which its last event has."""
-        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
 
 OLLAMA_PARTS = {
@@ -5599,9 +5596,7 @@ NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no ass
 
 def content_never_null(payload):
     """Returns a payload for upstreams that refuse "content": null beside tool calls."""
-    messages = payload.get("messages")
-    if not isinstance(messages, list):
-        return payload
+    messages = as_list(payload.get("messages"))
     fixed = [
         {**one, "content": ""} if dig(one, "tool_calls") and one.get("content") is None else one
         for one in messages]
@@ -5619,7 +5614,7 @@ LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Uni
 STORED_PATH = re.compile(
     "/(files|uploads|batches|responses|conversations|threads|fine_tuning/jobs|fine-tunes"
     "|chat/completions|deferred-completion|vector_stores|assistants|containers|videos/characters"
-    "|videos|evals"
+    "|videos|evals|batchPredictionJobs|tuningJobs|ragCorpora"
     "|generation|cachedContents|interactions|tunedModels|fileSearchStores|operations|corpora"
     "|skills|agents|sessions|environments|memory_stores|vaults|libraries|datasets|embed-jobs"
     "|collections|predictions|tasks|batch/jobs|async-result|async/sonar)"
@@ -5747,13 +5742,13 @@ class Dialects:
         dialect, endpoint, path = self.endpoint(method, path)
         dialect = dialect or self.guess(path, fields)
         prefix, path = self.split(path) if self.names else (None, path)
-        query = split_query(query)[1] if query else ""
+        query = without(OVERRIDE, split_query(query)[1]) if query else ""
         stored = None
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
         if endpoint and query:
-            query = without_masks(query)
+            query = without(MASK, query)
         return dialect, endpoint, path, query, prefix, stored
 
     async def read(self, call: Call, method: str, fields: Fields,
@@ -5768,7 +5763,8 @@ class Dialects:
             call.large = len(body) > LARGE_BODY
             model = self.read_payload(call)
         elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
-            model = self.read_model_path(call)
+            place, _, model = call.path.rpartition("/")
+            call.path = "%s/%s" % (place, urllib.parse.quote(self.resolve(model), safe="@"))
         if isinstance(model, str):
             if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
@@ -5778,13 +5774,6 @@ class Dialects:
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
         return self.aliases.get(model, model)
-
-    def read_model_path(self, call):
-        """Reads the path of one of the models; returns which."""
-        model = call.path.rpartition("/")[2]
-        call.path = call.path[:-len(model)] + urllib.parse.quote(
-            self.resolve(model), safe="@")
-        return model
 
     @staticmethod
     def stored_at(method, path):
@@ -5871,16 +5860,10 @@ def end_of_strings(data):
 
 
 class Edit:
-    """A change of a stream, made in its whole events."""
+    """A change of a stream, made in its whole events: `find` returns where in some bytes there may
+    be something to change, their end where there is nothing, and `apply` what goes on for an event.
+    """
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
-
-    def find(self, data: bytes) -> int:
-        """Returns where there may be something to change, the end where there is nothing."""
-        raise NotImplementedError
-
-    def apply(self, event: bytes) -> bytes:
-        """Returns what goes on for an event."""
-        raise NotImplementedError
 
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
@@ -5917,7 +5900,7 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20   # bytes of that,
-    MAX_STRING = 1 << 22  # and of one string in it
+    MAX_STRING = 1 << 17  # and of one string in it
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
@@ -5928,6 +5911,7 @@ class Editor:
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
+        self.repeated = 0   # 1: what is held back begins with a quote that has gone on
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -5966,17 +5950,25 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0 and len(data) <= self.MAX_STRING:
-            whole = 0  # half a string cannot be read
-        self.held = data[max(whole, 0):]
-        return self.edited(data[:whole]) if whole >= 0 else self.flush()
+        """Of a string that is too long for that each piece becomes a string of its own."""
+        quote = b""
+        end = end_of_strings(data) if len(data) > self.MAX_STRING else 0
+        if end < 0:
+            quote = data[:1] if data[:1] == b'"' else b""
+            end = self.edits[0].end_of_words(data) if quote else len(data)
+        elif len(data) <= self.MAX_WHOLE and len(data) - end <= self.MAX_STRING:
+            end = 0
+        self.held = quote + data[end:]
+        shown = self.edited(data[:end] + quote)[self.repeated:]
+        if end:
+            self.repeated = len(quote)
+        return shown[:-1] if quote else shown
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
         held = self.held
         self.held = b""
-        shown = self.edited(held)
+        shown = self.edited(held)[self.repeated:]
         rest = b"".join([edit.end() for edit in self.edits])
         if not rest or not self.events.payload(held):
             return rest + shown
@@ -5996,7 +5988,7 @@ class Editor:
             event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
 
-class UsageReader(UsageSource):
+class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
     caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
@@ -6010,6 +6002,8 @@ class UsageReader(UsageSource):
 
     characters = 0
     usual: Optional[Usage] = None  # by usual_usage
+    model: Optional[str] = None    # the one that served, where the response says so,
+    tier: Optional[str] = None     # and how
     counts: JsonObject = {}        # which is not changed, but replaced
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
@@ -6307,15 +6301,19 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")
+URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:")
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
+    if not match.lastindex:
+        return 0
     text = match.string
     start, end = match.span()
-    if text[start - 1:start] == ":" and URL_PASSWORD.search(text, max(0, start - 80), start):
-        return 0
+    if text[start - 1:start] == ":":
+        url = text.rfind("://", max(0, start - 80), start)
+        if url > 0 and URL_PASSWORD.fullmatch(text, url - 1, start):
+            return 0
     return end
 
 
@@ -6458,11 +6456,11 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
 
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
 SHAPES = (
-    shape("email", r"""
+    shape("email", r"""  # what has no domain is taken as a whole: none of its words has one
         [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
-        @(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
+        @(?:(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}
         (?=[A-Za-z]{2})(?:[A-Za-z]{2,24}(?![A-Za-z0-9(]|[._-][A-Za-z0-9])
-        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))""", end_of_email, "@"),
+        |(?:com|net|org|edu|gov)(?![A-Za-z0-9_(]))()|(?=[A-Za-z0-9.-]{5}))""", end_of_email, "@"),
     shape("card", r"""[2-6](?<![A-Za-z0-9_+-].)(?<![0-9]\..)
         (?:[0-9]{12,18}|(?<=3)[0-9]{3}(?:[ ][0-9]{6}[ ]|-[0-9]{6}-)[0-9]{4,5})
         (?![A-Za-z0-9]|[_-][A-Za-z0-9]|\.[0-9])""", end_of_card, hint="[0-9]{4}"),
@@ -6607,8 +6605,8 @@ class Redactor:
                 rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
                 found = [row for row in rows if row[1]]
                 if self.allow or (found and found[-1][0] >= end):
-                    found = [row for row in found
-                             if row[0] < end and not self.may_leave(text[row[0]:row[1]])]
+                    found = [row for row in found if row[0] < end and not self.may_leave(
+                        text[row[0]:row[1]])]
                 yield found
                 if len(some) < self.BATCH or some[-1].start() >= end:
                     break
@@ -6659,11 +6657,6 @@ class Masks:
         self.values: Texts = {}        # by placeholder
         self.taken: Set[str] = set()
         self.numbers: Dict[str, int] = collections.Counter()
-
-    def skip(self, text: str):
-        """Takes no placeholder that a text of the prompt has of its own."""
-        if "[[" in text:
-            self.taken.update([match[0].upper() for match in self.PLACEHOLDER.finditer(text)])
 
     def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
@@ -6716,7 +6709,8 @@ class Masks:
         changed; `body` is how it came."""
         if b"[[" in body or b"\\u005" in body:
             for words in words_in(dict(payload)):
-                self.skip(words.text)
+                found = self.PLACEHOLDER.finditer(words.text)
+                self.taken.update([match[0].upper() for match in found])
                 yield
         masked = dict(payload)
         for words in words_in(masked):
@@ -6770,10 +6764,12 @@ class Redaction:
 
     def judge(self, call: Call):
         """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
-        if self.mode == "block" and call.masked:
-            raise MustNotLeave(call.masks.describe())
-        if self.mode != "mask":
-            call.masked = call.masks = None
+        if self.mode == "mask":
+            return
+        found, masks = call.masked, call.masks
+        call.masked = call.masks = None  # it may go to another upstream as it is
+        if self.mode == "block" and found:
+            raise MustNotLeave(masks.describe())
 
 
 class Restorer:
@@ -6789,6 +6785,7 @@ class Restorer:
         "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
+    BETWEEN = re.compile('[,;|<>"]')  # of such a row of words, as nearly no value has any
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
                  redactor: Optional[Redactor] = None):
@@ -6848,7 +6845,9 @@ class Restorer:
         if not self.redactor:
             return begin
         words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
-        return min(begin, len(text) - words.end())
+        start = len(text) - words.end()
+        between = self.BETWEEN.search(text, start) if words.end() == self.MAX_WORDS else None
+        return min(begin, between.end() if between else start)
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6924,6 +6923,8 @@ def varied(data, fixed):
 
 
 SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
+# The end of an escape, or a last character in UTF-8
+BEGUN_CHARACTER = re.compile(rb"(?:u[0-9A-Fa-f]{0,3}|[\xc0-\xff][\x80-\xbf]{0,3})\Z")
 
 
 class Said(str):
@@ -6940,12 +6941,12 @@ def is_beside(block: Block, other: Block) -> bool:
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
-    MAX_HELD = 1 << 16
+    MAX_HELD = 1 << 20
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
-    MAX_LEARNED = 4       # of which a new sort takes half a millisecond
+    left_to_learn = 4     # of which a new sort takes half a millisecond
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -6960,7 +6961,6 @@ class Unmasking(Edit):
         self.blocks: Dict[Block, Tuple[str, bytes]] = {}
         self.usual: Optional["re.Pattern[bytes]"] = None  # how most events are spelled,
         self.usual_block: Block = ()                      # and of what they have text
-        self.left_to_learn = self.MAX_LEARNED
         self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
@@ -6968,6 +6968,14 @@ class Unmasking(Edit):
             return 0
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
+
+    def end_of_words(self, data: bytes) -> int:
+        """Returns where the last word begins of a string of JSON that goes on, or the rest of it
+        that cuts no character and no escape."""
+        end = self.restorer.waiting(data.decode("latin-1"))
+        begun = BEGUN_CHARACTER.search(data, end - 5, end)
+        end = begun.start() if begun else end
+        return end - (end - len(data[:end].rstrip(b"\\"))) % 2
 
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
@@ -6983,9 +6991,7 @@ class Unmasking(Edit):
     def apply_any(self, event):
         payload = self.payload(event)
         if not payload:
-            is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-            return (self.end() if is_last else b"") + self.restorer.restore_json(
-                self.restorer.mask_json(event))
+            return self.apply_other(event)
         texts = list(self.dialect.texts(payload)) if self.events else ()
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
@@ -6998,6 +7004,14 @@ class Unmasking(Edit):
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
+
+    def apply_other(self, event):
+        """Does so with what is no event with an object, or too large for one."""
+        if self.events and len(event) > self.MAX_HELD and self.restorer.redactor:
+            self.restorer.masks.counts["opaque"] += 1
+        is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
+        return (self.end() if is_last else b"") + self.restorer.restore_json(
+            self.restorer.mask_json(event))
 
     def payload(self, event):
         """Returns the object of an event, or of all of the JSON where something is looked for in
@@ -8196,7 +8210,10 @@ class RequestBody:
 
     async def inflate(self, data, most):
         """Returns what was compressed, of at most `most` bytes; others run in between."""
-        inflater = zlib.decompressobj(WINDOW_BITS[self.coding])
+        bits = WINDOW_BITS[self.coding]
+        if self.coding == "deflate" and data and data[0] & 15 != 8:
+            bits = -bits  # without the header of RFC 1950, which some leave out
+        inflater = zlib.decompressobj(bits)
         pieces, size = [], 0
         while not inflater.eof:
             try:
@@ -8561,6 +8578,8 @@ class Stored:
         found = list(map(self.things.get, names))
         if path and path.name:
             found.insert(0, self.things.get(self.full_name(path.collection, path.name)))
+        if path and path.name == "/" and self.bills:
+            raise NothingStored()  # nobody would know that it must be paid for
         if self.policy == "own":
             if path and path.is_listed:
                 raise Forbidden("Lists of what is stored are not passed on")
@@ -8766,6 +8785,9 @@ class Response:
         return self.stream.more(context, left, self.address.what_body)
 
 
+STATES = "closed", "half_open", "open"  # of breakers, the best first
+
+
 class Breaker:
     """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
     tries whether it can be closed. One that takes longer than that to find out does not keep others
@@ -8887,7 +8909,7 @@ class Breakers:
     def state(self, now: float) -> str:
         """Returns the worst of them."""
         states = [one.state(now) for one in (self.connections, *self.models.values())]
-        return max(states, key=("closed", "half_open", "open").index)
+        return max(states, key=STATES.index)
 
 
 class TransportConfig(NamedTuple):
@@ -9294,7 +9316,7 @@ class Upstream:
     def stats(self) -> JsonObject:
         """Returns what /health says of it."""
         states = self.states()
-        best = min(states, key=("closed", "half_open", "open").index)
+        best = min(states, key=STATES.index)
         found = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
@@ -11196,7 +11218,7 @@ class Ledger(Writer):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
         if self.database and self.database.is_gone():
-            self.log.say("DATABASE or its lock was deleted or replaced: a new one is begun")
+            self.log.say("DATABASE or its lock was deleted or replaced")
             self.database.close()
             self.database = None
         if self.database is None and now >= self.reopen_at:
@@ -11965,7 +11987,7 @@ def state_family(routes: Routes) -> Family:
     for one in routes.all:
         known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
         states += [(labels_of(upstream=one.name, state=state), known.count(state))
-                   for state in ("closed", "half_open", "open", "disabled")]
+                   for state in (*STATES, "disabled")]
     return Family("llm_proxy_upstream_state", "gauge",
                   "How many addresses of an upstream are in this state; closed is well", states)
 
@@ -14156,9 +14178,13 @@ REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
     "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
     "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
     "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
-        # or that name the account
+        # or that name the account, be it through LiteLLM,
         "set-cookie", "set-cookie2", "openai-organization", "openai-project",
-        "anthropic-organization-id"))
+        "anthropic-organization-id", "llm_provider-openai-organization",
+        "llm_provider-set-cookie", "x-litellm-model-api-base", "x-litellm-key-spend",
+        # or speak for the origin that a browser asked, or to a server before us
+        "alt-svc", "strict-transport-security", "public-key-pins", "nel", "report-to",
+        "reporting-endpoints", "clear-site-data", "x-accel-redirect", "x-sendfile"))
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
     "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
     "max-age", "allow-private-network"))
@@ -17639,8 +17665,10 @@ class LoopWatch:
 
 class Handshakes:
     """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
-    waits. The first ones may come at once."""
+    waits. The first ones may come at once. A turn is not given back by who leaves before it comes,
+    so nobody waits for longer than MOST_SECONDS: how many do is bounded elsewhere."""
     PER_SECOND = 20
+    MOST_SECONDS = 5
     MAX_KNOWN = 4096
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -17650,7 +17678,7 @@ class Handshakes:
     def seconds_to_turn(self, address: str) -> float:
         """Takes a turn; returns the time to it, 0 or less: now."""
         now = self.loop.time()
-        turn = max(now - 1, self.next.pop(address, 0))
+        turn = min(max(now - 1, self.next.pop(address, 0)), now + self.MOST_SECONDS)
         self.next[address] = turn + 1 / self.PER_SECOND
         if len(self.next) > self.MAX_KNOWN:
             self.next.popitem(last=False)
@@ -17707,7 +17735,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.admin = Admin(proxy, self.pages.catalogue)
         self.most = most
         self.parts = self.make_parts()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.reload()
         self.handshakes = Handshakes(self.loop)
         self.open: Set[ClientConnection] = set()
@@ -17716,16 +17743,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
         super().__init__((host, port), ClientConnection, bind_and_activate=False)
-        self.take_listener(listener or listen(host, port))
-        proxy.books.open()
-        for act in (self.loop_watch.tick, self.sweep, self.beat,
-                    *([proxy.redis.start] if proxy.redis else ())):
-            self.loop.call_soon_threadsafe(act)
-
-    def take_listener(self, listener):
         self.socket.close()
-        self.socket = listener
-        self.server_address = listener.getsockname()
+        self.socket = listener or listen(host, port)
+        self.server_address = self.socket.getsockname()
+        proxy.books.open()
+        self.loop.call_soon_threadsafe(self.begin)
+
+    def begin(self):
+        """Begins what is done once in a while."""
+        self.loop_watch.tick()
+        self.sweep()
+        self.beat()
+        if self.proxy.redis:
+            self.proxy.redis.start()
 
     def make_parts(self) -> ReplyParts:
         proxy, config = self.proxy, self.proxy.config
@@ -18476,9 +18506,8 @@ def describe_redaction(config):
 
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
-    host = "[%s]" % config.host if ":" in config.host else config.host
     return [
-        "llm_proxy %s listens on %s://%s:%d" % (VERSION, config.scheme, host, config.port),
+        "llm_proxy %s listens on %s" % (VERSION, config.origin(config.host)),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
         *describe_redaction(config),
@@ -18497,8 +18526,7 @@ def settings_help():
 
 def ask_at_once(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
-    loop = asyncio.SelectorEventLoop()
-    with contextlib.closing(loop):
+    with contextlib.closing(asyncio.SelectorEventLoop()) as loop:
         try:
             return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
@@ -18507,10 +18535,10 @@ def ask_at_once(upstream):
 
 def ask_for_stored_keys(config):
     """Notes whether keys are stored, as a start would."""
-    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error):
-        with contextlib.closing(Database(config.database, reading=True)) as database:
-            if is_closed(database.connection.execute):
-                config.note_stored_keys()
+    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error), (
+            contextlib.closing(Database(config.database, reading=True))) as database:
+        if is_closed(database.connection.execute):
+            config.note_stored_keys()
 
 
 def check(config):
@@ -18530,8 +18558,8 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [clean(model.name) for model in ask_at_once(upstream)]
-                models = visible(", ".join(names)) or "none that would be asked of it"
+                names = [ascii(model.name)[1:-1] for model in ask_at_once(upstream)]
+                models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
                 code = 1
@@ -18569,7 +18597,7 @@ def database_faults(config):
 
 def look_at_database(path):
     """Raises DatabaseFault where a service could not use it."""
-    if os.path.exists(path) and os.path.getsize(path):
+    with contextlib.suppress(FileNotFoundError):
         Database(path, reading=True).close()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
@@ -18586,17 +18614,12 @@ def take_one_cpu(cpu, port, worker=0):
     """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
     differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
     where it stays; those that write, which run already, are left free: they would hold it up when
-    they have much to do. Raises ConfigFaults for a CPU that this process may not use."""
-    if cpu is None or not hasattr(os, "sched_setaffinity"):
+    they have much to do."""
+    if cpu is None or not CPUS:
         return
-    allowed = sorted(os.sched_getaffinity(0))
-    one = allowed[(port + worker) % len(allowed)] if cpu < 0 else cpu + worker
-    try:
-        os.sched_setaffinity(0, {one}.intersection(allowed))
-    except OSError:
-        if cpu >= 0:
-            raise ConfigFaults(
-                "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one) from None
+    one = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {one})
 
 
 def tune_interpreter():
@@ -18622,7 +18645,7 @@ def raise_descriptor_limit():
 DEMO_HINT = (
     "try this until the limit is reached (add -H 'Authorization: Bearer KEY' where keys are asked"
     " for):\n"
-    "  curl -N %s://127.0.0.1:%d/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+    "  curl -N %s/v1/chat/completions -H 'Content-Type: application/json' \\\n"
     """    -d '{"model":"demo","max_tokens":1,"messages":[{"role":"user","content":"hello"}],"""
     """"stream":true}'""")
 
@@ -18666,9 +18689,8 @@ def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
     which its owner alone can read."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    page = "dashboard: %s/dashboard" % (
-        config.public_url or "%s://%s:%d" % (config.scheme, host, config.port))
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    page = "dashboard: %s/dashboard" % (config.public_url or config.origin(host))
     if config.admin_key or has_admin:
         return page
     key = place = new_secret()
@@ -18806,7 +18828,7 @@ def run_worker(config, log_stream, reread, worker):
             proxy.limits.buckets.succeeds = worker.again
         server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
-    except (ConfigFaults, DatabaseFault, OSError) as fault:
+    except (DatabaseFault, OSError) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
@@ -18816,11 +18838,14 @@ def reload(server: Server, reread: Callable[[], Config]):
     """Go by settings, certificates and a usage log that were changed, and say so."""
     proxy, say = server.proxy, server.proxy.books.log.say
     try:
-        rest = rebuild(proxy, reread())
+        config = reread()
         server.reload()
+        rest = rebuild(proxy, config)
         say("settings and certificates were read again; " + describe_limits(proxy.config))
         for name in rest:
             say("%s was changed: it needs a new start" % name)
+        for warning in config.warnings():
+            say("warning: " + warning)
     except (ConfigFaults, OSError, ValueError) as fault:
         say("settings and certificates were not read again, the old ones stay: %s" % fault)
     if proxy.books.usage_log:
@@ -18876,8 +18901,7 @@ def watch_parent(server, lifeline, stop):
 async def probe(server):
     """Says which upstreams are not there at the start, while calls run already."""
     async def one(address):
-        context = Context(server.loop)
-        with contextlib.closing(context):
+        with contextlib.closing(Context(server.loop)) as context:
             fault = await address.probe(context)
         if fault:
             server.proxy.books.log.say(fault)
@@ -19464,12 +19488,11 @@ def run_command(options, environ, log_stream):
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
+    remarks = []
     if demo:
         demo.first_seconds = config.demo_first_ms / 1000
+        remarks.append(DEMO_HINT % config.origin("127.0.0.1"))
     tune_interpreter()
-    remarks = []
-    if options.demo:
-        remarks.append(DEMO_HINT % (config.scheme, config.port))
     return run(config, log_stream, remarks, lambda: read_config(environ, read_dotenv_file()))
 
 

@@ -1141,12 +1141,12 @@ class ConfigTest(TableCase):
         MAX_TOKENS  0  1_0  ٣  10000000000000
         READ_TIMEOUT  0  -1  inf  nan  1e3
         TOKEN_COST_MODE  REQUEST  tokens
-        BASE_API_KEY  two words  schlüssel
-        CORS_ORIGINS  chat.example.org  *,https://a.example  ,
+        BASE_API_KEY  two words  schlüssel  "sk-1"
+        CORS_ORIGINS  chat.example.org  *,https://a.example  ,  https://a.example/b
         LIMIT_MESSAGE  two\\nlines
-        CPU_AFFINITY  none  -1
+        CPU_AFFINITY  none  -1  9999
         UNPRICED  free  -1  1e3  1000000  .5
-        PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x
+        PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
         UPSTREAM_CA_FILE  /nowhere.pem  FILE
@@ -1161,7 +1161,7 @@ class ConfigTest(TableCase):
         STREAM_COMMENT_SECONDS  -1
         KEY_WEIGHTS  alice  alice=0  alice=1.5  alice=1,alice=2  =3  alice=1000
         MAX_CONNECTIONS_PER_ADDRESS  0
-        TRUSTED_PROXIES  nginx  10.0.0.0/33  10.0.0.1/8  ,
+        TRUSTED_PROXIES  nginx  10.0.0.0/33  10.0.0.1/8  ,  0.0.0.0/0  ::/0
         CALLER_HEADER  X User  Authorization  Content-Length  X-Forwarded-For  X:  content-encoding
         CALLER_HEADER  TE  X-LLM-Proxy-Timeout-Ms  User-Agent  x-request-id  Proxy-Authorization
         TLS_CERT_FILE  /nowhere.pem  /
@@ -1199,6 +1199,9 @@ class ConfigTest(TableCase):
         PROXY_API_KEYS=k | CORS_ORIGINS= -> ('*',)
         PROXY_API_KEYS=k | STORED= -> 'own'
         CORS_ORIGINS=local,https://*.example.org -> ('local', 'https://*.example.org')
+        CORS_ORIGINS=HTTPS://My-Chat.example:443/,http://a:80,http://b:443 -> ('https://my-chat.exa\
+mple', 'http://a', 'http://b:443')
+        OTEL_EXPORTER_OTLP_HEADERS=x-team=a-b -> {'x-team': 'a-b'}
         LOG_FORMAT= -> 'text'
         DRAIN_SECONDS= -> 30.0
         MAX_CONNECTIONS= -> 1024
@@ -1304,14 +1307,15 @@ class ConfigTest(TableCase):
 
     def test_dotenv_understands_export_quotes_and_comments(self):
         text = """# a comment\n\nA=1\nexport B=2\nC = 'single # quoted'\nD="double"  # comment
-            E=\nF=x#y # z\nG=a=b\r\nH='one\r\ntwo # three\r\n'\nI="open"""
+            E=\nF=x#y # z\nG=a=b\r\nH='one\r\ntwo # three\r\n'"""
         values = settings_of("A=1 | B=2 | C=single # quoted | D=double | E= | F=x#y | G=a=b"
-                             " | H=one\ntwo # three\n | I=\"open")
+                             " | H=one\ntwo # three\n")
         self.assertEqual(llm_proxy.read_dotenv(text), (values, []))
 
     def test_a_bad_line_of_dotenv_is_reported_by_its_number_only(self):
-        fault = self.fault({}, "BASE_API_URL=http://host\n\nBASE_API_KEY sk-secret\n")
-        self.assertEqual(fault, ".env line 3 is not NAME=value")
+        for row in self.each(("KEY sk-secret", 'KEY="sk-secret', "KEY='a'b", 'KEY="a\\"b"')):
+            fault = self.fault({}, "BASE_API_URL=http://host\n\n%s\n" % row)
+            self.assertEqual(fault, ".env line 3 is not NAME=value")
         fault = self.fault({}, "BASE_API_URL='http://host'\nA='\n\n'\n\nBASE_API_KEY sk-secret")
         self.assertEqual(fault, ".env line 6 is not NAME=value")
 
@@ -1344,6 +1348,7 @@ class ConfigTest(TableCase):
         for name, meant in self.each("""
                 PROXY_API_KEY -> PROXY_API_KEYS
                 API_KEYS -> PROXY_API_KEYS
+                proxy_api_keys -> PROXY_API_KEYS
                 LIMIT -> LIMITS
                 CORS_ORIGIN -> CORS_ORIGINS"""):
             fault = self.fault(HERE, name + "=x")
@@ -2706,6 +2711,7 @@ class UsageTest(ProxyCase):
             {"type": "image_url", "image_url": {"url": TEXT}} -> 2004
             {"type": "file", "file_data": "AAAA", TEXT: 1} -> 2003
             {"inlineData": {"mimeType": "text/plain", "data": DATA}} -> 2004
+            {"inlineData": {"mimeType": "application/json", "data": DATA}} -> 2006
             {"type": "input_file", "file_data": CSV} -> 25009
             {"type": "tool_use", "input": {TEXT: "file_data", "file_data": ""}} -> 2007"""
         row = '{"max_tokens": 0, "messages": [{"role": "user", "content": [%s]}]} -> %s'
@@ -3782,6 +3788,10 @@ class UsageReaderTest(ProxyCase):
         [{"type": "message", "usage": {"input_tokens": null, "output_tokens": 4}},
             {"input": 0, "output": 4, "estimated": true}],
         [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": "$1"}}, {}],
+        [{"usage": {"prompt_tokens": 1, "cost": "1.4e-4"}}, {"picodollars": 140000000}],
+        [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": "0.006"}}},
+            {"picodollars": 6000000000}],
         [{"usage": {"prompt_tokens": 1, "cost": 0.01, "is_byok": true,
             "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
         [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": 0.006}}},
@@ -3832,6 +3842,21 @@ class UsageReaderTest(ProxyCase):
         {"cached_tokens": 7, "usage": "TOLD", "choices": []},
         {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
+
+    def test_answers_in_an_array_are_billed_together(self):
+        for endpoint, one, whole in self.each((
+                ("chat", '{"meta_info":{"prompt_tokens":5,"completion_tokens":2}}', "[%s,%s]"),
+                ("chat", '{"tokens_evaluated":5,"tokens_predicted":2}', "[%s,%s]"),
+                ("chat", '{"usage":{"prompt_tokens":5,"completion_tokens":2}}', "[%s,%s]"),
+                ("generate", '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}',
+                 '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}'))):
+            self.hear((whole % (one, one)).encode(), streamed=False, endpoint=endpoint)
+            self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(10, 4), True))
+
+    def test_usage_of_the_prompt_alone_is_no_final_count_though_it_comes_first(self):
+        told = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 0}}
+        self.hear(events(told, delta("word " * 9), LAST_DELTA, "[DONE]"))
+        self.assertFalse(self.reader.reported_usage(True)[1])
 
     def test_usage_is_found_wherever_a_response_has_it_and_not_in_what_a_caller_wrote(self):
         for told in self.each(self.ODD_PLACES):
@@ -3963,6 +3988,9 @@ class UsageReaderTest(ProxyCase):
         {"status": "FAILED"} -> 502
         {"status": "failed", "error": {"code": "rate_limit_exceeded"}} -> 429
         {"success": true, "result": {}} -> 0
+        {"results": [{"success": false}, {"success": true}]} -> 0
+        {"results": [{"success": false}, {"success": false}]} -> 502
+        [{"x": 1}, {"error": "x"}] -> 0
         {"type": "error", "error": {"type": "overloaded_error"}} -> 502
         {"object": "error", "message": "no", "code": 404} -> 404
         {"errors": [{"code": 1000}], "success": false} -> 502
@@ -4979,15 +5007,18 @@ class RedactionTest(ProxyCase):
         \$[0-9]+\.[0-9]{2} ; X{3,5}Y ; acme-(?:dev|test|prod)-\d+ ; (?:[0-9A-F]{2}:){5}[0-9A-F]{2}
         S/N:? ?[A-Z0-9]{10} ; [\w.]+-secret ; ^BEGIN [A-Z]+$ ; Müller|Meier ; [а-я]+-\d+
         \w+@example\.com ; [A-Z]+_[0-9]+ ; case\s+\d+ ; (?:AB|CD)\d{4} ; [A-Z][a-z]+ GmbH
-        id=[0-9a-f]{32} ; NL\d{9}B\d{2} ; DE\d{9} ; [1-9]\d{2} \d{3} \d{3} ; acct:\s*\d+"""
+        id=[0-9a-f]{32} ; NL\d{9}B\d{2} ; DE\d{9} ; [1-9]\d{2} \d{3} \d{3} ; acct:\s*\d+
+        \+49 ?\d{3,5} ?\d{4,9} ; 0\d{2,4}[-/ ]?\d{3,8} ; \d{1,3}[ -]?\d{3,4}[ -]?\d{4}"""
     SETS = r'a \d \w \s . [a-z] [^x] [A-Za-z0-9] [0-9a-f] \S [^"] [-\w] é \D [ab]'.split()
     CATASTROPHES = r"""
         (@+)+y (@*)*y (@+)*y (@+@+)+y @+@+y @*@*y (@+,?)+y (?:@{1,9}){2,9}y @+z?@+y (@+|b@+)+y
         @+(?:@+)?y (?:@@?)+y @*.@*y (?:@|@@)+y""".split()
     OTHERS = r"""(a)\1 (?P<q>a)(?P=q) (a)?(?(1)b|c) (?=a)b (?!a)b (?<=a)b (?<!a)b
-        (aa|a)(aa|a)(aa|a)y
+        a{1,9}a{1,9} (?:a?a?)?a{40}a? a{1,3}a{1,3}b+c (?:a{1,2}b?a{1,2}){2} a?a?a?a?a?a?a?
+        a{2,9}b?a{2,9}b?a{2,9}
         (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y (a|a)+y (?:a|ab?)+c (ab|a|a)+y
-        (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9]
+        (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9,
+                                                              "(aa|a)" * 6]
 
     def test_fifty_ordinary_patterns_are_taken(self):
         patterns = re.split(" ; |\n", self.ORDINARY.strip())
@@ -5432,17 +5463,33 @@ class UnmaskingTest(ProxyCase):
             found = self.unmask("chat", json.dumps({"content": said}).encode(), events=False)
             self.assertEqual(json.loads(found), {"content": shown})
 
-    def test_a_string_of_more_than_a_mebibyte_is_masked_from_its_beginning_to_its_end(self):
-        redactor, dialect = llm_proxy.Redactor(["email"]), llm_proxy.DIALECTS["openai"]
-        restorer = llm_proxy.Restorer(llm_proxy.Masks(redactor), dialect.JSON_TEXTS, redactor)
-        editor = llm_proxy.Editor(None, [llm_proxy.Unmasking(dialect, None, restorer)])
-        text = "mail al@corp.com; " + "word " * 300_000 + "bob@corp.com."
-        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        passed = b"".join([editor.feed(data[at:at + 65536]) for at in range(0, len(data), 65536)])
-        passed += editor.flush()
-        self.assertNotIn(b"@corp.com", passed)
-        self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"].count("word"),
-                         300_000)
+    def test_a_string_of_any_length_is_masked_from_its_beginning_to_its_end(self):
+        for said, count in self.each((
+                ("word ", 900_000), ("\u4eba", 200_000), ("a@b.co,", 40_000), ("\\\\", 99_999),
+                ("\u00e9\\u00", 50_000))):
+            text = "mail al@corp.com; [[EMAIL_1]] " + said * count + "x bob@corp.com, [[EMAIL_1]]."
+            data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            passed = self.unmask("chat", data, 65536, answers=True, events=False)
+            shown = re.sub(r"[a-z]+@(corp\.com|b\.co)", "[[EMAIL]]", text)
+            self.assertEqual(json.loads(passed)["choices"][0]["message"]["content"],
+                             shown.replace("[[EMAIL_1]]", "ann@example.com"))
+
+    def test_an_event_that_repeats_a_long_text_is_awaited_whole(self):
+        data = events({"type": "response.completed", "response": {"output": [
+            {"content": [{"text": "to bob@corp.com [[EMAIL_1]] " * 9000}]}]}})
+        passed = self.unmask("responses", data, 65536, answers=True)
+        self.assertEqual((passed.count(b"bob@"), passed.count(b"[[EMAIL_1")), (0, 0))
+        masks = self.masks()
+        self.unmask("responses", data * 9, 65536, answers=True, masks=masks)
+        self.assertEqual(masks.counts["opaque"], 0)
+        self.unmask("responses", data.replace(b"to ", b"to " * 40), 65536, True, masks=masks)
+        self.assertGreater(masks.counts["opaque"], 0)
+
+    def test_a_row_of_values_without_a_space_is_masked_wherever_it_is_cut(self):
+        for size in self.each((1, 7, 50)):
+            said = [delta(("bob@x.org," * 90)[at:at + size]) for at in range(0, 900, size)]
+            self.assertNotIn("@", str(self.said(self.payloads("chat", self.unmask(
+                "chat", events(*said, "[DONE]"), answers=True)))))
 
 
 class RedactedAnswersTest(ProxyCase):
@@ -6873,6 +6920,13 @@ class StoredTest(ManyCase):
         ("/v1/evals", {}, {"id": "eval_1"}, "/v1/evals/eval_1/runs",
          [{"eval_id": "eval_1"}, {"source": {"type": "file_id", "id": "eval_1"}}]),
         ("/v1/batches", {}, {"id": "batch_1"}, "/v1/batches/batch_1", []),
+        ("/v1/projects/p/locations/l/batchPredictionJobs", {},
+         {"name": "projects/p/locations/l/batchPredictionJobs/7", "state": "JOB_STATE_PENDING"},
+         "/v1/projects/p/locations/l/batchPredictionJobs/7", []),
+        ("/v1/messages", {"tools": [{"type": "code_execution_20250825"}]},
+         {"id": "msg_2", "container": {"id": "container_1"}}, "/v1/containers/container_1",
+         [{"container": "container_1"}]),
+        ("/v1/responses", {}, {"id": "resp_x=="}, "/v1/responses/resp_x==", []),
         ("/v1/messages/batches", {}, {"id": "msgbatch_1"},
          "/v1/messages/batches/msgbatch_1/results", []),
         ("/v1/chat/completions", {"store": True}, {"id": "chatcmpl-1"},
@@ -6979,6 +7033,18 @@ class StoredTest(ManyCase):
                                             "Content-Type: " + kind, key=key))
                 self.assertEqual(answered.status, status)
 
+    def test_evals_do_not_read_what_others_have_stored(self):
+        self.start(**self.KEYS)
+        self.answers({"id": "eval_1"})
+        self.post("/v1/evals", {})
+        for path, source, status in self.each((
+                ("/v1/evals/eval_1/runs", {"type": "stored_completions"}, 404),
+                ("/v1/evals/eval_1/runs", {"type": "responses", "model": "m"}, 404),
+                ("/v1/evals/eval_1/runs", {"type": "responses", "source": {}}, 200),
+                ("/v1/evals/eval_1/runs", {"type": "file_content"}, 200),
+                ("/v1/responses", {"type": "responses"}, 200))):
+            self.assertEqual(self.post(path, {"data_source": source}).status, status)
+
     def test_what_callers_and_their_tools_say_is_no_reference(self):
         self.start(**self.KEYS)
         for payload in self.each(self.NO_REFERENCES):
@@ -7000,12 +7066,17 @@ class StoredTest(ManyCase):
 
     def test_the_last_event_of_a_stream_names_its_items(self):
         response = {"id": "resp_1", "output": [{"type": "reasoning", "id": "rs_1"}]}
-        self.start(says_events({"type": "response.created", "response": {"id": "resp_1"}},
-                               {"type": "response.completed", "response": response}), **self.KEYS)
-        self.post("/v1/responses", {"stream": True})
-        asked = {"input": [{"type": "item_reference", "id": "rs_1"}]}
-        self.assertEqual([self.post("/v1/responses", asked, key).status for key in "ab"],
-                         [200, 404])
+        delta = {"type": "message_delta", "delta": {"container": {"id": "container_1"}}}
+        for path, told, body, asked in self.each((
+                ("/v1/responses", [{"type": "response.created", "response": {"id": "resp_1"}},
+                                   {"type": "response.completed", "response": response}],
+                 {}, {"input": [{"type": "item_reference", "id": "rs_1"}]}),
+                ("/v1/messages", [{"type": "message_start", "message": {"id": "msg_1"}}, delta,
+                                  {"type": "message_stop"}],
+                 {"tools": [{"type": "web_fetch_20260209"}]}, {"container": "container_1"}))):
+            self.start(says_events(*told), **self.KEYS)
+            self.post(path, {"stream": True, **body})
+            self.assertEqual([self.post(path, asked, key).status for key in "ab"], [200, 404])
 
     def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
         self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
@@ -7178,6 +7249,11 @@ x-twice: a=1, b=2
 set-cookie:
 openai-organization:
 anthropic-organization-id:
+llm_provider-openai-organization:
+alt-svc:
+strict-transport-security:
+clear-site-data:
+x-accel-redirect:
 etag: "x"
 server: theirs/1
 date: then
@@ -8486,7 +8562,7 @@ class LedgerTest(LedgerCase):
                     os.unlink(self.path + end)
             self.proxy.books.ledger.reopen_at = 0
             act(self.path)
-            wait_for(lambda: self.lines.text().count("a new one is begun") == number + 1)
+            wait_for(lambda: self.lines.text().count("deleted or replaced") == number + 1)
             wait_for(lambda: self.lines.text().count("are kept in " + self.path) == number + 1)
             self.ask("k")
             self.wait_for_rows(1)
@@ -11164,6 +11240,19 @@ class SettlingTest(LedgerCase):
             self.ask(request("GET", poll))
             self.assert_left(975)
 
+    def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
+        self.start(says_json({"id": "resp_1"}))
+        self.ask(request("POST", "/v1/responses", b'{"background": true}'))
+        for path in self.each(("/v1/responses/resp_1/", "/v1//responses/resp_1")):
+            self.assert_status(404, request("GET", path))
+
+    def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
+        path = "/v1beta/models/m:batchGenerateContent"
+        for target, least in self.each(((path, 256), ("/v1/score", 0))):
+            self.start(says_json({"name": "batches/b1"}))
+            self.ask(request("POST", target, b'{"x": 1}'))
+            self.assertEqual(1000 - self.left(), least)
+
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
@@ -11252,6 +11341,19 @@ class SettlingTest(LedgerCase):
             asked = self.stub.last
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
+
+    def test_no_query_makes_a_free_request_another_one(self):
+        self.start()
+        path = "/v1beta/models/m:generateContent?"
+        for query, left in self.each((
+                ("$httpMethod=POST", ""), ("a=b&%24HTTPMethod=POST", "a=b"), ("a=b", "a=b"),
+                ("$httpHeaders=x&%24ct=y", ""), ("_method=POST", ""), ("x;_method=POST", ""),
+                ("X-HTTP-Method-Override=POST&ct=x", "ct=x"))):
+            for method in ("GET", "POST"):
+                self.ask(request(method, path + query, b"{}", "X-HTTP-Method-Override: POST"))
+                asked = self.stub.requests[-1]
+                self.assertEqual(asked.target, (path + left).rstrip("?"))
+                self.assertNotIn(b"override", asked.head.lower())
 
     def test_what_is_packed_though_nobody_asked_is_read_and_passes_as_it_came(self):
         packed = gzip.compress(self.WHOLE)
@@ -12464,6 +12566,7 @@ class RedactedCallsTest(KeysCase):
             " UPSTREAM_FAR_MODELS=* UPSTREAM_NEAR_MODELS=* UPSTREAM_ORDER=far,near")
         self.assertEqual(self.came_from(call()), "far")
         self.assertEqual(self.came_from(call(system="a@x.org")), "near")
+        self.assertEqual(near.requests[0].json()["system"], "a@x.org")
 
     def test_what_may_leave_is_left(self):
         self.redact(REDACT_ALLOW="*@Example.com, 4111*")
@@ -13974,7 +14077,7 @@ class ClientConnectionTest(ServerCase):
         for coding, sent in self.each((
                 ("gzip", gzip.compress(body)), ("X-GZIP", gzip.compress(body)),
                 ("identity", body), ("", body), ("deflate", zlib.compress(body)),
-                ("deflate", zlib.compress(large)))):
+                ("deflate", zlib.compress(large)), ("deflate", zlib.compress(body)[2:-4]))):
             packed = request("POST", CHAT, sent, "Content-Encoding: " + coding)
             self.assert_status(200, packed, "accept-encoding")
         self.assertEqual({asked.get("content-encoding") for asked in self.stub.requests}, {None})
@@ -14302,6 +14405,14 @@ class TlsTest(ServerCase):
                 self.fail("it was borne for 3 s")
         self.assert_calls(0)
 
+    def test_who_connects_too_often_waits_for_a_turn_but_never_long(self):
+        loop = asyncio.SelectorEventLoop()
+        self.addCleanup(loop.close)
+        with mock.patch.object(loop, "time", lambda: 100.0):
+            turns = llm_proxy.Handshakes(loop)
+            waits = [turns.seconds_to_turn("a") for _ in range(1000)]
+        self.assertEqual([round(waits[number], 2) for number in (0, 20, 30, 999)], [-1, 0, .5, 5])
+
     def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
         self.start_tls()
         client, before = self.connect_tls(), self.server.tls
@@ -14310,9 +14421,10 @@ class TlsTest(ServerCase):
         self.assertIsNot(now, before)
         with open(self.file, "w", encoding="ascii") as file:
             file.write("nonsense")
-        with self.assertRaises((OSError, ValueError)):
-            self.server.reload()
+        with mock.patch.object(llm_proxy, "rebuild") as rebuild:
+            self.on_loop(llm_proxy.reload, self.server, lambda: self.proxy.config)
         self.assertIs(self.server.tls, now)
+        self.assertFalse(rebuild.called)
         for one in (client, self.connect_tls()):
             one.answers(200, call())
 
@@ -14695,12 +14807,14 @@ class KeysCommandTest(ProcessCase):
             self.assertEqual(stream.read(), "mine")
 
     def test_an_admins_key_is_told_on_a_terminal(self):
-        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "80"})
+        config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "81"})
+        told = llm_proxy.offer_dashboard(read_config({**HERE, "HOST": "fd00::1"}), True, None, True)
+        self.assertEqual(told, "dashboard: http://[fd00::1]:8899/dashboard")
         proxy = build(config, Lines())
         self.addCleanup(proxy.loop.close)
         self.addCleanup(proxy.books.close, PATIENCE)
         words = llm_proxy.tell_of_dashboard(proxy, at_terminal=True)
-        page = re.escape("dashboard: http://[::1]:80/dashboard with the key ")
+        page = re.escape("dashboard: http://[::1]:81/dashboard with the key ")
         self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
         found = proxy.callers.known_by(llm_proxy.digest(words.split()[-1]))
         self.assertEqual((found.role, found.label), ("admin", "ADMIN_KEY"))
@@ -15279,7 +15393,8 @@ class CommandsTest(ProcessCase):
         usage_log.rename(usage_log.with_suffix(".old"))
         self.dotenv.write_text(
             "PROXY_API_KEYS=b\nLIMITS=each 10 requests per day\nMAX_QUEUE=7", "utf-8")
-        self.read_again(process, "MAX_QUEUE was changed: it needs a new start")
+        self.read_again(process, "warning: the key without a name in PROXY_API_KEYS has less than")
+        self.assertTrue(process.said("MAX_QUEUE was changed: it needs a new start"))
         self.assertEqual(client.exchange(call("a")).status, 401)
         answered = client.exchange(call("b"))
         self.assertEqual((answered.status, answered.get("x-ratelimit-limit")), (200, "10"))
