@@ -10299,7 +10299,7 @@ class Database:
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
         (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
-        if start is None or start // HOUR * HOUR + HOUR > now or self.facts["unsummed"]:
+        if start is None or start // HOUR * HOUR + HOUR > now:
             return False
         hour = start // HOUR * HOUR
         with self.transaction():
@@ -11201,7 +11201,7 @@ class Ledger(Writer):
         try:
             if self.trade and not database.tells:
                 database.begin_to_tell()
-            while (database.add_new() or database.add_older() or database.roll_up(wall)
+            while (database.add_new() or database.roll_up(wall) or database.add_older()
                    or database.list_ids()):
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
                     return  # calls are to be written, too
@@ -15964,7 +15964,7 @@ class Admin:
         """Returns what answers a request, None where it is not for the admin API."""
         if request.path == "/v1/quota" and request.method in ("GET", "HEAD"):
             return self.quota
-        is_ours = request.path == self.ROOT or request.path.startswith(self.ROOT + "/")
+        is_ours = (request.path + "/").startswith(self.ROOT + "/")
         return self.answer if is_ours else None
 
     def find(self, method, path):
@@ -16008,9 +16008,6 @@ class Admin:
 
     async def read_body(self, reply):
         """Returns the JSON object that was posted. Raises BadRequest."""
-        if reply.content is None and reply.body.length is not None and (
-                reply.body.length > self.MAX_BODY):
-            raise BodyTooLarge()
         content = await reply.read_body()
         if len(content) > self.MAX_BODY:
             raise BodyTooLarge()
@@ -16201,14 +16198,14 @@ class Admin:
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
         upstream.model = None  # its own list is asked for
-        began = self.clock.monotonic()
+        began, models, fault = self.clock.monotonic(), [], None
         try:
             models = await ask_models(self.proxy.loop, upstream, 10)
-            names = [clean(model.name) for model in models[:self.MAX_SHOWN]]
-            found = {"ok": True, "models": names, "fault": None}
         except (Refusal, ValueError) as refusal:
-            found = {"ok": False, "models": [], "fault": with_cause(refusal)}
-        return {**found, "ms": round((self.clock.monotonic() - began) * 1000)}
+            fault = with_cause(refusal)
+        return {"ok": not fault, "fault": fault,
+                "models": [clean(model.name) for model in models[:self.MAX_SHOWN]],
+                "ms": round((self.clock.monotonic() - began) * 1000)}
 
     # -- keys
 
@@ -16419,14 +16416,13 @@ DASHBOARD = r"""<!doctype html>
 * { box-sizing: border-box; } [hidden], :is(.tools, p):empty { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-small, th, dt, text, button, .choices a, .label, .values, #lost {
-  font-size: 12px; line-height: 16px; }
+small, th, dt, text, button, .choices a, .label, .values { font-size: 12px; line-height: 16px; }
 small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400; }
-header { border-bottom: var(--edge); margin-bottom: 24px; }
+header, .spark { border-bottom: var(--edge); } header { margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
-#bar, .tools, #states, .bucket, nav { display: flex; align-items: center; flex-wrap: wrap; }
+#bar, .tools, #states, nav { display: flex; align-items: center; flex-wrap: wrap; }
 #bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
-.tools { gap: 8px 16px; margin-bottom: 16px; } .bucket { gap: 0 12px; }
+.tools { gap: 8px 16px; margin-bottom: 16px; } #leave { margin-right: -10px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
 nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
 nav [aria-current=true] { color: var(--text); border-color: var(--accent); }
@@ -16451,41 +16447,40 @@ th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: to
   text-align: left; } :is(th, td):last-child { padding-right: 0; }
 th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
   white-space: nowrap; } .total td { font-weight: 600; border: 0; }
-tr[tabindex] { cursor: pointer; } tr[tabindex]:hover, tr.open { background: var(--surface); }
-.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; min-width: 196px; }
-.actions button { margin-left: 4px; } .actions:has(.ask) > button { display: none; }
-.ask { display: inline-flex; flex-wrap: wrap; gap: 4px; width: 196px; justify-content: end;
-  align-items: center; } .warned { color: var(--warn); }
-.mark::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
+tr[tabindex] { cursor: pointer; } td:not(.number, .line) { min-width: 104px; }
+tr[tabindex]:hover, tr.open { background: var(--surface);
+  box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); } table + button { margin-top: 12px; }
+.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; position:
+  relative; min-width: min(256px, 20vw); } .actions button { margin-left: 4px; }
+.ask { display: flex; flex-wrap: wrap; gap: 4px; width: max-content; max-width: 296px; z-index: 1;
+  justify-content: end; align-items: center; padding: 2px 4px; position: absolute; top: 0;
+  right: 0; } .actions:has(.ask) > button { visibility: hidden; } .warned { color: var(--warn); }
+.swatch, .mark::before { display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-.mark.bad::before { background: var(--bad); } .failed { color: var(--bad); }
+.mark.bad::before { background: var(--bad); } .mark::before { content: ""; }
 .mark.off::before { border: 1.5px solid var(--muted); border-radius: 50%; }
 .figures, .columns { display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 24px; }
 .figures { margin-bottom: 32px; } .figure .label { grid-column: 1 / -1; white-space: nowrap; }
 .figure { display: grid; grid-template: 16px 28px 16px / 1fr auto; column-gap: 8px; }
 .value { font-size: 20px; line-height: 28px; } svg { display: block; overflow: visible; }
 .chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
-.spark path { fill: none; stroke: var(--s1); } .spark line, .grid { stroke: var(--lines); }
-.track { flex: 0 0 144px; height: 8px; border-radius: 2px; background: var(--surface);
-  box-shadow: inset 0 0 0 1px var(--lines); overflow: hidden; }
+.spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .grid { stroke: var(--lines); }
+.bucket { display: grid; grid-template-columns: 88px 1fr; gap: 0 12px; align-items: center;
+  min-width: min(400px, 27vw); } .track { height: 8px; border-radius: 2px; overflow: hidden;
+  background: var(--surface); box-shadow: inset 0 0 0 1px var(--lines); }
 .level { height: 100%; background: var(--accent); transform-origin: left;
   transition: transform 900ms linear; } .low .level { background: var(--warn); }
-.big .bucket { margin-top: 8px; } .big .track { flex-basis: min(100%, 480px); height: 16px; }
-.columns { grid-template-columns: minmax(0, 1fr) 440px; } .chart { position: relative; }
+.big .bucket { margin-top: 8px; grid-template-columns: 480px 1fr; } .big .track { height: 16px; }
+.columns { grid-template-columns: minmax(0, 1fr) 440px; gap: 32px; } .chart { position: relative; }
 .columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart text { fill: var(--muted); }
-.chart svg { width: 100%; height: 300px; touch-action: pan-y; }
+.chart svg { width: 100%; height: 300px; touch-action: pan-y; } .cursor { stroke: var(--muted); }
 .chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
-.chart .cursor { stroke: var(--muted); } .columns { gap: 32px; }
-.values, .notice { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
+.values, .notice, .ask { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
 .values { position: absolute; top: 0; width: auto; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
-.values td:first-child { text-align: left; } .swatch { display: inline-block; width: 10px;
-  height: 10px; margin-right: 8px; border-radius: 2px; }
-.s0 { fill: var(--s0); background: var(--s0); }   .s1 { fill: var(--s1); background: var(--s1); }
-.s2 { fill: var(--s2); background: var(--s2); }   .s3 { fill: var(--s3); background: var(--s3); }
-.s4 { fill: var(--s4); background: var(--s4); }   .s5 { fill: var(--s5); background: var(--s5); }
+.values td:first-child { text-align: left; } .swatch { border-radius: 2px; }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
 .timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; } dd { margin: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0;
@@ -16498,26 +16493,25 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 .notice > .mark { flex: 1; white-space: normal; padding: 2px 0; } .box pre { max-width: none; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
-.stale .live, .stale .live * { color: var(--muted); }
+.stale .live, .stale .live * { color: var(--muted); } .failed { color: var(--bad); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
 @media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
-  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } nav { gap: 0 8px;
-    justify-content: space-between; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
+  nav { gap: 0 8px; justify-content: space-between; }
   #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; }
-  .ask { width: auto; justify-content: start; } .track { flex-basis: 100%; }
+  .ask { right: auto; justify-content: start; } .cards td > svg { display: inline-block; }
   .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
     grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-  .cards td { border: 0; padding: 0; text-align: right; white-space: normal; }
-  .cards td > svg { display: inline-block; }
+  .cards td { border: 0; padding: 0; text-align: right; white-space: normal; min-width: 0; }
   .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
   .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
-  .bucket { margin: 4px 0 8px; } .cards td.number { white-space: nowrap; }
-  #bar button { padding: 7px 8px 7px 0; } }
+  .bucket, .big .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
+  .cards td.number { white-space: nowrap; } #bar button { padding: 7px 8px 7px 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
@@ -16547,7 +16541,7 @@ function fill(element, attributes, children) {
 const input = (name, label, more) => h("input", {name, "aria-label": label, ...more});
 const small = (...children) => h("small", null, children);
 const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
-const swatch = number => h("span", {class: "swatch s" + number});
+const swatch = number => h("span", {class: "swatch", style: `background: var(--s${number})`});
 const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
 const button = (text, onclick, more) => h("button", {type: "button", onclick, ...more}, text);
 const main = text => h("button", {class: "main"}, text);
@@ -16751,15 +16745,16 @@ const FIGURES = [
   ["In flight", "in_flight", last, most], ["In line", "line", last, most],
   ["First byte, ms", "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")],
   ["Errors", "failed", pulses => failed(pulses) + "%", minute]];
-const figure = ([label, name, value, note]) => h("div", {class: "figure live"}, h("div", {class:
-  "label"}, label), h("div", {class: "value"}, value(model.pulses, name)), svg("svg", {class:
-  "spark", width: 72, height: 28, "aria-hidden": true}, svg("line", {x2: 72, y1: 27.5, y2: 27.5}),
-  svg("path", {"stroke-width": 1.5, d: minuteLine(model.pulses.map(pulse => pulse[name]))})),
+const figure = ([label, name, value, note]) => h("div", {class: "figure live"},
+  h("div", {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)),
+  spark(model.pulses.map(pulse => pulse[name]), 60),
   h("div", {class: "label"}, note(model.pulses, name)));
-function minuteLine(values) { // what is null is a gap
-  const top = Math.max(...values, 1), first = 60 - values.length;
-  return values.map((value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
-    + ((first + at) * 72 / 59).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1)).join(""); }
+function spark(values, places) { // a line through the last of these; what is null is a gap
+  const top = Math.max(...values, 1), first = places - values.length, width = 72 / (places - 1);
+  const point = (value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
+    + ((first + at) * width).toFixed(1) + " " + (26 - 24 * value / top).toFixed(1);
+  return svg("svg", {class: "spark", width: 72, height: 28, "aria-hidden": true},
+    svg("path", {d: values.map(point).join("")})); }
 const WAITS = {"first byte": () => "waits for first byte",
   line: ({position}) => "in line, " + (position ? position + " ahead" : "next")};
 const outcomeOf = ({outcome, status}) =>
@@ -16805,12 +16800,14 @@ function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
   const end = refill ? `${more}, full in ${seconds(full)}` : "";
   return text + (level >= capacity ? ", full" : end); }
+const isOwn = ({rule}) => /^(each|key|address)/.test(rule); // of one caller alone
 function bucketBar(bucket) {
   const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity));
   const style = `transform: scaleX(${share.toFixed(4)})`;
   return h("div", {class: "bucket live" + (share < .2 ? " low" : ""), title: bucket.rule},
     h("div", {class: "track", "aria-hidden": true}, h("div", {class: "level", style})),
-    h("span", null, words(bucketText(bucket, found)))); }
+    h("span", null, words(bucketText(bucket, found)), !isOwn(bucket) && small(" for ",
+    bucket.rule.split(" ")[0]))); }
 // Callers: their buckets, what they used today, and what may be done about it.
 const CALLERS = [
   ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)],
@@ -16818,9 +16815,9 @@ const CALLERS = [
   ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar) : small("no limit"), "whole"],
   ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
   ["USD today", ({today}) => money(today, 2), "number"],
-  ["Last 24 h", ({hours}) => hourBars(hours)],
+  ["Last 24 h", ({hours}) => spark(hours, 24)],
   ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"), "actions whole"]];
-const RULES = [["Rule", "text"], ["Refused since the start", "refused", "number"]];
+const RULES = [["Rule", "text", "whole"], ["Refused since the start", "refused", "number"]];
 async function openCallers(view, query) {
   const known = new Map(), used = ({today}) => today.usd * 1e9 + tokensOf(today);
   let sought = query.get("filter") ?? "", loaded = 0, rules = [];
@@ -16847,15 +16844,10 @@ async function openCallers(view, query) {
 function addCall(today, call) {
   for (const name of ["input", "output", "estimated", "unpriced", "usd"])
     today[name] = Number(today[name]) + Number(call[name] ?? 0); }
-function hourBars(values) {
-  const top = Math.max(...values, 1), label = `at most ${short(top)} tokens an hour`;
-  return svg("svg", {class: "spark", width: 96, height: 20, role: "img", "aria-label": label},
-    svg("line", {x2: 96, y1: 19.5, y2: 19.5}), svg("path", {"stroke-width": 3,
-    d: values.map((value, at) => `M${at * 4 + 2} 19V${19 - 18 * value / top}`).join("")})); }
 function callerActions(caller) {
   const {name, buckets, paused, key} = caller;
-  const isOwn = ({unit, rule}) => unit !== "running" && /^(each|key|address)/.test(rule);
-  const own = buckets.filter(isOwn), units = [...new Set(own.map(({unit}) => unit))];
+  const own = buckets.filter(one => one.unit !== "running" && isOwn(one));
+  const units = [...new Set(own.map(({unit}) => unit))];
   const set = (verb, done) => attempt(title(verb), () => post("keys", name, verb), name + done);
   const calls = [...model.running.values()].filter(call => call.caller === name && !call.ended);
   const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
@@ -16958,14 +16950,14 @@ function usageTable(usage, series, query, valueOf) {
     money(sum, total.usd < 1 ? 4 : 2), "number"], ["%", sum => all
     ? (100 * valueOf(sum) / all).toFixed(0) : "–", "number"]];
   const group = ({name}) => [swatch(colour(name)), name ? closer(name) : "none"];
-  const columns = [[title(by), group], ...numbers];
+  const columns = [[title(by), group, "whole"], ...numbers];
   const rows = groups.map(group => row(columns, group, "of " + group.name));
-  const last = row([["", () => "Total"], ...numbers], total, "total", {class: "total"});
+  const last = row([["", () => "Total", "whole"], ...numbers], total, "total", {class: "total"});
   const told = `Tokens: ${short(total.input)} input, ${short(total.cached)} of them cached; `
     + `${short(total.output)} output. ${plural(total.limited, "call")} met a limit.`;
   return h("div", null, table(columns, [rows, last]), h("p", null, small(told))); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
-const EDGE = {left: 56, right: 8, top: 16, bottom: 24};
+const EDGE = {left: 56, right: 16, top: 16, bottom: 24};
 const allOf = step => sumOf(step.values ?? []);
 function ticks(top) { // round numbers from zero up, three to five of them
   const power = 10 ** Math.floor(Math.log10(top / 4));
@@ -16996,7 +16988,7 @@ function chart(data) {
     && valueTable(data, steps[at], scale)); }
 function chartParts({steps, series, budget, pace}, scale, step) {
   const digits = Math.max(0, -Math.floor(Math.log10(scale.lines[1]) + 1e-9)), x = scale.middle;
-  const number = value => value && value < 10000 ? value.toFixed(digits) : compact.format(value);
+  const number = value => value && digits ? value.toFixed(digits) : short(value);
   const line = (kind, value, from) => svg("line", {class: kind, x1: from, x2: scale.right,
     y1: scale.y(value), y2: scale.y(value)});
   const say = (x, y, end, text, kind) => svg("text", {class: kind, x, y, "text-anchor": end}, text);
@@ -17018,9 +17010,9 @@ function bar(step, series, scale) {
   const width = Math.max(1, Math.min(48, (scale.x(step.end) - scale.x(step.at)) * .75));
   const x = scale.middle(step) - width / 2, y = scale.y(allOf(step)), height = scale.floor - y;
   const top = at => scale.y(sumOf(step.values.slice(at))), opacity = step.end > now() ? .5 : 1;
-  return [series.map(({colour}, at) => svg("rect", {class: "s" + colour, x, width, y: top(at),
-    height: top(at + 1) - top(at), opacity})), height > 0 && svg("path", {class: "total",
-    d: `M${x} ${y}h${width}`})]; }
+  return [series.map(({colour}, at) => svg("rect", {style: `fill: var(--s${colour})`, x, width,
+    y: top(at), height: top(at + 1) - top(at), opacity})), height > 0 && svg("path", {class:
+    "total", d: `M${x} ${y}h${width}`})]; }
 function valueTable({series, isMoney}, step, scale) {
   const format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2) : count(value);
   const when = day(step.at) + (step.kind === "day" ? "" : " " + hour(step.at));
@@ -17112,12 +17104,12 @@ function callParts(call) {
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   return [most > 9 && h("p", null,
     `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
-    "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {class: "s" + (at + 1),
-    style: "flex-grow: " + ms}))), h("p", null, phases.map(([name, ms], at) => [h("span", {class:
-    "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl", null, told.map(([name,
-    value]) => [h("dt", null, name), h("dd", null, value)])), !isMe && h("p", null, "All calls of ",
-    ["caller", "model"].map(name => [name === "model" && " or ", link("calls", {[name]: nameOf(call,
-    name)}, nameOf(call, name))]))]; }
+    "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {style:
+    `background: var(--s${at + 1}); flex-grow: ${ms}`}))), h("p", null, phases.map(([name, ms],
+    at) => [h("span", {class: "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl",
+    null, told.map(([name, value]) => [h("dt", null, name), h("dd", null, value)])), !isMe && h("p",
+    null, "All calls of ", ["caller", "model"].map(name => [name === "model" && " or ",
+    link("calls", {[name]: nameOf(call, name)}, nameOf(call, name))]))]; }
 function charge(text) { // "rule=amount", of money in picodollars
   const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
   return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
@@ -17126,13 +17118,13 @@ const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d
   models: "gemma*,gpt-4*", team: "", upstream: "", redact: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
 const KEYS = [
-  ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)]],
+  ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)], "whole"],
   ["Role", ({role, team}) => [role, below(team)], "line"],
   ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
   ["Expires", ({expires}) => expires ? year(expires) : "never", "line"],
   ["Last used", ({last_used}) => last_used ? moment(last_used) : "never", "line"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
-    : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid")]];
+    : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid"), "line"]];
 async function openKeys(view) {
   const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
   let keys = [];
@@ -17151,7 +17143,7 @@ function keyActions(key) {
   const act = (verb, done, body) => attempt(title(verb), async () => {
     const path = pathOf("keys", key.name), isEnd = verb === "remove";
     const made = await write(isEnd ? "DELETE" : "POST", isEnd ? path : `${path}/${verb}`, body);
-    if (made.key) session.made = {...made, name: key.name};
+    if (made.key) keep(made);
     view.changed?.(); }, done && key.name + done);
   const ask = (text, told, act) => asking(`${text} ${key.name}`, text, small(told), act);
   return [button("Edit", () => edit(key)), ask("Rotate", "The old secret works for one more hour.",
@@ -17169,7 +17161,7 @@ function keyForm(key) {
       || (key && name !== "expires")));
     const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
       pathOf("keys", key.name), body) : write("POST", "keys", body));
-    if (made?.key) session.made = {...made, name: body.name};
+    if (made?.key) keep(made);
     if (made) edit(null); };
   const example = text => button(text, ({target: {form}}) => {
     form.limits.value = [form.limits.value, text].filter(Boolean).join("; "); }, {class: "chip"});
@@ -17181,23 +17173,28 @@ function keyForm(key) {
     form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
     h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
     roles))), main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => edit(null)))); }
-function curlLine(key) { // that makes a call here
-  const names = model.upstreams.flatMap(({model, models, known}) => model ?? [...models, ...known]);
-  const body = JSON.stringify({model: names.find(name => !/[*?[]/.test(name)) ?? "MODEL",
+function keep(made) { // to be shown, with a model that it may call
+  session.made = made;
+  post("upstreams", made.upstream ?? model.upstreams[0].name, "test").then(({models}) => {
+    made.model = models.find(name => name.startsWith((made.models ?? "").split(/[*?[,]/)[0]));
+    paintSoon(); }, () => {}); }
+function curlLine(key, name) { // that makes a call here
+  const known = model.upstreams.flatMap(({model, models, known}) => model ?? [...models, ...known]);
+  const body = JSON.stringify({model: name ?? known.find(name => !/[*?[]/.test(name)) ?? "MODEL",
     messages: [{role: "user", content: "Hello"}]});
   return [`curl ${new URL("v1/chat/completions", location.href)}`,
     "-H 'Content-Type: application/json'", `-H 'Authorization: Bearer ${key}'`,
     `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  "); }
-const madeKey = ({name, key}) => h("section", {class: "box", "data-key": key}, h("h2", null,
-  `The key of ${name}, shown only now`), h("pre", null, key), h("p", null, copyButton("Copy key",
-  key)), h("pre", null, curlLine(key)), h("p", null, copyButton("Copy command", curlLine(key)), " ",
-  link("calls", {caller: name}, `Watch the calls of ${name}`)));
+const madeKey = ({name, key, role, model}) => h("section", {class: "box", "data-key": key},
+  h("h2", null, `The key of ${name}, shown only now`), h("pre", null, key), h("p", null,
+  copyButton("Copy key", key)), role === "caller" && [h("pre", null, curlLine(key, model)), h("p",
+  null, copyButton("Copy command", curlLine(key, model)), " ", link("calls", {caller: name},
+  `Watch the calls of ${name}`))]);
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", "name", "line"], ["State", stateMark], ["Addresses", one => one.addresses, "number"],
-  ["In flight", ({in_flight, max_concurrency}) => max_concurrency
-    ? `${in_flight} of ${max_concurrency}` : in_flight, "number"],
-  ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
+  ["Name", "name", "line"], ["State", stateMark, "line"], ["Addresses", "addresses", "line"],
+  ["In flight", ({in_flight, max_concurrency: most}) => in_flight + (most ? " of " + most : ""),
+    "number"], ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
   ["First byte, ms", "first_p50", "number"], ["95% within", "first_p95", "number"],
   ["Models", ({model, models}) => model || models?.join(", ") || "all"]];
 function openUpstreams(view) {
@@ -17215,7 +17212,7 @@ function upstreamActions({name, state}) {
 // Audit: who changed what.
 const AUDIT = [
   ["Time", ({time}) => moment(time), "line"], ["Who", ({who, role}) => [who, small(" ", role)]],
-  ["What", "what"], ["Target", "target"], ["From", "address"], ["Detail", "detail"]];
+  ["What", "what"], ["Target", "target"], ["From", "address"], ["Detail", "detail", "whole"]];
 async function openAudit(view) {
   let rows = [], next = null;
   const load = (known, before) => attempt("Loading", async () => {

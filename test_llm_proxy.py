@@ -9160,15 +9160,18 @@ class SumsTest(TableCase):
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
         options = types.SimpleNamespace(since="99999d", by=None, id=None, caller=None)
-        used = None
-        for step in range(6):
+        used = early = None
+        for step in range(60):
             with contextlib.suppress(KeyError), mock.patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
                     wraps=self.database.note), mock.patch.object(llm_proxy.Database, "BATCH", 220):
-                self.database.add_older()
+                self.database.roll_up(self.DAY + 86400) or self.database.add_older()
             usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
             used = usage
+            facts = self.database.facts
+            early = early or facts["unsummed"] and facts["rolled"]
+        self.assertTrue(early)  # pages are quick meanwhile, too
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
         self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
                          (0, 1, whole))
@@ -11585,14 +11588,6 @@ class KeysTest(KeysCase):
         self.change("set", "ann", expires="never")
         client.answers(200, call(ann))
 
-    def test_a_revoked_key_is_let_in_again_when_it_is_restored(self):
-        self.start()
-        ann = self.add()
-        self.change("revoke", "ann")
-        self.assert_statuses([401], ann)
-        self.change("restore", "ann")
-        self.assert_statuses([200], ann)
-
     def test_rotation_changes_the_secret_and_nothing_else(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
         first = self.add(team="red")
@@ -11605,13 +11600,6 @@ class KeysTest(KeysCase):
         self.assertEqual([row["caller"] for row in rows], ["ann", "127.0.0.1", "ann", "ann"])
         self.proxy.clock.now += 3600
         self.assert_statuses([401, 200], second, third)
-
-    def test_a_rotation_without_grace_ends_all_secrets_before(self):
-        self.start()
-        first = self.add()
-        second = self.change("rotate", "ann", "1h").secret
-        third = self.change("rotate", "ann").secret
-        self.assert_statuses([401, 401, 200], first, second, third)
 
     def test_the_log_says_why_a_key_is_refused(self):
         self.start(PROXY_API_KEYS="anyone", **self.STEERING)
@@ -13129,8 +13117,10 @@ class AdminBooksTest(AdminCase):
         self.assert_status(401, call(first))
         self.change("POST", "/keys/ann/restore")
         self.assert_status(200, call(first))
-        second = self.change("POST", "/keys/ann/rotate", {"grace": "1h"})["key"]
-        self.assertEqual([self.ask(key).status for key in (first, second)], [200, 200])
+        keys = [first]
+        for grace, found in (("1h", [200, 200]), (None, [401, 401, 200])):
+            keys.append(self.change("POST", "/keys/ann/rotate", {"grace": grace})["key"])
+            self.assertEqual([self.ask(key).status for key in keys], found)
 
     def test_a_change_of_keys_is_answered_though_the_ledger_is_hindered(self):
         with mock.patch.object(llm_proxy.Admin, "READ_SECONDS", 0.01), \
@@ -13734,6 +13724,16 @@ class PageTest(AdminCase):
         self.click("Audit")
         self.see("ADMIN_KEY", "ann")
 
+    def test_the_call_that_is_shown_with_a_new_key_goes_to_a_model_that_it_may_use(self):
+        self.start(says(b'{"data": [{"id": "gpt-5"}, {"id": "gemma"}]}'))
+        self.log_in()
+        self.click("Keys")
+        self.click("More")
+        self.enter("name", "ann")
+        self.enter("models", "gem*")
+        self.click("Make key")
+        self.see('"model":"gemma"')
+
     def test_an_upstream_is_tested_and_disabled(self):
         self.start(says(b'{"data": [{"id": "gemma"}]}'))
         self.log_in()
@@ -13756,7 +13756,7 @@ class PageTest(AdminCase):
         self.click("tokens")
         self.see("Tokens by caller, last 24 hours", "1,234", "so far")
         self.assertIn("range=day", self.browser.run("location.hash"))
-        self.assertTrue(self.browser.run("document.querySelector('#chart rect.s1') !== null"))
+        self.assertTrue(self.browser.run("!!document.querySelector('#chart rect[style*=s1]')"))
         chart = self.browser.find("//main//*[@id='chart']")
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
