@@ -11417,7 +11417,8 @@ class Books:
         call = entry.call
         if call:
             self.running.pop(entry, None)
-        elif entry.caller is None and self.refusals.counts_only(entry):
+        elif (not entry.caller or entry.caller.role in STEERING) and (
+                self.refusals.counts_only(entry)):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.

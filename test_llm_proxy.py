@@ -13098,6 +13098,15 @@ class AdminBooksTest(AdminCase):
     def add(self, name="ann", **fields):
         return self.change("POST", "/keys", {"name": name, **fields}, 201)
 
+    def test_refused_pages_are_summed_up_like_refusals_without_a_known_caller(self):
+        self.patch_seconds(RefusalSums_SHOWN=0)
+        self.start()
+        for _ in range(3):
+            self.assertEqual(self.admin("GET", "/nothing", key=VIEWER).status, 404)
+        self.ask(call())
+        self.wait_for_rows(1)
+        self.assert_said("3 more were refused without a known caller: 404 127.0.0.1 x3")
+
     def test_a_key_is_made_shown_changed_and_removed(self):
         made = self.add(team="red", limits="5000 tokens per day")
         self.assert_status(200, call(made["key"]))
