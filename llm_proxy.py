@@ -7792,9 +7792,6 @@ class Stream:
 
     def take(self, size):
         data = self.read_buffer
-        if len(data) == size:  # as nearly always: nothing is copied
-            self.read_buffer = b""
-            return data
         self.read_buffer = data[size:]
         return data[:size]
 
@@ -9592,9 +9589,10 @@ def format_second(second):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-def format_moment(nanoseconds):
+@functools.lru_cache(16)
+def format_moment(milliseconds):
     """Returns a time since 1970 in UTC, as logs have it."""
-    return f"{format_second(nanoseconds // 10 ** 9)}.{nanoseconds // 10 ** 6 % 1000:03d}Z"
+    return f"{format_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
 
 
 class Entry:
@@ -9725,7 +9723,7 @@ class Entry:
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
         fields = self.as_fields()
-        fields["time"] = format_moment(self.wall)
+        fields["time"] = format_moment(self.wall // 10 ** 6)
         fields["model"] = fields["model"] and fields["model"][:80]
         fields["usd"] = format_usd(self.picodollars) if self.priced else None
         fields["cost"], fields["remaining"] = self.charged(None)
@@ -9747,7 +9745,7 @@ class Entry:
         if self.queued or self.cause or self.found:
             remarks = self.remarks()
         return (
-            f"{format_moment(self.wall)} {caller.label if caller else self.address} "
+            f"{format_moment(self.wall // 10 ** 6)} {caller.label if caller else self.address} "
             f"{self.method or '-'} {(self.path or '-')[:200]} {one_word(call and call.model)} "
             f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
@@ -9807,7 +9805,7 @@ class Writer:
 
 def message_line(text: str, as_json: bool, clock: Any) -> str:
     """Returns a line of the log that tells of no call."""
-    moment = format_moment(clock.time_ns())
+    moment = format_moment(clock.time_ns() // 10 ** 6)
     return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
 
 
