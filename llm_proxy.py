@@ -279,9 +279,11 @@ def read_network(text):
     except ValueError:
         raise ValueError("must be addresses or networks such as 10.0.0.0/8 or ::1,"
                          " separated by commas") from None
-    require(network.prefixlen, "must not be all addresses: anyone could say for whom it calls")
     mapped = getattr(network[0], "ipv4_mapped", None)
-    return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network
+    if mapped:
+        network = ipaddress.ip_network((mapped, network.prefixlen - 96))
+    require(network.prefixlen, "must not be all addresses: anyone could say for whom it calls")
+    return network
 
 
 def printable(text):
@@ -772,7 +774,8 @@ class LinearPattern:
             len(ways) > 1 and any([one.may_take(first) for one in before]))
         self.choices += alike
         require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
-        require(self.choices <= self.MOST_CHOICES, "must not have many choices that begin alike")
+        require(self.choices <= (0 if self.ways else self.MOST_CHOICES),
+                "must not have many choices that begin alike")
         return set().union(*[
             self.repeat(before, repeated, 0, 1, way) if empty and len(ways) > 1
             else self.walk(way, before, repeated) for way in ways])
@@ -800,7 +803,8 @@ class LinearPattern:
     def require_few_ways(self, one, later):
         self.ways.update({one.number: one.ways, later.number: later.ways})
         steps = math.prod(self.ways.values()) * self.tree.getwidth()[1]
-        require(steps <= self.MOST_STEPS, "must not have repetitions, one soon after the other,"
+        require(steps <= self.MOST_STEPS and not self.choices,
+                "must not have repetitions, one soon after the other,"
                 " that can take the same: number %d and number %d, as '%s'" % (
                     one.number, later.number, min(one.takes & later.takes, default="")))
 
@@ -3792,7 +3796,8 @@ def merged(before, after, join=max):
         old = found.get(name)
         if type(old) is dict and type(value) is dict:
             found[name] = merged(old, value, join)
-        elif is_count(value) and is_count(old):
+        elif is_count(value) and is_count(old) or (  # money
+                join is operator.add and {type(old), type(value)} <= {int, float}):
             found[name] = join(old, value)
         elif value is not None:
             found[name] = value
@@ -4073,9 +4078,8 @@ class Call:
             return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
         if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
             return self.path.endswith("/" + self.stored.name)
-        if self.endpoint == "messages":  # Anthropic's tools run in containers, which it names
-            short = self.json_body.short
-            return b'"code_execution_' in short or b'"web_' in short
+        if self.endpoint == "messages":  # some of Anthropic's tools run in containers it names
+            return bool(CONTAINED_TOOL.search(self.json_body.short))
         return self.endpoint in ("responses", "interactions", UNKNOWN, UPLOAD) or (
             self.endpoint == "other" and "/video" in self.path)
 
@@ -4450,6 +4454,8 @@ THING_NAME = re.compile(
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")
 NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id output_file error_file
     responsesFile container_id file_id collection_id""".split()
+# Tools of Anthropic that run in containers, by their versions
+CONTAINED_TOOL = re.compile(rb'"(?:code_execution|web_search|web_fetch)_[0-9]{8}"')
 # These make files when they are done.
 HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
@@ -4861,8 +4867,8 @@ class Dialect:
             found = {}
             for name, parts in self.parts(payload).items():
                 join = operator.add if name in self.ANSWERS else max
-                for part in parts:
-                    found = merged(found, self.counts_in(part), join)
+                found = merged(found, functools.reduce(
+                    lambda one, part: merged(one, self.counts_in(part), join), parts, {}))
         if self.COUNTS.keys().isdisjoint(payload):
             return found
         return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
@@ -5162,7 +5168,7 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_cursor|cursor)")
 
 
-# The names of three counts, as most servers tell no more, and what stands around such a count
+# The names of three counts, as most servers tell no more
 USUAL_COUNTS = "prompt_tokens", "completion_tokens", "total_tokens"
 
 
@@ -5266,7 +5272,7 @@ class OpenAI(Dialect):
         try:
             [counts] = decode_json(b"{" + data[start:]).values()
             prompt, output, total = map(counts.pop, USUAL_COUNTS)
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             return None
         if counts or not (type(prompt) is type(output) is type(total) is int and (
                 0 < prompt <= total == prompt + output <= MAX_TOKENS_PER_CALL)):
@@ -5529,6 +5535,10 @@ class Interactions(Google):
     BLOCK_END = re.compile(r"\.stop$")
     LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
     REPLY_PARTS = INTERACTION_PARTS
+
+    def usage_counts(self, payload):
+        """Takes those of the whole interaction, which its last event has."""
+        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
 
 OLLAMA_PARTS = {
@@ -5900,7 +5910,7 @@ class Editor:
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
     MAX_WHOLE = 1 << 20   # bytes of that,
-    MAX_STRING = 1 << 17  # and of one string in it
+    MAX_STRING = 1 << 22  # and of one string in it
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
@@ -5911,7 +5921,6 @@ class Editor:
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
-        self.repeated = 0   # 1: what is held back begins with a quote that has gone on
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -5950,25 +5959,17 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
     def feed_whole(self, data):
-        """Of a string that is too long for that each piece becomes a string of its own."""
-        quote = b""
-        end = end_of_strings(data) if len(data) > self.MAX_STRING else 0
-        if end < 0:
-            quote = data[:1] if data[:1] == b'"' else b""
-            end = self.edits[0].end_of_words(data) if quote else len(data)
-        elif len(data) <= self.MAX_WHOLE and len(data) - end <= self.MAX_STRING:
-            end = 0
-        self.held = quote + data[end:]
-        shown = self.edited(data[:end] + quote)[self.repeated:]
-        if end:
-            self.repeated = len(quote)
-        return shown[:-1] if quote else shown
+        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
+        if whole < 0 and len(data) <= self.MAX_STRING:
+            whole = 0  # half a string cannot be read
+        self.held = data[max(whole, 0):]
+        return self.edited(data[:whole]) if whole >= 0 else self.flush()
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
         held = self.held
         self.held = b""
-        shown = self.edited(held)[self.repeated:]
+        shown = self.edited(held)
         rest = b"".join([edit.end() for edit in self.edits])
         if not rest or not self.events.payload(held):
             return rest + shown
@@ -6923,8 +6924,6 @@ def varied(data, fixed):
 
 
 SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
-# The end of an escape, or a last character in UTF-8
-BEGUN_CHARACTER = re.compile(rb"(?:u[0-9A-Fa-f]{0,3}|[\xc0-\xff][\x80-\xbf]{0,3})\Z")
 
 
 class Said(str):
@@ -6969,14 +6968,6 @@ class Unmasking(Edit):
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
 
-    def end_of_words(self, data: bytes) -> int:
-        """Returns where the last word begins of a string of JSON that goes on, or the rest of it
-        that cuts no character and no escape."""
-        end = self.restorer.waiting(data.decode("latin-1"))
-        begun = BEGUN_CHARACTER.search(data, end - 5, end)
-        end = begun.start() if begun else end
-        return end - (end - len(data[:end].rstrip(b"\\"))) % 2
-
     def apply(self, event: bytes) -> bytes:
         match = self.usual and self.usual.fullmatch(event)
         if not match or len(self.blocks) > (self.usual_block in self.blocks):
@@ -7007,7 +6998,8 @@ class Unmasking(Edit):
 
     def apply_other(self, event):
         """Does so with what is no event with an object, or too large for one."""
-        if self.events and len(event) > self.MAX_HELD and self.restorer.redactor:
+        most = self.MAX_HELD if self.events else Editor.MAX_STRING
+        if len(event) > most and self.restorer.redactor:
             self.restorer.masks.counts["opaque"] += 1
         is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
         return (self.end() if is_last else b"") + self.restorer.restore_json(
@@ -11334,10 +11326,10 @@ class Ledger(Writer):
 
 
 class RefusalSums:
-    """Of the refusals without a known caller that come in one second, SHOWN are written down like
+    """Of the refusals of admins and nobody known that come in one second, SHOWN are written like
     any call; of the others a line says how many: nobody can fill a disk by being refused."""
     SHOWN = 10
-    LINE = "%d more were refused without a known caller: %s"
+    LINE = "%d more were refused: %s"
 
     def __init__(self, log: Log):
         self.log = log
@@ -11346,8 +11338,7 @@ class RefusalSums:
         self.counts = collections.Counter()  # by status and address
 
     def counts_only(self, entry: Entry) -> bool:
-        """Returns whether a call without a known caller is counted here, and written down nowhere
-        else."""
+        """Returns whether a refusal is counted here, and written down nowhere else."""
         if entry.outcome != "refused":
             return False
         if entry.ended >= self.until:
@@ -12648,7 +12639,8 @@ class Redis(asyncio.Protocol):
             self.keep(redis_command(parts))
 
     async def ask_first(self, *parts: RedisPart, seconds: Optional[float] = None) -> RedisReply:
-        """Does what `call` does, also before it is available."""
+        """Does what `call` does, also before it is available, for as long as that takes where no
+        `seconds` are given."""
         answered = self.loop.create_future()
 
         def answer(reply):
@@ -13335,7 +13327,8 @@ class RedisBuckets(Buckets):
         gone = set(keys)
         super().drop(gone)
         self.acts = collections.deque(
-            [act for act in self.acts if act[0] != "put" or act[2] not in gone], self.MOST_KEPT)
+            [act for act in self.acts if act[0] not in ("put", "look") or act[2] not in gone],
+            self.MOST_KEPT)
 
     # -- what is asked of Redis
 
@@ -13531,7 +13524,7 @@ class RedisBuckets(Buckets):
                 one.future.wake()
 
     def on_leave(self, fault):
-        """A connection was lost, or, which is to be away, could not be had."""
+        """A connection was lost: Redis is away when the next one cannot be had."""
         self.reason = str(fault)
         if self.state == "here":
             self.state = "returning"
@@ -13854,7 +13847,8 @@ class SharedKeys:
 
     def look(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
-        self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
+        if self.redis.available:  # before, it may not be the database that is meant
+            self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
 
     def on_keys(self, reply):
         if type(reply) is not list:  # nothing new, or a fault
@@ -14395,7 +14389,7 @@ class Reply:
         if may_tell_usage and response.status < 400:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        reader = self.unmasking(head) if call.masks else self.entry.reader
+        reader = self.unmasking(response) if call.masks else self.entry.reader
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14428,15 +14422,16 @@ class Reply:
             return call.owes is not None
         return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
-    def unmasking(self, head):
+    def unmasking(self, response):
         """Returns what reads a body and puts values back for the placeholders of the call, where
         there are any and the body can be read."""
         call, masks, reader = self.call, self.call.masks, self.entry.reader
-        streamed, encoding, _ = self.kind_of(head)
+        streamed, encoding, _ = self.kind_of(response.head)
         redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
-        kind = head.get("content-type", "text/").lower()
+        kind = response.head.get("content-type", "text/").lower()
         is_read = streamed or "json" in kind
-        if not (masks.values or redactor) or not (is_read or kind.startswith("text/")):
+        has_text = is_read or kind.startswith("text/") and response.status < 400
+        if not has_text or not (masks.values or redactor) or response.framing.ended:
             return reader
         if not is_read or encoding != IDENTITY:
             masks.pass_opaque(UpstreamFailed("its answer cannot be read"))
@@ -17451,9 +17446,10 @@ class ClientConnection:
     async def converse_or_refuse(self):
         try:
             if self.client.encrypted:
-                seconds = self.server.handshakes.seconds_to_turn(self.address)
-                if seconds > 0 and not self.proxy.callers.trusts(self.peer):
-                    await self.context.sleep(seconds, "its turn for a TLS handshake")
+                if not self.proxy.callers.trusts(self.peer):
+                    seconds = self.server.handshakes.seconds_to_turn(self.address)
+                    if seconds > 0:
+                        await self.context.sleep(seconds, "its turn for a TLS handshake")
                 await self.client.handshake(self.context, self.HEAD_SECONDS)
         except ssl.SSLError as failure:
             if failure.reason != "HTTP_REQUEST":
@@ -17664,8 +17660,7 @@ class LoopWatch:
 
 class Handshakes:
     """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
-    waits. The first ones may come at once. A turn is not given back by who leaves before it comes,
-    so nobody waits for longer than MOST_SECONDS: how many do is bounded elsewhere."""
+    waits, but never longer than MOST_SECONDS. The first ones may come at once."""
     PER_SECOND = 20
     MOST_SECONDS = 5
     MAX_KNOWN = 4096
@@ -17675,12 +17670,16 @@ class Handshakes:
         self.next = collections.OrderedDict()  # address -> when its next turn is, oldest first
 
     def seconds_to_turn(self, address: str) -> float:
-        """Takes a turn; returns the time to it, 0 or less: now."""
+        """Takes a turn; returns the time to it, 0 or less: now. Raises QuietEnd where too many
+        have come, some of whom may have left."""
         now = self.loop.time()
-        turn = min(max(now - 1, self.next.pop(address, 0)), now + self.MOST_SECONDS)
-        self.next[address] = turn + 1 / self.PER_SECOND
+        turn = max(now - 1, self.next.pop(address, 0))
+        is_taken = turn < now + self.MOST_SECONDS
+        self.next[address] = turn + is_taken / self.PER_SECOND
         if len(self.next) > self.MAX_KNOWN:
             self.next.popitem(last=False)
+        if not is_taken:
+            raise QuietEnd()
         return turn - now
 
 
