@@ -13599,7 +13599,8 @@ class RedisBuckets(Buckets):
         if self.beats % self.RENEW_BEATS == 0:
             for pair in self.charges.running:
                 self.act("renew", *pair)
-        for one in list(itertools.islice(self.levels.values(), self.LOOKS)):
+        looks = self.LOOKS if self.redis.available else 0
+        for one in list(itertools.islice(self.levels.values(), looks)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
 
