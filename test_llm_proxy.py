@@ -1144,7 +1144,7 @@ class ConfigTest(TableCase):
         BASE_API_KEY  two words  schlüssel  "sk-1"
         CORS_ORIGINS  chat.example.org  *,https://a.example  ,  https://a.example/b
         LIMIT_MESSAGE  two\\nlines
-        CPU_AFFINITY  none  -1  9999
+        CPU_AFFINITY  none  -1  10000
         UNPRICED  free  -1  1e3  1000000  .5
         PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
@@ -1178,6 +1178,8 @@ class ConfigTest(TableCase):
         for name, value in self.each((name, value) for name, *values in rows for value in values):
             value = value.replace("\\r", "\r").replace("\\n", "\n")
             self.assertEqual(self.fault({**HERE, name: value}).split(" ")[0], name)
+        if llm_proxy.CPUS:  # where the system tells
+            self.assertIn("this process may use", self.fault({**HERE, "CPU_AFFINITY": "9999"}))
 
     VALUES = """
         HOST= -> '0.0.0.0'
