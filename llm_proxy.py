@@ -4016,8 +4016,7 @@ class Call:
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        if self.forgotten:
-            self.remember()
+        self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
@@ -5275,7 +5274,7 @@ class OpenAI(Dialect):
         except (ValueError, KeyError, AttributeError, TypeError):
             return None
         if counts or not (type(prompt) is type(output) is type(total) is int and (
-                0 < prompt <= total == prompt + output <= MAX_TOKENS_PER_CALL)):
+                0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL)):
             return None
         return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, ()))
 
@@ -5769,8 +5768,7 @@ class Dialects:
         if call.endpoint in UNNAMED:
             model = await self.read_unknown(call, fields.get("content-type", ""), read_body)
         elif call.endpoint:
-            call.body = body = await read_body()
-            call.large = len(body) > LARGE_BODY
+            call.body = await read_body()
             model = self.read_payload(call)
         elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             place, _, model = call.path.rpartition("/")
@@ -5779,7 +5777,8 @@ class Dialects:
             if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
+        call.large = bool(call.body) and len(call.body) > LARGE_BODY
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -5820,7 +5819,6 @@ class Dialects:
         if call.endpoint == UPLOAD or RELAYED_TYPES.match(kind):
             return model
         call.body = await read_body()
-        call.large = len(call.body) > LARGE_BODY
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
             found = self.read_payload(call)
         else:
@@ -9243,7 +9241,7 @@ class Upstream:
         """Returns the address to ask next, which has one more running call now. Raises `failure`,
         that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
         response."""
-        if context.until != math.inf and context.expired():
+        if context.expired():
             raise UpstreamTimeout()
         address = self.addresses[0]
         if failed or len(self.addresses) > 1 or address.breakers.troubled:
@@ -9707,10 +9705,7 @@ class Entry:
         if not tightest:
             return nothing, nothing
         level, _, rule, _, amount, _ = tightest
-        left = level if level > 0 else 0
-        if rule.unit == USD:
-            return format_usd(amount), format_usd(left)
-        return amount, left
+        return format_amount(rule, amount), format_amount(rule, max(0, level))
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -15177,9 +15172,7 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = 0
-        if entry.gave_up or ending != "ok" and ending == CallerGone.outcome:
-            held = hold.output_tokens
+        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):

@@ -10181,6 +10181,28 @@ class RedisTest(RedisCase):
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "does not take the user and password")
 
+    def test_it_comes_back_when_the_server_does(self):
+        server = RedisServer(self)
+        redis = self.client(server.url)
+        self.wait_for(lambda: redis.available)
+        server.kill()
+        self.wait_for(lambda: not redis.available)
+        redis.send("SET", "a", "later")
+        server.start()
+        began = time.monotonic()
+        self.wait_for(lambda: redis.available)
+        self.assertLess(time.monotonic() - began, PATIENCE / 4)
+        self.assertEqual(self.run_loop(redis.call("GET", "a")), b"later")
+
+    def test_a_script_goes_by_its_digest_until_that_is_forgotten(self):
+        server = RedisServer(self)
+        script = llm_proxy.RedisScript("return KEYS[1] .. ARGV[1]")
+        redis = self.client(server.url)
+        redis.scripts.append(script)
+        self.wait_for(lambda: redis.available)
+        self.assertTrue(script.is_loaded)
+        self.assertEqual(self.run_loop(redis.call(*script.parts(["a"], ["b"]))), b"ab")
+
     def test_a_server_that_stands_still_holds_nobody_for_long(self):
         self.patch_seconds(Redis_SILENT_SECONDS=0.15)
         server = RedisServer(self)
