@@ -13277,6 +13277,9 @@ class RedisBuckets(Buckets):
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
         self.on_change: Callable[[str], None] = lambda change: None
+        self.follow(redis)
+
+    def follow(self, redis):
         redis.scripts += [self.batch_script, self.beat_script]
         redis.on_flush.append(self.flush)
         redis.greetings.append(self.catch_up)
