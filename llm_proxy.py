@@ -12570,11 +12570,12 @@ class Asked:
 
 
 class ListeningTime:
-    """Tells the time that passes while the loop listens: it stands still while something holds the
-    loop, or while the machine gives this process no turn, so that no answer is called late that
-    nobody could read. It runs while somebody waits."""
+    """Tells the time that passes while the loop listens: it nearly stands still while something
+    holds the loop, or while the machine gives this process no turn, so that no answer is called
+    late that nobody could read. It runs while somebody waits."""
     STEP_SECONDS = 0.01
     LATE_SECONDS = 0.01  # that a step may be, on a machine that is not so busy
+    SLOWNESS = 20        # of the time after that: nobody waits for ever
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -12584,7 +12585,9 @@ class ListeningTime:
         self.waits: List[Callable[[], bool]] = []
 
     def now(self) -> float:
-        return min(self.loop.time(), self.due + self.LATE_SECONDS) - self.held
+        now = self.loop.time()
+        late = max(0, now - self.due - self.LATE_SECONDS)
+        return now - late + late / self.SLOWNESS - self.held
 
     def run(self):
         if self.due == math.inf:
