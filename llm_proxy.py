@@ -1375,6 +1375,8 @@ class ConfigFaults(Exception):
 DOTENV_ROW = re.compile(  # a line, or several where the value is in quotes
     r"""[ \t]*(?:#.*|(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*="""
     r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(?![ \t]*["'])(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
+NOT_A_ROW = (".env line %d is not NAME=value; a value that begins with a quote must end with the next"
+             " one")
 
 
 def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
@@ -1391,7 +1393,7 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
             if match[1]:
                 values[match[1]] = match[match.lastindex]
         else:
-            faults.append(f".env line {text.count(chr(10), 0, position) + 1} is not NAME=value")
+            faults.append(NOT_A_ROW % (text.count("\n", 0, position) + 1))
             position = text.find("\n", position) + 1 or len(text)
     return values, faults
 
@@ -7802,10 +7804,9 @@ class Stream:
 
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
-        nobody has read yet. Where it cannot be told, who sends so far ahead has no business
-        here."""
+        nobody has read yet. Windows cannot tell."""
         poller = self.poller_for(HANG_UP)
-        return poller is None or bool(poller.poll(0))
+        return poller is not None and bool(poller.poll(0))
 
     def poller_for(self, event):
         """Returns what tells whether an event is there, None where nothing can."""
@@ -11321,8 +11322,9 @@ class Ledger(Writer):
 
 
 class RefusalSums:
-    """Of the refusals of admins and nobody known that come in one second, SHOWN are written like
-    any call; of the others a line says how many: nobody can fill a disk by being refused."""
+    """Of refusals of admins and nobody whose key was given out, SHOWN at once, then one a second
+    are written like any call; of the others a line a second says how many: nobody can fill a disk
+    by being refused."""
     SHOWN = 10
     LINE = "%d more were refused: %s"
 
@@ -11339,7 +11341,7 @@ class RefusalSums:
         if entry.ended >= self.until:
             self.report()
             self.until = entry.ended + 1
-            self.shown = 0
+            self.shown = max(0, self.shown - 1)
         if self.shown < self.SHOWN:
             self.shown += 1
             return False
@@ -11401,7 +11403,7 @@ class Books:
         call = entry.call
         if call:
             self.running.pop(entry, None)
-        elif (not entry.caller or entry.caller.role in STEERING) and (
+        elif not (entry.caller and entry.caller.role == "caller") and (
                 self.refusals.counts_only(entry)):
             return
         self.log.record(entry)
@@ -17387,7 +17389,7 @@ class ClientConnection:
             self.full_timer.cancel()
         if len(self.client.read_buffer) < MAX_READ_AHEAD or self.client.reading:
             return
-        if self.client.has_hung_up():
+        if self.client.has_hung_up() or not CAN_POLL:  # so far ahead it has no business here
             self.on_client_lost()
         elif not self.client.ended:
             self.full_timer = self.loop.call_later(self.HANG_UP_SECONDS, self.on_client_full)
@@ -17441,9 +17443,7 @@ class ClientConnection:
         try:
             if self.client.encrypted:
                 if not self.proxy.callers.trusts(self.peer):
-                    seconds = self.server.handshakes.seconds_to_turn(self.address)
-                    if seconds > 0:
-                        await self.context.sleep(seconds, "its turn for a TLS handshake")
+                    await self.await_turn(self.server.handshakes.seconds_to_turn(self.address))
                 await self.client.handshake(self.context, self.HEAD_SECONDS)
         except ssl.SSLError as failure:
             if failure.reason != "HTTP_REQUEST":
@@ -17455,6 +17455,15 @@ class ClientConnection:
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
+
+    async def await_turn(self, seconds):
+        """Let time pass, unless the client leaves: nothing reads what it sends meanwhile."""
+        turn = self.loop.time() + seconds
+        while self.loop.time() < turn:
+            if self.client.has_hung_up():
+                raise QuietEnd()
+            await self.context.sleep(min(turn - self.loop.time(), self.HANG_UP_SECONDS),
+                                     "its turn for a TLS handshake")
 
     def new_reply(self):
         entry = Entry(self.address, self.peer)
@@ -18540,10 +18549,10 @@ def check(config):
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-29s %s" % (name, visible(line)))
     for line in greeting(config)[1:]:
-        print(line)
+        print(visible(line))
     faults = [*port_faults(config), *database_faults(config)]
     for fault in faults:
-        print("fault:", fault)
+        print("fault:", visible(fault))
     code = int(bool(faults))
     for upstream in build_routes(config, time, lambda row: None).all:
         upstream.model = None  # its own list is asked for
@@ -19241,11 +19250,17 @@ CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY
           " (PROXY_API_KEYS=anyone lets all in)")
 
 
-def keys_command(options, found, log_stream):
-    """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
+def database_path(found):
+    """Raises ConfigFaults."""
     path = found.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
-        raise ConfigFaults("keys are stored in DATABASE, and that is off")
+        raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
+    return path
+
+
+def keys_command(options, found, log_stream):
+    """Does what `keys` is told; returns the exit code. Raises ConfigFaults and DatabaseFault."""
+    path = database_path(found)
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
@@ -19413,6 +19428,10 @@ def parse_arguments(arguments):
         help="fetch a list into FILE, by default from " + PRICES_URL)
     add_keys_command(commands)
     add_bench_command(commands)
+    try:
+        "".join(sys.argv if arguments is None else arguments).encode()
+    except UnicodeEncodeError:
+        parser.error("arguments must be UTF-8")
     return parser.parse_args(arguments)
 
 
@@ -19433,6 +19452,7 @@ def open_standard_files():
         number = os.open(os.devnull, os.O_RDWR)
     os.close(number)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def read_dotenv_file():
@@ -19449,7 +19469,6 @@ def read_dotenv_file():
 def run_other_command(options, found, log_stream):
     """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
     DatabaseFault."""
-    sys.stdout.reconfigure(errors="backslashreplace")
     if options.command == "grafana":
         print(json.dumps(grafana_dashboard(), indent=2))
         return 0
@@ -19458,7 +19477,7 @@ def run_other_command(options, found, log_stream):
     if options.command == "keys":
         return keys_command(options, found, log_stream)
     if options.command == "usage":
-        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
+        return print_usage(options, database_path(found), time.time())
     tune_interpreter()
     raise_descriptor_limit()
     return (bench_command if options.command == "bench" else selftest_command)(options, found)
@@ -19497,7 +19516,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except (ConfigFaults, DatabaseFault) as fault:
-        print(fault, file=sys.stderr)
+        print(visible(str(fault)), file=sys.stderr)
         return 1 if isinstance(fault, InUse) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):

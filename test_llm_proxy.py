@@ -1315,11 +1315,13 @@ mple', 'http://a', 'http://b:443')
         self.assertEqual(llm_proxy.read_dotenv(text), (values, []))
 
     def test_a_bad_line_of_dotenv_is_reported_by_its_number_only(self):
+        said = (".env line %d is not NAME=value; a value that begins with a quote must end with the"
+                " next one")
         for row in self.each(("KEY sk-secret", 'KEY="sk-secret', "KEY='a'b", 'KEY="a\\"b"')):
             fault = self.fault({}, "BASE_API_URL=http://host\n\n%s\n" % row)
-            self.assertEqual(fault, ".env line 3 is not NAME=value")
+            self.assertEqual(fault, said % 3)
         fault = self.fault({}, "BASE_API_URL='http://host'\nA='\n\n'\n\nBASE_API_KEY sk-secret")
-        self.assertEqual(fault, ".env line 6 is not NAME=value")
+        self.assertEqual(fault, said % 6)
 
     HOSTS = """
         BASE_API_URL=http://127.0.0.1:8000/v1 -> 0.0.0.0
@@ -8365,11 +8367,13 @@ redacted      None"""))
                              401 if number % 4 or number < 40 else 429)
         self.ask("sk-1")
         clock.now += 1
-        self.ask(b"nonsense\r\n\r\n")
+        for _ in range(5):
+            self.ask(b"nonsense\r\n\r\n")
         wait_for(lambda: len(self.lines.entries()) == 12, "the lines")
         self.assertEqual(len(self.wait_for_rows(11)), 11)  # the last had no head
-        line = "90 more were refused: 401 127.0.0.1 x75, 429 127.0.0.1 x15"
-        self.assert_said(line)
+        self.on_loop(self.proxy.books.refusals.report)
+        self.assert_said("90 more were refused: 401 127.0.0.1 x75, 429 127.0.0.1 x15")
+        self.assert_said("4 more were refused: 400 127.0.0.1 x4")
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
@@ -14400,6 +14404,15 @@ class TlsTest(ServerCase):
         self.assertEqual(wait_for(lambda: waiting()[1:] == [] and waiting(), "a turn"), [0.04])
         self.assertEqual(len(clients), 23)
 
+    def test_who_leaves_while_it_waits_for_a_handshake_is_let_go(self):
+        clock = Clock()
+        self.start_tls(clock=clock)
+        clients = [self.connect() for _ in range(40)]
+        wait_for(lambda: len(self.server.open) == 40, "the connections")
+        clients[-1].close()
+        clock.now += llm_proxy.ClientConnection.HANG_UP_SECONDS  # a second before its turn
+        wait_for(lambda: len(self.server.open) == 39, "one less")
+
     def test_a_client_that_does_not_trust_us_has_a_line(self):
         self.start_tls()
         with self.assertRaises(ssl.SSLError):
@@ -14798,8 +14811,6 @@ class KeysCommandTest(ProcessCase):
             found = self.keys(*arguments, PROXY_API_KEYS="old=sk-old")
             self.assertEqual(found[:2], (code, ""))
             self.assertIn(said, found[2])
-        self.assertEqual(self.keys("list", DATABASE="off"), (
-            2, "", "keys are stored in DATABASE, and that is off\n"))
 
     def test_what_does_not_go_with_the_settings_that_are_here_is_said(self):
         """Without any, those of the proxy are elsewhere."""
@@ -15223,15 +15234,25 @@ class CommandsTest(ProcessCase):
         not_ours = "%s is not a database of llm_proxy; it was left as it is\n" % text
         unwritable = "DATABASE must be a file that can be written, or off (got '/nonexistent/x.db'"
         unrecorded = "no calls are recorded in %s (DATABASE)\n" % none
+        off = "calls and keys are kept in DATABASE, and that is off\n"
         for code, number, said, arguments, settings in self.each((
                 (2, 3, "BASE_API_URL=http://", (), {"PORT": "99999", "MAX_TOKENS": "x"}),
                 (2, 1, not_ours, (), {**here, "DATABASE": text}),
                 (2, 1, unwritable, (), {**here, "DATABASE": "/nonexistent/x.db"}),
+                (2, 1, r"the word '\x1b[2J'", (), {**here, "LIMITS": "\x1b[2J 1"}),
+                (2, 1, off, ("usage",), {}),
+                (2, 1, off, ("keys", "list"), {}),
                 (1, 1, unrecorded, ("usage",), {"DATABASE": none}),
                 (2, 1, not_ours, ("usage",), {"DATABASE": text}),
                 (2, 1, "--by must be caller or", ("usage", "--by", "day,x"), {"DATABASE": none}),
                 (2, 1, "--since", ("usage", "--since", "soon"), {"DATABASE": none}))):
             self.assert_fails(code, number, said, *arguments, **settings)
+
+    def test_arguments_are_utf_8(self):
+        for arguments in self.each((("usage", "--caller"), ("keys", "show"), ("bench",))):
+            code, _, err = self.finish(*arguments, "\udcff")
+            self.assertEqual((code, err.splitlines()[-1]), (
+                2, "llm_proxy.py: error: arguments must be UTF-8"))
 
     def test_dotenv_is_read_from_the_working_directory(self):
         folder = new_path(self)
