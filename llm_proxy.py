@@ -1375,8 +1375,6 @@ class ConfigFaults(Exception):
 DOTENV_ROW = re.compile(  # a line, or several where the value is in quotes
     r"""[ \t]*(?:#.*|(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*="""
     r"""(?:[ \t]*"([^"]*)"|[ \t]*'([^']*)'|(?![ \t]*["'])(.*?))(?:[ \t]+#.*)?)?[ \t]*(?:\n|\Z)""")
-NOT_A_ROW = (".env line %d is not NAME=value; a value that begins with a quote must end with the next"
-             " one")
 
 
 def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
@@ -1393,7 +1391,8 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
             if match[1]:
                 values[match[1]] = match[match.lastindex]
         else:
-            faults.append(NOT_A_ROW % (text.count("\n", 0, position) + 1))
+            faults.append(f".env line {text.count(chr(10), 0, position) + 1} is not NAME=value;"
+                          " a value that begins with a quote must end with the next one")
             position = text.find("\n", position) + 1 or len(text)
     return values, faults
 
@@ -17662,28 +17661,22 @@ class LoopWatch:
 
 
 class Handshakes:
-    """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
-    waits, but never longer than MOST_SECONDS. The first ones may come at once."""
-    PER_SECOND = 20
+    """Gives each address 20 turns a second for a TLS handshake, which is dear; who comes sooner
+    waits, but never longer than MOST_SECONDS."""
+    RULE = read_rule("address 20 requests per second")._replace(refill=1, interval=0.05)
     MOST_SECONDS = 5
-    MAX_KNOWN = 4096
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
-        self.next = collections.OrderedDict()  # address -> when its next turn is, oldest first
+    def __init__(self, clock: Any):
+        self.buckets = Buckets(clock)
 
     def seconds_to_turn(self, address: str) -> float:
-        """Takes a turn; returns the time to it, 0 or less: now. Raises QuietEnd where too many
-        have come, some of whom may have left."""
-        now = self.loop.time()
-        turn = max(now - 1, self.next.pop(address, 0))
-        is_taken = turn < now + self.MOST_SECONDS
-        self.next[address] = turn + is_taken / self.PER_SECOND
-        if len(self.next) > self.MAX_KNOWN:
-            self.next.popitem(last=False)
-        if not is_taken:
+        """Takes a turn; returns the time to it. Raises QuietEnd where too many have come, some of
+        whom may have left."""
+        level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
+        if level.wait > self.MOST_SECONDS:
             raise QuietEnd()
-        return turn - now
+        self.buckets.store([level])
+        return level.wait
 
 
 # PyPy begins to collect when there is eight times as much as its nursery holds, which may be as
@@ -17737,7 +17730,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.most = most
         self.parts = self.make_parts()
         self.reload()
-        self.handshakes = Handshakes(self.loop)
+        self.handshakes = Handshakes(proxy.clock)
         self.open: Set[ClientConnection] = set()
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
@@ -17798,7 +17791,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.handing_over.release()
         # Whoever is on the link can have as many of its addresses as they like.
         address = "fe80::" if peer.startswith("fe80:") else address_of(peer)
-        full = self.by_address[address] >= self.most_of(peer, address) or (
+        full = self.by_address[address] >= self.most_of(peer) or (
             len(self.open) >= self.most and not self.end_an_idle_one())
         try:
             request.setblocking(False)
@@ -17836,12 +17829,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.release(oldest)
         return True
 
-    def most_of(self, peer, address):
+    def most_of(self, peer):
         """Returns how many connections may come from there; a proxy that is trusted speaks for
         many."""
         most = self.proxy.config.max_connections_per_address
-        is_loopback = address == "::1" or address.startswith("127.")
-        if self.proxy.callers.trusts(peer) or (not most and is_loopback):
+        if self.proxy.callers.trusts(peer) or (not most and plain_ip(peer).is_loopback):
             return math.inf
         return most or self.MAX_PER_ADDRESS
 
@@ -18534,23 +18526,14 @@ def ask_at_once(upstream):
             upstream.addresses[0].close_stale(everything=True)
 
 
-def ask_for_stored_keys(config):
-    """Notes whether keys are stored, as a start would."""
-    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error), (
-            contextlib.closing(Database(config.database, reading=True))) as database:
-        if is_closed(database.connection.execute):
-            config.note_stored_keys()
-
-
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
-    ask_for_stored_keys(config)
+    faults = list(faults_of_start(config))
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-29s %s" % (name, visible(line)))
     for line in greeting(config)[1:]:
         print(visible(line))
-    faults = [*port_faults(config), *database_faults(config)]
     for fault in faults:
         print("fault:", visible(fault))
     code = int(bool(faults))
@@ -18568,8 +18551,17 @@ def check(config):
     return code
 
 
-def port_faults(config):
-    """Yields why a start could not listen."""
+def faults_of_start(config):
+    """Yields why a start could not use the database, which stays as it is, or listen; says where it
+    would go without. Notes whether keys are stored."""
+    try:
+        if config.database != "off":
+            look_at_database(config)
+    except DatabaseFault as fault:
+        if isinstance(fault, Unwritable) and config.texts["DATABASE"] == DEFAULT_DATABASE:
+            print(IN_MEMORY % fault)
+        else:
+            yield str(fault)
     try:
         listen(config.host, config.port).close()
     except OSError as failure:
@@ -18581,25 +18573,13 @@ def cannot_listen(config, failure):
         config.host, config.port, failure.strerror or failure)
 
 
-def database_faults(config):
-    """Yields why a start could not use the database, which stays as it is; says where it would go
-    without."""
-    try:
-        if config.database != "off":
-            look_at_database(config.database)
-    except Unwritable as fault:
-        if config.texts["DATABASE"] == DEFAULT_DATABASE:
-            print(IN_MEMORY % fault)
-        else:
-            yield str(fault)
-    except DatabaseFault as fault:
-        yield str(fault)
-
-
-def look_at_database(path):
+def look_at_database(config):
     """Raises DatabaseFault where a service could not use it."""
-    with contextlib.suppress(FileNotFoundError):
-        Database(path, reading=True).close()
+    path = config.database
+    with contextlib.suppress(FileNotFoundError, sqlite3.Error), (
+            contextlib.closing(Database(path, reading=True))) as database:
+        if is_closed(database.connection.execute):
+            config.note_stored_keys()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
             pass
@@ -18860,9 +18840,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
     say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
 
-    def stop():
-        Stream.wake(stopping)
-
+    stop = functools.partial(Stream.wake, stopping)
     handle_signals(server.loop, {
         "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": functools.partial(report_calls, server),
         "SIGHUP": stop if stops_when_hung_up(config) else functools.partial(
@@ -18912,8 +18890,7 @@ async def probe(server):
 
 def stops_when_hung_up(config):
     """Tells whether SIGHUP means that the terminal was closed; it is for certificates, too."""
-    with contextlib.suppress(AttributeError, ValueError):  # stdin is closed
-        return sys.stdin.isatty() and not config.tls_cert_file
+    return os.isatty(0) and not config.tls_cert_file
 
 
 def handle_signals(loop, actions):
@@ -19250,17 +19227,9 @@ CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY
           " (PROXY_API_KEYS=anyone lets all in)")
 
 
-def database_path(found):
-    """Raises ConfigFaults."""
-    path = found.get("DATABASE", DEFAULT_DATABASE)
-    if path == "off":
-        raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
-    return path
-
-
 def keys_command(options, found, log_stream):
-    """Does what `keys` is told; returns the exit code. Raises ConfigFaults and DatabaseFault."""
-    path = database_path(found)
+    """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
+    path = found["DATABASE"]
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
@@ -19474,10 +19443,13 @@ def run_other_command(options, found, log_stream):
         return 0
     if options.command == "prices":
         return prices_command(options, found.get("PRICES"))
+    found.setdefault("DATABASE", DEFAULT_DATABASE)
+    if options.command in ("keys", "usage") and found["DATABASE"] == "off":
+        raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
     if options.command == "keys":
         return keys_command(options, found, log_stream)
     if options.command == "usage":
-        return print_usage(options, database_path(found), time.time())
+        return print_usage(options, found["DATABASE"], time.time())
     tune_interpreter()
     raise_descriptor_limit()
     return (bench_command if options.command == "bench" else selftest_command)(options, found)

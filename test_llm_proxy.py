@@ -14336,7 +14336,7 @@ class ServerTest(ServerCase):
     def test_other_addresses_than_loopback_have_a_cap_by_default(self):
         self.start()
         hosts = "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1"
-        most = [self.server.most_of(host, llm_proxy.address_of(host)) for host in hosts]
+        most = [self.server.most_of(host) for host in hosts]
         self.assertEqual(most, [math.inf] * 4 + [256] * 2)
 
     def test_a_burst_of_connections_is_taken(self):
@@ -14394,15 +14394,15 @@ class TlsTest(ServerCase):
     def test_an_address_has_20_handshakes_a_second_and_then_waits(self):
         clock = Clock()
         self.start_tls(clock=clock)
-        clients = [self.connect() for _ in range(23)]
-        wait_for(lambda: len(self.server.open) == 23, "the connections")
+        clients = [self.connect() for _ in range(22)]
+        wait_for(lambda: len(self.server.open) == 22, "the connections")
         waiting = functools.partial(lambda: sorted(
             round(one.context.deadline - clock.now, 2) for one in self.server.open
             if one.context.what == "its turn for a TLS handshake"))
         wait_for(lambda: waiting() == [0.05, 0.1], "who waits")
         clock.now += 0.06
         self.assertEqual(wait_for(lambda: waiting()[1:] == [] and waiting(), "a turn"), [0.04])
-        self.assertEqual(len(clients), 23)
+        self.assertEqual(len(clients), 22)
 
     def test_who_leaves_while_it_waits_for_a_handshake_is_let_go(self):
         clock = Clock()
@@ -14482,19 +14482,17 @@ class TlsTest(ServerCase):
         self.assert_calls(0)
 
     def test_who_connects_too_often_waits_for_a_turn_but_never_long(self):
-        loop = asyncio.SelectorEventLoop()
-        self.addCleanup(loop.close)
-        now, waits = [100.0], []
-        with mock.patch.object(loop, "time", lambda: now[0]):
-            turns = llm_proxy.Handshakes(loop)
-            for _ in range(1000):
-                with contextlib.suppress(llm_proxy.QuietEnd):
-                    waits.append(turns.seconds_to_turn("a"))
-            self.assertEqual([round(waits[number], 2) for number in (0, 20, 30, -1)],
-                             [-1, 0, .5, 5])
-            now[0] += 1
-            self.assertRaises(llm_proxy.QuietEnd, lambda: [
-                turns.seconds_to_turn("a") for _ in range(22)])
+        clock, waits = Clock(), []
+        turns = llm_proxy.Handshakes(clock)
+        for _ in range(1000):
+            with contextlib.suppress(llm_proxy.QuietEnd):
+                waits.append(turns.seconds_to_turn("a"))
+        self.assertEqual([round(waits[number], 2) for number in (0, 19, 29, -1)], [0, 0, .5, 5])
+        clock.now += 1
+        for _ in range(20):
+            turns.seconds_to_turn("a")
+        self.assertRaises(llm_proxy.QuietEnd, turns.seconds_to_turn, "a")
+        self.assertEqual(turns.seconds_to_turn("b"), 0)
 
     def test_certificates_are_read_again_and_bad_ones_are_not_taken(self):
         self.start_tls()
@@ -15316,8 +15314,9 @@ class CommandsTest(ProcessCase):
     def test_check_knows_that_a_start_goes_without_the_usual_database(self):
         for path, is_usual in self.each((("", True), ("x.db", False))):
             config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
-            with contextlib.redirect_stdout(out), mock.patch("os.access", return_value=False):
-                faults = list(llm_proxy.database_faults(config))
+            with contextlib.redirect_stdout(out), mock.patch("os.access", return_value=False), (
+                    mock.patch.object(llm_proxy, "listen")):
+                faults = list(llm_proxy.faults_of_start(config))
             self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
@@ -16068,7 +16067,7 @@ class DoorTest(EnduranceCase):
 
     def test_whatever_runs_has_no_thread_but_those_that_connect(self):
         """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
-        self.patch_seconds(Handshakes_PER_SECOND=1000)
+        self.patch_seconds(Handshakes_RULE=llm_proxy.read_rule("address 999 requests per second"))
         number = self.size(10, 100)
         path = pem_file(self)
         box = Stub(None, tls=llm_proxy.server_context(path, None))
