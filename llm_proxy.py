@@ -387,7 +387,7 @@ ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
-    ("N|unlimited", "an amount above 0, or unlimited"),
+    ("N|unlimited", "an amount above 0, of at most 12 digits (usd: 6), or unlimited"),
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
@@ -2124,11 +2124,9 @@ class Origins:
         return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
 
     def judge(self, origin):
-        return bool(self.shape.fullmatch(origin)) or (
-            self.local and self.is_local(origin.lower()))
-
-    def is_local(self, origin):
-        match = self.SHAPE.fullmatch(origin)
+        if self.shape.fullmatch(origin):
+            return True
+        match = self.local and self.SHAPE.fullmatch(origin.lower())
         if not match or match[1] in self.SCHEMES:
             return bool(match)
         host = match[2].strip("[]")
@@ -9879,10 +9877,15 @@ class UsageLog(Log):
     moved = False
 
     def __init__(self, path: str):
-        """'-' is stdout. Raises OSError."""
+        """'-' is stdout. Raises ConfigFaults."""
         self.path = path
         file = 1 if path == "-" else path
-        super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
+        try:
+            stream = open(file, "ab", buffering=0, closefd=path != "-")
+        except OSError as failure:
+            raise ConfigFaults(
+                "USAGE_LOG must be a file that can be written: %s" % failure) from None
+        super().__init__(stream, as_json=True)
 
     def kept(self, item):
         return json.dumps(item.as_fields())
@@ -11325,7 +11328,6 @@ class RefusalSums:
     are written like any call; of the others a line a second says how many: nobody can fill a disk
     by being refused."""
     SHOWN = 10
-    LINE = "%d more were refused: %s"
 
     def __init__(self, log: Log):
         self.log = log
@@ -11350,7 +11352,8 @@ class RefusalSums:
     def report(self):
         if self.counts:
             worst = ["%s x%d" % row for row in self.counts.most_common(5)]
-            self.log.say(self.LINE % (sum(self.counts.values()), ", ".join(worst)))
+            self.log.say("%d more were refused: %s" % (
+                sum(self.counts.values()), ", ".join(worst)))
             self.counts.clear()
 
 
@@ -17457,12 +17460,12 @@ class ClientConnection:
 
     async def await_turn(self, seconds):
         """Let time pass, unless the client leaves: nothing reads what it sends meanwhile."""
-        turn = self.loop.time() + seconds
-        while self.loop.time() < turn:
+        while seconds > 0:
             if self.client.has_hung_up():
                 raise QuietEnd()
-            await self.context.sleep(min(turn - self.loop.time(), self.HANG_UP_SECONDS),
-                                     "its turn for a TLS handshake")
+            await self.context.sleep(
+                min(seconds, self.HANG_UP_SECONDS), "its turn for a TLS handshake")
+            seconds -= self.HANG_UP_SECONDS
 
     def new_reply(self):
         entry = Entry(self.address, self.peer)
@@ -17718,11 +17721,11 @@ class Server(http.server.ThreadingHTTPServer):
     LOOK_SECONDS = 0.1      # between two looks of the accepting thread: at the loop, for the end
     tls: Optional[ssl.SSLContext] = None
     emptied = None  # a future of that no connection is open
+    draining = False
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int,
                  listener: Optional[socket.socket] = None):
         """`listener` is a socket that listens already, for several processes."""
-        self.draining = False
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
@@ -17774,10 +17777,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Hand a new connection to the loop, and wait where it is busy: a burst of new ones must
         not starve it of the interpreter."""
         self.handing_over.acquire()
-        try:
-            self.loop.call_soon_threadsafe(self.welcome, request, client_address[0])
-        except RuntimeError:  # the loop is closed
-            request.close()
+        soon(self.loop, self.welcome, request, client_address[0])
 
     def service_actions(self):
         self.loop_watch.look()
@@ -17820,11 +17820,10 @@ class Server(http.server.ThreadingHTTPServer):
     def end_an_idle_one(self) -> bool:
         """Make room: of the address with most connections, the one that has been idle longest
         goes."""
-        by_address = self.by_address
         idle = [one for one in self.open if one.idle and one.context.future]
         if not idle:
             return False
-        oldest = max(idle, key=lambda one: (by_address[one.address], -one.context.since))
+        oldest = max(idle, key=lambda one: (self.by_address[one.address], -one.context.since))
         oldest.context.end(QuietEnd())
         self.release(oldest)
         return True
@@ -18532,10 +18531,8 @@ def check(config):
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-29s %s" % (name, visible(line)))
-    for line in greeting(config)[1:]:
+    for line in [*greeting(config)[1:], *["fault: " + fault for fault in faults]]:
         print(visible(line))
-    for fault in faults:
-        print("fault:", visible(fault))
     code = int(bool(faults))
     for upstream in build_routes(config, time, lambda row: None).all:
         upstream.model = None  # its own list is asked for
@@ -18552,8 +18549,8 @@ def check(config):
 
 
 def faults_of_start(config):
-    """Yields why a start could not use the database, which stays as it is, or listen; says where it
-    would go without. Notes whether keys are stored."""
+    """Yields why a start could not use the database, which stays as it is, write its log of usage,
+    or listen; says where it would go without the first. Notes whether keys are stored."""
     try:
         if config.database != "off":
             look_at_database(config)
@@ -18562,6 +18559,8 @@ def faults_of_start(config):
             print(IN_MEMORY % fault)
         else:
             yield str(fault)
+    if config.usage_log not in (None, "-") and not can_be_written(config.usage_log):
+        yield "USAGE_LOG must be a file that can be written: " + NO_FOLDER
     try:
         listen(config.host, config.port).close()
     except OSError as failure:
@@ -18571,6 +18570,14 @@ def faults_of_start(config):
 def cannot_listen(config, failure):
     return "cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
         config.host, config.port, failure.strerror or failure)
+
+
+NO_FOLDER = "no such folder, or no permission"
+
+
+def can_be_written(path):
+    folder = os.path.dirname(os.path.abspath(path))
+    return os.access(path if os.path.exists(path) else folder, os.W_OK)
 
 
 def look_at_database(config):
@@ -18583,9 +18590,8 @@ def look_at_database(config):
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
             pass
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise Unwritable(path, OSError("no such folder, or no permission"))
+    if not can_be_written(path):
+        raise Unwritable(path, OSError(NO_FOLDER))
 
 
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
@@ -18704,10 +18710,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     raise_descriptor_limit()
     if config.workers > 1:
         return run_workers(config, log_stream, remarks, reread)
-    try:
-        proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
-    except OSError as failure:
-        raise ConfigFaults(str(failure)) from None
+    proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     log = proxy.books.log
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
@@ -18744,7 +18747,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
                 reread: Callable[[], Config]) -> int:
     """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
     def take_settings():  # for those that are started from now on
-        with contextlib.suppress(ConfigFaults, OSError, ValueError):
+        with contextlib.suppress(ConfigFaults):
             config.take(reread())
 
     def stop():
@@ -18809,7 +18812,7 @@ def run_worker(config, log_stream, reread, worker):
             proxy.limits.buckets.succeeds = worker.again
         server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
-    except (DatabaseFault, OSError) as fault:
+    except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
@@ -19003,12 +19006,8 @@ def print_table(names, rows):
 
 
 def print_usage(options, path, now):
-    """Prints who used what, from the ledger; returns the exit code. Raises DatabaseFault."""
-    try:
-        names, rows = read_usage(path, options, now)
-    except FileNotFoundError as failure:
-        print(failure, file=sys.stderr)
-        return 1
+    """Prints who used what, from the ledger; returns the exit code. Raises as `read_usage`."""
+    names, rows = read_usage(path, options, now)
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
@@ -19121,8 +19120,9 @@ def bench_of(options, environ):
     ConfigFaults."""
     upstream = upstream_at(options.url, options.key, environ)
     try:
-        requests = number_between(1, 10_000_000)(options.requests)
-        concurrency = number_between(1, 10_000)(options.concurrency)
+        requests = read_option("--requests", number_between(1, 10_000_000), options.requests)
+        concurrency = read_option(
+            "--concurrency", number_between(1, 10_000), options.concurrency)
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
@@ -19487,9 +19487,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code
-    except (ConfigFaults, DatabaseFault) as fault:
+    except (ConfigFaults, DatabaseFault, FileNotFoundError) as fault:
         print(visible(str(fault)), file=sys.stderr)
-        return 1 if isinstance(fault, InUse) else 2
+        return 1 if isinstance(fault, (InUse, FileNotFoundError)) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

@@ -15238,6 +15238,8 @@ class CommandsTest(ProcessCase):
                 (2, 1, not_ours, (), {**here, "DATABASE": text}),
                 (2, 1, unwritable, (), {**here, "DATABASE": "/nonexistent/x.db"}),
                 (2, 1, r"the word '\x1b[2J'", (), {**here, "LIMITS": "\x1b[2J 1"}),
+                (2, 1, "USAGE_LOG must be", (), {**here, "USAGE_LOG": "/nonexistent/x"}),
+                (2, 1, "--requests must be", ("bench", self.NOWHERE, "--requests", "0"), {}),
                 (2, 1, off, ("usage",), {}),
                 (2, 1, off, ("keys", "list"), {}),
                 (1, 1, unrecorded, ("usage",), {"DATABASE": none}),
@@ -15306,6 +15308,7 @@ class CommandsTest(ProcessCase):
                 ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
                 ("is used by another llm_proxy", {"DATABASE": used}),
                 ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
+                ("USAGE_LOG must be", {"USAGE_LOG": "/nonexistent/x.log"}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
