@@ -11337,8 +11337,6 @@ class RefusalSums:
 
     def counts_only(self, entry: Entry) -> bool:
         """Returns whether a refusal is counted here, and written down nowhere else."""
-        if entry.outcome != "refused":
-            return False
         if entry.ended >= self.until:
             self.report()
             self.until = entry.ended + 1
@@ -11405,8 +11403,9 @@ class Books:
         call = entry.call
         if call:
             self.running.pop(entry, None)
-        elif not (entry.caller and entry.caller.role == "caller") and (
-                self.refusals.counts_only(entry)):
+        elif entry.outcome == "refused" and not (
+                entry.caller and entry.caller.role == "caller") and (
+                    self.refusals.counts_only(entry)):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -17343,7 +17342,7 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    full_timer = None
+    full_timer = leave_timer = None
 
     def __init__(self, server, sock, peer, address):
         """`address` is what connections are counted by."""
@@ -17360,7 +17359,6 @@ class ClientConnection:
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
-        self.leave_timer = None
 
     def __repr__(self) -> str:
         """One line, for `kill -USR1` and a debugger."""
@@ -18560,7 +18558,7 @@ def faults_of_start(config):
         else:
             yield str(fault)
     if config.usage_log not in (None, "-") and not can_be_written(config.usage_log):
-        yield "USAGE_LOG must be a file that can be written: " + NO_FOLDER
+        yield "USAGE_LOG must be a file that can be written"
     try:
         listen(config.host, config.port).close()
     except OSError as failure:
@@ -18570,9 +18568,6 @@ def faults_of_start(config):
 def cannot_listen(config, failure):
     return "cannot listen on %s port %d: %s; choose another with HOST= or PORT=" % (
         config.host, config.port, failure.strerror or failure)
-
-
-NO_FOLDER = "no such folder, or no permission"
 
 
 def can_be_written(path):
@@ -18591,7 +18586,7 @@ def look_at_database(config):
         with lock_for_service(path) or contextlib.nullcontext():
             pass
     if not can_be_written(path):
-        raise Unwritable(path, OSError(NO_FOLDER))
+        raise Unwritable(path, OSError("no such folder, or no permission"))
 
 
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
