@@ -387,7 +387,7 @@ ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
     (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
      "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
-    ("N|unlimited", "an amount above 0, or unlimited"),
+    ("N|unlimited", "an amount above 0, of at most 12 digits (usd: 6), or unlimited"),
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
     ("per", "per"),
     ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
@@ -1391,7 +1391,8 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
             if match[1]:
                 values[match[1]] = match[match.lastindex]
         else:
-            faults.append(f".env line {text.count(chr(10), 0, position) + 1} is not NAME=value")
+            faults.append(f".env line {text.count(chr(10), 0, position) + 1} is not NAME=value;"
+                          " a value that begins with a quote must end with the next one")
             position = text.find("\n", position) + 1 or len(text)
     return values, faults
 
@@ -2123,11 +2124,9 @@ class Origins:
         return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
 
     def judge(self, origin):
-        return bool(self.shape.fullmatch(origin)) or (
-            self.local and self.is_local(origin.lower()))
-
-    def is_local(self, origin):
-        match = self.SHAPE.fullmatch(origin)
+        if self.shape.fullmatch(origin):
+            return True
+        match = self.local and self.SHAPE.fullmatch(origin.lower())
         if not match or match[1] in self.SCHEMES:
             return bool(match)
         host = match[2].strip("[]")
@@ -7802,10 +7801,9 @@ class Stream:
 
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
-        nobody has read yet. Where it cannot be told, who sends so far ahead has no business
-        here."""
+        nobody has read yet. Windows cannot tell."""
         poller = self.poller_for(HANG_UP)
-        return poller is None or bool(poller.poll(0))
+        return poller is not None and bool(poller.poll(0))
 
     def poller_for(self, event):
         """Returns what tells whether an event is there, None where nothing can."""
@@ -9879,10 +9877,15 @@ class UsageLog(Log):
     moved = False
 
     def __init__(self, path: str):
-        """'-' is stdout. Raises OSError."""
+        """'-' is stdout. Raises ConfigFaults."""
         self.path = path
         file = 1 if path == "-" else path
-        super().__init__(open(file, "ab", buffering=0, closefd=path != "-"), as_json=True)
+        try:
+            stream = open(file, "ab", buffering=0, closefd=path != "-")
+        except OSError as failure:
+            raise ConfigFaults(
+                "USAGE_LOG must be a file that can be written: %s" % failure) from None
+        super().__init__(stream, as_json=True)
 
     def kept(self, item):
         return json.dumps(item.as_fields())
@@ -11321,10 +11324,10 @@ class Ledger(Writer):
 
 
 class RefusalSums:
-    """Of the refusals of admins and nobody known that come in one second, SHOWN are written like
-    any call; of the others a line says how many: nobody can fill a disk by being refused."""
+    """Of refusals of admins and nobody whose key was given out, SHOWN at once, then one a second
+    are written like any call; of the others a line a second says how many: nobody can fill a disk
+    by being refused."""
     SHOWN = 10
-    LINE = "%d more were refused: %s"
 
     def __init__(self, log: Log):
         self.log = log
@@ -11334,12 +11337,10 @@ class RefusalSums:
 
     def counts_only(self, entry: Entry) -> bool:
         """Returns whether a refusal is counted here, and written down nowhere else."""
-        if entry.outcome != "refused":
-            return False
         if entry.ended >= self.until:
             self.report()
             self.until = entry.ended + 1
-            self.shown = 0
+            self.shown = max(0, self.shown - 1)
         if self.shown < self.SHOWN:
             self.shown += 1
             return False
@@ -11349,7 +11350,8 @@ class RefusalSums:
     def report(self):
         if self.counts:
             worst = ["%s x%d" % row for row in self.counts.most_common(5)]
-            self.log.say(self.LINE % (sum(self.counts.values()), ", ".join(worst)))
+            self.log.say("%d more were refused: %s" % (
+                sum(self.counts.values()), ", ".join(worst)))
             self.counts.clear()
 
 
@@ -11401,8 +11403,9 @@ class Books:
         call = entry.call
         if call:
             self.running.pop(entry, None)
-        elif (not entry.caller or entry.caller.role in STEERING) and (
-                self.refusals.counts_only(entry)):
+        elif entry.outcome == "refused" and not (
+                entry.caller and entry.caller.role == "caller") and (
+                    self.refusals.counts_only(entry)):
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -17355,7 +17358,7 @@ class ClientConnection:
     last: Optional[Request] = None
     served = False                  # whether one was
     idle = True                     # nothing has come whole that the server's end must wait for
-    full_timer = None
+    full_timer = leave_timer = None
 
     def __init__(self, server, sock, peer, address):
         """`address` is what connections are counted by."""
@@ -17372,7 +17375,6 @@ class ClientConnection:
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
-        self.leave_timer = None
 
     def __repr__(self) -> str:
         """One line, for `kill -USR1` and a debugger."""
@@ -17403,7 +17405,7 @@ class ClientConnection:
             self.full_timer.cancel()
         if len(self.client.read_buffer) < MAX_READ_AHEAD or self.client.reading:
             return
-        if self.client.has_hung_up():
+        if self.client.has_hung_up() or not CAN_POLL:  # so far ahead it has no business here
             self.on_client_lost()
         elif not self.client.ended:
             self.full_timer = self.loop.call_later(self.HANG_UP_SECONDS, self.on_client_full)
@@ -17457,9 +17459,7 @@ class ClientConnection:
         try:
             if self.client.encrypted:
                 if not self.proxy.callers.trusts(self.peer):
-                    seconds = self.server.handshakes.seconds_to_turn(self.address)
-                    if seconds > 0:
-                        await self.context.sleep(seconds, "its turn for a TLS handshake")
+                    await self.await_turn(self.server.handshakes.seconds_to_turn(self.address))
                 await self.client.handshake(self.context, self.HEAD_SECONDS)
         except ssl.SSLError as failure:
             if failure.reason != "HTTP_REQUEST":
@@ -17471,6 +17471,15 @@ class ClientConnection:
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
+
+    async def await_turn(self, seconds):
+        """Let time pass, unless the client leaves: nothing reads what it sends meanwhile."""
+        while seconds > 0:
+            if self.client.has_hung_up():
+                raise QuietEnd()
+            await self.context.sleep(
+                min(seconds, self.HANG_UP_SECONDS), "its turn for a TLS handshake")
+            seconds -= self.HANG_UP_SECONDS
 
     def new_reply(self):
         entry = Entry(self.address, self.peer)
@@ -17669,28 +17678,22 @@ class LoopWatch:
 
 
 class Handshakes:
-    """Gives each address PER_SECOND turns for a TLS handshake, which is dear; who comes sooner
-    waits, but never longer than MOST_SECONDS. The first ones may come at once."""
-    PER_SECOND = 20
+    """Gives each address 20 turns a second for a TLS handshake, which is dear; who comes sooner
+    waits, but never longer than MOST_SECONDS."""
+    RULE = read_rule("address 20 requests per second")._replace(refill=1, interval=0.05)
     MOST_SECONDS = 5
-    MAX_KNOWN = 4096
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
-        self.next = collections.OrderedDict()  # address -> when its next turn is, oldest first
+    def __init__(self, clock: Any):
+        self.buckets = Buckets(clock)
 
     def seconds_to_turn(self, address: str) -> float:
-        """Takes a turn; returns the time to it, 0 or less: now. Raises QuietEnd where too many
-        have come, some of whom may have left."""
-        now = self.loop.time()
-        turn = max(now - 1, self.next.pop(address, 0))
-        is_taken = turn < now + self.MOST_SECONDS
-        self.next[address] = turn + is_taken / self.PER_SECOND
-        if len(self.next) > self.MAX_KNOWN:
-            self.next.popitem(last=False)
-        if not is_taken:
+        """Takes a turn; returns the time to it. Raises QuietEnd where too many have come, some of
+        whom may have left."""
+        level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
+        if level.wait > self.MOST_SECONDS:
             raise QuietEnd()
-        return turn - now
+        self.buckets.store([level])
+        return level.wait
 
 
 # PyPy begins to collect when there is eight times as much as its nursery holds, which may be as
@@ -17732,11 +17735,11 @@ class Server(http.server.ThreadingHTTPServer):
     LOOK_SECONDS = 0.1      # between two looks of the accepting thread: at the loop, for the end
     tls: Optional[ssl.SSLContext] = None
     emptied = None  # a future of that no connection is open
+    draining = False
 
     def __init__(self, proxy: Proxy, host: str, port: int, most: int,
                  listener: Optional[socket.socket] = None):
         """`listener` is a socket that listens already, for several processes."""
-        self.draining = False
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
@@ -17744,7 +17747,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.most = most
         self.parts = self.make_parts()
         self.reload()
-        self.handshakes = Handshakes(self.loop)
+        self.handshakes = Handshakes(proxy.clock)
         self.open: Set[ClientConnection] = set()
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
@@ -17788,10 +17791,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Hand a new connection to the loop, and wait where it is busy: a burst of new ones must
         not starve it of the interpreter."""
         self.handing_over.acquire()
-        try:
-            self.loop.call_soon_threadsafe(self.welcome, request, client_address[0])
-        except RuntimeError:  # the loop is closed
-            request.close()
+        soon(self.loop, self.welcome, request, client_address[0])
 
     def service_actions(self):
         self.loop_watch.look()
@@ -17805,7 +17805,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.handing_over.release()
         # Whoever is on the link can have as many of its addresses as they like.
         address = "fe80::" if peer.startswith("fe80:") else address_of(peer)
-        full = self.by_address[address] >= self.most_of(peer, address) or (
+        full = self.by_address[address] >= self.most_of(peer) or (
             len(self.open) >= self.most and not self.end_an_idle_one())
         try:
             request.setblocking(False)
@@ -17834,21 +17834,19 @@ class Server(http.server.ThreadingHTTPServer):
     def end_an_idle_one(self) -> bool:
         """Make room: of the address with most connections, the one that has been idle longest
         goes."""
-        by_address = self.by_address
         idle = [one for one in self.open if one.idle and one.context.future]
         if not idle:
             return False
-        oldest = max(idle, key=lambda one: (by_address[one.address], -one.context.since))
+        oldest = max(idle, key=lambda one: (self.by_address[one.address], -one.context.since))
         oldest.context.end(QuietEnd())
         self.release(oldest)
         return True
 
-    def most_of(self, peer, address):
+    def most_of(self, peer):
         """Returns how many connections may come from there; a proxy that is trusted speaks for
         many."""
         most = self.proxy.config.max_connections_per_address
-        is_loopback = address == "::1" or address.startswith("127.")
-        if self.proxy.callers.trusts(peer) or (not most and is_loopback):
+        if self.proxy.callers.trusts(peer) or (not most and plain_ip(peer).is_loopback):
             return math.inf
         return most or self.MAX_PER_ADDRESS
 
@@ -18541,25 +18539,14 @@ def ask_at_once(upstream):
             upstream.addresses[0].close_stale(everything=True)
 
 
-def ask_for_stored_keys(config):
-    """Notes whether keys are stored, as a start would."""
-    with contextlib.suppress(OSError, DatabaseFault, sqlite3.Error), (
-            contextlib.closing(Database(config.database, reading=True))) as database:
-        if is_closed(database.connection.execute):
-            config.note_stored_keys()
-
-
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
-    ask_for_stored_keys(config)
+    faults = list(faults_of_start(config))
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
         print("%-29s %s" % (name, visible(line)))
-    for line in greeting(config)[1:]:
-        print(line)
-    faults = [*port_faults(config), *database_faults(config)]
-    for fault in faults:
-        print("fault:", fault)
+    for line in [*greeting(config)[1:], *["fault: " + fault for fault in faults]]:
+        print(visible(line))
     code = int(bool(faults))
     for upstream in build_routes(config, time, lambda row: None).all:
         upstream.model = None  # its own list is asked for
@@ -18575,8 +18562,19 @@ def check(config):
     return code
 
 
-def port_faults(config):
-    """Yields why a start could not listen."""
+def faults_of_start(config):
+    """Yields why a start could not use the database, which stays as it is, write its log of usage,
+    or listen; says where it would go without the first. Notes whether keys are stored."""
+    try:
+        if config.database != "off":
+            look_at_database(config)
+    except DatabaseFault as fault:
+        if isinstance(fault, Unwritable) and config.texts["DATABASE"] == DEFAULT_DATABASE:
+            print(IN_MEMORY % fault)
+        else:
+            yield str(fault)
+    if config.usage_log not in (None, "-") and not can_be_written(config.usage_log):
+        yield "USAGE_LOG must be a file that can be written"
     try:
         listen(config.host, config.port).close()
     except OSError as failure:
@@ -18588,30 +18586,22 @@ def cannot_listen(config, failure):
         config.host, config.port, failure.strerror or failure)
 
 
-def database_faults(config):
-    """Yields why a start could not use the database, which stays as it is; says where it would go
-    without."""
-    try:
-        if config.database != "off":
-            look_at_database(config.database)
-    except Unwritable as fault:
-        if config.texts["DATABASE"] == DEFAULT_DATABASE:
-            print(IN_MEMORY % fault)
-        else:
-            yield str(fault)
-    except DatabaseFault as fault:
-        yield str(fault)
+def can_be_written(path):
+    folder = os.path.dirname(os.path.abspath(path))
+    return os.access(path if os.path.exists(path) else folder, os.W_OK)
 
 
-def look_at_database(path):
+def look_at_database(config):
     """Raises DatabaseFault where a service could not use it."""
-    with contextlib.suppress(FileNotFoundError):
-        Database(path, reading=True).close()
+    path = config.database
+    with contextlib.suppress(FileNotFoundError, sqlite3.Error), (
+            contextlib.closing(Database(path, reading=True))) as database:
+        if is_closed(database.connection.execute):
+            config.note_stored_keys()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
             pass
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    if not can_be_written(path):
         raise Unwritable(path, OSError("no such folder, or no permission"))
 
 
@@ -18733,10 +18723,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     raise_descriptor_limit()
     if config.workers > 1:
         return run_workers(config, log_stream, remarks, reread)
-    try:
-        proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
-    except OSError as failure:
-        raise ConfigFaults(str(failure)) from None
+    proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     log = proxy.books.log
     try:
         server = Server(proxy, config.host, config.port, config.max_connections)
@@ -18773,7 +18760,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
                 reread: Callable[[], Config]) -> int:
     """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
     def take_settings():  # for those that are started from now on
-        with contextlib.suppress(ConfigFaults, OSError, ValueError):
+        with contextlib.suppress(ConfigFaults):
             config.take(reread())
 
     def stop():
@@ -18838,7 +18825,7 @@ def run_worker(config, log_stream, reread, worker):
             proxy.limits.buckets.succeeds = worker.again
         server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
-    except (DatabaseFault, OSError) as fault:
+    except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
     return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
@@ -18869,9 +18856,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
     say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
 
-    def stop():
-        Stream.wake(stopping)
-
+    stop = functools.partial(Stream.wake, stopping)
     handle_signals(server.loop, {
         "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": functools.partial(report_calls, server),
         "SIGHUP": stop if stops_when_hung_up(config) else functools.partial(
@@ -18921,8 +18906,7 @@ async def probe(server):
 
 def stops_when_hung_up(config):
     """Tells whether SIGHUP means that the terminal was closed; it is for certificates, too."""
-    with contextlib.suppress(AttributeError, ValueError):  # stdin is closed
-        return sys.stdin.isatty() and not config.tls_cert_file
+    return os.isatty(0) and not config.tls_cert_file
 
 
 def handle_signals(loop, actions):
@@ -19035,12 +19019,8 @@ def print_table(names, rows):
 
 
 def print_usage(options, path, now):
-    """Prints who used what, from the ledger; returns the exit code. Raises DatabaseFault."""
-    try:
-        names, rows = read_usage(path, options, now)
-    except FileNotFoundError as failure:
-        print(failure, file=sys.stderr)
-        return 1
+    """Prints who used what, from the ledger; returns the exit code. Raises as `read_usage`."""
+    names, rows = read_usage(path, options, now)
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
@@ -19153,8 +19133,9 @@ def bench_of(options, environ):
     ConfigFaults."""
     upstream = upstream_at(options.url, options.key, environ)
     try:
-        requests = number_between(1, 10_000_000)(options.requests)
-        concurrency = number_between(1, 10_000)(options.concurrency)
+        requests = read_option("--requests", number_between(1, 10_000_000), options.requests)
+        concurrency = read_option(
+            "--concurrency", number_between(1, 10_000), options.concurrency)
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
@@ -19261,9 +19242,7 @@ CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY
 
 def keys_command(options, found, log_stream):
     """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
-    path = found.get("DATABASE", DEFAULT_DATABASE)
-    if path == "off":
-        raise ConfigFaults("keys are stored in DATABASE, and that is off")
+    path = found["DATABASE"]
     if not os.path.exists(path):
         print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
     database = open_patiently(log_stream, path, None)
@@ -19431,6 +19410,10 @@ def parse_arguments(arguments):
         help="fetch a list into FILE, by default from " + PRICES_URL)
     add_keys_command(commands)
     add_bench_command(commands)
+    try:
+        "".join(sys.argv if arguments is None else arguments).encode()
+    except UnicodeEncodeError:
+        parser.error("arguments must be UTF-8")
     return parser.parse_args(arguments)
 
 
@@ -19451,6 +19434,7 @@ def open_standard_files():
         number = os.open(os.devnull, os.O_RDWR)
     os.close(number)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def read_dotenv_file():
@@ -19467,16 +19451,18 @@ def read_dotenv_file():
 def run_other_command(options, found, log_stream):
     """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
     DatabaseFault."""
-    sys.stdout.reconfigure(errors="backslashreplace")
     if options.command == "grafana":
         print(json.dumps(grafana_dashboard(), indent=2))
         return 0
     if options.command == "prices":
         return prices_command(options, found.get("PRICES"))
+    found.setdefault("DATABASE", DEFAULT_DATABASE)
+    if options.command in ("keys", "usage") and found["DATABASE"] == "off":
+        raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
     if options.command == "keys":
         return keys_command(options, found, log_stream)
     if options.command == "usage":
-        return print_usage(options, found.get("DATABASE", DEFAULT_DATABASE), time.time())
+        return print_usage(options, found["DATABASE"], time.time())
     tune_interpreter()
     raise_descriptor_limit()
     return (bench_command if options.command == "bench" else selftest_command)(options, found)
@@ -19514,9 +19500,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code
-    except (ConfigFaults, DatabaseFault) as fault:
-        print(fault, file=sys.stderr)
-        return 1 if isinstance(fault, InUse) else 2
+    except (ConfigFaults, DatabaseFault, FileNotFoundError) as fault:
+        print(visible(str(fault)), file=sys.stderr)
+        return 1 if isinstance(fault, (InUse, FileNotFoundError)) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
