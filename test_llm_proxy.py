@@ -13633,7 +13633,7 @@ class PageTest(AdminCase):
     def setUpClass(cls):
         super().setUpClass()
         quick = llm_proxy.DASHBOARD.replace("painted + 1000", "painted + 50")
-        quick = quick.replace("wait * 1000", "wait * 50")
+        quick = quick.replace("resolve, 2000", "resolve, 50")
         for patch in (mock.patch.object(llm_proxy, "DASHBOARD", quick),
                       mock.patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1)):
             patch.start()
@@ -13920,7 +13920,7 @@ class PageTest(AdminCase):
             self.see(text)
             found = self.browser.run(
                 "[...document.querySelectorAll('main button')].map(one => one.textContent)")
-            self.assertEqual(found, [])
+            self.assertIn(found, ([], ["Copy command"]))
 
     def test_a_wrong_key_and_that_of_a_caller_are_told_so(self):
         self.start(PROXY_API_KEYS="ann=sk-ann")
