@@ -11257,7 +11257,7 @@ class Ledger(Writer):
         given, and each must know of it."""
         found = self.database.take_orders(wall_time(self.clock))
         new = [one for one in found if one._replace(done=1) not in self.done]
-        self.done = {one._replace(done=1) for one in found}
+        self.done = {one._replace(done=1) for one in found if one.until}  # others are gone
         return new
 
     def note_use(self, last_rows, now):
@@ -16418,7 +16418,7 @@ button, .choices a { font-family: inherit; padding: 5px 9px; border: var(--edge)
   background: var(--page); } button { color: var(--text); border-radius: 4px; }
 button:hover, .choices a:hover { border-color: var(--muted); text-decoration: none; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
-#bar button, .notice button { border-color: transparent; background: none; padding-right: 0; }
+#bar button, .notice button { border-color: transparent; background: none; padding: 6px 0; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
   border: 1px solid var(--muted); border-radius: 4px; max-width: 100%; height: 32px; }
 ::placeholder { color: var(--muted); opacity: 1; } summary { cursor: pointer; font-weight: 600; }

@@ -11806,6 +11806,13 @@ class KeysTest(KeysCase):
         self.proxy.clock.now += 86400
         self.assert_left(2, ann)
 
+    def test_buckets_are_filled_as_often_as_somebody_asks(self):
+        self.start(LIMITS="each 1 requests per day", LIMIT_REPLY="error")
+        ann = self.add()
+        for _ in self.each(range(3)):
+            self.assert_statuses([200, 429], ann, ann)
+            self.change("reset", "ann")
+
     def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
         self.start()
         self.change("give", "nobody", "5", "usd")
@@ -13861,6 +13868,52 @@ class PageTest(AdminCase):
         self.ask("ann")
         self.click("Now")
         self.see("3 in a minute")  # tokens
+
+    def test_a_list_of_calls_that_grew_long_begins_anew(self):
+        self.start()
+        self.log_in()
+        self.click("Calls")
+        self.see("No call has come yet")
+        rows = 0
+        for number in range(10):
+            for one in range(100):
+                self.on_loop(self.proxy.watchers.feed.tell, "end", {
+                    "id": "%d.%d" % (number, one), "time": 1.0, "key": 0, "outcome": "ok"})
+            self.until(lambda: self.count("tr") != rows)
+            before, rows = rows, self.count("tr")
+            if rows < before:
+                break
+        self.assertLess(rows, before)
+
+    def test_a_call_that_was_limited_shows_its_rule_and_no_charge(self):
+        self.start(LIMITS="each 1 requests per day")
+        for _ in range(2):
+            self.call("ann")
+        self.log_in()
+        self.browser.run("location.hash = '#calls?outcome=limited'")
+        self.until(lambda: self.count("tr") == 1)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("Rule\neach 1 requests per day")
+        self.assertNotIn("Charged", self.text())
+
+    def test_a_small_budget_is_told_as_exactly_as_it_is_spent(self):
+        self.start(LIMITS="each 0.02 usd per day")
+        self.call("ann")
+        self.log_in()
+        self.click("Callers")
+        self.see(" of 0.0200 USD")
+
+    def test_the_focus_is_again_where_a_form_was_opened(self):
+        self.start(PROXY_API_KEYS="ben=ben")
+        self.admin("POST", "/keys", {"name": "ann"})
+        self.log_in()
+        self.click("Keys")
+        for name, field in self.each((("Edit", "limits"), ("Pause", ""))):
+            self.click(name, self.KEY)
+            self.assertEqual(self.browser.run("document.activeElement.name"), field)
+            self.browser.run("document.activeElement.dispatchEvent("
+                             "new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}))")
+            self.assertEqual(self.browser.run("document.activeElement.textContent"), name)
 
     def test_calls_of_one_id_have_a_row_each(self):
         for _ in range(2):
