@@ -16294,7 +16294,7 @@ class Admin:
 
     @staticmethod
     def send_csv(reply, groups):
-        names = list(groups[0]) if groups else ["name", *NO_SUM.as_dict()]
+        names = ["name", *NO_SUM.as_dict()]
         text = csv_of(names, [one.values() for one in groups])
         reply.send(200, text.encode(), ['Content-Disposition: attachment; filename="usage.csv"',
                                         "Cache-Control: no-store"], "text/csv; charset=utf-8")
@@ -16538,10 +16538,10 @@ function asking(id, text, contents, act, mine = view) {
     contents, main(text), button("Cancel", () => ask(null))); }
 const opener = (text, id) => button(text, () => ask(id), {"data-opens": id});
 function ask(id) { // where it ends, the button that opened it has the focus again
-  const old = view.asked;
+  const before = view.asked ? `[data-opens="${CSS.escape(view.asked)}"]` : ".box button";
   paint(true, view.asked = id);
-  const before = old ? `[data-opens="${CSS.escape(old)}"]` : ".box button";
-  one(id ? ".ask :is(input, .main), .asked" : before)?.focus(); }
+  const next = one(id ? ".ask :is(input, .main), .asked" : before);
+  next?.focus(); next?.select?.(); } // what is typed takes the place of what was proposed
 // Columns: the head, what a cell shows of an item, or its name there, and classes. Rows have keys.
 const shownOf = (item, cell, kind) => cell.call ? cell(item)
   : kind === "number" ? count(item[cell]) : item[cell] ?? "–";

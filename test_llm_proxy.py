@@ -13755,6 +13755,7 @@ class PageTest(AdminCase):
         self.click("Give", self.KEY)
         self.assertEqual(self.browser.run("document.querySelector('main select').innerText"),
                          "requests")
+        self.assertEqual(self.browser.run("getSelection().toString()"), "5")
         self.enter("amount", "1")
         self.click("Give", self.KEY + "//form")
         self.see("4 of 5 requests", "ann got 1 requests more for 1d.")
