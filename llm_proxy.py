@@ -16987,8 +16987,7 @@ function chartParts({steps, series, budget, pace}, scale, step) {
     scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value, EDGE.left),
     say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text, "said")], step
     && svg("line", {class: "cursor", x1: x(step), x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
-// The steps at round times, at most one in 64 pixels.
-function labelled(steps, scale) {
+function labelled(steps, scale) { // those at round times, at most one in 64 pixels
   const [{kind, at, end}] = steps, room = 64 / (scale.x(end) - scale.x(at));
   const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
   const hourOf = ({at}) => new Date(at * 1000).getHours();
@@ -17055,8 +17054,9 @@ async function openCalls(view, query) {
     ms: 1000 * (now() - call.started)})).filter(call => !call.ended && isLike(call, chosen));
   view.draw = () => {
     if (!isRead()) take();
-    const known = calls.map(call => callRows(CALLS, call));
-    const rows = query.size ? [...running().map(call => row(CALLS, call, call.key)), known] : known;
+    const live = query.size ? running().map(call => row(CALLS, call, call.key)) : [];
+    const known = new Map(calls.map(call => [keyOf(call), callRows(CALLS, call)])); // or told twice
+    const rows = [...live, ...known.values()];
     const none = before == null ? "No such call so far. " : "None among the latest calls so far. ";
     return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
       () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,

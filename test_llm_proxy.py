@@ -13928,6 +13928,19 @@ class PageTest(AdminCase):
         self.see("Request id")
         self.assertEqual((self.count("tr"), self.count("tr.open dl")), (4, 1))
 
+    def test_a_call_that_is_told_twice_has_one_row(self):
+        self.start(PROXY_API_KEYS="ann=ann")
+        self.call("ann")
+        self.log_in()
+        self.browser.run("location.hash = '#calls?caller=ann'")
+        self.until(lambda: self.count("tr") == 1)
+        self.on_loop(self.proxy.watchers.feed.tell, "end", {**self.look("/calls")["calls"][-1]})
+        self.ask("ann")
+        self.until(lambda: self.count("tr") == 2)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[2]") + "/click", {})
+        self.see("Request id")
+        self.assertEqual((self.count("tr"), self.count("tr.open dl")), (3, 1))
+
     def count(self, what):
         return self.browser.run("document.querySelectorAll('main tbody %s').length" % what)
 
