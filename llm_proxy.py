@@ -16515,7 +16515,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 <body><header id="head" hidden>
   <div id="bar" class="wide"><strong>llm_proxy</strong><div id="states" class="live"></div>
     <span id="today" class="live"></span><span id="who"></span>
-    <span><button id="theme"></button><button id="leave">Log out</button></span></div>
+    <span><button id="theme"></button>&emsp;<button id="leave">Log out</button></span></div>
   <nav id="tabs" class="wide" aria-label="Views"></nav></header>
 <main id="main"></main><div id="notices" role="status"></div><p id="lost" role="status"></p>
 <script type="module" nonce="%NONCE%">
