@@ -11260,7 +11260,7 @@ class Ledger(Writer):
         given, and each must know of it."""
         found = self.database.take_orders(wall_time(self.clock))
         new = [one for one in found if one._replace(done=1) not in self.done]
-        self.done = {one._replace(done=1) for one in found}
+        self.done = {one._replace(done=1) for one in found if one.until}  # others are gone
         return new
 
     def note_use(self, last_rows, now):
@@ -16313,7 +16313,7 @@ class Admin:
 
     @staticmethod
     def send_csv(reply, groups):
-        names = list(groups[0]) if groups else ["name", *NO_SUM.as_dict()]
+        names = ["name", *NO_SUM.as_dict()]
         text = csv_of(names, [one.values() for one in groups])
         reply.send(200, text.encode(), ['Content-Disposition: attachment; filename="usage.csv"',
                                         "Cache-Control: no-store"], "text/csv; charset=utf-8")
@@ -16402,9 +16402,7 @@ class Admin:
 # closing braces stand behind the last line of a block: indentation shows where that ends, as here.
 # --------------------------------------------------------------------------------------------------
 
-DASHBOARD = r"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>llm_proxy</title>
+DASHBOARD = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llm_proxy</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
@@ -16419,8 +16417,7 @@ DASHBOARD = r"""<!doctype html>
   --s3: light-dark(#12906f, #a8e6cf);      --s4: light-dark(#4a2c86, #8a5cf0);
   --s5: light-dark(#6b5a12, #e9e3b0);      --edge: 1px solid var(--lines);
   --box: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
-[data-theme=light] { color-scheme: light; } [data-theme=dark] { color-scheme: dark; }
-* { box-sizing: border-box; } [hidden], :is(.tools, p):empty { display: none !important; }
+* { box-sizing: border-box; } :is(.tools, p):empty { display: none; }
 body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 small, th, dt, text, button, .choices a, .label, .values { font-size: 12px; line-height: 16px; }
@@ -16429,19 +16426,18 @@ header, .spark { border-bottom: var(--edge); } header { margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
 #bar, .tools, #states, nav { display: flex; align-items: center; flex-wrap: wrap; }
 #bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
-.tools { gap: 8px 16px; margin-bottom: 16px; } #leave { margin-right: -10px; }
+.tools { gap: 8px 16px; margin-bottom: 16px; } button.chip { border-radius: 14px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
 nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
 nav [aria-current=true] { color: var(--text); border-color: var(--accent); }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 h2 { font-size: 14px; line-height: 20px; margin: 24px 0 8px; } h2:first-child { margin-top: 0; }
-p, pre { margin: 0 0 8px; max-width: 72ch; } label { display: block; margin-bottom: 12px; }
+p, pre { margin: 0 0 8px; max-width: 88ch; } label { display: block; margin-bottom: 12px; }
 button, .choices a { font-family: inherit; padding: 5px 9px; border: var(--edge); cursor: pointer;
   background: var(--page); } button { color: var(--text); border-radius: 4px; }
 button:hover, .choices a:hover { border-color: var(--muted); text-decoration: none; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
-button.chip { border-radius: 14px; margin: 0 4px 4px 0; } .tools button.chip { margin: 0; }
-#bar button, .notice button { border-color: transparent; background: none; }
+#bar button, .notice button { border-color: transparent; background: none; padding: 6px 0; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
   border: 1px solid var(--muted); border-radius: 4px; max-width: 100%; height: 32px; }
 ::placeholder { color: var(--muted); opacity: 1; } summary { cursor: pointer; font-weight: 600; }
@@ -16452,7 +16448,7 @@ summary { margin-bottom: 12px; } .choices a { display: inline-block; margin-left
 table { border-collapse: collapse; width: 100%; } .number, td.actions { text-align: right; }
 th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: top;
   text-align: left; } :is(th, td):last-child { padding-right: 0; }
-th, button, nav a, td.number, td.line, .mark, .value, .phase, .choices, #today, #who {
+th, button, nav a, td.number, td.line, .mark, .value, .choices, #today, #who {
   white-space: nowrap; } .total td { font-weight: 600; border: 0; }
 tr[tabindex] { cursor: pointer; } td:not(.number, .line) { min-width: 104px; }
 tr[tabindex]:hover, tr.open { background: var(--surface);
@@ -16461,7 +16457,7 @@ tr[tabindex]:hover, tr.open { background: var(--surface);
   relative; min-width: min(256px, 20vw); } .actions button { margin-left: 4px; }
 .ask { display: flex; flex-wrap: wrap; gap: 4px; width: max-content; max-width: 296px; z-index: 1;
   justify-content: end; align-items: center; padding: 2px 4px; position: absolute; top: 0;
-  right: 0; } .actions:has(.ask) > button { visibility: hidden; } .warned { color: var(--warn); }
+  right: 0; } .actions:has(.ask) > button { visibility: hidden; }
 .swatch, .mark::before { display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -16487,29 +16483,28 @@ tr[tabindex]:hover, tr.open { background: var(--surface);
 .values, .notice, .ask { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
 .values { position: absolute; top: 0; width: auto; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
-.values td:first-child { text-align: left; } .swatch { border-radius: 2px; }
+.values td:first-child { text-align: left; } .timing div { min-width: 2px; flex-basis: 0; }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
-.timing div { min-width: 2px; flex-basis: 0; } .phase { margin-right: 20px; } dd { margin: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0;
-  align-items: baseline; }
+  align-items: baseline; } dd { margin: 0; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
   font: 13px/20px ui-monospace, monospace; } .login { max-width: 360px; margin: 15vh auto 0; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
 .notice { display: flex; align-items: start; padding: 6px 8px 6px 12px; margin-top: 8px; }
-.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; } .box pre { max-width: none; }
+.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
-.stale .live, .stale .live * { color: var(--muted); } .failed { color: var(--bad); }
+.stale .live, .stale .live * { color: var(--muted); }
 .stale .live :is(path, rect), .stale .level { opacity: .4; transition: none; }
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
 @media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
   nav { gap: 0 8px; justify-content: space-between; }
-  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; }
+  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; justify-content: space-between; }
+  #states { order: 1; flex: 0 0 100%; } .tools { gap: 8px; } #filter { width: 216px; }
   .ask { right: auto; justify-content: start; } .cards td > svg { display: inline-block; }
-  .chart svg { height: 240px; } button { padding: 7px 10px; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
     grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
@@ -16518,18 +16513,16 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
     margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
   .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
   .bucket, .big .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
-  .cards td.number { white-space: nowrap; } #bar button { padding: 7px 8px 7px 0; } }
+  .cards td.number { white-space: nowrap; } button { padding: 7px 10px; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
-@media print { :root { color-scheme: light; }
+@media print { :root { color-scheme: light !important; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
 </style>
-<body>
-<header id="head" hidden>
+<body><header id="head" hidden>
   <div id="bar" class="wide"><strong>llm_proxy</strong><div id="states" class="live"></div>
     <span id="today" class="live"></span><span id="who"></span>
-    <span><button id="theme"></button><button id="leave">Log out</button></span></div>
-  <nav id="tabs" class="wide" aria-label="Views"></nav>
-</header>
+    <span><button id="theme"></button>&emsp;<button id="leave">Log out</button></span></div>
+  <nav id="tabs" class="wide" aria-label="Views"></nav></header>
 <main id="main"></main><div id="notices" role="status"></div><p id="lost" role="status"></p>
 <script type="module" nonce="%NONCE%">
 // Elements. Text goes in as text nodes only: nothing that a caller or an upstream said is markup.
@@ -16546,7 +16539,7 @@ function fill(element, attributes, children) {
   element.append(...shown(children));
   element.acts ||= [...element.children].some(child => child.acts); return element; }
 const input = (name, label, more) => h("input", {name, "aria-label": label, ...more});
-const small = (...children) => h("small", null, children);
+const [p, h2, small, pre] = ["p", "h2", "small", "pre"].map(tag => (...all) => h(tag, null, all));
 const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
 const swatch = number => h("span", {class: "swatch", style: `background: var(--s${number})`});
 const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
@@ -16554,15 +16547,20 @@ const button = (text, onclick, more) => h("button", {type: "button", onclick, ..
 const main = text => h("button", {class: "main"}, text);
 const copyButton = (title, text) => button(title, () => attempt("Copying", () =>
   navigator.clipboard.writeText(text), "Copied."));
+const command = (text, ...more) => [pre(text), p(copyButton("Copy command", text), " ", more)];
 const form = (act, more, ...children) => h("form", {...more, onsubmit(event) {
   event.preventDefault(); act(Object.fromEntries(new FormData(event.target)));}}, children);
 // A button that asks once, in its own place: for what `contents` has fields for, or just again.
-const asking = (id, text, contents, act) => view.asked === id ? form(async fields => { const mine =
-  view; if (await act(fields) && view === mine) ask(null); }, {class: "ask"}, contents, main(text),
-  button("Cancel", () => ask(null))) : button(text, () => ask(id), {"data-asks": id});
-function ask(id) {
-  const old = view.asked; view.asked = id; paint(true);
-  one(id ? ".ask :is(input, .main)" : `[data-asks="${CSS.escape(old)}"]`)?.focus(); }
+function asking(id, text, contents, act, mine = view) {
+  const submit = async fields => await act(fields) && mine === view && ask(null);
+  return view.asked !== id ? opener(text, id) : form(submit, {class: "ask", "aria-label": id},
+    contents, main(text), button("Cancel", () => ask(null))); }
+const opener = (text, id) => button(text, () => ask(id), {"data-opens": id});
+function ask(id) { // where it ends, the button that opened it has the focus again
+  const before = view.asked ? `[data-opens="${CSS.escape(view.asked)}"]` : ".box button";
+  paint(true, view.asked = id);
+  const next = one(id ? ".ask :is(input, .main), .asked" : before);
+  next?.focus(); next?.select?.(); } // what is typed takes the place of what was proposed
 // Columns: the head, what a cell shows of an item, or its name there, and classes. Rows have keys.
 const shownOf = (item, cell, kind) => cell.call ? cell(item)
   : kind === "number" ? count(item[cell]) : item[cell] ?? "–";
@@ -16575,6 +16573,7 @@ const list = (columns, items, keyOf = ({name}) => name) =>
 // Painting makes what is shown like what was drawn anew, and touches only what differs: at once
 // where somebody asked for it, else at most once a second. What is pointed at does not move.
 const HANDLERS = "click submit input keydown pointermove pointerleave blur".split(" ");
+const STILL = "tbody:is(:hover, :has(:focus-visible))";
 let isAsked = false, painted = 0, planned = null;
 function paint(asked) {
   [isAsked, painted] = [asked, performance.now()];
@@ -16594,7 +16593,7 @@ function patch(old, fresh) {
   if (fresh.acts) for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
   patchChildren(old, [...fresh.childNodes]); }
 function patchChildren(old, children) {
-  const isStill = !isAsked && old.localName === "tbody" && old.matches(":hover, :focus-within");
+  const isStill = !isAsked && old.matches(STILL);
   const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
   let place = old.firstChild, used = new Set();
   for (const child of children) {
@@ -16670,6 +16669,7 @@ async function attempt(what, act, done) {
   } catch (fault) {
     if (fault.status === 401) leave(FAULTS[401]);
     else notice(`${what} failed: ${fault.message}`, "bad", 30); }}
+const load = act => attempt("Loading", act).then(() => paint(false));
 function notice(text, kind = "good", lasts = 8) {
   const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
   $("notices").append(box); if ($("notices").children.length > 3) $("notices").firstChild.remove();
@@ -16678,11 +16678,10 @@ function notice(text, kind = "good", lasts = 8) {
 let stream = null, lastId = "", heardAt = 0;
 async function listen() {
   stream?.abort(); const mine = stream = new AbortController();
-  for (let wait = 1; !mine.signal.aborted; wait = Math.min(wait * 2, 15)) {
-    const since = heardAt, fault = await follow(mine.signal).catch(fault => fault);
+  while (!mine.signal.aborted) {
+    const fault = await follow(mine.signal).catch(fault => fault);
     if (mine.signal.aborted) return; if (fault?.status === 401) return leave(FAULTS[401]);
-    if (heardAt > since) wait = 1;
-    showLost(true); await new Promise(resolve => setTimeout(resolve, wait * 1000)); }}
+    showLost(true); await new Promise(resolve => setTimeout(resolve, 2000)); }}
 async function follow(end) {
   const silence = new AbortController(), signal = AbortSignal.any([end, silence.signal]);
   const headers = lastId ? {"Last-Event-ID": lastId} : {};
@@ -16727,7 +16726,7 @@ async function loadSummary() {
   const summary = await read("summary", timeZone());
   model = {...summary, running: new Map(summary.running.map(call => [call.key, call]))};
   heardAt = summary.now; skew = summary.now - Date.now() / 1000; paintSoon(); }
-const renew = () => attempt("Loading", loadSummary);
+const renew = () => load(loadSummary);
 const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
   disabled: ["off", "disabled"]};
 const stateMark = ({state}, name = "") => mark(STATES[state][0], name + STATES[state][1]);
@@ -16746,7 +16745,6 @@ function rate(pulses, name) { // a second, of the last ten
   const mean = total(pulses.slice(-10), name) / Math.min(10, pulses.length || 1);
   return mean < 10 ? mean.toFixed(1) : short(mean); }
 const failed = pulses => (100 * total(pulses, "failed") / (total(pulses, "calls") || 1)).toFixed(1);
-// A label, what is drawn of the last minute, its value, and a note under it.
 const FIGURES = [
   ["Calls per second", "calls", rate, minute], ["Tokens per second", "tokens", rate, minute],
   ["In flight", "in_flight", last, most], ["In line", "line", last, most],
@@ -16784,12 +16782,12 @@ function openNow(view) {
     const gone = all.filter(call => call.ended), since = gone[4]?.started ?? 0;
     const calls = all.filter(call => !call.ended || call.started >= since);
     const running = plural(all.length - gone.length, "running call");
-    return [h("div", {class: "figures"}, FIGURES.map(figure)), h("h2", null, running), calls.length
-      || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow)) : firstCall(),
-      h("p", null, calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0 && [
-      h("h2", null, "Near a limit"), list(NEAR, model.near, near => near.caller + near.rule)]]; }; }
-const firstCall = () => h("div", null, h("p", null, model.has_calls ? "There was no call."
-  : "No call has come yet. Make one:"), h("pre", null, curlLine("YOUR-KEY")));
+    return [h("div", {class: "figures"}, FIGURES.map(figure)), h2(running),
+      calls.length || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow))
+      : firstCall(), p(calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0
+      && [h2("Near a limit"), list(NEAR, model.near, near => near.caller + near.rule)]]; }; }
+const firstCall = () => h("div", null, p(model.has_calls ? "There was no call."
+  : "No call has come yet. Make one:"), command(curlLine("YOUR-KEY")));
 // Buckets: what is in one now follows from what was in it at its last refill.
 function bucketNow(bucket) {
   const [capacity, refill, told] = [bucket.capacity, bucket.refill ?? 0, bucket.level].map(Number);
@@ -16800,7 +16798,7 @@ function bucketNow(bucket) {
   const full = next + (Math.ceil((capacity - level) / refill) - 1) * interval;
   return {level, capacity, refill: interval && refill, next, full}; }
 function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
-  const amount = number => unit === "usd" ? usd(number, 2) : count(number);
+  const amount = number => unit === "usd" ? usd(number, capacity < 1 ? 4 : 2) : count(number);
   if (unit === "running") return `${capacity - level} running, room for ${count(level)} more`;
   const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
   const text = `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`;
@@ -16835,18 +16833,18 @@ async function openCallers(view, query) {
       `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase()));
     const all = plural(known.size, "caller");
     return [h("div", {class: "tools"}, filter(), sought ? `${found.length} of ${all}` : all),
-      known.size ? list(CALLERS, found) : firstCall(), rules.length > 0 && [h("h2", null, "Rules"),
-      list(RULES, rules, rule => "rule " + rule.text)]]; };
+      known.size ? list(CALLERS, found) : firstCall(),
+      rules.length > 0 && [h2("Rules"), list(RULES, rules, rule => "rule " + rule.text)]]; };
   view.bucket = bucket => takeBucket(known.get(bucket.caller)?.buckets, bucket);
   view.ended = call => {
     if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
     else if (now() - loaded > 2) view.changed(); };
-  view.changed = () => attempt("Loading", async () => {
-    loaded = now(); let callers;
-    [{callers}, {rules}] = await Promise.all([read("callers", timeZone()), read("limits")]);
+  view.changed = () => load(async () => {
+    loaded = now();
+    ({rules} = await read("limits"));
+    const {callers} = await read("callers", timeZone());
     for (const caller of callers.sort((a, b) => used(b) - used(a)))
-      known.set(caller.name, Object.assign(known.get(caller.name) ?? {}, caller));
-    paintSoon(); });
+      known.set(caller.name, Object.assign(known.get(caller.name) ?? {}, caller)); });
   await view.changed(); }
 function addCall(today, call) {
   for (const name of ["input", "output", "estimated", "unpriced", "usd"])
@@ -16901,14 +16899,15 @@ async function openUsage(view, query) {
   const days = () => form(fields => go("usage", changed(query, fields)), null, date("from", from),
     " to ", date("to", to), " ", main("Show"));
   let usage = null, loaded = 0;
-  const load = async () => {
-    loaded = now(); usage = await read("usage", asked());
-    usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); paintSoon(); };
+  const take = async () => {
+    loaded = now();
+    usage = await read("usage", asked());
+    usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); };
   view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), isCustom && days(),
     choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
     attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS), usage.groups.length
     ? usageParts(usage, range, measure, query) : firstCall()];
-  view.ended = () => now() - loaded > 15 && attempt("Loading", load); await load(); }
+  view.ended = () => now() - loaded > 15 && load(take); await take(); }
 async function download(asked) {
   const take = response => response.blob(), query = queryOf({...asked, format: "csv"});
   const href = URL.createObjectURL(await send("admin/api/usage" + query, {take}));
@@ -16924,11 +16923,11 @@ function usageParts(usage, range, measure, query) {
   const pace = end && all / (now() - usage.from), ahead = pace * (end - usage.from);
   const budget = rule && {text: rule.rule, value: rule.usd / rule.seconds * length};
   const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
-  return h("div", {class: "columns"}, h("section", null, h("h2", null, label),
-    h("div", {class: "value"}, isMoney ? usd(all) : short(all)), chart({label, series, steps,
-    isMoney, budget, end, pace: pace * length}), h("p", null, small(`Times in ${zone}.`, end
-    && ` At this pace (dashed) ${usd(ahead, 2)} by the month's end.`))), usageTable(usage, series,
-    query, valueOf)); }
+  return h("div", {class: "columns"}, h("div", null, h2(label),
+    h("div", {class: "value"}, isMoney ? usd(all) : short(all)),
+    chart({label, series, steps, isMoney, budget, end, pace: pace * length}),
+    p(small(`Times in ${zone}.`, end && ` At this pace (dashed) ${usd(ahead, 2)} by its end.`))),
+    usageTable(usage, series, query, valueOf)); }
 function valuesOf(groups, series, valueOf) {
   const values = series.map(({name}) => Object.hasOwn(groups, name) ? valueOf(groups[name]) : 0);
   const rest = sumOf(Object.values(groups).map(valueOf)) - sumOf(values);
@@ -16964,8 +16963,7 @@ function usageTable(usage, series, query, valueOf) {
     + `${short(total.output)} output. ${plural(total.limited, "call")} met a limit.`;
   return h("div", null, table(columns, [rows, last]), h("p", null, small(told))); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
-const EDGE = {left: 56, right: 16, top: 16, bottom: 24};
-const allOf = step => sumOf(step.values ?? []);
+const EDGE = {left: 56, right: 16, top: 16, bottom: 24}, allOf = step => sumOf(step.values ?? []);
 function ticks(top) { // round numbers from zero up, three to five of them
   const power = 10 ** Math.floor(Math.log10(top / 4));
   const step = [1, 2, 5, 10].map(number => number * power).find(step => top / step <= 4.5);
@@ -16979,9 +16977,10 @@ function scaleOf({steps, end, budget, pace}, {width, height}) {
   return {width, floor, lines, isNear, right, x, middle: ({at, end}) => (x(at) + x(end)) / 2,
     y: value => floor - value / lines.at(-1) * (floor - EDGE.top)}; }
 function chart(data) {
-  const size = $("chart")?.getBoundingClientRect() ?? {width: 640, height: 300};
-  if (!$("chart")) setTimeout(paint); // now its width is known
-  const {steps, label} = data, scale = scaleOf(data, size), at = view.pointed ?? -1;
+  const seen = $("chart")?.getBoundingClientRect();
+  if (!seen) setTimeout(paint); // now its width is known
+  const scale = scaleOf(data, seen?.width ? seen : {width: 640, height: 300});
+  const {steps, label} = data, at = view.pointed ?? -1;
   const point = to => {
     if (to === at) return;
     view.pointed = Math.max(-1, Math.min(steps.length - 1, to)); paint(true); };
@@ -17007,8 +17006,7 @@ function chartParts({steps, series, budget, pace}, scale, step) {
     scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value, EDGE.left),
     say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text, "said")], step
     && svg("line", {class: "cursor", x1: x(step), x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
-// The steps at round times, at most one in 64 pixels.
-function labelled(steps, scale) {
+function labelled(steps, scale) { // those at round times, at most one in 64 pixels
   const [{kind, at, end}] = steps, room = 64 / (scale.x(end) - scale.x(at));
   const every = [1, 2, 3, 4, 6, 7, 12, 14, 24].find(number => number >= room) ?? 31;
   const hourOf = ({at}) => new Date(at * 1000).getHours();
@@ -17034,7 +17032,7 @@ function valueTable({series, isMoney}, step, scale) {
 const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: null};
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
 const CALLS = [
-  ["Time", ({time}) => moment(time), "line"], ["Caller", callerOf], ["Model", "model"],
+  ["Time", ({time}) => moment(time), "line whole"], ["Caller", callerOf], ["Model", "model"],
   ["Outcome", call => call.outcome ? mark(OUTCOMES[call.outcome] ?? "bad", outcomeOf(call))
     : mark("off", stateOf(call))],
   ["Tokens", call => count(tokensOf(call)), "number"],
@@ -17059,13 +17057,13 @@ const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
 async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
   const narrow = text => go("calls", {...chosen, ...meaning(text)}); let before = null;
-  const load = () => attempt("Loading", async () => {
+  const older = () => load(async () => {
     const page = await read("calls", {...chosen, before, limit: 50});
     calls.push(...page.calls); before = page.next;
-    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); paint(true); });
+    if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
-  const isRead = () => view.open.size || scrollY > 200 || one("tbody:hover");
-  const take = () => calls.unshift(...fresh.splice(0));
+  const isRead = () => view.open.size || scrollY > 200 || one(STILL);
+  const take = () => calls.unshift(...fresh.splice(0)) > 500 && show(); // no list grows for ever
   const filter = () => form(({text}) => text.trim() && narrow(text.trim()), null, h("input", {
     id: "filter", name: "text", type: "search", size: 26, placeholder: "alice or model:gpt-4 ( / )",
       "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"}));
@@ -17075,16 +17073,17 @@ async function openCalls(view, query) {
     ms: 1000 * (now() - call.started)})).filter(call => !call.ended && isLike(call, chosen));
   view.draw = () => {
     if (!isRead()) take();
-    const known = calls.map(call => callRows(CALLS, call));
-    const rows = query.size ? [...running().map(call => row(CALLS, call, call.key)), known] : known;
+    const live = query.size ? running().map(call => row(CALLS, call, call.key)) : [];
+    const known = new Map(calls.map(call => [keyOf(call), callRows(CALLS, call)])); // or told twice
+    const rows = [...live, ...known.values()];
     const none = before == null ? "No such call so far. " : "None among the latest calls so far. ";
     return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
       () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
-      "new call"), () => paint(take()))), chips("calls", query, FILTERS), rows.flat().length
+      "new call"), () => paint(true, take()))), chips("calls", query, FILTERS), rows.flat().length
       ? table(CALLS, rows) : query.size ? h("p", null, none, link("calls", {}, "Show all calls"))
       : firstCall(), before != null && button(calls.length ? "Older calls" : "Look further back",
-      load)]; };
-  await load(); }
+      older)]; };
+  await older(); }
 function callRows(columns, call) {
   const key = keyOf(call), isOpen = view.open.has(key), toggle = () => {
     view.open[isOpen ? "delete" : "add"](key); paint(true); };
@@ -17103,20 +17102,21 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
   const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause, Status: call.status,
-    Upstream: call.upstream, Charged: call.charges?.split(";").map(charge), Redacted: call.redacted,
+    Upstream: call.upstream, Charged: call.charges && call.charges.split(";").map(charge),
     Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
     Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
-    "Served by": call.served, Path: `${call.method} ${call.path}`, From: call.address,
-    Agent: call.agent, Tag: call.tag, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    "Served by": call.served !== call.model && call.served, Path: `${call.method} ${call.path}`,
+    From: call.address, Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
+    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
-  return [most > 9 && h("p", null,
-    `Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`), h("div", {class: "timing",
-    "aria-hidden": true}, phases.map(([, ms], at) => ms > 0 && h("div", {style:
-    `background: var(--s${at + 1}); flex-grow: ${ms}`}))), h("p", null, phases.map(([name, ms],
-    at) => [h("span", {class: "phase"}, swatch(at + 1), `${name} ${count(ms)} ms`), " "])), h("dl",
-    null, told.map(([name, value]) => [h("dt", null, name), h("dd", null, value)])), !isMe && h("p",
-    null, "All calls of ", ["caller", "model"].map(name => [name === "model" && " or ",
-    link("calls", {[name]: nameOf(call, name)}, nameOf(call, name))]))]; }
+  const bar = phases.map(([, ms], at) => ms > 0
+    && h("div", {style: `background: var(--s${at + 1}); flex-grow: ${ms}`}));
+  const all = name => link("calls", {[name]: nameOf(call, name)}, nameOf(call, name));
+  return [most > 9 && p(`Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`),
+    most > 0 && h("div", {class: "timing"}, bar), most > 0 && h("div", {class: "tools"},
+    phases.map(([name, ms], at) => h("span", null, swatch(at + 1), `${name} ${count(ms)} ms`))),
+    h("dl", null, told.map(([name, value]) => [h("dt", null, name), h("dd", null, value)])),
+    !isMe && p("All calls of ", all("caller"), " or ", all("model"))]; }
 function charge(text) { // "rule=amount", of money in picodollars
   const [, rule, amount] = /^(.*)=(.*)$/.exec(text) ?? [null, text, 0];
   return h("div", null, / usd /.test(rule) ? usd(amount / 1e12) : count(amount), ": ", rule); }
@@ -17135,41 +17135,42 @@ const KEYS = [
 async function openKeys(view) {
   const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
   let keys = [];
-  view.changed = () => attempt("Loading", async () => {
-    ({keys} = await read("keys")); paint(true); });
+  view.changed = () => load(async () => {
+    ({keys} = await read("keys")); });
   view.draw = () => {
     const stored = keys.length ? list(columns, keys) : noKey();
+    const edited = keys.find(({name}) => view.asked === "edit " + name);
     [view.made, session.made] = [session.made ?? view.made, null];
     return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"},
-      h("div", null, stored), keyForm(view.edited)) : stored]; };
+      h("div", null, stored), keyForm(edited)) : stored]; };
   await view.changed(); }
-const noKey = () => h("div", null, h("p", null, model.keys_are_asked_for ? "No key is stored."
+const noKey = () => h("div", null, p(model.keys_are_asked_for ? "No key is stored."
   : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:"),
-  h("pre", null, "python llm_proxy.py keys add alice --limits '1 usd per day'"));
+  command("python llm_proxy.py keys add alice --limits '1 usd per day'"));
 function keyActions(key) {
   const act = (verb, done, body) => attempt(title(verb), async () => {
     const path = pathOf("keys", key.name), isEnd = verb === "remove";
     const made = await write(isEnd ? "DELETE" : "POST", isEnd ? path : `${path}/${verb}`, body);
-    if (made.key) keep(made);
-    view.changed?.(); }, done && key.name + done);
-  const ask = (text, told, act) => asking(`${text} ${key.name}`, text, small(told), act);
-  return [button("Edit", () => edit(key)), ask("Rotate", "The old secret works for one more hour.",
-    () => act("rotate", "", {grace: "1h"})), key.disabled ? button("Resume", () => act("restore",
-    " may call again.")) : ask("Pause", "Running calls go on; new ones get 401.", () =>
-    act("revoke", " is paused.")), ask("Remove", "For ever; its books stay.", () => act("remove",
-    " is removed."))]; }
-function edit(key) { view.edited = key; paint(true); if (key) one(".side [name=limits]").focus(); }
+    if (made.key) keep(made); }, done && key.name + done);
+  const ask = (text, told, ...done) =>
+    asking(`${text} ${key.name}`, text, small(told), () => act(...done));
+  return [opener("Edit", "edit " + key.name),
+    ask("Rotate", "The old secret works for one more hour.", "rotate", "", {grace: "1h"}),
+    key.disabled ? button("Resume", () => act("restore", " may call again."))
+    : ask("Pause", "Running calls go on; new ones get 401.", "revoke", " is paused."),
+    ask("Remove", "For ever; its books stay.", "remove", " is removed.")]; }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
-    "data-first": name === "name" && innerWidth > 1099, disabled: key && name === "name",
-    placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
+    class: name === (key ? "limits" : "name") && (key || innerWidth > 1099) && "asked",
+    disabled: key && name === "name", placeholder: FIELDS[name],
+    value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
       || (key && name !== "expires")));
     const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
       pathOf("keys", key.name), body) : write("POST", "keys", body));
     if (made?.key) keep(made);
-    if (made) edit(null); };
+    if (made) ask(null); };
   const example = text => button(text, ({target: {form}}) => {
     form.limits.value = [form.limits.value, text].filter(Boolean).join("; "); }, {class: "chip"});
   const [name, limits, ...more] = Object.keys(FIELDS).map(field);
@@ -17177,9 +17178,10 @@ function keyForm(key) {
     h("option", {selected: role === key?.role}, role));
   return h("details", {class: "side", open: key || innerWidth > 1099, "data-key": key?.name
     + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
-    form(save, null, name, limits, h("p", null, EXAMPLES.map(example)), h("details", {open: key},
-    h("summary", null, "More"), more, h("label", null, small("Role"), h("select", {name: "role"},
-    roles))), main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => edit(null)))); }
+    form(save, null, name, limits, h("div", {class: "tools"}, EXAMPLES.map(example)),
+    h("details", {open: key}, h("summary", null, "More"), more,
+    h("label", null, small("Role"), h("select", {name: "role"}, roles))),
+    main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => ask(null)))); }
 function keep(made) { // to be shown, with a model that it may call
   session.made = made;
   post("upstreams", made.upstream ?? model.upstreams[0].name, "test").then(({models}) => {
@@ -17193,13 +17195,12 @@ function curlLine(key, name) { // that makes a call here
     "-H 'Content-Type: application/json'", `-H 'Authorization: Bearer ${key}'`,
     `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  "); }
 const madeKey = ({name, key, role, model}) => h("section", {class: "box", "data-key": key},
-  h("h2", null, `The key of ${name}, shown only now`), h("pre", null, key), h("p", null,
-  copyButton("Copy key", key)), role === "caller" && [h("pre", null, curlLine(key, model)), h("p",
-  null, copyButton("Copy command", curlLine(key, model)), " ", link("calls", {caller: name},
-  `Watch the calls of ${name}`))]);
+  h2(`The key of ${name}, shown only now`), pre(key), p(copyButton("Copy key", key)),
+  role === "caller" && command(curlLine(key, model),
+    link("calls", {caller: name}, `Watch the calls of ${name}`)));
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
 const UPSTREAMS = [
-  ["Name", "name", "line"], ["State", stateMark, "line"], ["Addresses", "addresses", "line"],
+  ["Name", "name", "line whole"], ["State", stateMark, "line"], ["Addresses", "addresses", "line"],
   ["In flight", ({in_flight, max_concurrency: most}) => in_flight + (most ? " of " + most : ""),
     "number"], ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
   ["First byte, ms", "first_p50", "number"], ["95% within", "first_p95", "number"],
@@ -17222,14 +17223,14 @@ const AUDIT = [
   ["What", "what"], ["Target", "target"], ["From", "address"], ["Detail", "detail", "whole"]];
 async function openAudit(view) {
   let rows = [], next = null;
-  const load = (known, before) => attempt("Loading", async () => {
+  const take = (known, before) => load(async () => {
     const page = await read("audit", {before});
-    [rows, next] = [[...known, ...page.rows], page.next]; paint(true); });
-  view.changed = () => load([]);
-  view.draw = () => [rows.length ? list(AUDIT, rows, ({id}) => String(id)) : h("p", null,
-    "Nothing was changed yet: what is, stands here."),
-    next != null && button("Older", () => load(rows, next))];
-  await load([]); }
+    [rows, next] = [[...known, ...page.rows], page.next]; });
+  view.changed = () => take([]);
+  view.draw = () => [rows.length ? list(AUDIT, rows, ({id}) => String(id))
+    : p("Nothing was changed yet. What is changed will be listed here, and by whom."),
+    next != null && button("Older", () => take(rows, next))];
+  await take([]); }
 // One's own page: what is left, when there is more, the last calls, a month of days.
 async function openMe(view) {
   const {now: told, caller, role, today, calls, days, buckets, warning} =
@@ -17241,13 +17242,12 @@ async function openMe(view) {
     const steps = stepsOf("day", midnight(-29), now(), days, sum => [tokensOf(sum)]);
     const series = [{name: "tokens", colour: 1}], label = "Tokens by day, last 30 days";
     paintSoon();
-    return [h("section", {class: "big"}, h("h2", null, `What ${caller} has left`), warning
-      && h("p", {class: "warned"}, warning), buckets.map(bucketBar), !buckets.length && h("p", null,
-      "No limit holds for this key.")), h("h2", null, "Today"),
-      h("p", null, `${plural(today.calls, "call")}, `
-      + `${short(tokensOf(today))} tokens, ${usd(today.usd)} USD${doubt && ` (${doubt})`}, as of `
-      + `${clock(told)}, ${zone} `, button("Refresh", show)), calls.length > 0
-      && [h("h2", null, label), chart({steps, label, series})], h("h2", null, "Last calls"),
+    return [h("section", {class: "big"}, h2(`What ${caller} has left`),
+      warning && p(mark("warn", warning)), buckets.map(bucketBar),
+      !buckets.length && p("No limit holds for this key.")), h2("Today"),
+      p(`${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, ${usd(today.usd)} USD`,
+      doubt && ` (${doubt})`, `, as of ${clock(told)}, ${zone} `, button("Refresh", show)),
+      calls.length > 0 && [h2(label), chart({steps, label, series})], h2("Last calls"),
       calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()]; }; }
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
 const VIEWS = {__proto__: null, now: openNow, callers: openCallers, usage: openUsage,
@@ -17268,34 +17268,34 @@ async function show() {
     $("head").hidden = false; $("who").textContent = `${model.you.name} (${model.you.role})`;
   } catch (fault) {
     if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
-    mine.draw = () => [h("p", {class: "failed"}, "This could not be shown: " + fault.message),
+    mine.draw = () => [p(mark("bad", "This could not be shown: " + fault.message)),
       button("Try again", show)]; }
-  mine.isLoading = false; if (view === mine) { paint(true); one("main [data-first]")?.focus(); }}
+  mine.isLoading = false; if (view === mine) { paint(true); one("main .asked")?.focus(); }}
 async function start() {
   await loadSummary().finally(() => { session.starting = null; });
   const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
   $("tabs").replaceChildren(...tabs); listen(); }
 function showLogin(fault) {
   const logIn = ({key}) => { sessionStorage.setItem(KEY, key.trim()); show(); };
-  $("main").replaceChildren(form(logIn, {class: "login"}, h("h2", null, "llm_proxy"), h("label",
+  $("main").replaceChildren(form(logIn, {class: "login"}, h2("llm_proxy"), h("label",
     null, small(isMe ? "Your key" : "Key of an admin or a viewer"), h("input", {type: "password",
-    name: "key", autocomplete: "current-password", required: true})), h("p", {class: "failed"},
-    fault), main("Log in"), " ", !isMe && h("a", {href: "me"}, "What have I left?")));
+    name: "key", autocomplete: "current-password", required: true})),
+    fault && p(mark("bad", fault)), main("Log in"), " ",
+    !isMe && h("a", {href: "me"}, "What have I left?")));
   one(".login input").focus(); }
 function leave(fault) {
   stream?.abort(); [session, model, view, lastId] = [{}, null, {}, ""];
   sessionStorage.removeItem(KEY); $("head").hidden = true; showLost(false); showLogin(fault); }
 function setTheme(theme) {
-  localStorage.setItem("llm_proxy.theme", document.documentElement.dataset.theme = theme);
-  $("theme").textContent = "Theme: " + theme; }
+  localStorage.setItem("llm_proxy.theme", theme);
+  document.documentElement.style.colorScheme = theme === "auto" ? "" : theme;
+  const next = {auto: "light", light: "dark", dark: "auto"}[theme];
+  Object.assign($("theme"), {textContent: "Theme: " + theme, onclick: () => setTheme(next)}); }
 function press(event) {
   if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
     event.preventDefault(); $("filter").focus(); }
   if (event.key !== "Escape" || !model) return; if (view.asked) return ask(null);
-  [view.pointed, view.edited] = [-1, null]; view.open?.clear(); $("notices").replaceChildren();
-  paint(true); }
-const THEMES = {auto: "light", light: "dark", dark: "auto"};
-$("theme").onclick = () => setTheme(THEMES[document.documentElement.dataset.theme]);
+  view.pointed = -1; view.open?.clear(); $("notices").replaceChildren(); paint(true); }
 [$("leave").onclick, onhashchange, onkeydown] = [() => leave(""), show, press];
 // Without a stream while nobody looks: a browser has but six connections to one host.
 document.onvisibilitychange = () => document.hidden ? stream?.abort() : model && !isMe && listen();
