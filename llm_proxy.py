@@ -14056,12 +14056,18 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-TAKE_AWAY = "local found = redis.call('GET', KEYS[1]) redis.call('DEL', KEYS[1]) return found"
+# Returns a bill that nobody else is about to charge: KEYS are the bill and who is.
+LUA_CLAIM = """
+return redis.call('EXISTS', KEYS[1]) == 1
+       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', 3600) and redis.call('GET', KEYS[1])
+"""
+LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
 
 class SharedStored(Stored):
-    """Remembers in Redis, too, so that any process finds what another one has noted. A bill is
-    there, or here while a call runs that asks for its answer: nobody charges it twice."""
+    """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
+    there until it is charged, and is claimed while a call runs that asks for its answer: nobody
+    charges it twice."""
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
 
@@ -14071,6 +14077,7 @@ class SharedStored(Stored):
         self.prefix = prefix
         self.clock = clock
         self.limits: Optional[Limits] = None  # whose rules bills go by
+        self.claimed: Set[str] = set()        # bills
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14095,8 +14102,8 @@ class SharedStored(Stored):
         with contextlib.suppress(RedisFault, ValueError, TypeError, LookupError):
             if unknown:
                 await self.find_things(unknown)
-            if is_named:
-                await self.take_bill(self.full_name(*path[:2]))
+            if is_named and self.redis.available:
+                await self.claim_bill(self.full_name(*path[:2]))
 
     async def find_things(self, names):
         found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
@@ -14115,10 +14122,19 @@ class SharedStored(Stored):
             hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
             list(call.made), bill.characters])
 
-    async def take_bill(self, name):
-        text = await self.redis.call("EVAL", TAKE_AWAY, 1, self.key("bill", name))
+    async def claim_bill(self, name):
+        try:
+            text = await self.redis.call("EVAL", LUA_CLAIM, 2, self.key("bill", name),
+                                         self.key("claim", name), self.redis.process)
+        except BaseException:  # the answer may come later, or the caller has left
+            self.release(name)
+            raise
         if text:
+            self.claimed.add(name)
             super().owe(name, self.read_bill(*json.loads(text)))
+
+    def release(self, name):
+        self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
     def read_bill(self, keys, costs, taken, dialect, model, made, characters):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
@@ -14134,8 +14150,13 @@ class SharedStored(Stored):
         """What a call has not settled waits for the next one that asks."""
         call = entry.call
         name = self.full_name(*call.stored[:2]) if call and call.stored else None
-        if name in self.bills:
-            self.owe(name, self.bills.pop(name))
+        if name in self.claimed:
+            self.claimed.remove(name)
+            if name in self.bills:
+                self.owe(name, self.bills.pop(name))
+            else:
+                self.redis.send("DEL", self.key("bill", name))
+            self.release(name)
 
 
 # --------------------------------------------------------------------------------------------------
