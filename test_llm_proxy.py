@@ -15067,6 +15067,20 @@ class BenchTest(ProcessCase):
         code, _, err = process.stop().finish()
         self.assertEqual((code, err, os.listdir(folder)), (1, "", []))
 
+    def test_a_selftest_that_is_killed_leaves_no_proxy(self):
+        folder = pathlib.Path(new_path(self))
+        process = self.command("selftest", TMPDIR=folder)
+        database, = wait_for(lambda: list(folder.glob("*/*.db")), "the proxy's files")
+
+        def is_used():
+            try:
+                llm_proxy.lock_for_service(database).close()
+            except llm_proxy.InUse:
+                return True
+        self.assertTrue(is_used())
+        process.process.kill()
+        wait_for(lambda: not is_used(), "the end of the proxy")
+
 
 class CommandsTest(ProcessCase):
     NOWHERE = "http://127.0.0.1:1"
