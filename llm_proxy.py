@@ -13064,6 +13064,20 @@ return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 """
 
 
+# Fills buckets; what was given beyond the rule stays.
+LUA_FILL = """
+for _, key in ipairs(KEYS) do
+  local stamp, given = string.match(redis.call('GET', key) or '', '^%S+ (%S+)( %d.*)$')
+  if given then
+    local length = math.max(1, redis.call('PTTL', key))
+    redis.call('SET', key, '9000000000000000 ' .. stamp .. given, 'PX', length)
+  else
+    redis.call('DEL', key)
+  end
+end
+"""
+
+
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
     `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
@@ -13631,16 +13645,18 @@ class RedisBuckets(Buckets):
                     cursor, names = await self.redis.call(
                         "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
                     if names:
-                        await self.redis.call("DEL", *names)
+                        await self.redis.call("EVAL", LUA_FILL, len(names), *names)
                     if cursor == b"0":
                         break
                 self.fills.discard(owner)
 
 
 # Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
-# wait for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV
-# are how many slots there are, how long one is taken, the process, how long it has waited, how many
-# of the names that follow are to be given a slot; the others have one. Times are in milliseconds.
+# wait for one (since when), those that asked lately, and since when there are any of these. Who has
+# waited for longer comes first. ARGV are how many slots there are, how long one is taken, the
+# process, how long it has waited, how many it may have before all have told of theirs and how long
+# that takes, how many of the names that follow are to be given a slot; the others have one. Times
+# are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -13650,20 +13666,24 @@ for _, one in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
 end
 redis.call('ZREM', KEYS[2], ARGV[3])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-local wanted, given = tonumber(ARGV[5]), 0
-for i = 6 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
+local began = redis.call('GET', KEYS[4]) or now  -- now where Redis has lost what it knew
+redis.call('SET', KEYS[4], began)
+local wanted, given = tonumber(ARGV[7]), 0
+for i = 8 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
 local since = now - ARGV[4]
 local room = ARGV[1] - redis.call('ZCARD', KEYS[1])
              - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
+if now - began < tonumber(ARGV[6]) then room = math.min(room, ARGV[5]) end
 while given < math.min(wanted, room) do
   given = given + 1
-  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[5 + given])
+  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[7 + given])
 end
 if given < wanted then
   redis.call('ZADD', KEYS[2], since, ARGV[3])
   redis.call('ZADD', KEYS[3], now + 200, ARGV[3])
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
+redis.call('PEXPIRE', KEYS[4], 100 * ARGV[2])
 return given
 """
 
@@ -13673,6 +13693,7 @@ class SharedQueue(FairQueue):
     `most` is how many this process has now; while Redis is away, its part of all. A slot is leased,
     so that those of a process that died come back."""
     LEASE_MS = 30_000
+    TELL_MS = 1000       # until all have told of their slots, when Redis has lost them
     RENEW_SECONDS = 10
     POLL_SECONDS = 0.02  # between two questions, while calls wait
     AT_ONCE = 32         # slots that are asked for at once
@@ -13693,7 +13714,7 @@ class SharedQueue(FairQueue):
         redis.scripts.append(self.script)
         redis.on_return.append(self.begin)
         redis.on_leave.append(lambda fault: self.go_alone())
-        self.keys = [name + end for end in ("", ":line", ":asking")]
+        self.keys = [name + end for end in ("", ":line", ":asking", ":began")]
         self.leases: List[str] = []  # one for each slot that this process has
 
     def slots(self) -> int:
@@ -13743,7 +13764,8 @@ class SharedQueue(FairQueue):
             self.ask_soon()
 
     def arguments(self, age, wanted, names):
-        return [self.all, self.LEASE_MS, self.redis.process, age, wanted, *names]
+        return [self.all, self.LEASE_MS, self.redis.process, age,
+                self.part(self.all) - self.running, self.TELL_MS, wanted, *names]
 
     def new_names(self, count):
         return ["%s:%d" % (self.redis.process, next(self.numbers)) for _ in range(count)]

@@ -10700,6 +10700,9 @@ class SharedLimitsTest(ProxyCase):
         wait_for(lambda: self.stored() == [3])
         self.assert_admitted(3, 12, key)
         self.assertEqual([amount for (amount, _), in two.given.values()], [3])
+        loop.call_soon_threadsafe(one.fill, owner)
+        wait_for(lambda: self.stored() != [0])
+        self.assert_admitted(13, 15, key)
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
@@ -10807,6 +10810,7 @@ class SharedQueueTest(RedisCase):
         super().setUp()
         self.server = RedisServer(self)
         self.queues, self.clients = [], []
+        self.patch_seconds(SharedQueue_TELL_MS=0)
 
     def queue(self, most=1, waiting=100, part=lambda most: 1):
         redis = self.client(self.server.url)
@@ -10900,14 +10904,24 @@ class SharedQueueTest(RedisCase):
         self.wait_until(3, 1)
         self.assertEqual(self.taken(), 4)
 
-    def test_what_redis_forgets_is_told_again(self):
-        queue = self.queue(2)
-        queue.enter("a", 1)
-        self.wait_until(1)
+    def test_slots_that_redis_forgets_are_told_again_and_nobody_has_more_than_its_part_before(self):
+        first, second = [self.queue(3, part=lambda most: 1) for _ in range(2)]
+        tickets = [first.enter("a", 1) for _ in range(3)]
+        self.wait_until(3, 0)
+        self.patch_seconds(SharedQueue_TELL_MS=60_000)
         self.server.ask("FLUSHALL")
-        queue.renew_at = 0
-        queue.beat()
-        self.wait_for(self.taken)
+        for _ in range(2):
+            second.enter("b", 1)
+        self.wait_until(3, 1)
+        first.renew_at = 0
+        first.beat()
+        self.wait_for(lambda: self.taken() == 4)
+        for ticket in tickets[:2]:
+            ticket.leave()
+        self.rest()
+        self.assertEqual(self.running(), [1, 1])
+        self.patch_seconds(SharedQueue_TELL_MS=0)
+        self.wait_until(1, 2)
 
     def test_who_finds_no_slot_waits_only_where_it_may(self):
         queue = self.queue(1, waiting=0)
