@@ -13016,7 +13016,12 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
+  local given, given_for = number(), number()
   if b.known and always == 0 then return end
+  if given > b.extra then
+    b.level, b.room = b.level + given - b.extra, b.capacity + given
+    b.given, b.extra, b.changed = {{given, now + given_for}}, given, true
+  end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
                began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
   if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
@@ -13158,14 +13163,18 @@ class Batch:
 ONE = ord("1")
 
 
+def grain(rule: Rule) -> int:
+    """Returns how much is the least that Redis has of a unit."""
+    return NANODOLLAR if rule.unit == USD else 1
+
+
 def stored_amount(rule: Rule, amount: int) -> int:
     """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
-    return -(-amount // NANODOLLAR) if rule.unit == USD else amount
+    return -(-amount // grain(rule))
 
 
-def since_2020(moment: float) -> int:
-    """Returns microseconds, of a time in unix seconds."""
-    return int((moment - 1577836800) * 1_000_000)
+def microseconds(seconds: float) -> int:
+    return int(seconds * 1_000_000)
 
 
 def short_digest(thing: Union[str, CallerKey]) -> str:
@@ -13181,7 +13190,7 @@ def bucket_name(kind: str, key: BucketKey) -> str:
 def describe_kind(rule: Rule, hour: float) -> str:
     """Returns the kind of a bucket and its figures, in the words of LUA_BATCH. Those of a date hold
     for this hour since 1970, and longer."""
-    scale = NANODOLLAR if rule.unit == USD else 1
+    scale = grain(rule)
     capacity = rule.capacity // scale
     if rule.unit == RUNNING:
         return "running %d" % capacity
@@ -13189,9 +13198,10 @@ def describe_kind(rule: Rule, hour: float) -> str:
         now = calendar_rule(rule, 3600 * hour)
         ends = now.began + now.interval
         after = calendar_rule(rule, ends + 1)
-        return "date %d %d %d %d %d" % (capacity, *map(since_2020, (
-            calendar_rule(rule, now.began - 1).began, now.began, ends,
-            after.began + after.interval)))
+        dates = (calendar_rule(rule, now.began - 1).began, now.began, ends,
+                 after.began + after.interval)
+        return "date %d %d %d %d %d" % (
+            capacity, *[microseconds(date - 1577836800) for date in dates])
     if rule.window:
         return "window %d %d" % (capacity, rule.interval * 1_000_000)
     refill = max(1, rule.refill // scale)
@@ -13264,7 +13274,9 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
-    loss = 0                  # number of the last time that Redis has lost something
+    TELL_SECONDS = 5          # after which all have put back what Redis has lost
+    loss = 0                  # number of the last time that it has lost something
+    counting_until = 0.0      # what is charged: by then nobody needs that again
     beats = 0
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
@@ -13282,6 +13294,10 @@ class RedisBuckets(Buckets):
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
+        self.before = Buckets(clock)  # what was seen before the last loss
+        self.before.given = self.given
+        # What was charged here since then: number of the batch, rule, bucket, amount
+        self.since: List[Tuple[int, Rule, BucketKey, int]] = []
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
@@ -13340,7 +13356,7 @@ class RedisBuckets(Buckets):
     def give(self, rule, key, amount, until, again=False):
         super().give(rule, key, amount, until, again)
         if not again:
-            length = int((until - self.clock.monotonic()) * 1_000_000)
+            length = microseconds(until - self.clock.monotonic())
             self.act("give", rule, key, stored_amount(rule, amount), length)
 
     def fill(self, owner):
@@ -13350,7 +13366,7 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
@@ -13404,7 +13420,7 @@ class RedisBuckets(Buckets):
         for place in list(itertools.islice(self.charges.unsent, self.MOST_ACTS)):
             rule, amount = self.charges.unsent.pop(place)
             key, taken_at = place
-            batch.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+            batch.charge(rule, key, amount, microseconds(now - taken_at) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
             one = self.takes.popleft()
             if not one.future.done():
@@ -13449,6 +13465,8 @@ class RedisBuckets(Buckets):
             found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
+        if now < self.counting_until:
+            self.count(batch, flags)
 
     def note_level(self, rule, key, charged, level, age, given, given_for, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
@@ -13458,7 +13476,7 @@ class RedisBuckets(Buckets):
             rule, refilled = self.window_of(rule, key, refilled, now)
         self.given.pop(key, None)
         self.local.levels.pop(key, None)  # which was its share of what was seen before
-        scale = NANODOLLAR if rule.unit == USD else 1
+        scale = grain(rule)
         if given:
             self.given[key] = [(given * scale, now + given_for / 1_000_000)]
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
@@ -13567,23 +13585,64 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            await self.put_back(done, self.known_levels(), "last %d" % loss)
+            self.remember(loss)
+            await self.put_back(done, self.levels_before(), "last %d" % loss)
+            self.charge_again(last)
         self.fresh = False
-        self.loss = loss  # not before: whoever has put back only some does so again
+        self.note_loss(loss)  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
         for (rule, key), count in charges.running.items():
             self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
-    def known_levels(self):
-        """Yields the acts that put levels back as they were without what is pending."""
-        for seen in self.seen():
-            rule, key = seen.rule, seen.key
-            level = self.level_of(rule, key)
-            if rule.unit != RUNNING and level.level < rule.capacity:
-                amount = stored_amount(rule, level.level) + self.charges.pending.get(key, 0)
-                yield "put", rule, key, amount, int((level.now - level.refilled) * 1_000_000), 1
+    def note_loss(self, loss):
+        if loss != self.loss:
+            self.loss = loss
+            self.counting_until = self.clock.monotonic() + 2 * self.TELL_SECONDS
+
+    def remember(self, loss):
+        """Keeps what was seen before this loss, unless not all have put back yet what they saw
+        before the last one: what was seen since then is not all that was taken."""
+        if loss - self.loss > self.TELL_SECONDS * 1_000_000:
+            self.since = []
+            pending = self.charges.pending
+            self.before.levels.clear()
+            self.before.store([one.less(-pending.get(one.key, 0) * grain(one.rule))
+                               for one in self.seen() if one.rule.unit != RUNNING])
+
+    def count(self, batch, flags):
+        """Adds up what was charged here since the last loss."""
+        charged = list(zip(batch.rules, batch.places, map(batch.charged.get, batch.places)))
+        for one, flag in zip(batch.takes, flags):
+            charged += [(rule, key, stored_amount(rule, one.costs[rule.unit]))
+                        for rule, key in one.keyed_rules if flag == ONE]
+        self.since += [(batch.number, rule, key, amount) for rule, key, amount in charged
+                       if amount and rule.unit != RUNNING]
+
+    def charge_again(self, last):
+        """Charges what was charged since a loss, but for batches that Redis knows still; no more
+        than is missing since then, because a bucket may have been full in between."""
+        charged = collections.Counter()
+        for number, rule, key, amount in self.since:
+            charged[rule, key] += amount * (number > last)
+        self.since = []
+        for (rule, key), amount in charged.items():
+            missing = self.before.level_of(rule, key).level - self.level_of(rule, key).level
+            missing = stored_amount(rule, missing) - self.charges.pending.get(key, 0)
+            self.charges.add(rule, key, min(amount, max(0, missing)), 0.0)
+
+    def levels_before(self):
+        """Yields the acts that put back what was seen before the last loss, and what was given."""
+        before = self.before
+        known = {one.key: one for one in (*self.latest(self.given), *before.seen())}
+        for level, refilled, rule, key, _, now in [
+                before.level_of(one.rule, one.key) for one in known.values()
+                if not before.is_full(one)]:
+            given = self.given_to(key, now)
+            given_for = self.given[key][0][1] - now if given else 0
+            yield ("put", rule, key, stored_amount(rule, level), microseconds(now - refilled), 1,
+                   stored_amount(rule, given), microseconds(given_for))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
@@ -13644,7 +13703,9 @@ class RedisBuckets(Buckets):
             _, last, loss = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            self.loss = loss
+            if loss != self.loss:  # what others put back
+                self.remember(loss)
+                self.note_loss(loss)
         except RedisFault as fault:
             self.redis.leave(fault)
 

@@ -10369,7 +10369,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 continue
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
-                batch.act(act[0], *pair, *act[1:])
+                batch.act(act[0], *pair, *act[1:], *[0] * (2 * (act[0] == "put")))
             with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
                 parts = store.batch_parts(batch, mode)
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
@@ -10550,6 +10550,25 @@ class SharedLimitsTest(ProxyCase):
         asked.answer()
         client.head()
 
+    def test_what_is_lost_twice_before_all_have_told_is_put_back_from_what_each_knew(self):
+        one, two = self.start_here(), self.start_here()
+        wait_for(lambda: one.processes == two.processes == 2)
+        self.address = self.proxies[0]
+        self.assert_admitted(3, 3)
+        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE), mock.patch.object(one, "LOOKS", 0):
+            wait_for(lambda: two.beat_timer.when() > two.redis.loop.time() + 1)
+            self.address = self.proxies[1]
+            self.assert_admitted(2, 2)
+            self.redis.ask("FLUSHALL")
+            wait_for(lambda: self.stored() == [7], "what the first knew")
+            self.address = self.proxies[0]
+            self.assert_admitted(1, 1)
+            self.redis.ask("FLUSHALL")
+            wait_for(lambda: self.stored() == [6], "what the first knew")
+            two.redis.loop.call_soon_threadsafe(two.beat_timer.cancel)
+            two.redis.loop.call_soon_threadsafe(two.beat)
+            wait_for(lambda: self.stored() == [4])
+
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(7, 7, "sk-1")
@@ -10723,7 +10742,10 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual([amount for (amount, _), in two.given.values()], [3])
         loop.call_soon_threadsafe(one.fill, owner)
         wait_for(lambda: self.stored() != [0])
-        self.assert_admitted(13, 15, key)
+        self.assert_admitted(1, 1, key)
+        self.redis.ask("FLUSHALL")
+        wait_for(lambda: self.stored() == [12])
+        self.assert_admitted(12, 15, key)
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
