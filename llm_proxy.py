@@ -13867,7 +13867,8 @@ class SharedQueue(FairQueue):
 
     def begin(self):
         """Redis is there: what runs here has slots, even too many."""
-        self.leases = self.new_names(self.running)
+        self.leases += self.new_names(self.running - len(self.leases))
+        self.give_back(self.leases[self.running:])
         self.most = self.running
         self.short = False
         self.renew_at = 0.0
@@ -13879,7 +13880,6 @@ class SharedQueue(FairQueue):
         """Redis is away: this process has its part, beside what it has."""
         if self.timer:
             self.timer.cancel()
-        self.leases = []
         self.most = self.part(self.all)
         self.short = True
         for _ in range(self.most - self.running):

@@ -10947,6 +10947,18 @@ class SharedQueueTest(RedisCase):
         self.wait_until(3, 1)
         self.assertEqual(self.taken(), 4)
 
+    def test_a_connection_that_is_cut_costs_no_slot(self):
+        queue = self.queue(2)
+        ticket = queue.enter("a", 1)
+        self.wait_until(1)
+        self.server.ask("CLIENT", "KILL", "TYPE", "normal")
+        self.wait_for(lambda: self.left and queue.redis.available)
+        queue.enter("b", 1)
+        self.wait_until(2)
+        self.assertEqual(self.taken(), 2)
+        ticket.leave()
+        self.wait_for(lambda: self.taken() == 1)
+
     def test_slots_that_redis_forgets_are_told_again_and_nobody_has_more_than_its_part_before(self):
         first, second = [self.queue(3, part=lambda most: 1) for _ in range(2)]
         tickets = [first.enter("a", 1) for _ in range(3)]
