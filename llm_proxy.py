@@ -12609,7 +12609,7 @@ class Redis(asyncio.Protocol):
     SILENT_SECONDS = 0.3
     CONNECT_SECONDS = 1
     STEADY_SECONDS = 1       # after which a connection was a good one
-    BACK_OFF_SECONDS = 0, 0.05, 0.1, 0.2, 0.4
+    LONGEST_PAUSE = 0.4      # between two connections
     MOST_ASKED = 10_000      # commands that are not answered
     MOST_WAITING = 10_000    # that wait until Redis is there
 
@@ -12620,7 +12620,6 @@ class Redis(asyncio.Protocol):
     reason: Optional[RedisFault] = None       # and why
     flushing = False
     late_times = 0
-    failures = 0                              # connections in a row that were no good
     dropped = 0                               # commands and charges that were never sent
 
     def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
@@ -12717,7 +12716,7 @@ class Redis(asyncio.Protocol):
             await asyncio.wait([self.task])
 
     async def live(self):
-        place = None
+        place, pause = None, 0
         while True:
             self.reason = None
             self.lost = self.loop.create_future()
@@ -12738,10 +12737,9 @@ class Redis(asyncio.Protocol):
             for act in self.on_leave:
                 act(self.reason)
             place = self.reason.moved_to
-            steady = self.loop.time() - began > self.STEADY_SECONDS
-            self.failures = 0 if steady else self.failures + 1
-            pauses = self.BACK_OFF_SECONDS
-            await asyncio.sleep(pauses[min(self.failures, len(pauses) - 1)])
+            is_steady = self.loop.time() - began > self.STEADY_SECONDS
+            pause = 0 if is_steady else min(self.LONGEST_PAUSE, 2 * pause + 0.05)
+            await asyncio.sleep(pause)
 
     async def begin(self, place):
         """Connects and introduces this client. Raises RedisFault."""
@@ -13276,7 +13274,7 @@ class RedisBuckets(Buckets):
     number = 1                # of the last batch
     TELL_SECONDS = 5          # after which all have put back what Redis has lost
     loss = 0                  # number of the last time that it has lost something
-    counting_until = 0.0      # what is charged: by then nobody needs that again
+    kept_until = 0.0          # is what is answered: by then nobody needs that again
     beats = 0
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
@@ -13296,8 +13294,7 @@ class RedisBuckets(Buckets):
         self.charges = Charges()
         self.before = Buckets(clock)  # what was seen before the last loss
         self.before.given = self.given
-        # What was charged here since then: number of the batch, rule, bucket, amount
-        self.since: List[Tuple[int, Rule, BucketKey, int]] = []
+        self.since: List[Tuple[Batch, bytes]] = []  # what was answered since then
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
@@ -13362,7 +13359,6 @@ class RedisBuckets(Buckets):
     def fill(self, owner):
         super().fill(owner)
         self.fills.add(owner)
-        self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
@@ -13465,8 +13461,8 @@ class RedisBuckets(Buckets):
             found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
-        if now < self.counting_until:
-            self.count(batch, flags)
+        if now < self.kept_until:
+            self.since.append((batch, flags))
 
     def note_level(self, rule, key, charged, level, age, given, given_for, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
@@ -13599,7 +13595,7 @@ class RedisBuckets(Buckets):
     def note_loss(self, loss):
         if loss != self.loss:
             self.loss = loss
-            self.counting_until = self.clock.monotonic() + 2 * self.TELL_SECONDS
+            self.kept_until = self.clock.monotonic() + 2 * self.TELL_SECONDS
 
     def remember(self, loss):
         """Keeps what was seen before this loss, unless not all have put back yet what they saw
@@ -13611,26 +13607,24 @@ class RedisBuckets(Buckets):
             self.before.store([one.less(-pending.get(one.key, 0) * grain(one.rule))
                                for one in self.seen() if one.rule.unit != RUNNING])
 
-    def count(self, batch, flags):
-        """Adds up what was charged here since the last loss."""
-        charged = list(zip(batch.rules, batch.places, map(batch.charged.get, batch.places)))
-        for one, flag in zip(batch.takes, flags):
-            charged += [(rule, key, stored_amount(rule, one.costs[rule.unit]))
-                        for rule, key in one.keyed_rules if flag == ONE]
-        self.since += [(batch.number, rule, key, amount) for rule, key, amount in charged
-                       if amount and rule.unit != RUNNING]
-
     def charge_again(self, last):
         """Charges what was charged since a loss, but for batches that Redis knows still; no more
         than is missing since then, because a bucket may have been full in between."""
-        charged = collections.Counter()
-        for number, rule, key, amount in self.since:
-            charged[rule, key] += amount * (number > last)
+        charged, rules = collections.Counter(), {}
+        for batch, flags in self.since:
+            if batch.number > last:
+                rules.update(zip(batch.places, batch.rules))
+                charged.update(batch.charged)
+                for one, flag in zip(batch.takes, flags):
+                    for rule, key in one.keyed_rules if flag == ONE else ():
+                        charged[key] += stored_amount(rule, one.costs[rule.unit])
         self.since = []
-        for (rule, key), amount in charged.items():
+        for key, amount in charged.items():
+            rule = rules[key]
             missing = self.before.level_of(rule, key).level - self.level_of(rule, key).level
             missing = stored_amount(rule, missing) - self.charges.pending.get(key, 0)
-            self.charges.add(rule, key, min(amount, max(0, missing)), 0.0)
+            if rule.unit != RUNNING:
+                self.charges.add(rule, key, min(amount, max(0, missing)), 0.0)
 
     def levels_before(self):
         """Yields the acts that put back what was seen before the last loss, and what was given."""
@@ -13664,8 +13658,6 @@ class RedisBuckets(Buckets):
             self.on_change("again")
         self.redis.flush_soon()
         self.beat()
-        if self.fills:
-            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def beat_parts(self, *known):
         return self.beat_script.parts(
@@ -13684,6 +13676,8 @@ class RedisBuckets(Buckets):
         for one in list(itertools.islice(self.levels.values(), looks)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
+        if self.fills:
+            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def read_beat(self, reply):
         """Returns whether anybody was there before, the last batch that was done and the last loss.
@@ -13703,9 +13697,8 @@ class RedisBuckets(Buckets):
             _, last, loss = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            if loss != self.loss:  # what others put back
-                self.remember(loss)
-                self.note_loss(loss)
+            self.remember(loss)  # others did lose something
+            self.note_loss(loss)
         except RedisFault as fault:
             self.redis.leave(fault)
 
@@ -14076,10 +14069,8 @@ class SharedFeed(Feed):
         self.redis.ask(self.on_seconds, "HGETALL", self.seconds_key)
         if not looking:
             self.last = None
-        elif self.last is None:
-            self.redis.ask(
-                self.on_last_event, "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)
         else:
+            self.last = self.last or b"%d-0" % (wall_time(self.clock) * 1000)
             self.redis.ask(
                 self.on_events, "XRANGE", self.events_key, entry_after(self.last), "+",
                 "COUNT", self.MOST_READ)
@@ -14108,10 +14099,6 @@ class SharedFeed(Feed):
         elsewhere = any([one.get("looking") for one in found.values()])
         self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
         self.elsewhere = elsewhere
-
-    def on_last_event(self, reply):
-        if not isinstance(reply, RedisFault):
-            self.last = reply[0][0] if reply else b"0-0"
 
     def on_events(self, reply):
         if not reply or isinstance(reply, RedisFault):
