@@ -18722,13 +18722,15 @@ def take_one_cpu(cpu, port, worker=0):
 
 def tune_interpreter():
     """Lets CPython look for cycles less often: calls leave hardly any, but a look that comes too
-    seldom takes long, and streams wait meanwhile. PyPy forgets in time how often code ran, so that
-    it compiles late what runs once for a call: from now on it forgets nothing."""
+    seldom takes long, and streams wait meanwhile. PyPy compiles what ran a thousand times, and
+    forgets in time how often that was: what runs once for a call was compiled late, or in parts.
+    Now a few hundred calls are enough."""
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
     if "pypyjit" in sys.builtin_module_names:
-        __import__("pypyjit").set_param("decay=0")
+        __import__("pypyjit").set_param(
+            "decay=0,threshold=200,function_threshold=300,trace_eagerness=40")
 
 
 def raise_descriptor_limit():
