@@ -12615,7 +12615,7 @@ class Redis(asyncio.Protocol):
     SILENT_SECONDS = 0.3
     CONNECT_SECONDS = 1
     STEADY_SECONDS = 1       # after which a connection was a good one
-    BACK_OFF_SECONDS = 0, 0.05, 0.1, 0.2, 0.4
+    LONGEST_PAUSE = 0.4      # between two connections
     MOST_ASKED = 10_000      # commands that are not answered
     MOST_WAITING = 10_000    # that wait until Redis is there
 
@@ -12626,7 +12626,6 @@ class Redis(asyncio.Protocol):
     reason: Optional[RedisFault] = None       # and why
     flushing = False
     late_times = 0
-    failures = 0                              # connections in a row that were no good
     dropped = 0                               # commands and charges that were never sent
 
     def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
@@ -12723,7 +12722,7 @@ class Redis(asyncio.Protocol):
             await asyncio.wait([self.task])
 
     async def live(self):
-        place = None
+        place, pause = None, 0
         while True:
             self.reason = None
             self.lost = self.loop.create_future()
@@ -12744,10 +12743,9 @@ class Redis(asyncio.Protocol):
             for act in self.on_leave:
                 act(self.reason)
             place = self.reason.moved_to
-            steady = self.loop.time() - began > self.STEADY_SECONDS
-            self.failures = 0 if steady else self.failures + 1
-            pauses = self.BACK_OFF_SECONDS
-            await asyncio.sleep(pauses[min(self.failures, len(pauses) - 1)])
+            is_steady = self.loop.time() - began > self.STEADY_SECONDS
+            pause = 0 if is_steady else min(self.LONGEST_PAUSE, 2 * pause + 0.05)
+            await asyncio.sleep(pause)
 
     async def begin(self, place):
         """Connects and introduces this client. Raises RedisFault."""
@@ -13022,7 +13020,12 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
+  local given, given_for = number(), number()
   if b.known and always == 0 then return end
+  if given > b.extra then
+    b.level, b.room = b.level + given - b.extra, b.capacity + given
+    b.given, b.extra, b.changed = {{given, now + given_for}}, given, true
+  end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
                began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
   if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
@@ -13089,6 +13092,20 @@ return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 """
 
 
+# Fills buckets; what was given beyond the rule stays.
+LUA_FILL = """
+for _, key in ipairs(KEYS) do
+  local stamp, given = string.match(redis.call('GET', key) or '', '^%S+ (%S+)( %d.*)$')
+  if given then
+    local length = math.max(1, redis.call('PTTL', key))
+    redis.call('SET', key, '9000000000000000 ' .. stamp .. given, 'PX', length)
+  else
+    redis.call('DEL', key)
+  end
+end
+"""
+
+
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
     `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
@@ -13150,14 +13167,18 @@ class Batch:
 ONE = ord("1")
 
 
+def grain(rule: Rule) -> int:
+    """Returns how much is the least that Redis has of a unit."""
+    return NANODOLLAR if rule.unit == USD else 1
+
+
 def stored_amount(rule: Rule, amount: int) -> int:
     """Returns an amount as Redis has it: of money in nanodollars, rounded up."""
-    return -(-amount // NANODOLLAR) if rule.unit == USD else amount
+    return -(-amount // grain(rule))
 
 
-def since_2020(moment: float) -> int:
-    """Returns microseconds, of a time in unix seconds."""
-    return int((moment - 1577836800) * 1_000_000)
+def microseconds(seconds: float) -> int:
+    return int(seconds * 1_000_000)
 
 
 def short_digest(thing: Union[str, CallerKey]) -> str:
@@ -13173,7 +13194,7 @@ def bucket_name(kind: str, key: BucketKey) -> str:
 def describe_kind(rule: Rule, hour: float) -> str:
     """Returns the kind of a bucket and its figures, in the words of LUA_BATCH. Those of a date hold
     for this hour since 1970, and longer."""
-    scale = NANODOLLAR if rule.unit == USD else 1
+    scale = grain(rule)
     capacity = rule.capacity // scale
     if rule.unit == RUNNING:
         return "running %d" % capacity
@@ -13181,9 +13202,10 @@ def describe_kind(rule: Rule, hour: float) -> str:
         now = calendar_rule(rule, 3600 * hour)
         ends = now.began + now.interval
         after = calendar_rule(rule, ends + 1)
-        return "date %d %d %d %d %d" % (capacity, *map(since_2020, (
-            calendar_rule(rule, now.began - 1).began, now.began, ends,
-            after.began + after.interval)))
+        dates = (calendar_rule(rule, now.began - 1).began, now.began, ends,
+                 after.began + after.interval)
+        return "date %d %d %d %d %d" % (
+            capacity, *[microseconds(date - 1577836800) for date in dates])
     if rule.window:
         return "window %d %d" % (capacity, rule.interval * 1_000_000)
     refill = max(1, rule.refill // scale)
@@ -13256,7 +13278,9 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
-    loss = 0                  # number of the last time that Redis has lost something
+    TELL_SECONDS = 5          # after which all have put back what Redis has lost
+    loss = 0                  # number of the last time that it has lost something
+    kept_until = 0.0          # is what is answered: by then nobody needs that again
     beats = 0
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
@@ -13274,6 +13298,9 @@ class RedisBuckets(Buckets):
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
+        self.before = Buckets(clock)  # what was seen before the last loss
+        self.before.given = self.given
+        self.since: List[Tuple[Batch, bytes]] = []  # what was answered since then
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
@@ -13332,17 +13359,16 @@ class RedisBuckets(Buckets):
     def give(self, rule, key, amount, until, again=False):
         super().give(rule, key, amount, until, again)
         if not again:
-            length = int((until - self.clock.monotonic()) * 1_000_000)
+            length = microseconds(until - self.clock.monotonic())
             self.act("give", rule, key, stored_amount(rule, amount), length)
 
     def fill(self, owner):
         super().fill(owner)
         self.fills.add(owner)
-        self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), int(since * 1_000_000), 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
@@ -13396,7 +13422,7 @@ class RedisBuckets(Buckets):
         for place in list(itertools.islice(self.charges.unsent, self.MOST_ACTS)):
             rule, amount = self.charges.unsent.pop(place)
             key, taken_at = place
-            batch.charge(rule, key, amount, int((now - taken_at) * 1_000_000) if taken_at else 0)
+            batch.charge(rule, key, amount, microseconds(now - taken_at) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
             one = self.takes.popleft()
             if not one.future.done():
@@ -13441,6 +13467,8 @@ class RedisBuckets(Buckets):
             found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
+        if now < self.kept_until:
+            self.since.append((batch, flags))
 
     def note_level(self, rule, key, charged, level, age, given, given_for, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
@@ -13450,7 +13478,7 @@ class RedisBuckets(Buckets):
             rule, refilled = self.window_of(rule, key, refilled, now)
         self.given.pop(key, None)
         self.local.levels.pop(key, None)  # which was its share of what was seen before
-        scale = NANODOLLAR if rule.unit == USD else 1
+        scale = grain(rule)
         if given:
             self.given[key] = [(given * scale, now + given_for / 1_000_000)]
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
@@ -13559,23 +13587,62 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            await self.put_back(done, self.known_levels(), "last %d" % loss)
+            self.remember(loss)
+            await self.put_back(done, self.levels_before(), "last %d" % loss)
+            self.charge_again(last)
         self.fresh = False
-        self.loss = loss  # not before: whoever has put back only some does so again
+        self.note_loss(loss)  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
         for (rule, key), count in charges.running.items():
             self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
-    def known_levels(self):
-        """Yields the acts that put levels back as they were without what is pending."""
-        for seen in self.seen():
-            rule, key = seen.rule, seen.key
-            level = self.level_of(rule, key)
-            if rule.unit != RUNNING and level.level < rule.capacity:
-                amount = stored_amount(rule, level.level) + self.charges.pending.get(key, 0)
-                yield "put", rule, key, amount, int((level.now - level.refilled) * 1_000_000), 1
+    def note_loss(self, loss):
+        if loss != self.loss:
+            self.loss = loss
+            self.kept_until = self.clock.monotonic() + 2 * self.TELL_SECONDS
+
+    def remember(self, loss):
+        """Keeps what was seen before this loss, unless not all have put back yet what they saw
+        before the last one: what was seen since then is not all that was taken."""
+        if loss - self.loss > self.TELL_SECONDS * 1_000_000:
+            self.since = []
+            pending = self.charges.pending
+            self.before.levels.clear()
+            self.before.store([one.less(-pending.get(one.key, 0) * grain(one.rule))
+                               for one in self.seen() if one.rule.unit != RUNNING])
+
+    def charge_again(self, last):
+        """Charges what was charged since a loss, but for batches that Redis knows still; no more
+        than is missing since then, because a bucket may have been full in between."""
+        charged, rules = collections.Counter(), {}
+        for batch, flags in self.since:
+            if batch.number > last:
+                rules.update(zip(batch.places, batch.rules))
+                charged.update(batch.charged)
+                for one, flag in zip(batch.takes, flags):
+                    for rule, key in one.keyed_rules if flag == ONE else ():
+                        charged[key] += stored_amount(rule, one.costs[rule.unit])
+        self.since = []
+        for key, amount in charged.items():
+            rule = rules[key]
+            missing = self.before.level_of(rule, key).level - self.level_of(rule, key).level
+            missing = stored_amount(rule, missing) - self.charges.pending.get(key, 0)
+            if rule.unit != RUNNING:
+                self.charges.add(rule, key, min(amount, max(0, missing)), 0.0)
+
+    def levels_before(self):
+        """Yields the acts that put back what was seen before the last loss, and what was given."""
+        before = self.before
+        known = {one.key: one for one in (*self.latest(self.given), *before.seen())}
+        for level, refilled, rule, key, _, now in [
+                before.level_of(one.rule, one.key) for one in known.values()
+                if not before.is_full(one)]:
+            given = self.given_to(key, now)
+            given_for = self.given[key][0][1] - now if given else 0
+            yield ("put", rule, key, stored_amount(rule, level), microseconds(now - refilled), 1,
+                   stored_amount(rule, given), microseconds(given_for))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
@@ -13597,8 +13664,6 @@ class RedisBuckets(Buckets):
             self.on_change("again")
         self.redis.flush_soon()
         self.beat()
-        if self.fills:
-            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def beat_parts(self, *known):
         return self.beat_script.parts(
@@ -13617,6 +13682,8 @@ class RedisBuckets(Buckets):
         for one in list(itertools.islice(self.levels.values(), looks)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
+        if self.fills:
+            self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def read_beat(self, reply):
         """Returns whether anybody was there before, the last batch that was done and the last loss.
@@ -13636,7 +13703,8 @@ class RedisBuckets(Buckets):
             _, last, loss = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            self.loss = loss
+            self.remember(loss)  # others did lose something
+            self.note_loss(loss)
         except RedisFault as fault:
             self.redis.leave(fault)
 
@@ -13650,16 +13718,18 @@ class RedisBuckets(Buckets):
                     cursor, names = await self.redis.call(
                         "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
                     if names:
-                        await self.redis.call("DEL", *names)
+                        await self.redis.call("EVAL", LUA_FILL, len(names), *names)
                     if cursor == b"0":
                         break
                 self.fills.discard(owner)
 
 
 # Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
-# wait for one (since when) and those that asked lately. Who has waited for longer comes first. ARGV
-# are how many slots there are, how long one is taken, the process, how long it has waited, how many
-# of the names that follow are to be given a slot; the others have one. Times are in milliseconds.
+# wait for one (since when), those that asked lately, and since when there are any of these. Who has
+# waited for longer comes first. ARGV are how many slots there are, how long one is taken, the
+# process, how long it has waited, how many it may have before all have told of theirs and how long
+# that takes, how many of the names that follow are to be given a slot; the others have one. Times
+# are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -13669,20 +13739,24 @@ for _, one in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
 end
 redis.call('ZREM', KEYS[2], ARGV[3])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-local wanted, given = tonumber(ARGV[5]), 0
-for i = 6 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
+local began = redis.call('GET', KEYS[4]) or now  -- now where Redis has lost what it knew
+redis.call('SET', KEYS[4], began)
+local wanted, given = tonumber(ARGV[7]), 0
+for i = 8 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
 local since = now - ARGV[4]
 local room = ARGV[1] - redis.call('ZCARD', KEYS[1])
              - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
+if now - began < tonumber(ARGV[6]) then room = math.min(room, ARGV[5]) end
 while given < math.min(wanted, room) do
   given = given + 1
-  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[5 + given])
+  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[7 + given])
 end
 if given < wanted then
   redis.call('ZADD', KEYS[2], since, ARGV[3])
   redis.call('ZADD', KEYS[3], now + 200, ARGV[3])
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
+redis.call('PEXPIRE', KEYS[4], 100 * ARGV[2])
 return given
 """
 
@@ -13692,6 +13766,7 @@ class SharedQueue(FairQueue):
     `most` is how many this process has now; while Redis is away, its part of all. A slot is leased,
     so that those of a process that died come back."""
     LEASE_MS = 30_000
+    TELL_MS = 1000       # until all have told of their slots, when Redis has lost them
     RENEW_SECONDS = 10
     POLL_SECONDS = 0.02  # between two questions, while calls wait
     AT_ONCE = 32         # slots that are asked for at once
@@ -13712,7 +13787,7 @@ class SharedQueue(FairQueue):
         redis.scripts.append(self.script)
         redis.on_return.append(self.begin)
         redis.on_leave.append(lambda fault: self.go_alone())
-        self.keys = [name + end for end in ("", ":line", ":asking")]
+        self.keys = [name + end for end in ("", ":line", ":asking", ":began")]
         self.leases: List[str] = []  # one for each slot that this process has
 
     def slots(self) -> int:
@@ -13762,7 +13837,8 @@ class SharedQueue(FairQueue):
             self.ask_soon()
 
     def arguments(self, age, wanted, names):
-        return [self.all, self.LEASE_MS, self.redis.process, age, wanted, *names]
+        return [self.all, self.LEASE_MS, self.redis.process, age,
+                self.part(self.all) - self.running, self.TELL_MS, wanted, *names]
 
     def new_names(self, count):
         return ["%s:%d" % (self.redis.process, next(self.numbers)) for _ in range(count)]
@@ -13790,7 +13866,8 @@ class SharedQueue(FairQueue):
 
     def begin(self):
         """Redis is there: what runs here has slots, even too many."""
-        self.leases = self.new_names(self.running)
+        self.leases += self.new_names(self.running - len(self.leases))
+        self.give_back(self.leases[self.running:])
         self.most = self.running
         self.short = False
         self.renew_at = 0.0
@@ -13802,7 +13879,6 @@ class SharedQueue(FairQueue):
         """Redis is away: this process has its part, beside what it has."""
         if self.timer:
             self.timer.cancel()
-        self.leases = []
         self.most = self.part(self.all)
         self.short = True
         for _ in range(self.most - self.running):
@@ -13999,10 +14075,8 @@ class SharedFeed(Feed):
         self.redis.ask(self.on_seconds, "HGETALL", self.seconds_key)
         if not looking:
             self.last = None
-        elif self.last is None:
-            self.redis.ask(
-                self.on_last_event, "XREVRANGE", self.events_key, "+", "-", "COUNT", 1)
         else:
+            self.last = self.last or b"%d-0" % (wall_time(self.clock) * 1000)
             self.redis.ask(
                 self.on_events, "XRANGE", self.events_key, entry_after(self.last), "+",
                 "COUNT", self.MOST_READ)
@@ -14031,10 +14105,6 @@ class SharedFeed(Feed):
         elsewhere = any([one.get("looking") for one in found.values()])
         self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
         self.elsewhere = elsewhere
-
-    def on_last_event(self, reply):
-        if not isinstance(reply, RedisFault):
-            self.last = reply[0][0] if reply else b"0-0"
 
     def on_events(self, reply):
         if not reply or isinstance(reply, RedisFault):
@@ -14075,12 +14145,18 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-TAKE_AWAY = "local found = redis.call('GET', KEYS[1]) redis.call('DEL', KEYS[1]) return found"
+# Returns a bill that nobody else is about to charge: KEYS are the bill and who is.
+LUA_CLAIM = """
+return redis.call('EXISTS', KEYS[1]) == 1
+       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', 3600) and redis.call('GET', KEYS[1])
+"""
+LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
 
 class SharedStored(Stored):
-    """Remembers in Redis, too, so that any process finds what another one has noted. A bill is
-    there, or here while a call runs that asks for its answer: nobody charges it twice."""
+    """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
+    there until it is charged, and is claimed while a call runs that asks for its answer: nobody
+    charges it twice."""
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
 
@@ -14090,6 +14166,7 @@ class SharedStored(Stored):
         self.prefix = prefix
         self.clock = clock
         self.limits: Optional[Limits] = None  # whose rules bills go by
+        self.claimed: Set[str] = set()        # bills
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14114,8 +14191,8 @@ class SharedStored(Stored):
         with contextlib.suppress(RedisFault, ValueError, TypeError, LookupError):
             if unknown:
                 await self.find_things(unknown)
-            if is_named:
-                await self.take_bill(self.full_name(*path[:2]))
+            if is_named and self.redis.available:
+                await self.claim_bill(self.full_name(*path[:2]))
 
     async def find_things(self, names):
         found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
@@ -14134,10 +14211,19 @@ class SharedStored(Stored):
             hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
             list(call.made), bill.characters])
 
-    async def take_bill(self, name):
-        text = await self.redis.call("EVAL", TAKE_AWAY, 1, self.key("bill", name))
+    async def claim_bill(self, name):
+        try:
+            text = await self.redis.call("EVAL", LUA_CLAIM, 2, self.key("bill", name),
+                                         self.key("claim", name), self.redis.process)
+        except BaseException:  # the answer may come later, or the caller has left
+            self.release(name)
+            raise
         if text:
+            self.claimed.add(name)
             super().owe(name, self.read_bill(*json.loads(text)))
+
+    def release(self, name):
+        self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
     def read_bill(self, keys, costs, taken, dialect, model, made, characters):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
@@ -14153,8 +14239,13 @@ class SharedStored(Stored):
         """What a call has not settled waits for the next one that asks."""
         call = entry.call
         name = self.full_name(*call.stored[:2]) if call and call.stored else None
-        if name in self.bills:
-            self.owe(name, self.bills.pop(name))
+        if name in self.claimed:
+            self.claimed.remove(name)
+            if name in self.bills:
+                self.owe(name, self.bills.pop(name))
+            else:
+                self.redis.send("DEL", self.key("bill", name))
+            self.release(name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -18353,6 +18444,11 @@ class SelfTest:
                 "LIMITS": "each 1000000000 tokens per day"}
     START_TRIES, CALL_SECONDS, PAUSE = 100, 3, 1  # ten tries a second
     CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
+    # Runs a file, which ends with its standard input: with this test, even where that is killed.
+    PROGRAM = """\
+import os, runpy, sys, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+runpy.run_path(sys.argv.pop(), run_name="__main__")"""
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
     GOOD = {  # the unit, from where and to where it is good
@@ -18386,8 +18482,8 @@ class SelfTest:
         """Starts the proxy, whose files are in this folder."""
         own = {name: text for name, text in environ.items() if not find_setting(name)}
         return subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__)], cwd=folder, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
+            [sys.executable, "-c", self.PROGRAM, os.path.abspath(__file__)], cwd=folder,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
                 **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.place[1]),
                 "PROXY_API_KEYS": "selftest=" + self.key})
 
@@ -18402,11 +18498,8 @@ class SelfTest:
         """Raises OSError, and Refusal where a call fails."""
         asyncio.get_running_loop().create_task(self.demo.serve())
         with self.reserved, tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
-            with self.start(folder, environ) as proxy:
-                try:
-                    await self.measure()
-                finally:
-                    proxy.terminate()
+            with self.start(folder, environ):
+                await self.measure()
 
     async def measure(self):
         for _ in range(self.START_TRIES):

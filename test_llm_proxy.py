@@ -10383,7 +10383,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 continue
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
-                batch.act(act[0], *pair, *act[1:])
+                batch.act(act[0], *pair, *act[1:], *[0] * (2 * (act[0] == "put")))
             with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
                 parts = store.batch_parts(batch, mode)
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
@@ -10564,6 +10564,25 @@ class SharedLimitsTest(ProxyCase):
         asked.answer()
         client.head()
 
+    def test_what_is_lost_twice_before_all_have_told_is_put_back_from_what_each_knew(self):
+        one, two = self.start_here(), self.start_here()
+        wait_for(lambda: one.processes == two.processes == 2)
+        self.address = self.proxies[0]
+        self.assert_admitted(3, 3)
+        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE), mock.patch.object(one, "LOOKS", 0):
+            wait_for(lambda: two.beat_timer.when() > two.redis.loop.time() + 1)
+            self.address = self.proxies[1]
+            self.assert_admitted(2, 2)
+            self.redis.ask("FLUSHALL")
+            wait_for(lambda: self.stored() == [7], "what the first knew")
+            self.address = self.proxies[0]
+            self.assert_admitted(1, 1)
+            self.redis.ask("FLUSHALL")
+            wait_for(lambda: self.stored() == [6], "what the first knew")
+            two.redis.loop.call_soon_threadsafe(two.beat_timer.cancel)
+            two.redis.loop.call_soon_threadsafe(two.beat)
+            wait_for(lambda: self.stored() == [4])
+
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(7, 7, "sk-1")
@@ -10735,6 +10754,12 @@ class SharedLimitsTest(ProxyCase):
         wait_for(lambda: self.stored() == [3])
         self.assert_admitted(3, 12, key)
         self.assertEqual([amount for (amount, _), in two.given.values()], [3])
+        loop.call_soon_threadsafe(one.fill, owner)
+        wait_for(lambda: self.stored() != [0])
+        self.assert_admitted(1, 1, key)
+        self.redis.ask("FLUSHALL")
+        wait_for(lambda: self.stored() == [12])
+        self.assert_admitted(12, 15, key)
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
@@ -10842,6 +10867,7 @@ class SharedQueueTest(RedisCase):
         super().setUp()
         self.server = RedisServer(self)
         self.queues, self.clients = [], []
+        self.patch_seconds(SharedQueue_TELL_MS=0)
 
     def queue(self, most=1, waiting=100, part=lambda most: 1):
         redis = self.client(self.server.url)
@@ -10935,14 +10961,36 @@ class SharedQueueTest(RedisCase):
         self.wait_until(3, 1)
         self.assertEqual(self.taken(), 4)
 
-    def test_what_redis_forgets_is_told_again(self):
+    def test_a_connection_that_is_cut_costs_no_slot(self):
         queue = self.queue(2)
-        queue.enter("a", 1)
+        ticket = queue.enter("a", 1)
         self.wait_until(1)
+        self.server.ask("CLIENT", "KILL", "TYPE", "normal")
+        self.wait_for(lambda: self.left and queue.redis.available)
+        queue.enter("b", 1)
+        self.wait_until(2)
+        self.assertEqual(self.taken(), 2)
+        ticket.leave()
+        self.wait_for(lambda: self.taken() == 1)
+
+    def test_slots_that_redis_forgets_are_told_again_and_nobody_has_more_than_its_part_before(self):
+        first, second = [self.queue(3, part=lambda most: 1) for _ in range(2)]
+        tickets = [first.enter("a", 1) for _ in range(3)]
+        self.wait_until(3, 0)
+        self.patch_seconds(SharedQueue_TELL_MS=60_000)
         self.server.ask("FLUSHALL")
-        queue.renew_at = 0
-        queue.beat()
-        self.wait_for(self.taken)
+        for _ in range(2):
+            second.enter("b", 1)
+        self.wait_until(3, 1)
+        first.renew_at = 0
+        first.beat()
+        self.wait_for(lambda: self.taken() == 4)
+        for ticket in tickets[:2]:
+            ticket.leave()
+        self.rest()
+        self.assertEqual(self.running(), [1, 1])
+        self.patch_seconds(SharedQueue_TELL_MS=0)
+        self.wait_until(1, 2)
 
     def test_who_finds_no_slot_waits_only_where_it_may(self):
         queue = self.queue(1, waiting=0)
@@ -11213,16 +11261,19 @@ class SharedStoredTest(ProxyCase):
         body = b'{"background": true, "max_output_tokens": 500}'
         self.ask_at(0, "POST", "/v1/responses", body, key="sk-a")
         used = {"input_tokens": 20, "output_tokens": 3}
-        for place, told, left in self.each((
-                (1, {"status": "queued"}, 500), (0, {"usage": None}, 500),
-                (1, {"usage": used}, 977),
-                (0, {"usage": used}, 977))):
+        in_time = llm_proxy.Redis.ANSWER_SECONDS
+        for place, told, left, seconds in self.each((
+                (1, {"status": "queued"}, 500, in_time), (0, {"usage": None}, 500, in_time),
+                (1, {"usage": used}, 500, 0),  # Redis has not told of the bill in time
+                (1, {"usage": used}, 977, in_time), (0, {"usage": used}, 977, in_time))):
             wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 977, "the bill")
+            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
             self.stub.answer = says_json(told)
-            self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
+            with mock.patch.object(self.proxies[place].redis, "ANSWER_SECONDS", seconds):
+                self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
             wait_for(lambda: [redis.ask("GET", name).split()[0] for name in redis.ask(
                 "KEYS", "*:b:*")] in ([b"%d" % left],), left)
-        self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
+        wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
 
     def test_without_redis_what_is_known_here_is_enough(self):
         redis = self.start_two()
@@ -15170,6 +15221,20 @@ class BenchTest(ProcessCase):
         wait_for(lambda: list(pathlib.Path(folder).glob("*/*.db")), "the proxy's files")
         code, _, err = process.stop().finish()
         self.assertEqual((code, err, os.listdir(folder)), (1, "", []))
+
+    def test_a_selftest_that_is_killed_leaves_no_proxy(self):
+        folder = pathlib.Path(new_path(self))
+        process = self.command("selftest", TMPDIR=folder)
+        database, = wait_for(lambda: list(folder.glob("*/*.db")), "the proxy's files")
+
+        def is_used():
+            try:
+                llm_proxy.lock_for_service(database).close()
+            except llm_proxy.InUse:
+                return True
+        self.assertTrue(is_used())
+        process.process.kill()
+        wait_for(lambda: not is_used(), "the end of the proxy")
 
 
 class CommandsTest(ProcessCase):
