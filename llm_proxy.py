@@ -4131,21 +4131,22 @@ class Call:
         return self.limit
 
     def find_output_limit(self):
-        limits, outputs = [], 1
+        limits, answers, prompts = [], 1, 1
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
                 limits.append(math.inf if value < 0 else value)
-            elif value > outputs:
-                outputs = value
-        most = max(limits, default=None)
-        if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
-            most = sum(limits)  # it may be a batch of calls, or have no output
-        prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
-        for name in prompts.intersection(self.payload):
+            elif value > answers:
+                answers = value
+        names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
+        for name in names.intersection(self.payload):
             many = self.payload[name]
             if type(many) is list and many and type(many[0]) in (str, list, dict):
-                outputs *= len(many)
-        return most if most != math.inf else None, outputs
+                prompts *= len(many)
+        most = max(limits, default=None)
+        if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
+            # It may be a batch of calls, each prompt have a limit of its own, or have no output.
+            most = max(most or 0, sum(limits) / prompts)
+        return None if most in (None, math.inf) else math.ceil(most), answers * prompts
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
@@ -4459,7 +4460,7 @@ CONTAINED_TOOL = re.compile(rb'"(?:code_execution|web_search|web_fetch)_[0-9]{8}
 HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
-    results delta""".split()
+    results delta content_block""".split()
 
 
 def may_refer(data):
@@ -4648,9 +4649,9 @@ class Dialect:
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
-        meta_info meta tokens billed_units metrics details
+        meta_info meta tokens billed_units metrics details predictions embeddings statistics
         inlinedResponses amazon-bedrock-invocationMetrics""".split()
-    ANSWERS = ("results", "inlinedResponses")  # each to a prompt of its own
+    ANSWERS = ("results", "predictions", "inlinedResponses")  # each to a prompt of its own
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
@@ -4661,7 +4662,7 @@ class Dialect:
             total_output_tokens candidatesTokenCount completionTokens output_token_count
             generated_token_count generated_tokens generation_token_count outputTokenCount
             tokenCount""",
-        "total": "total_tokens totalTokens totalTokenCount",
+        "total": "total_tokens totalTokens totalTokenCount token_count",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
         "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
@@ -5439,6 +5440,7 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
+    ANSWERS = ("predictions", "inlinedResponses")  # a stream without events is an array
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
     PARSED = {
@@ -5474,11 +5476,6 @@ class Gemini(Google):
 
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
-
-    def parts(self, payload):
-        """A stream without events is an array, of which the last object tells all."""
-        found = super().parts(payload)
-        return {**found, "results": found.get("results", [])[-1:]}
 
     def number(self, one, place):
         """The parts of an event go on where those of the one before ended, of thoughts and of
@@ -5848,6 +5845,10 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
+# How a list of answers begins, or goes on in lines, and what stands between two of them
+LIST_BEGIN = re.compile(rb'\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
+NEXT_LINE = re.compile(rb"\}\s*\{")
+SEPARATOR = re.compile(r"[\s,]*")
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
@@ -5991,7 +5992,8 @@ class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
     caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
-    for the last events; of a line or JSON above MAX_LINE only the end is kept."""
+    for the last events; of a line or JSON above MAX_LINE only the end is kept, and
+    in a list of an answer above MAX_UNPACKED."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
@@ -6004,6 +6006,7 @@ class UsageReader:
     model: Optional[str] = None    # the one that served, where the response says so,
     tier: Optional[str] = None     # and how
     counts: JsonObject = {}        # which is not changed, but replaced
+    listed = ""           # the key of a list of answers, which it is
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
@@ -6073,8 +6076,11 @@ class UsageReader:
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
         data = b"".join(self.pieces)
-        end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
-        if len(data) - end > self.MAX_LINE:
+        if self.streamed:
+            end = begin_of_line(data, len(data) - self.LAST_EVENTS)
+        else:
+            end = self.end_of_answers(data)
+        if len(data) - end > (self.MAX_UNPACKED if self.listed else self.MAX_LINE):
             if not self.streamed and not self.cut:
                 self.note(self.front(data))
             self.cut = True
@@ -6088,6 +6094,31 @@ class UsageReader:
         self.pieces = [data[end:]]
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
+
+    def end_of_answers(self, data):
+        """Notes what each answer in a list tells; returns where the first begins that is not
+        whole, 0 where this is no list."""
+        at = 0
+        if not self.listed:
+            begin = LIST_BEGIN.match(data)
+            at = begin.end() if begin else 0
+            if begin or NEXT_LINE.search(data):
+                self.listed = begin and begin[1] and begin[1].decode() or "results"
+        if not self.listed or self.cut or is_too_complex(data):
+            return 0
+        text = data.decode("latin-1")  # each byte is a character
+        with contextlib.suppress(ValueError):
+            while True:
+                payload, end = PLAIN_JSON.raw_decode(text, at)
+                self.note_answer(payload)
+                at = SEPARATOR.match(text, end).end()
+        return at
+
+    def note_answer(self, payload):
+        if type(payload) is dict:
+            join = operator.add if self.listed in self.dialect.ANSWERS else max
+            self.counts = merged(self.counts, self.dialect.counts_in(payload), join)
+            self.note_server(payload)
 
     def front(self, data: bytes) -> JsonObject:
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
@@ -6156,7 +6187,7 @@ class UsageReader:
         framing = self.dialect.events
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
-                not may_be_fault(last)):
+                last.find(b"{") >= 0 and not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
         lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
@@ -6166,8 +6197,8 @@ class UsageReader:
             payload = object_in(found)
             if NAMED_FAULT.search(event):
                 self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
-            if found.strip() == LAST_DATA:
-                self.closed = True
+            if found.strip() == LAST_DATA:  # which may be all that there is
+                self.closed = bool(self.density) or data.find(b"{") >= 0
             elif payload:
                 self.note_end(payload, found)
             else:
@@ -6193,7 +6224,7 @@ class UsageReader:
 
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
-        small = len(data) <= self.MAX_KEPT and not self.cut
+        small = len(data) <= self.MAX_KEPT and not (self.cut or self.listed)
         if small and not may_be_fault(data):
             self.usual = self.dialect.usual_usage(data, self.call.upstream_model)
             if self.usual:
@@ -6202,6 +6233,8 @@ class UsageReader:
         if not payload and EVENT_BEGIN.match(data):  # under another type
             self.streamed = True
             return self.read_events(data)
+        if not payload:
+            data = data[self.end_of_answers(data):]
         if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
@@ -8611,16 +8644,17 @@ class Stored:
 
 class NameReader:
     """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
-    first events that name something. `reader`, if any, sees it as well."""
+    first events that name something, or `of_all`. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
 
-    def __init__(self, reader, events, found):
+    def __init__(self, reader, events, found, of_all):
         """`events` is None where the response is no stream."""
         self.reader = reader
         self.events = events
         self.found = found
+        self.of_all = of_all
         self.kept: Optional[bytes] = b""
         self.tries = 0
 
@@ -8646,8 +8680,9 @@ class NameReader:
         pieces = self.events.cut(self.kept) if self.events else [self.kept]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
         names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
-        self.tries += 1
-        is_over = names or (self.events and self.tries >= self.MAX_TRIES)
+        if not self.of_all:
+            self.tries += 1
+        is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
         self.kept = None if is_over else pieces[-1]  # which may not be whole
         if names:
             self.found(names)
@@ -14211,8 +14246,15 @@ class ReplyParts:
 
 IDENTITY, PACKED, UNREADABLE = range(3)
 ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
-    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    **dict.fromkeys(["", *"identity none utf-8 utf8 binary 8bit 7bit".split()], IDENTITY),
     "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+
+
+def read_codings(text: str) -> int:
+    """Returns how a body is encoded (RFC 9110 8.4): once at most, where it can be read."""
+    codings = text.lower().split(",")
+    found = sum([ENCODINGS.get(name.strip(), UNREADABLE) for name in codings])
+    return min(found, UNREADABLE)
 
 
 class Reply:
@@ -14389,7 +14431,8 @@ class Reply:
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
-                adapter.reader, call.dialect.events if streamed else None, call.on_made)
+                adapter.reader, call.dialect.events if streamed else None, call.on_made,
+                streamed and call.endpoint == "messages")  # tools make files at any time
         try:
             self.first = adapter.feed(response.stream.take_all())
         except Malformed as failure:
@@ -14405,9 +14448,9 @@ class Reply:
 
     def find_kind(self, head, key):
         kind = head.get("content-type", "")
-        encoding = head.get("content-encoding", "").strip().lower()
+        encoding = read_codings(head.get("content-encoding", ""))
         streamed = self.call.dialect.is_stream(kind)
-        found = streamed, ENCODINGS.get(encoding, UNREADABLE), self.may_tell_usage(kind, streamed)
+        found = streamed, encoding, self.may_tell_usage(kind, streamed)
         head.cache[key] = found
         return found
 
@@ -15241,6 +15284,8 @@ class Proxy:
                 return
             usage = bill.seen_usage(reader.model)
         del self.stored.bills[name]
+        if usage.estimated and bill.call.endpoint == UNKNOWN and not reader.fault:
+            return  # a batch has no text, and what it used is not less than was held
         self.charge_bill(entry, bill, usage)
 
     def charge_bill(self, entry, bill, usage):
