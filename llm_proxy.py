@@ -5753,7 +5753,7 @@ class Dialects:
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
-        if endpoint and query:
+        if query and (endpoint or stored):  # whose usage may be owed for
             query = without(MASK, query)
         return dialect, endpoint, path, query, prefix, stored
 
@@ -5847,7 +5847,7 @@ class Dialects:
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # How a list of answers begins, or goes on in lines, and what stands between two of them
 LIST_BEGIN = re.compile(rb'\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
-NEXT_LINE = re.compile(rb"\}\s*\{")
+NEXT_LINE = re.compile(rb"\}\r?\n\{")  # such a line end stands in no string
 SEPARATOR = re.compile(r"[\s,]*")
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
@@ -14246,7 +14246,7 @@ class ReplyParts:
 
 IDENTITY, PACKED, UNREADABLE = range(3)
 ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
-    **dict.fromkeys(["", *"identity none utf-8 utf8 binary 8bit 7bit".split()], IDENTITY),
+    **dict.fromkeys(["", *"identity none utf-8 utf8 binary 8bit 7bit chunked".split()], IDENTITY),
     "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
 
 
@@ -15219,7 +15219,7 @@ class Proxy:
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
-            return self.await_usage(call, hold)
+            return self.await_usage(call, hold, reader)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
@@ -15257,11 +15257,12 @@ class Proxy:
         return not reader or reader.running or (
             usage.estimated and not self.told_usage(entry, ending)[1])
 
-    def await_usage(self, call, hold):
+    def await_usage(self, call, hold, reader):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
         hold.settle(hold.costs)
         if call.made:
-            self.stored.owe(call.made[0], Bill(hold, call))
+            seen = reader.output_characters() if reader else 0
+            self.stored.owe(call.made[0], Bill(hold, call, seen))
 
     @staticmethod
     def told_usage(entry, ending):
@@ -15341,12 +15342,12 @@ class Proxy:
         upstreams take a_b for a-b."""
         own_key = upstream.key == PASSTHROUGH
         passed = self.config.pass_headers or ()
-        dropped = [self.callers.caller_header]
+        dropped = [self.callers.caller_header, Dialect.MASK_FIELD]
         if self.traces:
             dropped += Trace.replaced(request)
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
-            dropped += ["content-encoding", Dialect.MASK_FIELD]
+            dropped.append("content-encoding")
         if not REQUEST_ID.fullmatch(request.get("x-request-id", "")):
             dropped.append("x-request-id")
         dropped += [name for name in request.lines if "_" in name or not (

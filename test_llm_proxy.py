@@ -11375,6 +11375,21 @@ class SettlingTest(LedgerCase):
             client.read("GET")
             self.assert_ending("ok", 1000 - 23, 1)
 
+    def test_a_stream_in_the_background_that_is_cancelled_costs_what_it_had_said(self):
+        begun = events({"type": "response.created", "response": {"id": "resp_1"}}, {
+            "type": "response.output_text.delta", "delta": "x" * 400})
+        self.start(None)
+        body = b'{"background": true, "stream": true, "max_output_tokens": 500}'
+        client, asked = self.ask_stub(request("POST", "/v1/responses", body))
+        asked.stream(begun)
+        client.head()
+        client.expect(begun)
+        client.close()
+        self.assert_ending("caller_gone", 500)
+        self.stub.answer = says_json({"id": "resp_1", "status": "cancelled", "usage": None})
+        self.ask(request("GET", "/v1/responses/resp_1"))
+        self.assert_left(900)
+
     def test_a_debt_is_waited_for(self):
         self.start(says(completion(1009, 1)), REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
         self.ask(call(max_tokens=1))
@@ -11436,6 +11451,10 @@ class SettlingTest(LedgerCase):
             asked = self.stub.last
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
+        path = "/v1beta/interactions/i"  # what is owed for it would not be told
+        self.ask(request("GET", path + "?$fields=status", b"", "X-Goog-FieldMask: status"))
+        self.assertEqual(self.stub.last.target, path)
+        self.assertNotIn(b"fieldmask", self.stub.last.head.lower())
 
     def test_no_query_makes_a_free_request_another_one(self):
         self.start()
@@ -11456,7 +11475,7 @@ class SettlingTest(LedgerCase):
         self.start(sends(head + chunk(packed[:20]) + chunk(packed[20:]) + LAST, close=False))
         self.assertEqual(self.ask(call(stream=True)).body, packed)
         self.assert_ending("ok", 1000 - 24)
-        names = ("none", "utf-8", "Identity", "gzip", "deflate", "binary", "8bit", "7BIT", "x-gzip",
+        names = ("none", "utf-8", "Identity", "gzip", "deflate", "binary", "8bit", "7BIT", "chunked",
                  "identity, identity", "identity,gzip", "deflate , Identity")
         for number, name in enumerate(self.each(names)):
             body = completion(20, 4)
