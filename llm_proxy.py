@@ -3325,7 +3325,7 @@ class CostEstimator:
         habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         output = math.ceil(source.output_characters() / ratio) if source else 0
-        if source and (whole or source.ended):
+        if source and (whole or source.ended) and not source.lost:
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
@@ -5846,9 +5846,12 @@ class Dialects:
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # How a list of answers begins, or goes on in lines, and what stands between two of them
-LIST_BEGIN = re.compile(rb'\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
+LIST_BEGIN = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
 NEXT_LINE = re.compile(rb"\}\r?\n\{")  # such a line end stands in no string
 SEPARATOR = re.compile(r"[\s,]*")
+# The keys of an object without escapes
+FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"\\]*)"\s*:\s*')
+NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
@@ -6006,13 +6009,14 @@ class UsageReader:
     model: Optional[str] = None    # the one that served, where the response says so,
     tier: Optional[str] = None     # and how
     counts: JsonObject = {}        # which is not changed, but replaced
+    lost = False          # how much text it held is not known
     listed = ""           # the key of a list of answers, which it is
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
-    density = None
+    density = 0.0
 
     def __init__(self, call, streamed, readable, packed=False):
         """`readable`: it can be read, but for what is `packed`."""
@@ -6083,12 +6087,14 @@ class UsageReader:
         if len(data) - end > (self.MAX_UNPACKED if self.listed else self.MAX_LINE):
             if not self.streamed and not self.cut:
                 self.note(self.front(data))
+                self.lost = self.endpoint not in NO_TEXT
+                self.final = False if self.listed else self.final
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
-        if passed and self.density is None:
+        if passed and not self.density:
             self.density = self.count_characters(passed) / end
-        self.characters += round(end * (self.density or 0))
+        self.characters += round(end * self.density)
         if self.streamed:
             self.scan_for_usage(passed)
         self.pieces = [data[end:]]
@@ -6121,14 +6127,18 @@ class UsageReader:
             self.note_server(payload)
 
     def front(self, data: bytes) -> JsonObject:
-        """Returns what is of use in the beginning of JSON that is too large to be kept."""
-        data, found = data[:self.MAX_KEPT], {}
-        for key in (self.dialect.usage_key, "model"):
-            start = value_start(data, key)
-            if start >= 0 and not is_too_complex(data):
-                with contextlib.suppress(ValueError):
-                    text = data[start:].decode("utf-8", "replace")
-                    found[key] = PLAIN_JSON.raw_decode(text)[0]
+        """Returns the values that are whole at the beginning of an object that is too large to be
+        kept."""
+        text, found = data[:self.MAX_KEPT].decode("utf-8", "replace"), {}
+        if is_too_complex(data[:self.MAX_KEPT]):
+            return found
+        step = FIRST_KEY.match(text)
+        with contextlib.suppress(ValueError):
+            while step:
+                value, end = PLAIN_JSON.raw_decode(text, step.end())
+                key, step = step[1], NEXT_KEY.match(text, end)
+                if step:
+                    found[key] = value
         return found
 
     def scan_for_usage(self, data):
@@ -6198,7 +6208,7 @@ class UsageReader:
             if NAMED_FAULT.search(event):
                 self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
             if found.strip() == LAST_DATA:  # which may be all that there is
-                self.closed = bool(self.density) or data.find(b"{") >= 0
+                self.closed = self.density > 0 or data.find(b"{") >= 0
             elif payload:
                 self.note_end(payload, found)
             else:
@@ -6235,19 +6245,16 @@ class UsageReader:
             return self.read_events(data)
         if not payload:
             data = data[self.end_of_answers(data):]
-        if not payload and self.dialect.USAGE_MARK in data:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
-                payload = {**self.front(data), **payload} if payload else (
-                    object_in(data))
+                is_within = not payload and self.dialect.USAGE_MARK in data
+                payload = object_in(data) if is_within else {**self.front(data), **payload}
         if payload:
             self.note_json(payload, data)
 
     def note_json(self, payload, data):
-        found = self.dialect.counts_in(payload)
-        self.counts = merged(self.counts, found) if self.counts else found
-        self.note_server(payload)
+        self.note_answer(payload)
         state = payload.get("status")
         self.closed = str(state).lower() in self.dialect.LAST_STATES
         self.running = type(state) is str and not self.closed
@@ -6307,7 +6314,9 @@ class UsageReader:
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
-        if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
+        is_read = self.readable and (
+            self.streamed or self.listed or WHOLE_JSON.fullmatch(data))
+        if not is_read:
             return len(data)
         return self.dialect.output_characters(data, self.endpoint, self.streamed)
 
@@ -15215,7 +15224,8 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome or (
+            reader and reader.lost) else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):

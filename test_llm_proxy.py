@@ -4122,6 +4122,20 @@ class UsageReaderTest(ProxyCase):
             self.assertLess(sum(map(len, self.reader.pieces)), most)
             self.assertEqual(characters, expected)
 
+    def test_what_is_not_told_of_a_text_too_large_to_be_kept_costs_what_was_held(self):
+        counts = {"tokens_predicted": 40, "tokens_evaluated": 3}
+        large = {"probs": ["x" * 900_000]}
+        for size, told, charged in self.each((
+                (1, {**counts, **large}, 43), (1, {"x": "\u00e4", **counts, **large}, 43),
+                (1, {**large, **counts}, 503), (1, {"x": "x" * 20_000, **counts, **large}, 503),
+                (1, {**counts, "probs": ["x"] * 9000}, 43), (5, {**counts, **large}, 215),
+                (5, {"probs": ["x" * 2_000_000], **counts}, 2503))):
+            self.start(says_json([told] * size if size > 1 else told), MAX_TOKENS=9000,
+                       TOKEN_COST_MODE="usage")
+            body = {"prompt": ["four char"] * size, "n_predict": 500}
+            self.ask(request("POST", "/completion", json.dumps(body).encode()))
+            self.assertLessEqual(abs(9000 - self.left() - charged), 3 * size)
+
     def test_what_is_said_in_chunks_is_counted_as_a_parser_would(self):
         said = ["hello", "", "\n\t\"\\", "ä€\U0001f600", '"content": "x"', "\x7f", "a" * 1000]
         odd = json.loads(r"""[
