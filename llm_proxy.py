@@ -3325,7 +3325,10 @@ class CostEstimator:
         habits = self.habits(call).of(caller)
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         output = math.ceil(source.output_characters() / ratio) if source else 0
-        if source and (whole or source.ended) and not source.lost:
+        if source and source.lost and self.needs_estimate:
+            limit, outputs = call.output_limit()
+            output = (self.reserve if limit is None else limit) * outputs
+        elif source and (whole or source.ended):
             output = math.ceil(output / (1 - habits.hidden))
         else:
             output = max(output, held)
@@ -15224,8 +15227,7 @@ class Proxy:
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
         # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome or (
-            reader and reader.lost) else 0
+        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
