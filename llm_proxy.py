@@ -3270,7 +3270,7 @@ class CostEstimator:
         prompt = self.tokens_of(length, own.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
-            peak = own.peak or habits.usual.peak or self.last_peak(caller)
+            peak = habits.peak(caller) or self.last_peak(caller)
             if peak > output:
                 held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
@@ -3323,23 +3323,24 @@ class CostEstimator:
                 self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
-        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
-        output = math.ceil(source.output_characters() / ratio) if source else 0
-        if source and source.lost and self.needs_estimate:
-            limit, outputs = call.output_limit()
-            output = (self.reserve if limit is None else limit) * outputs
-        elif source and (whole or source.ended):
-            output = math.ceil(output / (1 - habits.hidden))
-        else:
-            output = max(output, held)
-        reported = reported or self.unreported(call, habits, source)
-        return reported._replace(output=max(reported.output, output), estimated=True)
+        used = reported or Usage(
+            self.estimated_input(call, habits), model=source and source.model,
+            tiers=(source.tier,) if source and source.tier else ())
+        output = self.output_seen(call, habits, source, whole, held)
+        return used._replace(output=max(used.output, output), estimated=True)
 
-    def unreported(self, call, habits, source):
-        used = Usage(self.estimated_input(call, habits))
-        if source is None:
-            return used
-        return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
+    def output_seen(self, call, habits, source, whole, held):
+        """Returns the tokens of the text that came, and of what its model hides."""
+        if not source:
+            return held
+        if source.lost and self.needs_estimate:
+            limit, outputs = call.output_limit()
+            return (self.reserve if limit is None else limit) * outputs
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
+        output = math.ceil(source.output_characters() / ratio)
+        if whole or source.ended:
+            return math.ceil(output / (1 - habits.hidden))
+        return max(output, held)
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -5998,8 +5999,8 @@ class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
     caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
-    for the last events; of a line or JSON above MAX_LINE only the end is kept, and
-    in a list of an answer above MAX_UNPACKED."""
+    for the last events; of a line or JSON above MAX_LINE only the end is kept, and in a list of an
+    answer above MAX_UNPACKED."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
@@ -8692,8 +8693,7 @@ class NameReader:
         pieces = self.events.cut(self.kept) if self.events else [self.kept]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
         names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
-        if not self.of_all:
-            self.tries += 1
+        self.tries += not self.of_all
         is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
         self.kept = None if is_over else pieces[-1]  # which may not be whole
         if names:

@@ -11510,8 +11510,8 @@ class SettlingTest(LedgerCase):
         self.start(sends(head + chunk(packed[:20]) + chunk(packed[20:]) + LAST, close=False))
         self.assertEqual(self.ask(call(stream=True)).body, packed)
         self.assert_ending("ok", 1000 - 24)
-        names = ("none", "utf-8", "Identity", "gzip", "deflate", "binary", "8bit", "7BIT", "chunked",
-                 "identity, identity", "identity,gzip", "deflate , Identity")
+        names = ("none|utf-8|Identity|gzip|deflate|binary|8bit|7BIT|chunked|identity, identity"
+                 "|identity,gzip|deflate , Identity").split("|")
         for number, name in enumerate(self.each(names)):
             body = completion(20, 4)
             body = gzip.compress(body) if "gzip" in name else (
