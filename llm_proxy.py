@@ -3269,7 +3269,7 @@ class CostEstimator:
         prompt = self.tokens_of(length, own.input_ratio or CHARACTERS_PER_TOKEN)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
-            peak = own.peak or habits.usual.peak or self.last_peak(caller)
+            peak = habits.peak(caller) or self.last_peak(caller)
             if peak > output:
                 held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
@@ -3322,20 +3322,24 @@ class CostEstimator:
                 self.learn(call, caller, reported, source)
             return reported
         habits = self.habits(call).of(caller)
-        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
-        output = math.ceil(source.output_characters() / ratio) if source else 0
-        if source and (whole or source.ended):
-            output = math.ceil(output / (1 - habits.hidden))
-        else:
-            output = max(output, held)
-        reported = reported or self.unreported(call, habits, source)
-        return reported._replace(output=max(reported.output, output), estimated=True)
+        used = reported or Usage(
+            self.estimated_input(call, habits), model=source and source.model,
+            tiers=(source.tier,) if source and source.tier else ())
+        output = self.output_seen(call, habits, source, whole, held)
+        return used._replace(output=max(used.output, output), estimated=True)
 
-    def unreported(self, call, habits, source):
-        used = Usage(self.estimated_input(call, habits))
-        if source is None:
-            return used
-        return used._replace(model=source.model, tiers=(source.tier,) if source.tier else ())
+    def output_seen(self, call, habits, source, whole, held):
+        """Returns the tokens of the text that came, and of what its model hides."""
+        if not source:
+            return held
+        if source.lost and self.needs_estimate:
+            limit, outputs = call.output_limit()
+            return (self.reserve if limit is None else limit) * outputs
+        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
+        output = math.ceil(source.output_characters() / ratio)
+        if whole or source.ended:
+            return math.ceil(output / (1 - habits.hidden))
+        return max(output, held)
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -4130,21 +4134,22 @@ class Call:
         return self.limit
 
     def find_output_limit(self):
-        limits, outputs = [], 1
+        limits, answers, prompts = [], 1, 1
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
                 limits.append(math.inf if value < 0 else value)
-            elif value > outputs:
-                outputs = value
-        most = max(limits, default=None)
-        if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
-            most = sum(limits)  # it may be a batch of calls, or have no output
-        prompts = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
-        for name in prompts.intersection(self.payload):
+            elif value > answers:
+                answers = value
+        names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
+        for name in names.intersection(self.payload):
             many = self.payload[name]
             if type(many) is list and many and type(many[0]) in (str, list, dict):
-                outputs *= len(many)
-        return most if most != math.inf else None, outputs
+                prompts *= len(many)
+        most = max(limits, default=None)
+        if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
+            # It may be a batch of calls, each prompt have a limit of its own, or have no output.
+            most = max(most or 0, sum(limits) / prompts)
+        return None if most in (None, math.inf) else math.ceil(most), answers * prompts
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
@@ -4458,7 +4463,7 @@ CONTAINED_TOOL = re.compile(rb'"(?:code_execution|web_search|web_fetch)_[0-9]{8}
 HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
-    results delta""".split()
+    results delta content_block""".split()
 
 
 def may_refer(data):
@@ -4647,9 +4652,9 @@ class Dialect:
     # The parts of a response or an event in which usage may stand: they hold no caller's words. Of
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
-        meta_info meta tokens billed_units metrics details
+        meta_info meta tokens billed_units metrics details predictions embeddings statistics
         inlinedResponses amazon-bedrock-invocationMetrics""".split()
-    ANSWERS = ("results", "inlinedResponses")  # each to a prompt of its own
+    ANSWERS = ("results", "predictions", "inlinedResponses")  # each to a prompt of its own
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, names in {
         "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
@@ -4660,7 +4665,7 @@ class Dialect:
             total_output_tokens candidatesTokenCount completionTokens output_token_count
             generated_token_count generated_tokens generation_token_count outputTokenCount
             tokenCount""",
-        "total": "total_tokens totalTokens totalTokenCount",
+        "total": "total_tokens totalTokens totalTokenCount token_count",
         "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
             cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
         "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
@@ -5438,6 +5443,7 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
+    ANSWERS = ("predictions", "inlinedResponses")  # a stream without events is an array
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
     PARSED = {
@@ -5473,11 +5479,6 @@ class Gemini(Google):
 
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
-
-    def parts(self, payload):
-        """A stream without events is an array, of which the last object tells all."""
-        found = super().parts(payload)
-        return {**found, "results": found.get("results", [])[-1:]}
 
     def number(self, one, place):
         """The parts of an event go on where those of the one before ended, of thoughts and of
@@ -5755,7 +5756,7 @@ class Dialects:
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
-        if endpoint and query:
+        if query and (endpoint or stored):  # whose usage may be owed for
             query = without(MASK, query)
         return dialect, endpoint, path, query, prefix, stored
 
@@ -5847,6 +5848,13 @@ class Dialects:
 
 
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
+# How a list of answers begins, or goes on in lines, and what stands between two of them
+LIST_BEGIN = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
+NEXT_LINE = re.compile(rb"\}\r?\n\{")  # such a line end stands in no string
+SEPARATOR = re.compile(r"[\s,]*")
+# The keys of an object without escapes
+FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"\\]*)"\s*:\s*')
+NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
@@ -5990,7 +5998,8 @@ class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
     caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
-    for the last events; of a line or JSON above MAX_LINE only the end is kept."""
+    for the last events; of a line or JSON above MAX_LINE only the end is kept, and in a list of an
+    answer above MAX_UNPACKED."""
     MAX_KEPT = 1 << 14
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
@@ -6003,12 +6012,14 @@ class UsageReader:
     model: Optional[str] = None    # the one that served, where the response says so,
     tier: Optional[str] = None     # and how
     counts: JsonObject = {}        # which is not changed, but replaced
+    lost = False          # how much text it held is not known
+    listed = ""           # the key of a list of answers, which it is
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
-    density = None
+    density = 0.0
 
     def __init__(self, call, streamed, readable, packed=False):
         """`readable`: it can be read, but for what is `packed`."""
@@ -6072,31 +6083,65 @@ class UsageReader:
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
         data = b"".join(self.pieces)
-        end = begin_of_line(data, len(data) - self.LAST_EVENTS) if self.streamed else 0
-        if len(data) - end > self.MAX_LINE:
+        if self.streamed:
+            end = begin_of_line(data, len(data) - self.LAST_EVENTS)
+        else:
+            end = self.end_of_answers(data)
+        if len(data) - end > (self.MAX_UNPACKED if self.listed else self.MAX_LINE):
             if not self.streamed and not self.cut:
                 self.note(self.front(data))
+                self.lost = self.endpoint not in NO_TEXT
+                self.final = False if self.listed else self.final
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
-        if passed and self.density is None:
+        if passed and not self.density:
             self.density = self.count_characters(passed) / end
-        self.characters += round(end * (self.density or 0))
+        self.characters += round(end * self.density)
         if self.streamed:
             self.scan_for_usage(passed)
         self.pieces = [data[end:]]
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
+    def end_of_answers(self, data):
+        """Notes what each answer in a list tells; returns where the first begins that is not
+        whole, 0 where this is no list."""
+        at = 0
+        if not self.listed:
+            begin = LIST_BEGIN.match(data)
+            at = begin.end() if begin else 0
+            if begin or NEXT_LINE.search(data):
+                self.listed = begin and begin[1] and begin[1].decode() or "results"
+        if not self.listed or self.cut or is_too_complex(data):
+            return 0
+        text = data.decode("latin-1")  # each byte is a character
+        with contextlib.suppress(ValueError):
+            while True:
+                payload, end = PLAIN_JSON.raw_decode(text, at)
+                self.note_answer(payload)
+                at = SEPARATOR.match(text, end).end()
+        return at
+
+    def note_answer(self, payload):
+        if type(payload) is dict:
+            join = operator.add if self.listed in self.dialect.ANSWERS else max
+            self.counts = merged(self.counts, self.dialect.counts_in(payload), join)
+            self.note_server(payload)
+
     def front(self, data: bytes) -> JsonObject:
-        """Returns what is of use in the beginning of JSON that is too large to be kept."""
-        data, found = data[:self.MAX_KEPT], {}
-        for key in (self.dialect.usage_key, "model"):
-            start = value_start(data, key)
-            if start >= 0 and not is_too_complex(data):
-                with contextlib.suppress(ValueError):
-                    text = data[start:].decode("utf-8", "replace")
-                    found[key] = PLAIN_JSON.raw_decode(text)[0]
+        """Returns the values that are whole at the beginning of an object that is too large to be
+        kept."""
+        text, found = data[:self.MAX_KEPT].decode("utf-8", "replace"), {}
+        if is_too_complex(data[:self.MAX_KEPT]):
+            return found
+        step = FIRST_KEY.match(text)
+        with contextlib.suppress(ValueError):
+            while step:
+                value, end = PLAIN_JSON.raw_decode(text, step.end())
+                key, step = step[1], NEXT_KEY.match(text, end)
+                if step:
+                    found[key] = value
         return found
 
     def scan_for_usage(self, data):
@@ -6155,7 +6200,7 @@ class UsageReader:
         framing = self.dialect.events
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
-                not may_be_fault(last)):
+                last.find(b"{") >= 0 and not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
         lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
@@ -6165,8 +6210,8 @@ class UsageReader:
             payload = object_in(found)
             if NAMED_FAULT.search(event):
                 self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
-            if found.strip() == LAST_DATA:
-                self.closed = True
+            if found.strip() == LAST_DATA:  # which may be all that there is
+                self.closed = self.density > 0 or data.find(b"{") >= 0
             elif payload:
                 self.note_end(payload, found)
             else:
@@ -6192,7 +6237,7 @@ class UsageReader:
 
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
-        small = len(data) <= self.MAX_KEPT and not self.cut
+        small = len(data) <= self.MAX_KEPT and not (self.cut or self.listed)
         if small and not may_be_fault(data):
             self.usual = self.dialect.usual_usage(data, self.call.upstream_model)
             if self.usual:
@@ -6201,19 +6246,18 @@ class UsageReader:
         if not payload and EVENT_BEGIN.match(data):  # under another type
             self.streamed = True
             return self.read_events(data)
-        if not payload and self.dialect.USAGE_MARK in data:
+        if not payload:
+            data = data[self.end_of_answers(data):]
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
-                payload = {**self.front(data), **payload} if payload else (
-                    object_in(data))
+                is_within = not payload and self.dialect.USAGE_MARK in data
+                payload = object_in(data) if is_within else {**self.front(data), **payload}
         if payload:
             self.note_json(payload, data)
 
     def note_json(self, payload, data):
-        found = self.dialect.counts_in(payload)
-        self.counts = merged(self.counts, found) if self.counts else found
-        self.note_server(payload)
+        self.note_answer(payload)
         state = payload.get("status")
         self.closed = str(state).lower() in self.dialect.LAST_STATES
         self.running = type(state) is str and not self.closed
@@ -6273,7 +6317,9 @@ class UsageReader:
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
-        if not self.readable or not (self.streamed or WHOLE_JSON.fullmatch(data)):
+        is_read = self.readable and (
+            self.streamed or self.listed or WHOLE_JSON.fullmatch(data))
+        if not is_read:
             return len(data)
         return self.dialect.output_characters(data, self.endpoint, self.streamed)
 
@@ -8609,16 +8655,17 @@ class Stored:
 
 class NameReader:
     """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
-    first events that name something. `reader`, if any, sees it as well."""
+    first events that name something, or `of_all`. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
     FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
 
-    def __init__(self, reader, events, found):
+    def __init__(self, reader, events, found, of_all):
         """`events` is None where the response is no stream."""
         self.reader = reader
         self.events = events
         self.found = found
+        self.of_all = of_all
         self.kept: Optional[bytes] = b""
         self.tries = 0
 
@@ -8644,8 +8691,8 @@ class NameReader:
         pieces = self.events.cut(self.kept) if self.events else [self.kept]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
         names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
-        self.tries += 1
-        is_over = names or (self.events and self.tries >= self.MAX_TRIES)
+        self.tries += not self.of_all
+        is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
         self.kept = None if is_over else pieces[-1]  # which may not be whole
         if names:
             self.found(names)
@@ -14321,8 +14368,15 @@ class ReplyParts:
 
 IDENTITY, PACKED, UNREADABLE = range(3)
 ENCODINGS = {  # of responses; of the first ones some servers do not know that they are none
-    "": IDENTITY, "identity": IDENTITY, "none": IDENTITY, "utf-8": IDENTITY, "utf8": IDENTITY,
+    **dict.fromkeys(["", *"identity none utf-8 utf8 binary 8bit 7bit chunked".split()], IDENTITY),
     "gzip": PACKED, "x-gzip": PACKED, "deflate": PACKED}
+
+
+def read_codings(text: str) -> int:
+    """Returns how a body is encoded (RFC 9110 8.4): once at most, where it can be read."""
+    codings = text.lower().split(",")
+    found = sum([ENCODINGS.get(name.strip(), UNREADABLE) for name in codings])
+    return min(found, UNREADABLE)
 
 
 class Reply:
@@ -14499,7 +14553,8 @@ class Reply:
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
-                adapter.reader, call.dialect.events if streamed else None, call.on_made)
+                adapter.reader, call.dialect.events if streamed else None, call.on_made,
+                streamed and call.endpoint == "messages")  # tools make files at any time
         try:
             self.first = adapter.feed(response.stream.take_all())
         except Malformed as failure:
@@ -14515,9 +14570,9 @@ class Reply:
 
     def find_kind(self, head, key):
         kind = head.get("content-type", "")
-        encoding = head.get("content-encoding", "").strip().lower()
+        encoding = read_codings(head.get("content-encoding", ""))
         streamed = self.call.dialect.is_stream(kind)
-        found = streamed, ENCODINGS.get(encoding, UNREADABLE), self.may_tell_usage(kind, streamed)
+        found = streamed, encoding, self.may_tell_usage(kind, streamed)
         head.cache[key] = found
         return found
 
@@ -15286,7 +15341,7 @@ class Proxy:
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
-            return self.await_usage(call, hold)
+            return self.await_usage(call, hold, reader)
         entry.usage = usage.with_others() if usage.others else usage
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
         estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
@@ -15324,11 +15379,12 @@ class Proxy:
         return not reader or reader.running or (
             usage.estimated and not self.told_usage(entry, ending)[1])
 
-    def await_usage(self, call, hold):
+    def await_usage(self, call, hold, reader):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
         hold.settle(hold.costs)
         if call.made:
-            self.stored.owe(call.made[0], Bill(hold, call))
+            seen = reader.output_characters() if reader else 0
+            self.stored.owe(call.made[0], Bill(hold, call, seen))
 
     @staticmethod
     def told_usage(entry, ending):
@@ -15351,6 +15407,8 @@ class Proxy:
                 return
             usage = bill.seen_usage(reader.model)
         del self.stored.bills[name]
+        if usage.estimated and bill.call.endpoint == UNKNOWN and not reader.fault:
+            return  # a batch has no text, and what it used is not less than was held
         self.charge_bill(entry, bill, usage)
 
     def charge_bill(self, entry, bill, usage):
@@ -15406,12 +15464,12 @@ class Proxy:
         upstreams take a_b for a-b."""
         own_key = upstream.key == PASSTHROUGH
         passed = self.config.pass_headers or ()
-        dropped = [self.callers.caller_header]
+        dropped = [self.callers.caller_header, Dialect.MASK_FIELD]
         if self.traces:
             dropped += Trace.replaced(request)
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
-            dropped += ["content-encoding", Dialect.MASK_FIELD]
+            dropped.append("content-encoding")
         if not REQUEST_ID.fullmatch(request.get("x-request-id", "")):
             dropped.append("x-request-id")
         dropped += [name for name in request.lines if "_" in name or not (

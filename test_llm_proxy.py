@@ -3415,6 +3415,9 @@ class PathsTest(ManyCase):
                 ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
                 ("estimate", {}, 311, {"sampling_params": {"max_new_tokens": 50, "n": 3},
                                        "text": ["a", "b"]}),
+                ("estimate", {}, 252, {"sampling_params": [{"max_new_tokens": 10, "n": 3},
+                                                           {"max_new_tokens": 40, "n": 3}],
+                                       "input_ids": [[1], [2]]}),
                 ("estimate", {}, 84, {"requests": [{"params": {"max_tokens": 35}}] * 2}),
                 ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
                 ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
@@ -3848,15 +3851,25 @@ class UsageReaderTest(ProxyCase):
         {"choices": [], "prompt_cache_hit_tokens": 7, "usage": "TOLD"},
         {"choices": [{"finish_reason": "stop", "cached_tokens": 7, "usage": "TOLD"}]}]""")
 
-    def test_answers_in_an_array_are_billed_together(self):
-        for endpoint, one, whole in self.each((
-                ("chat", '{"meta_info":{"prompt_tokens":5,"completion_tokens":2}}', "[%s,%s]"),
-                ("chat", '{"tokens_evaluated":5,"tokens_predicted":2}', "[%s,%s]"),
-                ("chat", '{"usage":{"prompt_tokens":5,"completion_tokens":2}}', "[%s,%s]"),
-                ("generate", '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}',
-                 '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}'))):
-            self.hear((whole % (one, one)).encode(), streamed=False, endpoint=endpoint)
-            self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(10, 4), True))
+    LISTED = [  # of answers, how each tells its usage
+        ('"meta_info":{"prompt_tokens":5,"completion_tokens":2}', 4),
+        ('"tokens_evaluated":5,"tokens_predicted":2', 4),
+        ('"usage":{"prompt_tokens":5,"completion_tokens":2}', 4),
+        ('"embeddings":{"statistics":{"token_count":5,"truncated":false}}', 0)]
+    LISTS = ["[%s,%s]", "[\n %s,\n %s\n]\n", "%s\n%s", "%s\r\n%s\r\n", '{"results":[%s,%s]}',
+             '{"predictions": [%s, %s], "metadata": {"input_tokens": 1}}']
+
+    def test_answers_in_a_list_are_billed_together_however_large_it_is(self):
+        for (told, output), whole, size in self.each(itertools.product(
+                self.LISTED, self.LISTS, (0, 9000, 300_000))):
+            one = '{"text":"%s",%s}' % ("x" * size, told)
+            found = self.hear((whole % (one, one)).encode(), 16384, streamed=False)
+            self.assertEqual(found[1:3], ((10, output), True))
+            self.assertLessEqual(abs(found[3] - 2 * size), size // 4)
+        one = '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}'
+        whole = '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}' % (one, one)
+        self.hear(whole.encode(), streamed=False, endpoint="generate")
+        self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(10, 4), True))
         one = '{"usage":{"prompt_tokens":5,"completion_tokens":2,"cost":%s}}'
         for text, tokens, usd in self.each((
                 ("[%s,%s]" % (one % 0.5, one % 0.3), (10, 4), 0.8),
@@ -3982,7 +3995,8 @@ class UsageReaderTest(ProxyCase):
             reader.feed(data)
             self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
             self.assertEqual(reader.fault, status)
-        for data in self.each([b"", b": ping\n\n"]):
+        for data in self.each([b"", b": ping\n\n", events("[DONE]"), events("[DONE]", "[DONE]"),
+                               b": ping\r\n\r\n" * 2000 + b"event: x\ndata:[DONE]\r\n\r\n"]):
             reader = self.new_reader()
             reader.feed(data)
             self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
@@ -4076,9 +4090,10 @@ class UsageReaderTest(ProxyCase):
             self.assertEqual(found, (data, (20, 4), True, 495))
 
     def test_a_stream_of_gemini_as_a_json_array_is_understood(self):
-        data = json.dumps(GEMINI_EVENTS).encode()
-        found = self.hear(data, 30, endpoint="generate", streamed=False)
-        self.assertEqual(found, (data, (25, 7), True, 9))
+        for step, size in self.each(((30, 0), (5000, 50_000))):
+            data = json.dumps([{"x": [0] * size}, *GEMINI_EVENTS]).encode()
+            found = self.hear(data, step, endpoint="generate", streamed=False)
+            self.assertEqual(found[:3], (data, (25, 7), True))
 
     def large_answers(self):
         """Rows: an answer, how much of it may be kept, characters of text, endpoint, streamed."""
@@ -4108,6 +4123,20 @@ class UsageReaderTest(ProxyCase):
             self.assertEqual((passed == data, found), (True, [(20, 4), True]))
             self.assertLess(sum(map(len, self.reader.pieces)), most)
             self.assertEqual(characters, expected)
+
+    def test_what_is_not_told_of_a_text_too_large_to_be_kept_costs_what_was_held(self):
+        counts = {"tokens_predicted": 40, "tokens_evaluated": 3}
+        large = {"probs": ["x" * 900_000]}
+        for size, told, charged in self.each((
+                (1, {**counts, **large}, 43), (1, {"x": "\u00e4", **counts, **large}, 43),
+                (1, {**large, **counts}, 503), (1, {"x": "x" * 20_000, **counts, **large}, 503),
+                (1, {**counts, "probs": ["x"] * 9000}, 43), (5, {**counts, **large}, 215),
+                (5, {"probs": ["x" * 2_000_000], **counts}, 2503))):
+            self.start(says_json([told] * size if size > 1 else told), MAX_TOKENS=9000,
+                       TOKEN_COST_MODE="usage")
+            body = {"prompt": ["four char"] * size, "n_predict": 500}
+            self.ask(request("POST", "/completion", json.dumps(body).encode()))
+            self.assertLessEqual(abs(9000 - self.left() - charged), 3 * size)
 
     def test_what_is_said_in_chunks_is_counted_as_a_parser_would(self):
         said = ["hello", "", "\n\t\"\\", "ä€\U0001f600", '"content": "x"', "\x7f", "a" * 1000]
@@ -7087,6 +7116,22 @@ class StoredTest(ManyCase):
             self.start(says_events(*told), **self.KEYS)
             self.post(path, {"stream": True, **body})
             self.assertEqual([self.post(path, asked, key).status for key in "ab"], [200, 404])
+
+    def test_an_event_in_the_midst_of_a_stream_names_the_files_that_a_tool_made(self):
+        files = [[{"type": "bash_code_execution_output", "file_id": "file_%d" % number}]
+                 for number in range(2)]
+        blocks = [{"type": "content_block_start", "index": 1, "content_block": {
+            "type": "bash_code_execution_tool_result", "content": {"content": one}}}
+            for one in files]
+        start, _, text, *end = ANTHROPIC_EVENTS
+        message = start["message"]
+        start = {**start, "message": {**message, "container": {"id": "container_1"}}}
+        told = [start, *[text] * 99, blocks[0], *[text] * 99, blocks[1], text, *end]
+        self.start(says_events(*told), **self.KEYS)
+        self.post("/v1/messages", {"stream": True, "tools": [{"type": "code_execution_20250825"}]})
+        for number in self.each(range(2)):
+            path = "/v1/files/file_%d/content" % number
+            self.assertEqual([self.status("GET", path, key) for key in "ab"], [200, 404])
 
     def test_an_answer_to_a_caller_with_tools_of_its_own_is_nothing_that_is_stored(self):
         self.start(says(b'{"id": "msg_1"}'), **self.KEYS)
@@ -11379,6 +11424,17 @@ class SettlingTest(LedgerCase):
             self.ask(request("GET", poll))
             self.assert_left(975)
 
+    def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
+        path, body, answered, poll = "/v1/batches", b'{"max_tokens": 600}', {"id": "b"}, "/b"
+        for state, left in self.each((("completed", 400), ("expired", 400), ("cancelled", 400),
+                                      ("in_progress", 400), ("failed", 1000))):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, body))
+            self.stub.answer = says_json({**answered, "object": "batch", "status": state})
+            for _ in range(2):
+                self.ask(request("GET", path + poll))
+            self.assertEqual(round(self.left(), -2), left)
+
     def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
         self.start(says_json({"id": "resp_1"}))
         self.ask(request("POST", "/v1/responses", b'{"background": true}'))
@@ -11418,6 +11474,21 @@ class SettlingTest(LedgerCase):
             asked.stream(ended, end=True)
             client.read("GET")
             self.assert_ending("ok", 1000 - 23, 1)
+
+    def test_a_stream_in_the_background_that_is_cancelled_costs_what_it_had_said(self):
+        begun = events({"type": "response.created", "response": {"id": "resp_1"}}, {
+            "type": "response.output_text.delta", "delta": "x" * 400})
+        self.start(None)
+        body = b'{"background": true, "stream": true, "max_output_tokens": 500}'
+        client, asked = self.ask_stub(request("POST", "/v1/responses", body))
+        asked.stream(begun)
+        client.head()
+        client.expect(begun)
+        client.close()
+        self.assert_ending("caller_gone", 500)
+        self.stub.answer = says_json({"id": "resp_1", "status": "cancelled", "usage": None})
+        self.ask(request("GET", "/v1/responses/resp_1"))
+        self.assert_left(900)
 
     def test_a_debt_is_waited_for(self):
         self.start(says(completion(1009, 1)), REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
@@ -11480,6 +11551,10 @@ class SettlingTest(LedgerCase):
             asked = self.stub.last
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
+        path = "/v1beta/interactions/i"  # what is owed for it would not be told
+        self.ask(request("GET", path + "?$fields=status", b"", "X-Goog-FieldMask: status"))
+        self.assertEqual(self.stub.last.target, path)
+        self.assertNotIn(b"fieldmask", self.stub.last.head.lower())
 
     def test_no_query_makes_a_free_request_another_one(self):
         self.start()
@@ -11500,9 +11575,12 @@ class SettlingTest(LedgerCase):
         self.start(sends(head + chunk(packed[:20]) + chunk(packed[20:]) + LAST, close=False))
         self.assertEqual(self.ask(call(stream=True)).body, packed)
         self.assert_ending("ok", 1000 - 24)
-        for number, name in enumerate(self.each(("none", "utf-8", "Identity", "gzip", "deflate"))):
+        names = ("none|utf-8|Identity|gzip|deflate|binary|8bit|7BIT|chunked|identity, identity"
+                 "|identity,gzip|deflate , Identity").split("|")
+        for number, name in enumerate(self.each(names)):
             body = completion(20, 4)
-            body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(body)
+            body = gzip.compress(body) if "gzip" in name else (
+                zlib.compress(body) if "deflate" in name else body)
             self.stub.answer = says(body, "200 OK", "Content-Encoding: " + name)
             self.assert_used(self.ask(), "20", "4", "")
             self.assert_ending("ok", 1000 - 24 * (number + 2), number + 1)
@@ -12118,7 +12196,7 @@ class EndingsTest(LedgerCase):
 
     def test_every_metered_answer_tells_the_bucket(self):
         self.start(clock=Clock(), MAX_TOKENS=10)
-        self.stub.answer = sends(STREAM + chunk(events("[DONE]")) + LAST, close=False)
+        self.stub.answer = sends(STREAM + chunk(events(delta("a"), "[DONE]")) + LAST, close=False)
         self.assert_status(
             200, call(stream=True), "x-ratelimit-limit: 10", "x-ratelimit-remaining: 9",
             "x-ratelimit-refill-tokens: 2", "x-ratelimit-refill-seconds: 300",
