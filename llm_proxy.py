@@ -5878,6 +5878,19 @@ class Edit:
         return b""
 
 
+class HiddenKey(Edit):
+    """Writes stars over a key of ours, which an error may quote."""
+
+    def __init__(self, key: str):
+        self.key = key.encode()
+
+    def find(self, data: bytes) -> int:
+        return data.find(self.key) % (len(data) + 1)  # -1 is the end then
+
+    def apply(self, event: bytes) -> bytes:
+        return event.replace(self.key, b"*" * len(self.key))
+
+
 class HiddenUsage(Edit):
     """Takes out the usage that we asked for, and its caller did not."""
 
@@ -8685,6 +8698,7 @@ class Response:
     after."""
     streamed = False  # whether its body is a stream of events
     released = False
+    secret = ""       # what it must not tell
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
                  request_was_sent):
@@ -9272,10 +9286,13 @@ class Upstream:
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
-    def refuse_key(self):
-        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
-        minute."""
+    def guard_key(self, response: Response):
+        """Has an error not tell of our own key. Raises KeyRefused where a 401 is about that. The
+        operator is told, once a minute."""
         if self.key in (None, PASSTHROUGH):
+            return
+        response.secret = self.key if len(self.key) >= SHORTEST_KEY else ""
+        if response.status != 401:
             return
         now = self.clock.monotonic()
         if now >= self.complain_at:
@@ -14386,6 +14403,9 @@ class Reply:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
+        if response.secret and not response.bodiless:
+            reader = Editor(reader and reader.events, [
+                *(reader.edits if reader else ()), HiddenKey(response.secret)])
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14553,6 +14573,8 @@ class Reply:
         if "x-request-id" in head:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
         text = "".join([line + "\r\n" for line in lines])
+        if response.secret:
+            text = text.replace(response.secret, "*" * len(response.secret))
         if not redirects:  # which depend on the call
             head.cache["response_lines"] = text
         return text
@@ -14804,6 +14826,7 @@ class Proxy:
         upstreams = self.route(call, entry.caller)                                  # route
         if call.large:
             await asyncio.sleep(0)
+        path = call.path
         for upstream in upstreams:
             try:
                 if self.redaction:
@@ -14812,6 +14835,7 @@ class Proxy:
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
                     raise
+                call.path = path  # which may name a model
 
     async def serve_by(self, upstream, reply, entry, call):
         """The rest of its life, at one upstream. Both with-blocks undo what they hold."""
@@ -14825,8 +14849,8 @@ class Proxy:
                 call.forget()
             try:
                 with await self.forward(upstream, reply, call) as response:         # forward
-                    if response.status == 401:
-                        upstream.refuse_key()
+                    if response.status >= 400:
+                        upstream.guard_key(response)
                     ending = await self.pass_on(response, reply, entry)
                     if ending != "ok" or response.address.breakers.troubled:
                         upstream.judge(

@@ -7753,6 +7753,18 @@ class BreakerTest(CallCase):
                 self.assertNotIn(b"hush", answered.body + self.lines.data)
             self.assertEqual(self.lines.text().count("REFUSES ITS KEY"), status == 502)
 
+    def test_an_error_that_quotes_a_key_of_ours_goes_on_without_it(self):
+        key, said = "sk-hush-hush", b'{"error": {"message": "no model for sk-hush-hush"}}'
+        for status, redact in self.each((("403 sk-hush-hush", ""), ("500 No", "email"))):
+            self.start(says(said, status, "X-Key: " + key), BASE_API_KEY=key, REDACT=redact,
+                       REDACT_UPSTREAMS="*")
+            answered = self.ask(call(system="a@x.org"))
+            self.assertEqual(answered.body, said.replace(key.encode(), b"*" * len(key)))
+            self.assertNotIn(key, str(answered.fields) + self.lines.text())
+        editor = llm_proxy.Editor(None, [llm_proxy.HiddenKey(key)])
+        pieces = [editor.feed(said[at:at + 7]) for at in range(0, len(said), 7)]
+        self.assertEqual(b"".join(pieces) + editor.flush(), answered.body)
+
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
         for _ in range(3):
@@ -8091,7 +8103,9 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         self.assert_from("one", call())
         one.answer = says(b"{}", "503 No")
         self.assert_status(503)  # it was sent
-        self.assert_from("two", call())  # one is open
+        path = "/openai/deployments/m/chat/completions"
+        self.assert_from("two", request("POST", path, chat()))  # one is open
+        self.assertTrue(two.requests[0].target.endswith(path), two.requests[0].target)
         two.answer = None
         client = self.connect().send(call())
         asked = two.next()
