@@ -3895,6 +3895,11 @@ class EventFraming(NamedTuple):
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + len(self.pairs[0])
 
+    def first_end(self, data: bytes) -> int:
+        """Returns the place after the event with which some bytes begin, 0 where it goes on."""
+        found = [data.find(pair) for pair in self.pairs]
+        return min([place + len(self.pairs[0]) for place in found if place >= 0], default=0)
+
     def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
@@ -5873,6 +5878,18 @@ class Edit:
     """
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
 
+    MAX_WHOLE = 1 << 20   # of what is no event, and is awaited whole,
+    MAX_STRING = 1 << 22  # and of one string in that
+    sliced = False        # the last slice was not the last of its event or body
+
+    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
+        """Returns what goes on of a body that is no stream, or of a large event, while more of it
+        is to come, and what waits for that."""
+        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
+        if whole < 0:  # half a string cannot be read
+            whole = len(data) if len(data) > self.MAX_STRING else 0
+        return self.apply(data[:whole]), data[whole:]
+
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
         return b""
@@ -5920,8 +5937,6 @@ class Editor:
     """Changes a body on its way to the caller: the one place that may. An event that is not whole
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
-    MAX_WHOLE = 1 << 20   # bytes of that,
-    MAX_STRING = 1 << 22  # and of one string in it
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
@@ -5929,6 +5944,7 @@ class Editor:
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
+        self.slicing = not events  # a body or an event of which parts go on
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
@@ -5936,12 +5952,12 @@ class Editor:
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
         data = self.held + payload
-        if self.events is None:
-            return self.feed_whole(data)
+        if self.slicing:
+            return self.feed_slice(data)
         start = len(self.held) - 1
         if start > self.LARGE and len(data) <= self.most_held and self.must_wait(data, start):
             self.held = data
-            return b""
+            return self.begin_slice()
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
@@ -5954,7 +5970,7 @@ class Editor:
             self.held = events.pop()
         if events or len(self.held) <= self.LARGE:
             self.looks = self.next_look = 0
-        return data[:begin] + b"".join(map(self.edited, events))
+        return data[:begin] + b"".join(map(self.edited, events)) + self.begin_slice()
 
     def must_wait(self, data, start):
         """Returns whether a large event goes on, or was looked at so often that this may wait."""
@@ -5969,12 +5985,23 @@ class Editor:
         return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
-    def feed_whole(self, data):
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0 and len(data) <= self.MAX_STRING:
-            whole = 0  # half a string cannot be read
-        self.held = data[max(whole, 0):]
-        return self.edited(data[:whole]) if whole >= 0 else self.flush()
+    def begin_slice(self):
+        """Returns what goes on of a large event before its end, which is that of a line."""
+        if len(self.held) <= self.LARGE or type(self.events) is not EventFraming:
+            return b""
+        goes = self.feed_slice(self.held)
+        self.slicing = self.edits[-1].sliced
+        return goes
+
+    def feed_slice(self, data):
+        end = self.events.first_end(data) if self.events else 0
+        if end:
+            self.slicing, self.held = False, b""
+            return self.edited(data[:end]) + self.feed(data[end:])
+        goes, self.held = self.edits[-1].slice(data)
+        for edit in self.edits[:-1]:
+            goes = edit.apply(goes)
+        return goes
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
@@ -6797,7 +6824,12 @@ class Restorer:
         "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
-    BETWEEN = re.compile('[,;|<>"]')  # of such a row of words, as nearly no value has any
+    # What may become a longer one: a private key or a token, in JSON or not
+    BEGUN_SECRET = re.compile(r"""-----BEGIN[A-Z\ ]{0,40}\Z
+        |-----BEGIN\ (?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-{1,5}
+        (?:(?:[A-Za-z0-9+/=\\\s:,]|-(?!-)){0,14400}(?:-{2,5}[A-Z\ ]{0,44}-{0,5})?)?\Z
+        |(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt]))eyJ[A-Za-z0-9_-]{0,3000}
+        (?:\.[A-Za-z0-9_-]{0,8000}(?:\.[A-Za-z0-9_-]{0,1000})?)?\Z""", re.VERBOSE)
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
                  redactor: Optional[Redactor] = None):
@@ -6815,6 +6847,10 @@ class Restorer:
         if self.redactor and self.redactor.may_hold(text):
             text = self.without_values(text, is_json)
         return self.with_values(text, is_json)
+
+    def restore_text(self, data: bytes, is_json: bool = False) -> bytes:
+        text = data.decode("utf-8", "surrogateescape")
+        return self.restore(text, is_json).encode("utf-8", "surrogateescape")
 
     def with_values(self, text, is_json):
         if "[[" not in text:
@@ -6856,10 +6892,14 @@ class Restorer:
             begin = begun.start() if begun else begin
         if not self.redactor:
             return begin
-        words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
-        start = len(text) - words.end()
-        between = self.BETWEEN.search(text, start) if words.end() == self.MAX_WORDS else None
-        return min(begin, between.end() if between else start)
+        size = self.words.match(text[:-self.MAX_WORDS - 1:-1]).end()
+        begin = min(begin, len(text) - size)
+        if size < self.MAX_WORDS and "eyJ" not in text and "-BEGIN" not in text:
+            return begin  # as nearly always
+        begun = self.BEGUN_SECRET.search(text)
+        begin = min(begin, begun.start()) if begun else begin
+        return max([begin, *[end for start, end, _ in self.redactor.find(text)
+                             if start < begin < end]])
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6957,6 +6997,9 @@ class Unmasking(Edit):
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
+    MAX_SLICE = 1 << 16   # bytes of JSON in which all words are looked at, at once
+    BEGUN_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?)\Z")
+    prefix = b""          # with which a slice begins that begins in a string: its quote, and a key
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -6991,6 +7034,9 @@ class Unmasking(Edit):
         return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
+        if self.sliced:
+            self.sliced = False
+            return self.apply_slice(event, b"")
         payload = self.payload(event)
         if not payload:
             return self.apply_other(event)
@@ -7002,27 +7048,76 @@ class Unmasking(Edit):
             changed.append(self.mask_rest(payload, event))
             if len(texts) == 1 and not changed[-1]:
                 self.learn(event, payload, *texts[0])
+            event = self.mask_lines(event)
         if True in changed:
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
 
     def apply_other(self, event):
-        """Does so with what is no event with an object, or too large for one."""
-        most = self.MAX_HELD if self.events else Editor.MAX_STRING
-        if len(event) > most and self.restorer.redactor:
-            self.restorer.masks.counts["opaque"] += 1
-        is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-        return (self.end() if is_last else b"") + self.restorer.restore_json(
-            self.restorer.mask_json(event))
+        """Does so with what is no event with an object: with text, where it is no JSON."""
+        data = (self.events.all_data(event) if self.events else event).strip()
+        if self.events and data == LAST_DATA:
+            return self.end() + event
+        restorer = self.restorer
+        may_be_json = data[:1] in b'{["' or not self.events
+        if may_be_json and (not restorer.redactor or is_whole_json(data)):
+            return restorer.restore_json(restorer.mask_json(event))
+        if restorer.redactor and data:
+            restorer.masks.counts["opaque"] += 1
+            if restorer.masks.opaque == "refuse":
+                return b""
+        return restorer.restore_text(event, may_be_json)
+
+    def mask_lines(self, event):
+        """Masks what stands in an event beside its JSON."""
+        if not self.events:
+            return event
+        return b"".join([line if self.events.data(line) is not None else
+                         self.restorer.restore_text(line)
+                         for line in event.splitlines(keepends=True)])
+
+    def slice(self, data):
+        if not self.restorer.redactor:
+            return super().slice(data)
+        may_tell = not self.sliced and len(data) <= self.MAX_WHOLE
+        if len(data) <= self.MAX_SLICE or may_tell and self.dialect.LOGPROBS.search(data):
+            return b"", data
+        before = b"" if self.sliced else self.end()
+        self.sliced = True
+        end, prefix = self.end_of_slice(data)
+        return before + self.apply_slice(data[:end], prefix), data[end:]
+
+    def end_of_slice(self, data):
+        """Returns where a slice ends, in which no value goes on, and the prefix of the next one."""
+        plain = without_escapes(data)
+        start = plain.rfind(b'"') + 1
+        if plain.count(b'"') % 2 == bool(self.prefix):  # it ends in no string
+            return start or len(data) - 1, b""
+        text = data[start:].decode("utf-8", "surrogateescape")
+        said = text[:self.restorer.waiting(text)]
+        escape = self.BEGUN_ESCAPE.search(said)
+        said = said[:escape.start(1)] if escape else said
+        if start and not said:
+            return start - 1, b""
+        prefix = b'"' if start else self.prefix
+        if self.restorer.before_json.search(data, max(0, start - 64), start):
+            prefix = b'"%b":"' % self.dialect.JSON_TEXTS[0].encode()
+        return start + len(said.encode("utf-8", "surrogateescape")), prefix
+
+    def apply_slice(self, data, prefix):
+        """Does so with a slice of JSON; `prefix` is that of the next one."""
+        before, self.prefix = self.prefix, prefix
+        end = b'"' * (without_escapes(before + data).count(b'"') % 2)
+        masked = self.restorer.mask_json(b"".join((before, data, end)))
+        return self.restorer.restore_json(masked)[len(before):-len(end) or None]
 
     def payload(self, event):
         """Returns the object of an event, or of all of the JSON where something is looked for in
         it, {} where there is none."""
-        if self.events:
-            return self.events.payload(event)
-        is_object = self.restorer.redactor and event.lstrip()[:1] == b"{"
-        return object_in(event) if is_object else {}
+        data = self.events.all_data(event) if self.events else event
+        is_read = (self.events or self.restorer.redactor) and data.lstrip()[:1] == b"{"
+        return object_in(data) if is_read else {}
 
     def mask_rest(self, payload, event):
         """Masks what an event says beside its texts, of which no probabilities may tell once more,
@@ -14405,7 +14500,7 @@ class Reply:
         reader = self.unmasking(response) if call.masks else self.entry.reader
         if response.secret and not response.bodiless:
             reader = Editor(reader and reader.events, [
-                *(reader.edits if reader else ()), HiddenKey(response.secret)])
+                HiddenKey(response.secret), *(reader.edits if reader else ())])
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
