@@ -6821,9 +6821,10 @@ class Restorer:
     BEGUN = re.compile(r"\[(?:\[[A-Za-z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
     WORDS, ANY_WORDS = [re.compile(
-        "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
+        "%s*(?:(?<![a-z]) {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)*" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
+    LONGEST = 14_800  # characters of a value
     # What may become a longer one: a private key or a token, in JSON or not
     BEGUN_SECRET = re.compile(r"""-----BEGIN[A-Z\ ]{0,40}\Z
         |-----BEGIN\ (?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-{1,5}
@@ -6898,8 +6899,9 @@ class Restorer:
             return begin  # as nearly always
         begun = self.BEGUN_SECRET.search(text)
         begin = min(begin, begun.start()) if begun else begin
-        return max([begin, *[end for start, end, _ in self.redactor.find(text)
-                             if start < begin < end]])
+        near = max(0, begin - self.LONGEST)
+        return max([begin, *[near + end for start, end, _ in self.redactor.find(text[near:])
+                             if near + start < begin < near + end]])
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6997,7 +6999,7 @@ class Unmasking(Edit):
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
-    MAX_SLICE = 1 << 16   # bytes of JSON in which all words are looked at, at once
+    MAX_SLICE = 1 << 15   # bytes of JSON in which all words are looked at, at once
     BEGUN_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?)\Z")
     prefix = b""          # with which a slice begins that begins in a string: its quote, and a key
 
