@@ -3895,11 +3895,6 @@ class EventFraming(NamedTuple):
         place = max([data.rfind(pair, 0, before) for pair in self.pairs])
         return 0 if place < 0 else place + len(self.pairs[0])
 
-    def first_end(self, data: bytes) -> int:
-        """Returns the place after the event with which some bytes begin, 0 where it goes on."""
-        found = [data.find(pair) for pair in self.pairs]
-        return min([place + len(self.pairs[0]) for place in found if place >= 0], default=0)
-
     def is_whole(self, event):
         """Returns whether these lines are all of an event's, though what must end it is missing:
         some servers end events with a line, or the rest is still to come."""
@@ -5865,30 +5860,19 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
-def end_of_strings(data):
-    """Returns where the last string of JSON begins that is not whole, or ends that is; -1 where
-    all of it is one."""
-    plain = without_escapes(data)
-    return (plain.rfind(b'"') + 1 - plain.count(b'"') % 2) or -1
-
-
 class Edit:
     """A change of a stream, made in its whole events: `find` returns where in some bytes there may
     be something to change, their end where there is nothing, and `apply` what goes on for an event.
     """
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
 
-    MAX_WHOLE = 1 << 20   # of what is no event, and is awaited whole,
-    MAX_STRING = 1 << 22  # and of one string in that
+    MAX_WHOLE = 1 << 20   # of what is no event, and is awaited whole
     sliced = False        # the last slice was not the last of its event or body
 
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
         """Returns what goes on of a body that is no stream, or of a large event, while more of it
         is to come, and what waits for that."""
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0:  # half a string cannot be read
-            whole = len(data) if len(data) > self.MAX_STRING else 0
-        return self.apply(data[:whole]), data[whole:]
+        return (b"", data) if len(data) <= self.MAX_WHOLE else (self.apply(data), b"")
 
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
@@ -5989,18 +5973,20 @@ class Editor:
         """Returns what goes on of a large event before its end, which is that of a line."""
         if len(self.held) <= self.LARGE or type(self.events) is not EventFraming:
             return b""
-        goes = self.feed_slice(self.held)
-        self.slicing = self.edits[-1].sliced
-        return goes
+        return self.pass_slice(self.held)
 
     def feed_slice(self, data):
-        end = self.events.first_end(data) if self.events else 0
-        if end:
+        first, *rest = self.events.cut(data) if self.events else [data]
+        if rest or (self.events and self.events.at_boundary(first)):
             self.slicing, self.held = False, b""
-            return self.edited(data[:end]) + self.feed(data[end:])
+            return self.edited(first) + self.feed(b"".join(rest))
+        return self.pass_slice(data)
+
+    def pass_slice(self, data):
         goes, self.held = self.edits[-1].slice(data)
         for edit in self.edits[:-1]:
             goes = edit.apply(goes)
+        self.slicing = not self.events or self.edits[-1].sliced
         return goes
 
     def flush(self) -> bytes:
@@ -7080,10 +7066,11 @@ class Unmasking(Edit):
                          for line in event.splitlines(keepends=True)])
 
     def slice(self, data):
-        if not self.restorer.redactor:
-            return super().slice(data)
-        may_tell = not self.sliced and len(data) <= self.MAX_WHOLE
-        if len(data) <= self.MAX_SLICE or may_tell and self.dialect.LOGPROBS.search(data):
+        most = self.MAX_SLICE
+        if len(data) > most and not self.sliced and (
+                not self.restorer.redactor or self.dialect.LOGPROBS.search(data)):
+            most = self.MAX_WHOLE
+        if len(data) <= most:
             return b"", data
         before = b"" if self.sliced else self.end()
         self.sliced = True
