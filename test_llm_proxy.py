@@ -5502,7 +5502,8 @@ class UnmaskingTest(ProxyCase):
                 data = events_of(payload)
                 found = self.unmask("chat", data + events(delta("x")) * (events_of is events),
                                     step, answers=True, events=events_of is events, masks=masks)
-                choice = json.loads(found.partition(b"\n")[0].rpartition(b"data: ")[2])["choices"][0]
+                first = found.partition(b"\n")[0].rpartition(b"data: ")[2]
+                choice = json.loads(first)["choices"][0]
                 self.assertEqual(choice["n"], 4111111111111111)
                 self.assertEqual(set(choice["message"]["content"].split(". ")),
                                  {shown[:-2] % (size * "x "), ""})
