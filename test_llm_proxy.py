@@ -16932,11 +16932,6 @@ class FaultsTest(EnduranceCase):
         data = data.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         told = read_to_the_end(self.connect().send(data)) or b""
         self.assertTrue(told.startswith(b"HTTP/1.1 "), data)
-        head, _, body = told.partition(b"\r\n\r\n")
-        if b"you sent" in body:
-            # The body of an upstream's error passes untouched, even with the key in it.
-            self.assertIn(self.secrets["base key"].encode(), body)
-            return head
         return told
 
     def output_of_a_proxy(self, settings, **ways):
