@@ -5867,22 +5867,36 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
-def end_of_strings(data):
-    """Returns where the last string of JSON begins that is not whole, or ends that is; -1 where
-    all of it is one."""
-    plain = without_escapes(data)
-    return (plain.rfind(b'"') + 1 - plain.count(b'"') % 2) or -1
-
-
 class Edit:
     """A change of a stream, made in its whole events: `find` returns where in some bytes there may
     be something to change, their end where there is nothing, and `apply` what goes on for an event.
     """
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
 
+    MAX_WHOLE = 1 << 20   # of what is no event, and is awaited whole
+    sliced = False        # the last slice was not the last of its event or body
+
+    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
+        """Returns what goes on of a body that is no stream, or of a large event, while more of it
+        is to come, and what waits for that."""
+        return (b"", data) if len(data) <= self.MAX_WHOLE else (self.apply(data), b"")
+
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
         return b""
+
+
+class HiddenKey(Edit):
+    """Writes stars over a key of ours, which an error may quote."""
+
+    def __init__(self, key: str):
+        self.key = key.encode()
+
+    def find(self, data: bytes) -> int:
+        return data.find(self.key) % (len(data) + 1)  # -1 is the end then
+
+    def apply(self, event: bytes) -> bytes:
+        return event.replace(self.key, b"*" * len(self.key))
 
 
 class HiddenUsage(Edit):
@@ -5914,8 +5928,6 @@ class Editor:
     """Changes a body on its way to the caller: the one place that may. An event that is not whole
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
-    MAX_WHOLE = 1 << 20   # bytes of that,
-    MAX_STRING = 1 << 22  # and of one string in it
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
@@ -5923,6 +5935,7 @@ class Editor:
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
+        self.slicing = not events  # a body or an event of which parts go on
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
@@ -5930,12 +5943,12 @@ class Editor:
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
         data = self.held + payload
-        if self.events is None:
-            return self.feed_whole(data)
+        if self.slicing:
+            return self.feed_slice(data)
         start = len(self.held) - 1
         if start > self.LARGE and len(data) <= self.most_held and self.must_wait(data, start):
             self.held = data
-            return b""
+            return self.begin_slice()
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
@@ -5948,7 +5961,7 @@ class Editor:
             self.held = events.pop()
         if events or len(self.held) <= self.LARGE:
             self.looks = self.next_look = 0
-        return data[:begin] + b"".join(map(self.edited, events))
+        return data[:begin] + b"".join(map(self.edited, events)) + self.begin_slice()
 
     def must_wait(self, data, start):
         """Returns whether a large event goes on, or was looked at so often that this may wait."""
@@ -5963,12 +5976,25 @@ class Editor:
         return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
-    def feed_whole(self, data):
-        whole = end_of_strings(data) if len(data) > self.MAX_WHOLE else 0
-        if whole < 0 and len(data) <= self.MAX_STRING:
-            whole = 0  # half a string cannot be read
-        self.held = data[max(whole, 0):]
-        return self.edited(data[:whole]) if whole >= 0 else self.flush()
+    def begin_slice(self):
+        """Returns what goes on of a large event before its end, which is that of a line."""
+        if len(self.held) <= self.LARGE or type(self.events) is not EventFraming:
+            return b""
+        return self.pass_slice(self.held)
+
+    def feed_slice(self, data):
+        first, *rest = self.events.cut(data) if self.events else [data]
+        if rest or (self.events and self.events.at_boundary(first)):
+            self.slicing, self.held = False, b""
+            return self.edited(first) + self.feed(b"".join(rest))
+        return self.pass_slice(data)
+
+    def pass_slice(self, data):
+        goes, self.held = self.edits[-1].slice(data)
+        for edit in self.edits[:-1]:
+            goes = edit.apply(goes)
+        self.slicing = not self.events or self.edits[-1].sliced
+        return goes
 
     def flush(self) -> bytes:
         """Returns what is still held back at the end, where a line end may be missing."""
@@ -6474,7 +6500,7 @@ PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----
     [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?"""
 # Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
 IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
-    (?<!ersion\ .)(?<!ersion:\ .)(?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
+    (?<!ection\ .)(?<!ersion\ .)(?<!ersion:\ .)(?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
     (?!(?<=1)(?:0|27|69\.254|72\.(?:1[6-9]|2[0-9]|3[01])|92\.(?:168|0\.[02])|98\.(?:1[89]|51\.100)
         |00\.(?:6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\.
     |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
@@ -6826,10 +6852,16 @@ class Restorer:
     BEGUN = re.compile(r"\[(?:\[[A-Za-z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
     WORDS, ANY_WORDS = [re.compile(
-        "%s*(?:(?<![a-z])(?: {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)+)?" % (letter, letter))
+        "%s*(?:(?<![a-z]) {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)*" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
-    BETWEEN = re.compile('[,;|<>"]')  # of such a row of words, as nearly no value has any
+    LONGEST = 14_800  # characters of a value
+    # What may become a longer one: a private key or a token, in JSON or not
+    BEGUN_SECRET = re.compile(r"""-----BEGIN[A-Z\ ]{0,40}\Z
+        |-----BEGIN\ (?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-{1,5}
+        (?:(?:[A-Za-z0-9+/=\\\s:,]|-(?!-)){0,14400}(?:-{2,5}[A-Z\ ]{0,44}-{0,5})?)?\Z
+        |(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt]))eyJ[A-Za-z0-9_-]{0,3000}
+        (?:\.[A-Za-z0-9_-]{0,8000}(?:\.[A-Za-z0-9_-]{0,1000})?)?\Z""", re.VERBOSE)
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
                  redactor: Optional[Redactor] = None):
@@ -6847,6 +6879,10 @@ class Restorer:
         if self.redactor and self.redactor.may_hold(text):
             text = self.without_values(text, is_json)
         return self.with_values(text, is_json)
+
+    def restore_text(self, data: bytes, is_json: bool = False) -> bytes:
+        text = data.decode("utf-8", "surrogateescape")
+        return self.restore(text, is_json).encode("utf-8", "surrogateescape")
 
     def with_values(self, text, is_json):
         if "[[" not in text:
@@ -6888,10 +6924,15 @@ class Restorer:
             begin = begun.start() if begun else begin
         if not self.redactor:
             return begin
-        words = self.words.match(text[:-self.MAX_WORDS - 1:-1])
-        start = len(text) - words.end()
-        between = self.BETWEEN.search(text, start) if words.end() == self.MAX_WORDS else None
-        return min(begin, between.end() if between else start)
+        size = self.words.match(text[:-self.MAX_WORDS - 1:-1]).end()
+        begin = min(begin, len(text) - size)
+        if size < self.MAX_WORDS and "eyJ" not in text and "-BEGIN" not in text:
+            return begin  # as nearly always
+        begun = self.BEGUN_SECRET.search(text)
+        begin = min(begin, begun.start()) if begun else begin
+        near = max(0, begin - self.LONGEST)
+        return max([begin, *[near + end for start, end, _ in self.redactor.find(text[near:])
+                             if near + start < begin < near + end]])
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -6989,6 +7030,9 @@ class Unmasking(Edit):
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
+    MAX_SLICE = 1 << 15   # bytes of JSON in which all words are looked at, at once
+    BEGUN_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?)\Z")
+    prefix = b""          # with which a slice begins that begins in a string: its quote, and a key
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -7023,6 +7067,9 @@ class Unmasking(Edit):
         return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
+        if self.sliced:
+            self.sliced = False
+            return self.apply_slice(event, b"")
         payload = self.payload(event)
         if not payload:
             return self.apply_other(event)
@@ -7034,27 +7081,77 @@ class Unmasking(Edit):
             changed.append(self.mask_rest(payload, event))
             if len(texts) == 1 and not changed[-1]:
                 self.learn(event, payload, *texts[0])
+            event = self.mask_lines(event)
         if True in changed:
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
 
     def apply_other(self, event):
-        """Does so with what is no event with an object, or too large for one."""
-        most = self.MAX_HELD if self.events else Editor.MAX_STRING
-        if len(event) > most and self.restorer.redactor:
-            self.restorer.masks.counts["opaque"] += 1
-        is_last = self.events and self.events.all_data(event).strip() == LAST_DATA
-        return (self.end() if is_last else b"") + self.restorer.restore_json(
-            self.restorer.mask_json(event))
+        """Does so with what is no event with an object: with text, where it is no JSON."""
+        data = (self.events.all_data(event) if self.events else event).strip()
+        if self.events and data == LAST_DATA:
+            return self.end() + event
+        restorer = self.restorer
+        may_be_json = data[:1] in b'{["' or not self.events
+        if may_be_json and (not restorer.redactor or is_whole_json(data)):
+            return restorer.restore_json(restorer.mask_json(event))
+        if restorer.redactor and data:
+            restorer.masks.counts["opaque"] += 1
+            if restorer.masks.opaque == "refuse":
+                return b""
+        return restorer.restore_text(event, may_be_json)
+
+    def mask_lines(self, event):
+        """Masks what stands in an event beside its JSON."""
+        if not self.events:
+            return event
+        return b"".join([line if self.events.data(line) is not None else
+                         self.restorer.restore_text(line)
+                         for line in event.splitlines(keepends=True)])
+
+    def slice(self, data):
+        most = self.MAX_SLICE
+        if len(data) > most and not self.sliced and (
+                not self.restorer.redactor or self.dialect.LOGPROBS.search(data)):
+            most = self.MAX_WHOLE
+        if len(data) <= most:
+            return b"", data
+        before = b"" if self.sliced else self.end()
+        self.sliced = True
+        end, prefix = self.end_of_slice(data)
+        return before + self.apply_slice(data[:end], prefix), data[end:]
+
+    def end_of_slice(self, data):
+        """Returns where a slice ends, in which no value goes on, and the prefix of the next one."""
+        plain = without_escapes(data)
+        start = plain.rfind(b'"') + 1
+        if plain.count(b'"') % 2 == bool(self.prefix):  # it ends in no string
+            return start or len(data) - 1, b""
+        text = data[start:].decode("utf-8", "surrogateescape")
+        said = text[:self.restorer.waiting(text)]
+        escape = self.BEGUN_ESCAPE.search(said)
+        said = said[:escape.start(1)] if escape else said
+        if start and not said:
+            return start - 1, b""
+        prefix = b'"' if start else self.prefix
+        if self.restorer.before_json.search(data, max(0, start - 64), start):
+            prefix = b'"%b":"' % self.dialect.JSON_TEXTS[0].encode()
+        return start + len(said.encode("utf-8", "surrogateescape")), prefix
+
+    def apply_slice(self, data, prefix):
+        """Does so with a slice of JSON; `prefix` is that of the next one."""
+        before, self.prefix = self.prefix, prefix
+        end = b'"' * (without_escapes(before + data).count(b'"') % 2)
+        masked = self.restorer.mask_json(b"".join((before, data, end)))
+        return self.restorer.restore_json(masked)[len(before):-len(end) or None]
 
     def payload(self, event):
         """Returns the object of an event, or of all of the JSON where something is looked for in
         it, {} where there is none."""
-        if self.events:
-            return self.events.payload(event)
-        is_object = self.restorer.redactor and event.lstrip()[:1] == b"{"
-        return object_in(event) if is_object else {}
+        data = self.events.all_data(event) if self.events else event
+        is_read = (self.events or self.restorer.redactor) and data.lstrip()[:1] == b"{"
+        return object_in(data) if is_read else {}
 
     def mask_rest(self, payload, event):
         """Masks what an event says beside its texts, of which no probabilities may tell once more,
@@ -8730,6 +8827,7 @@ class Response:
     after."""
     streamed = False  # whether its body is a stream of events
     released = False
+    secret = ""       # what it must not tell
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
                  request_was_sent):
@@ -9317,10 +9415,13 @@ class Upstream:
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
-    def refuse_key(self):
-        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
-        minute."""
+    def guard_key(self, response: Response):
+        """Has an error not tell of our own key. Raises KeyRefused where a 401 is about that. The
+        operator is told, once a minute."""
         if self.key in (None, PASSTHROUGH):
+            return
+        response.secret = self.key if len(self.key) >= SHORTEST_KEY else ""
+        if response.status != 401:
             return
         now = self.clock.monotonic()
         if now >= self.complain_at:
@@ -14550,6 +14651,9 @@ class Reply:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
+        if response.secret and not response.bodiless:
+            reader = Editor(reader and reader.events, [
+                HiddenKey(response.secret), *(reader.edits if reader else ())])
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14718,6 +14822,8 @@ class Reply:
         if "x-request-id" in head:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
         text = "".join([line + "\r\n" for line in lines])
+        if response.secret:
+            text = text.replace(response.secret, "*" * len(response.secret))
         if not redirects:  # which depend on the call
             head.cache["response_lines"] = text
         return text
@@ -14969,6 +15075,7 @@ class Proxy:
         upstreams = self.route(call, entry.caller)                                  # route
         if call.large:
             await asyncio.sleep(0)
+        path = call.path
         for upstream in upstreams:
             try:
                 if self.redaction:
@@ -14977,6 +15084,7 @@ class Proxy:
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
                     raise
+                call.path = path  # which may name a model
 
     async def serve_by(self, upstream, reply, entry, call):
         """The rest of its life, at one upstream. Both with-blocks undo what they hold."""
@@ -14990,8 +15098,8 @@ class Proxy:
                 call.forget()
             try:
                 with await self.forward(upstream, reply, call) as response:         # forward
-                    if response.status == 401:
-                        upstream.refuse_key()
+                    if response.status >= 400:
+                        upstream.guard_key(response)
                     ending = await self.pass_on(response, reply, entry)
                     if ending != "ok" or response.address.breakers.troubled:
                         upstream.judge(
