@@ -4626,7 +4626,7 @@ class Dialect:
     REPLY_MODEL_LENGTH = 64
     # Spell a text once more, token by token; and where they do
     LOGPROBS_KEYS = frozenset(("logprobs", "logprobsResult"))
-    LOGPROBS = re.compile(rb'"logprobs(?:Result)?"\s*:\s*[\[{]\s*[^\]}\s]')
+    LOGPROBS = re.compile(rb'("logprobs(?:Result)?"\s*:\s*)([\[{])\s*(?:[^\]}\s]|\Z)')
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
     # Is named in the error of an upstream that does not take a request for usage.
@@ -5873,14 +5873,6 @@ class Edit:
     """
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
 
-    MAX_WHOLE = 1 << 20   # of what is no event, and is awaited whole
-    sliced = False        # the last slice was not the last of its event or body
-
-    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
-        """Returns what goes on of a body that is no stream, or of a large event, while more of it
-        is to come, and what waits for that."""
-        return (b"", data) if len(data) <= self.MAX_WHOLE else (self.apply(data), b"")
-
     def end(self) -> bytes:
         """Returns what is still to go on when no more events come."""
         return b""
@@ -5897,6 +5889,12 @@ class HiddenKey(Edit):
 
     def apply(self, event: bytes) -> bytes:
         return event.replace(self.key, b"*" * len(self.key))
+
+    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
+        """As that of Unmasking."""
+        shown = self.apply(data)
+        end = max(0, len(shown) - len(self.key) + 1)
+        return shown[:end], shown[end:]
 
 
 class HiddenUsage(Edit):
@@ -5935,7 +5933,6 @@ class Editor:
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
-        self.slicing = not events  # a body or an event of which parts go on
         self.held = b""
         self.looks = 0      # at one that is large,
         self.next_look = 0  # and how large it must be for another one
@@ -5943,12 +5940,12 @@ class Editor:
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
         data = self.held + payload
-        if self.slicing:
+        if self.events is None:
             return self.feed_slice(data)
         start = len(self.held) - 1
         if start > self.LARGE and len(data) <= self.most_held and self.must_wait(data, start):
             self.held = data
-            return self.begin_slice()
+            return b""
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
         if first == len(data) and self.events.at_boundary(data):  # as nearly always
@@ -5961,7 +5958,7 @@ class Editor:
             self.held = events.pop()
         if events or len(self.held) <= self.LARGE:
             self.looks = self.next_look = 0
-        return data[:begin] + b"".join(map(self.edited, events)) + self.begin_slice()
+        return data[:begin] + b"".join(map(self.edited, events))
 
     def must_wait(self, data, start):
         """Returns whether a large event goes on, or was looked at so often that this may wait."""
@@ -5976,24 +5973,10 @@ class Editor:
         return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
             self.events.at_boundary(data) and not (prefix and data.count(prefix) > 1))
 
-    def begin_slice(self):
-        """Returns what goes on of a large event before its end, which is that of a line."""
-        if len(self.held) <= self.LARGE or type(self.events) is not EventFraming:
-            return b""
-        return self.pass_slice(self.held)
-
     def feed_slice(self, data):
-        first, *rest = self.events.cut(data) if self.events else [data]
-        if rest or (self.events and self.events.at_boundary(first)):
-            self.slicing, self.held = False, b""
-            return self.edited(first) + self.feed(b"".join(rest))
-        return self.pass_slice(data)
-
-    def pass_slice(self, data):
         goes, self.held = self.edits[-1].slice(data)
         for edit in self.edits[:-1]:
             goes = edit.apply(goes)
-        self.slicing = not self.events or self.edits[-1].sliced
         return goes
 
     def flush(self) -> bytes:
@@ -6495,12 +6478,13 @@ SECRETS = r"""
     SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43} xai-[A-Za-z0-9]{60,120} gsk_[A-Za-z0-9]{40,80}
     r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}
     eyJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,1000}"""
-PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----
-    (?:[\\\s]{1,8}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}){0,3}
-    [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?"""
+KEY_HEADERS = r"(?:[\\\s]{1,8}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}(?![^\n\\])){0,3}"
+PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----%s
+    [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?""" % KEY_HEADERS
 # Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
 IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
-    (?<!ection\ .)(?<!ersion\ .)(?<!ersion:\ .)(?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
+    (?<!(?<![A-Za-z])[Ss]ection\ .)(?<!ersion\ .)(?<!ersion:\ .)
+    (?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
     (?!(?<=1)(?:0|27|69\.254|72\.(?:1[6-9]|2[0-9]|3[01])|92\.(?:168|0\.[02])|98\.(?:1[89]|51\.100)
         |00\.(?:6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\.
     |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
@@ -6855,13 +6839,17 @@ class Restorer:
         "%s*(?:(?<![a-z]) {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)*" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
+    GROUP = 8  # characters of a group that may be cut, and of blanks before it
     LONGEST = 14_800  # characters of a value
     # What may become a longer one: a private key or a token, in JSON or not
     BEGUN_SECRET = re.compile(r"""-----BEGIN[A-Z\ ]{0,40}\Z
-        |-----BEGIN\ (?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-{1,5}
-        (?:(?:[A-Za-z0-9+/=\\\s:,]|-(?!-)){0,14400}(?:-{2,5}[A-Z\ ]{0,44}-{0,5})?)?\Z
+        |-----BEGIN\ (?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-{1,5}%s
+        (?:[\\\s]{1,8}[A-Za-z-]{0,20}(?::\ ?[^\n\\]{0,100})?
+        |[A-Za-z0-9+/=\\\s]{0,14000}(?:-{1,5}[A-Z\ ]{0,44}-{0,5})?)\Z
         |(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt]))eyJ[A-Za-z0-9_-]{0,3000}
-        (?:\.[A-Za-z0-9_-]{0,8000}(?:\.[A-Za-z0-9_-]{0,1000})?)?\Z""", re.VERBOSE)
+        (?:\.[A-Za-z0-9_-]{0,8000}(?:\.[A-Za-z0-9_-]{0,1000})?)?\Z""" % KEY_HEADERS, re.VERBOSE)
+    IN_SECRET = re.compile(r"[A-Za-z0-9_+/=\\\s]*")
+    PIECE = 1024  # characters, by which what waits grows before it is searched again
 
     def __init__(self, masks: Masks, json_texts: Iterable[str],
                  redactor: Optional[Redactor] = None):
@@ -6915,10 +6903,12 @@ class Restorer:
                                data.decode("utf-8", "surrogateescape"))
         return text.encode("utf-8", "surrogateescape")
 
-    def waiting(self, text: str) -> int:
+    def waiting(self, text: str, held: int = 0) -> int:
         """Returns where the end of a text begins that may become something else with what
-        follows."""
+        follows; so many characters of it waited already."""
         begin = len(text)
+        if 0 < held // self.PIECE == begin // self.PIECE and self.IN_SECRET.fullmatch(text, held):
+            return 0
         if "[" in text:
             begun = self.BEGUN.search(text, max(0, begin - self.masks.MAX_PLACEHOLDER))
             begin = begun.start() if begun else begin
@@ -6926,13 +6916,18 @@ class Restorer:
             return begin
         size = self.words.match(text[:-self.MAX_WORDS - 1:-1]).end()
         begin = min(begin, len(text) - size)
-        if size < self.MAX_WORDS and "eyJ" not in text and "-BEGIN" not in text:
+        if size < self.MAX_WORDS - self.GROUP and "eyJ" not in text and "-BEGIN" not in text:
             return begin  # as nearly always
         begun = self.BEGUN_SECRET.search(text)
-        begin = min(begin, begun.start()) if begun else begin
+        return self.beside_value(text, min(begin, begun.start()) if begun else begin)
+
+    def beside_value(self, text, begin):
+        """Returns a place, or the end of a value around it, or the begin of one that may go on."""
         near = max(0, begin - self.LONGEST)
-        return max([begin, *[near + end for start, end, _ in self.redactor.find(text[near:])
-                             if near + start < begin < near + end]])
+        for start, end, _ in self.redactor.find(text[near:]) if begin else ():
+            if near + start < begin < near + end:
+                return near + (end if near + end < len(text) else start)
+        return begin
 
     def restore_json(self, data: bytes) -> bytes:
         """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
@@ -7030,9 +7025,17 @@ class Unmasking(Edit):
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
-    MAX_SLICE = 1 << 15   # bytes of JSON in which all words are looked at, at once
-    BEGUN_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?)\Z")
+    MAX_WHOLE = 1 << 20   # bytes of JSON that are awaited whole,
+    MAX_SLICE = 1 << 15   # and in which all words are looked at, at once
+    # An escape, or a character, of which the rest is to come
+    BEGUN_ESCAPE = re.compile(
+        r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?|[\udc80-\udcff]{1,3})\Z")
+    IN_NO_STRING = b"\xef\xbb\xbf \t\r\n,:[]{}0123456789+-.truefalsEnNIity"  # characters of JSON
+    sliced = False        # a part of it went on,
+    is_text = False       # or of what is none
+    refused = False       # the rest of what went on in parts does not
     prefix = b""          # with which a slice begins that begins in a string: its quote, and a key
+    depth = 0             # of the probabilities in which a slice begins
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -7067,8 +7070,10 @@ class Unmasking(Edit):
         return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
+        if self.refused:
+            self.refused = not self.is_end(event)
+            return b""
         if self.sliced:
-            self.sliced = False
             return self.apply_slice(event, b"")
         payload = self.payload(event)
         if not payload:
@@ -7079,9 +7084,10 @@ class Unmasking(Edit):
         changed = [self.put(block, way, payload, event) for block, way in texts]
         if self.restorer.redactor:
             changed.append(self.mask_rest(payload, event))
-            if len(texts) == 1 and not changed[-1]:
+            masked = self.mask_lines(event)
+            if len(texts) == 1 and not changed[-1] and masked == event:
                 self.learn(event, payload, *texts[0])
-            event = self.mask_lines(event)
+            event = masked
         if True in changed:
             data = to_json_bytes(payload)
             event = self.events.replaced(event, data) if self.events else data
@@ -7097,10 +7103,20 @@ class Unmasking(Edit):
         if may_be_json and (not restorer.redactor or is_whole_json(data)):
             return restorer.restore_json(restorer.mask_json(event))
         if restorer.redactor and data:
-            restorer.masks.counts["opaque"] += 1
-            if restorer.masks.opaque == "refuse":
-                return b""
+            return self.apply_opaque(event, may_be_json)
         return restorer.restore_text(event, may_be_json)
+
+    def apply_opaque(self, event, may_be_json):
+        masks = self.restorer.masks
+        masks.counts["opaque"] += 1
+        if masks.opaque == "refuse":
+            self.refused = not self.is_end(event)
+            return b""
+        return self.restorer.restore_text(event, may_be_json)
+
+    def is_end(self, event):
+        """Returns whether it is whole, or the last part of one."""
+        return self.events and (not event.strip() or self.events.at_boundary(event))
 
     def mask_lines(self, event):
         """Masks what stands in an event beside its JSON."""
@@ -7110,24 +7126,23 @@ class Unmasking(Edit):
                          self.restorer.restore_text(line)
                          for line in event.splitlines(keepends=True)])
 
-    def slice(self, data):
-        most = self.MAX_SLICE
-        if len(data) > most and not self.sliced and (
-                not self.restorer.redactor or self.dialect.LOGPROBS.search(data)):
-            most = self.MAX_WHOLE
-        if len(data) <= most:
+    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
+        """Returns what goes on of a body that is no stream, while more of it is to come, and what
+        waits for that."""
+        is_large = len(data) > self.MAX_SLICE and (self.sliced or self.restorer.redactor)
+        if not is_large and len(data) <= self.MAX_WHOLE:
             return b"", data
-        before = b"" if self.sliced else self.end()
         self.sliced = True
         end, prefix = self.end_of_slice(data)
-        return before + self.apply_slice(data[:end], prefix), data[end:]
+        return self.apply_slice(data[:end], prefix), data[end:]
 
     def end_of_slice(self, data):
         """Returns where a slice ends, in which no value goes on, and the prefix of the next one."""
         plain = without_escapes(data)
         start = plain.rfind(b'"') + 1
-        if plain.count(b'"') % 2 == bool(self.prefix):  # it ends in no string
-            return start or len(data) - 1, b""
+        if start and plain.count(b'"') % 2 == bool(self.prefix):  # it ends in no string
+            begin = plain.rfind(b'"', 0, start - 1)  # of the last one, which may be a key
+            return begin if begin > 0 else start, b""
         text = data[start:].decode("utf-8", "surrogateescape")
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
@@ -7142,9 +7157,39 @@ class Unmasking(Edit):
     def apply_slice(self, data, prefix):
         """Does so with a slice of JSON; `prefix` is that of the next one."""
         before, self.prefix = self.prefix, prefix
-        end = b'"' * (without_escapes(before + data).count(b'"') % 2)
-        masked = self.restorer.mask_json(b"".join((before, data, end)))
-        return self.restorer.restore_json(masked)[len(before):-len(end) or None]
+        strings = without_escapes(before + data).split(b'"')
+        if self.restorer.redactor and b"".join(strings[::2]).translate(None, self.IN_NO_STRING):
+            self.is_text = True
+        if self.is_text:
+            return self.apply_opaque(data, False)
+        end = b'"' * (len(strings) % 2 == 0)
+        begin = 0 if self.depth else len(before)
+        shown = b"".join((before, data, end))
+        if self.restorer.redactor:
+            shown = self.restorer.mask_json(self.without_logprobs(shown))
+        shown = self.restorer.restore_json(shown)
+        return shown[begin:None if self.depth else len(shown) - len(end)]
+
+    def without_logprobs(self, data):
+        """Returns a slice without probabilities, of which the last may go on in the next one."""
+        plain = without_escapes(data)
+        pieces = []
+        last = self.end_of_logprobs(plain, 0)
+        for found in iter(lambda: self.dialect.LOGPROBS.search(plain, last), None):
+            pieces += data[last:found.end(1)], b"[]" if found[2] == b"[" else b"null"
+            self.depth = 1
+            last = self.end_of_logprobs(plain, found.end(2))
+        return b"".join((*pieces, data[last:]))
+
+    def end_of_logprobs(self, plain, start):
+        """Returns the end of those that are open, or of the slice."""
+        if not self.depth:
+            return start
+        for step in JSON_STEP.finditer(plain, start):
+            self.depth += (step[0] in b"[{") - (step[0] in b"]}")
+            if not self.depth:
+                return step.end()
+        return len(plain)
 
     def payload(self, event):
         """Returns the object of an event, or of all of the JSON where something is looked for in
@@ -7195,9 +7240,10 @@ class Unmasking(Edit):
     def feed(self, block, came, event, is_end=False):
         """Returns what goes on of a text in an event that has more of it: all of it at the end of
         the block."""
-        text = self.blocks.pop(block, ("", b""))[0] + came
+        held = self.blocks.pop(block, ("", b""))[0]
+        text = held + came
         is_end = is_end or len(self.blocks) >= self.MAX_BLOCKS
-        begin = len(text) if is_end else self.restorer.waiting(text)
+        begin = len(text) if is_end else self.restorer.waiting(text, len(held))
         if begin < len(text):
             self.blocks[block] = text[begin:], event
         return self.restorer.restore(text[:begin], self.is_json(block, text))
@@ -14718,7 +14764,9 @@ class Reply:
         if has_events:
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
-        if type(framing) is Sized and not drops and not events:
+        resized = drops and type(editor.edits[-1]) is not HiddenKey
+        if type(framing) is Sized and not resized and not events:
+            style = PLAIN if drops else AS_IS
             length = response.head.length
             if length is not None and response.status != 204:
                 self.framing_line = f"Content-Length: {length}\r\n"

@@ -4799,6 +4799,7 @@ phone -> +33.1.23.45.67.89 -> +33.1.23.45.67.89
 ssn -> 078-05-1120 -> 078-05-1120
 ssn -> in 2027 219 09 9999. -> 219 09 9999
 ip -> http://8.8.8.8:80/ -> 8.8.8.8
+ip -> Lost connection 8.8.8.8 -> 8.8.8.8
 ip -> from [2a00:1450:4001:81b::200e] -> 2a00:1450:4001:81b::200e
 secrets -> sk-ant-api03-%(long)s -> sk-ant-api03-%(long)s
 secrets -> key: ghp_%(long)s"; -> ghp_%(long)s
@@ -5377,7 +5378,7 @@ class UnmaskingTest(ProxyCase):
 
     def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
         told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
-        self.patch_seconds(Edit_MAX_WHOLE=40, Unmasking_MAX_SLICE=40)
+        self.patch_seconds(Unmasking_MAX_WHOLE=40, Unmasking_MAX_SLICE=40)
         for step in self.each((23, 1, 41)):
             found = self.unmask("chat", told.encode(), step, events=False)
             self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
@@ -5386,6 +5387,12 @@ class UnmaskingTest(ProxyCase):
                                 masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
             self.assertEqual(json.loads(found), [
                 4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
+            for size in range(4):
+                wide = json.dumps({"a": size * "a" + 20 * "\u4f60\u597d[[EMAIL_1]]"},
+                                  ensure_ascii=False)
+                found = self.unmask("chat", wide.encode(), step, events=False)
+                self.assertEqual(json.loads(found), json.loads(
+                    wide.replace("[[EMAIL_1]]", "ann@example.com")))
             for large in (b"x" * 99, b"\"" + b"x" * 99):
                 self.assertEqual(self.unmask("chat", large, step, events=False), large)
 
@@ -5509,14 +5516,53 @@ class UnmaskingTest(ProxyCase):
         50 * ("MIIE" * 16 + "\n"))
 
     def test_long_secrets_are_masked_wherever_their_text_is_cut(self):
-        said = 'a "%s", %s. 123-45-6789) %s' % (self.PRIVATE_KEY, self.TOKEN, "x" * 400)
-        shown = 'a "[[SECRETS]]", [[SECRETS]]. [[SSN]]) %s' % ("x" * 400)
-        for size in self.each((5, 47, 800)):
+        block = self.PRIVATE_KEY.replace("RSA PRIVATE KEY", "PGP PRIVATE KEY BLOCK").replace(
+            "\n", "\nVersion: GnuPG v2.0.22 (GNU/Linux)\nComment: https://x.org\n\n", 1)
+        said = 'a "%s", %s %s, %s. 123-45-6789) %s' % (
+            self.PRIVATE_KEY, "ya29." + "aB3_" * 110, block, self.TOKEN, "x" * 400)
+        shown = 'a "[[SECRETS]]", [[SECRETS]] [[SECRETS]], [[SECRETS]]. [[SSN]]) %s' % ("x" * 400)
+        for size in self.each((4, 5, 47, 800)):
             masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
             found = self.unmask("chat", events(*[
                 delta(said[at:at + size]) for at in range(0, len(said), size)], "[DONE]"),
                 answers=True, masks=masks)
             self.assertEqual(list(self.said(self.payloads("chat", found)).values()), [shown])
+
+    def test_a_long_secret_is_not_searched_again_at_each_piece(self):
+        search = mock.Mock(wraps=llm_proxy.Restorer.BEGUN_SECRET)
+        self.patch_seconds(Restorer_BEGUN_SECRET=search)
+        for text in self.each((self.PRIVATE_KEY, self.TOKEN)):
+            search.reset_mock()
+            self.unmask("chat", events(*[
+                delta(text[at:at + 4]) for at in range(0, len(text), 4)]), 120, answers=True)
+            self.assertLess(search.search.call_count, 300)
+
+    def test_a_row_in_groups_is_masked_wherever_it_is_seen_whole(self):
+        for value in self.each(("4111 1111 1111 1111", "+33 6 12 34 56 78", "123 45 6789",
+                                "DE89 3704 0044 0532 0130 00")):
+            for size in range(290, 325):
+                said = delta("call (%s)%s" % (value, size * "x")), delta(" ok "), "[DONE]"
+                found = self.unmask("chat", events(*said), answers=True,
+                                    masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+                self.assertNotIn(value[-6:], str(self.payloads("chat", found)), size)
+
+    def test_a_value_of_which_the_rest_comes_in_a_large_event_is_masked(self):
+        for said, shown in self.each((("[[EMAIL", "_1]]"), ("bob@corp", ".com")),):
+            found = self.unmask("chat", events(
+                delta("to " + said), delta(shown + " x" * 60_000), "[DONE]"), 16384, answers=True)
+            text, = self.said(self.payloads("chat", found)).values()
+            self.assertIn(text.split()[1], ("ann@example.com", "[[EMAIL]]"))
+
+    def test_in_parts_too_no_probabilities_tell_what_is_masked(self):
+        tokens = [{"token": one, "top": [[], {}]} for one in ("]", "bob", "@corp", '"\\"', ".com")]
+        choices = [{"message": {"content": size * "w "}, "logprobs": logprobs, "n": 1}
+                   for size in (9, 40_000) for logprobs in ({"content": tokens}, tokens * 2000)]
+        data = json.dumps({"choices": choices, "logprobs": None}).encode()
+        for step in self.each((1448, 16384)):
+            found = json.loads(self.unmask("chat", data, step, answers=True, events=False))
+            self.assertEqual(found, {"logprobs": None, "choices": [
+                {**one, "logprobs": None if type(one["logprobs"]) is dict else []}
+                for one in choices]})
 
     def test_of_long_texts_parts_go_on_without_what_must_not_be_seen(self):
         """In one piece of JSON, and in an event that repeats a text."""
@@ -5552,6 +5598,26 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(masks.counts, {"email": 2 + 2 * (opaque == "pass"), "opaque": 1})
             self.assertEqual(found, passed + commented.replace(b"bob@x.org", b"[[EMAIL]]")
                              + b": [[EMAIL]]\n\n" + events("[DONE]"))
+
+    def test_much_that_is_no_json_is_masked_as_text_or_left_out(self):
+        said = b"mail bob@x.org {\"%b\" ssn 123-45-6789" % (40_000 * b"word ")
+        shown = said.replace(b"bob@x.org", b"[[EMAIL]]").replace(b"123-45-6789", b"[[SSN]]")
+        self.patch_seconds(Unmasking_MAX_HELD=100_000)
+        for is_stream, step in self.each(itertools.product((True, False), (1448, 16384))):
+            data = b"data: %b\n\n" % said if is_stream else said
+            for opaque in ("pass", "refuse"):
+                masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS), opaque)
+                after = events("[DONE]") if is_stream else b""
+                found = self.unmask("chat", data + after, step, answers=True, events=is_stream,
+                                    masks=masks)
+                self.assertEqual(found, after if opaque == "refuse" else
+                                 data.replace(said, shown) + after)
+                self.assertGreater(masks.counts["opaque"], 0)
+
+    def test_what_stands_beside_the_data_of_events_that_are_alike_is_masked(self):
+        data = 6 * (b": bob@x.org\n" + events(delta("x ")))
+        self.assertEqual(self.unmask("chat", data, answers=True),
+                         data.replace(b"bob@x.org", b"[[EMAIL]]"))
 
     def test_a_row_of_values_without_a_space_is_masked_wherever_it_is_cut(self):
         for size in self.each((1, 7, 50)):
@@ -7839,9 +7905,14 @@ class BreakerTest(CallCase):
             answered = self.ask(call(system="a@x.org"))
             self.assertEqual(answered.body, said.replace(key.encode(), b"*" * len(key)))
             self.assertNotIn(key, str(answered.fields) + self.lines.text())
+            self.assertEqual(answered.get("Content-Length"), None if redact else str(len(said)))
         editor = llm_proxy.Editor(None, [llm_proxy.HiddenKey(key)])
         pieces = [editor.feed(said[at:at + 7]) for at in range(0, len(said), 7)]
         self.assertEqual(b"".join(pieces) + editor.flush(), answered.body)
+        said = (1 << 20) * b"x" + key.encode() + 99 * b"x"
+        pieces = [editor.feed(said[:at]) + editor.feed(said[at:]) + editor.flush()
+                  for at in range(1 << 20, (1 << 20) + len(key))]
+        self.assertNotIn(key.encode(), b"|".join(pieces))
 
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
