@@ -4624,8 +4624,7 @@ class Dialect:
     TAKES_COMMENTS = True
     # Characters of a model's name in a limit reply, which repeats it in each event.
     REPLY_MODEL_LENGTH = 64
-    # Spell a text once more, token by token; and where they do
-    LOGPROBS_KEYS = frozenset(("logprobs", "logprobsResult"))
+    # Where a text is spelled once more, token by token
     LOGPROBS = re.compile(rb'("logprobs(?:Result)?"\s*:\s*)([\[{])\s*(?:[^\]}\s]|\Z)')
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
@@ -6490,15 +6489,10 @@ IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
     |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
     (?:(?<=1)[0-9]{0,2}|(?<=2)(?:[0-4][0-9]?|5[0-5]?|[6-9]?)|(?<=[3-9])[0-9]?)
     (?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}(?![A-Za-z0-9_+-]|\.[A-Za-z0-9])"""
-IPV6 = r"""[23](?<![A-Za-z0-9_:.].)
+IPV6 = r"""[23](?<![A-Za-z0-9_:.].)(?!(?:[0-9a-f]{0,4}:){8})
     (?!(?<=2)(?:001:(?:0?db8|0?[01]?[0-9a-f]{0,2}):|002:)|(?<=3)fff:0)
     [0-9a-f]{3}(?:(?::[0-9a-f]{1,4}){7}|(?::[0-9a-f]{1,4}){0,5}::
     (?:[0-9a-f]{1,4}(?::[0-9a-f]{1,4}){0,5})?)(?![A-Za-z0-9_:]|\.[0-9])"""
-
-
-def end_of_ipv6(match: "re.Match[str]") -> int:
-    """Wants no more than eight groups."""
-    return match.end() if match[0].count(":") <= 7 else 0
 
 
 def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
@@ -6533,7 +6527,7 @@ SHAPES = (
         [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
         (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))""", hint="[0-9]{4}"),
     shape("ip", IPV4, mark=".", hint=r"[0-9]\.[0-9]"),
-    shape("ip", IPV6, end_of_ipv6, ":", "[0-9a-f]:"),
+    shape("ip", IPV6, mark=":", hint="[0-9a-f]:"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
         "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()]), hint=LONG_WORD),
     shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY"),
@@ -7025,15 +7019,13 @@ class Unmasking(Edit):
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
-    MAX_WHOLE = 1 << 20   # bytes of JSON that are awaited whole,
-    MAX_SLICE = 1 << 15   # and in which all words are looked at, at once
+    MAX_SLICE = 1 << 15   # bytes of JSON in which all words are looked at, at once
     # An escape, or a character, of which the rest is to come
     BEGUN_ESCAPE = re.compile(
         r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?|[\udc80-\udcff]{1,3})\Z")
     IN_NO_STRING = b"\xef\xbb\xbf \t\r\n,:[]{}0123456789+-.truefalsEnNIity"  # characters of JSON
     sliced = False        # a part of it went on,
     is_text = False       # or of what is none
-    refused = False       # the rest of what went on in parts does not
     prefix = b""          # with which a slice begins that begins in a string: its quote, and a key
     depth = 0             # of the probabilities in which a slice begins
 
@@ -7070,20 +7062,25 @@ class Unmasking(Edit):
         return b"".join((event[:start], json.dumps(goes).encode(), event[end:]))
 
     def apply_any(self, event):
-        if self.refused:
-            self.refused = not self.is_end(event)
-            return b""
+        if self.is_text:
+            return self.apply_opaque(event)
         if self.sliced:
             return self.apply_slice(event, b"")
         payload = self.payload(event)
         if not payload:
             return self.apply_other(event)
+        if self.restorer.redactor and self.dialect.LOGPROBS.search(event):
+            event = self.without_logprobs(event)
+            payload = self.payload(event)
+        return self.apply_object(event, payload)
+
+    def apply_object(self, event, payload):
         texts = list(self.dialect.texts(payload)) if self.events else ()
         before = [self.let_go(block) for block in list(self.blocks)
                   if self.has_ended(block, payload, texts)]
         changed = [self.put(block, way, payload, event) for block, way in texts]
         if self.restorer.redactor:
-            changed.append(self.mask_rest(payload, event))
+            changed.append(self.mask_rest(payload))
             masked = self.mask_lines(event)
             if len(texts) == 1 and not changed[-1] and masked == event:
                 self.learn(event, payload, *texts[0])
@@ -7096,7 +7093,7 @@ class Unmasking(Edit):
     def apply_other(self, event):
         """Does so with what is no event with an object: with text, where it is no JSON."""
         data = (self.events.all_data(event) if self.events else event).strip()
-        if self.events and data == LAST_DATA:
+        if data == LAST_DATA:
             return self.end() + event
         restorer = self.restorer
         may_be_json = data[:1] in b'{["' or not self.events
@@ -7106,17 +7103,12 @@ class Unmasking(Edit):
             return self.apply_opaque(event, may_be_json)
         return restorer.restore_text(event, may_be_json)
 
-    def apply_opaque(self, event, may_be_json):
+    def apply_opaque(self, event, may_be_json=False):
+        """Does so with what cannot be read, or with a part of it."""
         masks = self.restorer.masks
-        masks.counts["opaque"] += 1
-        if masks.opaque == "refuse":
-            self.refused = not self.is_end(event)
-            return b""
-        return self.restorer.restore_text(event, may_be_json)
-
-    def is_end(self, event):
-        """Returns whether it is whole, or the last part of one."""
-        return self.events and (not event.strip() or self.events.at_boundary(event))
+        masks.counts["opaque"] += not self.is_text
+        self.is_text = not self.events or bool(event.strip()) and not self.events.at_boundary(event)
+        return b"" if masks.opaque == "refuse" else self.restorer.restore_text(event, may_be_json)
 
     def mask_lines(self, event):
         """Masks what stands in an event beside its JSON."""
@@ -7129,8 +7121,7 @@ class Unmasking(Edit):
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
         """Returns what goes on of a body that is no stream, while more of it is to come, and what
         waits for that."""
-        is_large = len(data) > self.MAX_SLICE and (self.sliced or self.restorer.redactor)
-        if not is_large and len(data) <= self.MAX_WHOLE:
+        if len(data) <= self.MAX_SLICE:
             return b"", data
         self.sliced = True
         end, prefix = self.end_of_slice(data)
@@ -7150,7 +7141,8 @@ class Unmasking(Edit):
         if start and not said:
             return start - 1, b""
         prefix = b'"' if start else self.prefix
-        if self.restorer.before_json.search(data, max(0, start - 64), start):
+        if start and MAY_BE_JSON.match(text[:99].replace("\\", "")) or (
+                self.restorer.before_json.search(data, max(0, start - 64), start)):
             prefix = b'"%b":"' % self.dialect.JSON_TEXTS[0].encode()
         return start + len(said.encode("utf-8", "surrogateescape")), prefix
 
@@ -7158,10 +7150,9 @@ class Unmasking(Edit):
         """Does so with a slice of JSON; `prefix` is that of the next one."""
         before, self.prefix = self.prefix, prefix
         strings = without_escapes(before + data).split(b'"')
-        if self.restorer.redactor and b"".join(strings[::2]).translate(None, self.IN_NO_STRING):
-            self.is_text = True
-        if self.is_text:
-            return self.apply_opaque(data, False)
+        said = self.restorer.redactor and b"".join(strings[::2])
+        if self.is_text or said and said.translate(None, self.IN_NO_STRING):
+            return self.apply_opaque(data)
         end = b'"' * (len(strings) % 2 == 0)
         begin = 0 if self.depth else len(before)
         shown = b"".join((before, data, end))
@@ -7171,7 +7162,8 @@ class Unmasking(Edit):
         return shown[begin:None if self.depth else len(shown) - len(end)]
 
     def without_logprobs(self, data):
-        """Returns a slice without probabilities, of which the last may go on in the next one."""
+        """Returns an event, or a slice, without probabilities of tokens, which tell what is masked;
+        those of a slice may go on in the next one."""
         plain = without_escapes(data)
         pieces = []
         last = self.end_of_logprobs(plain, 0)
@@ -7198,15 +7190,9 @@ class Unmasking(Edit):
         is_read = (self.events or self.restorer.redactor) and data.lstrip()[:1] == b"{"
         return object_in(data) if is_read else {}
 
-    def mask_rest(self, payload, event):
-        """Masks what an event says beside its texts, of which no probabilities may tell once more,
-        token by token; returns whether it is another."""
+    def mask_rest(self, payload):
+        """Masks what an event says beside its texts; returns whether it is another."""
         changed = False
-        if self.dialect.LOGPROBS.search(event):
-            changed = True
-            for one in objects_in(payload):
-                for key in self.dialect.LOGPROBS_KEYS.intersection(one):
-                    one[key] = [] if type(one[key]) is list else None
         for words in words_in(payload):
             text = self.restorer.restore(words.text, words.is_json())
             if text != words.text:
@@ -14764,9 +14750,7 @@ class Reply:
         if has_events:
             if self.early or self.comment_seconds() < math.inf:
                 events = self.call.dialect.events
-        resized = drops and type(editor.edits[-1]) is not HiddenKey
-        if type(framing) is Sized and not resized and not events:
-            style = PLAIN if drops else AS_IS
+        if type(framing) is Sized and not drops and not events:
             length = response.head.length
             if length is not None and response.status != 204:
                 self.framing_line = f"Content-Length: {length}\r\n"
