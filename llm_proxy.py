@@ -6737,8 +6737,7 @@ class Masks:
         for match in JSON_STRING.finditer(text):
             pieces += text[last:match.start()], (yield from self.mask(match[0], True))
             last = match.end()
-        after = "".join((*pieces, text[last:]))
-        return text if after == text else after
+        return "".join((*pieces, text[last:]))
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Does so where words stand."""
@@ -6746,7 +6745,7 @@ class Masks:
             after = yield from self.mask_strings(words.text)
         else:
             after = yield from self.mask(words.text, words.is_json(), words.kind != "echo")
-        if after is words.text:
+        if after == words.text:
             return
         words.put(after)
         if len(self.places) < self.MAX_PLACES:
@@ -7107,7 +7106,9 @@ class Unmasking(Edit):
         """Does so with what cannot be read, or with a part of it."""
         masks = self.restorer.masks
         masks.counts["opaque"] += not self.is_text
-        self.is_text = not self.events or bool(event.strip()) and not self.events.at_boundary(event)
+        goes_on = self.is_text or len(event) > self.MAX_HELD
+        self.is_text = not self.events or bool(
+            goes_on and event.strip() and not self.events.at_boundary(event))
         return b"" if masks.opaque == "refuse" else self.restorer.restore_text(event, may_be_json)
 
     def mask_lines(self, event):
@@ -7167,10 +7168,11 @@ class Unmasking(Edit):
         plain = without_escapes(data)
         pieces = []
         last = self.end_of_logprobs(plain, 0)
-        for found in iter(lambda: self.dialect.LOGPROBS.search(plain, last), None):
-            pieces += data[last:found.end(1)], b"[]" if found[2] == b"[" else b"null"
-            self.depth = 1
-            last = self.end_of_logprobs(plain, found.end(2))
+        for found in self.dialect.LOGPROBS.finditer(plain):
+            if found.start() >= last:
+                pieces += data[last:found.end(1)], b"[]" if found[2] == b"[" else b"null"
+                self.depth = 1
+                last = self.end_of_logprobs(plain, found.end(2))
         return b"".join((*pieces, data[last:]))
 
     def end_of_logprobs(self, plain, start):
@@ -7184,11 +7186,9 @@ class Unmasking(Edit):
         return len(plain)
 
     def payload(self, event):
-        """Returns the object of an event, or of all of the JSON where something is looked for in
-        it, {} where there is none."""
+        """Returns the object of an event, or of all of the JSON; {} where there is none."""
         data = self.events.all_data(event) if self.events else event
-        is_read = (self.events or self.restorer.redactor) and data.lstrip()[:1] == b"{"
-        return object_in(data) if is_read else {}
+        return object_in(data) if data.lstrip()[:1] == b"{" else {}
 
     def mask_rest(self, payload):
         """Masks what an event says beside its texts; returns whether it is another."""

@@ -5622,6 +5622,17 @@ class UnmaskingTest(ProxyCase):
         self.assertEqual(self.unmask("chat", data, answers=True),
                          data.replace(b"bob@x.org", b"[[EMAIL]]"))
 
+    def test_a_list_stays_one_and_a_line_of_text_hides_no_event_after_it(self):
+        said = [delta("bob@x.org "), delta("x ")]
+        shown = [delta("[[EMAIL]] "), delta("x ")]
+        for data, passed in self.each((
+                (json.dumps(said).encode(), shown),
+                (b"data: some words\n" + events("[DONE]", *[
+                    delta(one) for one in ("mail bob@", "x.org ")], end="\n"), None))):
+            found = self.unmask("chat", data, answers=True, events=not passed)
+            self.assertNotIn(b"x.org", found)
+            self.assertEqual(json.loads(found) if passed else None, passed)
+
     def test_a_row_of_values_without_a_space_is_masked_wherever_it_is_cut(self):
         for size in self.each((1, 7, 50)):
             said = [delta(("bob@x.org," * 90)[at:at + size]) for at in range(0, 900, size)]
