@@ -9550,6 +9550,11 @@ def clean(text: Optional[str]) -> Optional[str]:
     return text
 
 
+def in_ascii(text: str) -> str:
+    """Returns text in which all that is not printable ASCII is spelled out."""
+    return ascii(text)[1:-1]
+
+
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)  # bytes that a pipe takes as a whole (POSIX write)
 MAX_AGENT = 120
 UNSEEN = re.compile("[\0-\t\x0b-\x1f\x7f-\x9f]")
@@ -9607,7 +9612,8 @@ class Entry:
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    all_ms = 0          # when it has ended, milliseconds, and
+    who = ""            # when it has ended: the caller, or the address where nobody was found,
+    all_ms = 0          # milliseconds, and
     first_ms = None     # those to the first byte, where there was one
     trace: Optional["Trace"] = None        # where traces are wanted,
     reasons: Sequence[str] = ()            # and with it why the model stopped
@@ -9636,6 +9642,8 @@ class Entry:
         started = self.started
         if started is None:
             self.started = started = self.ended  # no head ever came
+        caller = self.caller
+        self.who = caller.label if caller else self.address
         self.all_ms = int((self.ended - started) * 1000)
         if self.first_byte is not None:
             self.first_ms = int((self.first_byte - started) * 1000)
@@ -9661,8 +9669,8 @@ class Entry:
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
-            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
-            self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
+            self.request_id, self.wall / 1e9, self.who, self.address, self.method,
+            self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
         return asked + (
@@ -9720,7 +9728,7 @@ class Entry:
 
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
-        call, usage, caller = self.call, self.usage, self.caller
+        call, usage = self.call, self.usage
         first = "-" if self.first_byte is None else f"{self.first_ms}ms"
         cost, left = self.charged("-")
         used = usd = remarks = ""
@@ -9732,7 +9740,7 @@ class Entry:
         if self.queued or self.cause or self.found:
             remarks = self.remarks()
         return (
-            f"{format_moment(self.wall // 10 ** 6)} {caller.label if caller else self.address} "
+            f"{format_moment(self.wall // 10 ** 6)} {self.who} "
             f"{self.method or '-'} {(self.path or '-')[:200]} {one_word(call and call.model)} "
             f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
@@ -10933,7 +10941,7 @@ class KeyStore:
     def find(self, name: str) -> Key:
         rows = self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
-            raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
+            raise NoSuchKey("no key is stored by the name %s" % in_ascii(name))
         try:
             return read_key(*rows[0])
         except (ValueError, TypeError):
@@ -11025,7 +11033,7 @@ class KeyStore:
         """Changes fields; returns the key."""
         for field, text in fields.items():
             if field not in KEY_FIELDS:
-                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+                raise KeyFault("a key has no field %s" % in_ascii(field))
             value = None if text in (None, "") else self.check_field(
                 field, KEY_FIELDS[field][0], text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
@@ -14350,15 +14358,20 @@ class Reply:
     @contextlib.asynccontextmanager
     async def streaming(self, content_type: str):
         """A stream of ours, while the block runs: yields what sends a piece of it, and waits until
-        that is taken."""
+        that is taken. Where the caller leaves, as most streams end, the block does, too."""
         async def send(data: bytes):
             self.client.write(self.framed(data))
             await self.drain()
 
+        if self.request.method == "HEAD":
+            raise MethodNotAllowed()
         self.client.write(self.stream_head(content_type))
-        yield send
         self.close_after = True
-        if not self.until_close:
+        try:
+            yield send
+        except CallerGone:  # nobody takes what is left
+            self.reset = True
+        if not (self.reset or self.until_close):
             self.client.write(LAST_CHUNK)
 
     def framed(self, event):
@@ -15026,7 +15039,7 @@ class Proxy:
                     caller, order.unit, order.amount, until, bool(order.done))
         if not found:
             self.books.log.say("%s has no bucket in %s: it was given nothing" % (
-                ascii(order.caller)[1:-1], order.unit))
+                in_ascii(order.caller), order.unit))
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
@@ -15340,35 +15353,46 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory. A `worker` is one of several processes."""
-    log = build_log(config, stream, clock, worker)
+    log = Log(stream, config.log_format == "json", clock,
+              "worker %d: " % (worker.number + 1) if worker else "")
     secret = worker.secret if worker else file_secret(database)
     keys = keys_to_go_by(config, database, secret, log.say)
     loop = new_loop(clock, log)
-    limits = build_limits(config, build_buckets(config, clock, loop, database), keys.rules)
+    buckets = build_buckets(config, clock, loop, database)
+    limits = build_limits(config, buckets, keys.rules)
     prices = Prices(config.prices, config.unpriced)
-    stored = build_stored(config, limits.buckets, clock)
+    stored = build_stored(config, buckets, clock)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
-    hear_of_redis(proxy)
-    hear_of_keys(proxy)
+    hear_of_others(proxy)
     if database:
         go_on(proxy)
     return proxy
 
 
-def build_stored(config: Config, buckets: Buckets, clock: Any) -> Stored:
+def build_stored(config, buckets, clock):
     if buckets.redis is None:
         return Stored(config.stored)
     return SharedStored(config.stored, buckets.redis, buckets.prefix, clock)
 
 
-def share(proxy: Proxy, redis: Redis):
+def hear_of_others(proxy):
+    """Has the ledger and Redis tell what others have changed, and whether Redis is there."""
+    ledger, buckets = proxy.books.ledger, proxy.limits.buckets
+    if ledger:
+        ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
+    if buckets.redis:
+        buckets.on_change = functools.partial(tell_of_redis, proxy)
+        share(proxy, buckets)
+
+
+def share(proxy, buckets):
     """Has a proxy share with others what is in Redis beside buckets."""
-    config, buckets = proxy.config, proxy.limits.buckets
+    config, redis = proxy.config, buckets.redis
 
     async def read(call, *arguments):
         await proxy.dialects.read(call, *arguments)
@@ -15393,11 +15417,6 @@ def share(proxy: Proxy, redis: Redis):
                 proxy.sharers.append(upstream.queue)
 
 
-def build_log(config: Config, stream: BinaryIO, clock: Any, worker: Optional[Worker]) -> Log:
-    return Log(stream, config.log_format == "json", clock,
-               "worker %d: " % (worker.number + 1) if worker else "")
-
-
 def file_secret(database: Optional[Database]) -> bytes:
     """Returns the secret of a database, or one that ends with this process."""
     return database.secret() if database else os.urandom(32)
@@ -15413,8 +15432,7 @@ def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
     return keys
 
 
-def stored_keys(database: Optional[Database], secret: bytes,
-                say: Callable[[str], None]) -> StoredKeys:
+def stored_keys(database, secret, say):
     """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
     let in."""
     if database is None:
@@ -15428,13 +15446,7 @@ def stored_keys(database: Optional[Database], secret: bytes,
     return found
 
 
-def hear_of_keys(proxy: Proxy):
-    """Has the ledger tell the loop what it reads of keys and orders."""
-    if proxy.books.ledger:
-        proxy.books.ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
-
-
-def go_on(proxy: Proxy):
+def go_on(proxy):
     """Does again what was ordered before, and holds still, before a call could find it undone."""
     proxy.routes.disable(proxy.callers.stored.disabled)
     with contextlib.suppress(sqlite3.Error, ValueError):
@@ -15457,14 +15469,14 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     return rest
 
 
-def renew_estimator(proxy: Proxy):
+def renew_estimator(proxy):
     """Has the costs estimated that rules count now, by what was learned before."""
     models = proxy.estimator.models
     proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
     proxy.estimator.models = models
 
 
-def renew_redaction(proxy: Proxy):
+def renew_redaction(proxy):
     """Has that looked for which must not leave, by the settings and the keys that there are."""
     config, callers = proxy.config, proxy.callers
     proxy.redaction = None
@@ -15500,7 +15512,7 @@ def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, 
     return limits
 
 
-def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
+def build_estimator(config, prices, limits):
     request_cost = 1 if config.limits else config.request_token_cost
     return CostEstimator(prices, request_cost, config.response_token_reserve,
                          config.image_tokens, limits.units())
@@ -15515,7 +15527,7 @@ def build_books(config, clock, log, limits, stored, database, keys, secret, work
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
+def build_watchers(config, clock, log, limits):
     def poster(name, url, **options):
         tls = None
         if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
@@ -15540,7 +15552,7 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
     return Watchers(feed, pulse, metrics, warnings, traces, marks)
 
 
-def build_tls(config: Config) -> ssl.SSLContext:
+def build_tls(config):
     """Returns the context of connections that go out."""
     tls = ssl.create_default_context(cafile=config.upstream_ca_file)
     if config.upstream_tls_verify == "off":
@@ -15549,30 +15561,16 @@ def build_tls(config: Config) -> ssl.SSLContext:
     return tls
 
 
-def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Redis]:
-    url, tls = config.redis_url, None
+def build_buckets(config, clock, loop, database):
+    url, prefix, tls = config.redis_url, config.redis_prefix, None
     if url is None:
-        return None
+        return Buckets(clock)
     if url.encrypted:
         tls = ssl.create_default_context(cafile=config.redis_ca_file)
-    return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
-
-
-def build_buckets(config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
-                  database: Optional[Database]) -> Buckets:
-    redis = build_redis(config, loop)
-    if redis is None:
-        return Buckets(clock)
+    redis = Redis(url, tls, loop, "%s-%d" % (prefix, os.getpid()))
     known = database.facts.get("processes") if database else None
-    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away,
+    return RedisBuckets(clock, redis, prefix, config.redis_away,
                         max(known or config.peers, config.workers))
-
-
-def hear_of_redis(proxy: Proxy):
-    """Has what is shared say when Redis goes away, and comes back."""
-    if proxy.redis:
-        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
-        share(proxy, proxy.redis)
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
@@ -15580,7 +15578,7 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
               "closed": "calls are refused by all of %d processes"}
 
 
-def tell_of_redis(proxy: Proxy, change: str):
+def tell_of_redis(proxy, change):
     """Says that Redis is "there", "away", or there "again"."""
     buckets = proxy.limits.buckets
     count = buckets.processes
@@ -15593,7 +15591,7 @@ def tell_of_redis(proxy: Proxy, change: str):
             "limits_degraded" if change == "away" else "limits_shared", (), None, text=line)
 
 
-def build_dialects(config: Config) -> Dialects:
+def build_dialects(config):
     names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
@@ -15961,8 +15959,7 @@ class Admin:
         refusal = NoSuchPage
         for shape, row in self.rows:
             match = shape.fullmatch(path or "/")
-            if match and (row.method == method or (
-                    (row.method, method) == ("GET", "HEAD") and row.handler != "events")):
+            if match and (row.method == method or (row.method, method) == ("GET", "HEAD")):
                 return row, urllib.parse.unquote("".join(match.groups()))
             if match:
                 refusal = MethodNotAllowed
@@ -15985,7 +15982,7 @@ class Admin:
             raise BadRequest(str(fault)) from None
         if row.role == "admin":
             self.proxy.books.log.say("%s of %s did %s %s" % (
-                entry.caller.label, entry.address, row.method, ascii(request.path)[1:-1]))
+                entry.caller.label, entry.address, row.method, in_ascii(request.path)))
         if found is not None:
             self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
 
@@ -16109,8 +16106,6 @@ class Admin:
                     if data:
                         await send(data)
                         await reply.context.sleep(self.BEAT_SECONDS, "more events")
-        except CallerGone:  # as all of them end; nobody takes what is left
-            reply.close_after = reply.reset = True
         finally:
             feed.listeners -= 1
 
@@ -16211,7 +16206,7 @@ class Admin:
         values = [fields.pop(name, None) for name in others]
         unknown = fields.keys() - KEY_FIELDS.keys()
         if unknown:
-            raise BadRequest("A key has no field %s" % ascii(min(unknown))[1:-1])
+            raise BadRequest("A key has no field %s" % in_ascii(min(unknown)))
         return fields, *values
 
     async def add_key(self, ask):
@@ -18550,7 +18545,7 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [ascii(model.name)[1:-1] for model in ask_at_once(upstream)]
+                names = [in_ascii(model.name) for model in ask_at_once(upstream)]
                 models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
@@ -19006,7 +19001,7 @@ def find_call(execute, name):
 def print_table(names, rows):
     """Prints rows for people: words to the left, numbers to the right. What a terminal would take
     for a command is spelled out."""
-    texts = [[ascii(str(value))[1:-1] for value in row] for row in [names, *rows]]
+    texts = [[in_ascii(str(value)) for value in row] for row in [names, *rows]]
     widths = [max(map(len, column)) for column in zip(*texts)]
     is_text = [any(type(value) is str and name != "usd" for value in column)
                for name, column in zip(names, zip(*rows))]
@@ -19079,7 +19074,7 @@ def update_prices(path, url=PRICES_URL):
     except (OSError, ValueError, http.client.HTTPException) as failure:
         with contextlib.suppress(OSError):
             os.remove(part)
-        cause = ascii(str(failure))[1:-1]  # some are the words of who answered
+        cause = in_ascii(str(failure))  # some are the words of who answered
         raise ConfigFaults("%s was not updated from %s: %s" % (path, url, cause)) from None
     print("%s has %d prices now; PRICES=%s uses them" % (path, len(prices), path))
 
