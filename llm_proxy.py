@@ -667,14 +667,14 @@ class Repetition(NamedTuple):
     ways: float
     then: Tuple[Characters, ...] = ()
 
-    def clashes(self, later: "Repetition") -> bool:
+    def clashes(self, later):
         """Tells whether it is open how much of a text is this one's, and how much the later's."""
         ends = [*self.then, *self.needs]
         return not (self.takes.isdisjoint(later.takes)
                     or any([one.isdisjoint(later.takes) for one in ends])
                     or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
 
-    def may_take(self, first: Characters) -> bool:
+    def may_take(self, first):
         """Tells whether this one may take what begins so and follows it."""
         return not any([one.isdisjoint(self.takes) for one in (first, *self.then)])
 
@@ -1103,7 +1103,7 @@ GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CE
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
-def guard_meant_by(name: str) -> Optional[str]:
+def guard_meant_by(name):
     """Returns the setting that guards and that a misspelt name means."""
     name = name.upper()
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
@@ -1193,7 +1193,7 @@ class Config(types.SimpleNamespace):
         return self.proxy_api_keys is None and not self.keys_are_stored and (
             not is_loopback or bool(self.trusted_proxies))
 
-    def pays_for_anyone(self) -> bool:
+    def pays_for_anyone(self):
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
         nobody has said is meant."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
@@ -3427,14 +3427,14 @@ def is_too_complex(data):
     return is_deep(outside)
 
 
-def may_have_long_number(data: bytes) -> bool:
+def may_have_long_number(data):
     """Returns False where LONG_NUMBER digits never follow one another: then no half of them stand
     at any of the places that are looked at."""
     half = LONG_NUMBER // 2
     return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
 
 
-def is_deep(outside: bytes) -> bool:
+def is_deep(outside):
     """Returns whether brackets are nested too deeply; it looks no further than where they are."""
     level = 0
     for start in range(0, len(outside), 4096):
@@ -3481,8 +3481,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
-                   parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
+def strict_decoder(hook, parse_int=short_integer):
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
@@ -6089,7 +6088,7 @@ class UsageReader:
         self.size = len(data) - end
         self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
 
-    def front(self, data: bytes) -> JsonObject:
+    def front(self, data):
         """Returns what is of use in the beginning of JSON that is too large to be kept."""
         data, found = data[:self.MAX_KEPT], {}
         for key in (self.dialect.usage_key, "model"):
@@ -9693,7 +9692,7 @@ class Entry:
         awaits = self.context.what if self.context else ""
         return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
 
-    def tokens_so_far(self) -> int:
+    def tokens_so_far(self):
         """Returns about how many tokens have passed: an event holds one, nearly always."""
         reader = self.reader
         return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
@@ -9804,7 +9803,7 @@ def message_line(text: str, as_json: bool, clock: Any) -> str:
     return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
 
 
-def whole_lines(data: memoryview) -> int:
+def whole_lines(data):
     """Returns how much to write at once, so that lines of several processes are not mixed where the
     log is a pipe."""
     if len(data) <= PIPE_BUF:
@@ -9934,7 +9933,7 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
-def exact_total(name: str) -> str:
+def exact_total(name):
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
     if name == "picodollars":
@@ -10012,7 +10011,7 @@ class SumNames:
 SUM_TYPES = [int, *[str] * len(SUM_KEYS), *[int] * (len(SUM_COUNTS) + 3)]
 
 
-def read_sum(text: bytes) -> List[Union[int, str]]:
+def read_sum(text):
     """Returns a row of SUM_COLUMNS that another box tells, whose calls are not here. Raises
     ValueError."""
     row = json.loads(text)
@@ -10138,7 +10137,7 @@ class Database:
             return None
         return [(one.st_dev, one.st_ino) for one in found]
 
-    def is_gone(self) -> bool:
+    def is_gone(self):
         """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
@@ -10180,7 +10179,7 @@ class Database:
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
-    def transaction(self) -> sqlite3.Connection:
+    def transaction(self):
         """Begins one; returns what ends it, as a with-block."""
         self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
         self.connection.execute("BEGIN IMMEDIATE")
@@ -10212,7 +10211,7 @@ class Database:
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
-    def add_new(self) -> bool:
+    def add_new(self):
         """Adds calls to the sums that came since the last time."""
         summed = self.facts["summed"]
         (last,), = self.connection.execute(
@@ -10222,7 +10221,7 @@ class Database:
             self.add_up(summed, last, summed=last)
         return last is not None
 
-    def add_older(self) -> bool:
+    def add_older(self):
         """Adds calls of an older version, which had no sums, the newest first."""
         last = self.facts["unsummed"]
         if last:
@@ -10288,7 +10287,7 @@ class Database:
             self.add_sums(found, facts, ())
         self.connection.execute("DELETE FROM untold WHERE id <= ?", (told,))
 
-    def roll_up(self, now: float) -> bool:
+    def roll_up(self, now):
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
         (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
@@ -10303,7 +10302,7 @@ class Database:
         self.facts["rolled"] = hour + HOUR
         return True
 
-    def list_ids(self) -> bool:
+    def list_ids(self):
         """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
         by one, each would change a page of its own."""
         listed = self.facts["listed"]
@@ -10390,13 +10389,13 @@ class Database:
                         "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
                         " AND value = 1")])
 
-    def note_processes(self, count: int):
+    def note_processes(self, count):
         """Writes how many processes share the limits, for a start while Redis is away."""
         if count != self.facts.get("processes", 0):
             self.note(processes=count)
             self.facts["processes"] = count
 
-    def key_records(self) -> KeyRecords:
+    def key_records(self):
         """Returns what other boxes must know of keys, also of those that were removed."""
         execute, found = self.connection.execute, {}
         for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
@@ -10410,7 +10409,7 @@ class Database:
                 [audit, [dict(zip(Key._fields, key)) for key in keys], secrets])
         return found
 
-    def take_record(self, record: str):
+    def take_record(self, record):
         """Goes by what another box has made of a key, where that is newer than what is known here.
         Raises ValueError, TypeError or LookupError for what no box of ours has written."""
         (when, *words), keys, secrets = json.loads(record)
@@ -10448,7 +10447,7 @@ class Database:
                 "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
                 (wall, name, wall - 60))
 
-    def take_orders(self, now: float) -> List["Order"]:
+    def take_orders(self, now):
         """Returns what is to be done, which counts as done from then on, and what was given before
         and is good still."""
         execute = self.connection.execute
@@ -10462,7 +10461,7 @@ class Database:
             execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
 
-    def data_version(self) -> int:
+    def data_version(self):
         """Returns a number that changes when another connection has written."""
         (found,), = self.connection.execute("PRAGMA data_version").fetchall()
         return found
@@ -10504,7 +10503,7 @@ class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
 
-    def as_point(self) -> JsonObject:
+    def as_point(self):
         return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
@@ -10670,7 +10669,7 @@ class LedgerReader:
         return {name: found
                 for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
 
-    def midnight(self, days: int = 0) -> int:
+    def midnight(self, days=0):
         """Returns when a day began, so many days ago."""
         day = date_in(self.zone, self.now) - datetime.timedelta(days)
         return midnight(day, self.zone)
@@ -11340,7 +11339,7 @@ class RefusalSums:
         self.shown = 0
         self.counts = collections.Counter()  # by status and address
 
-    def counts_only(self, entry: Entry) -> bool:
+    def counts_only(self, entry):
         """Returns whether a refusal is counted here, and written down nowhere else."""
         if entry.outcome != "refused":
             return False
@@ -11579,7 +11578,7 @@ class Poster(Writer):
                 taken = False
             self.dropped += 0 if taken else len(batch)
 
-    def deliver(self, payload) -> bool:
+    def deliver(self, payload):
         data = to_json_bytes(payload)
         for delay in self.DELAYS:
             if delay and self.stop.wait(delay):  # in the end there is one try
@@ -11596,7 +11595,7 @@ class Poster(Writer):
                 self.thread.name, "status " + fault if fault.isdecimal() else fault))
         return False
 
-    def post(self, data) -> Optional[str]:
+    def post(self, data):
         """Returns why it was not taken: a status, or words."""
         connection = self.connection()
         try:
@@ -11661,7 +11660,7 @@ class Family(NamedTuple):
             yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
-def labels_of(**values: str) -> str:
+def labels_of(**values):
     """Returns labels as they are written; what nobody sees is spelled out."""
     shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
              for name, value in values.items()]
@@ -11690,7 +11689,7 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels: str):
+    def samples(self, labels):
         self.sort_in()
         rows = [(f'{labels},le="{bound}"', count, "_bucket")
                 for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
@@ -11716,7 +11715,7 @@ class Used:
         self.picodollars = self.unpriced = self.estimated = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
-    def add_details(self, usage: Usage):
+    def add_details(self, usage):
         self.estimated += usage.estimated
         self.cached += usage.cached
         self.cache_write += usage.cache_write
@@ -11868,7 +11867,7 @@ class Metrics(Watcher):
             for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
             for number, (name, what, _) in enumerate(HISTOGRAMS)]
 
-    def bucket_families(self, buckets: Buckets) -> List[Family]:
+    def bucket_families(self, buckets):
         """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
         several keys with one name the last one's counts."""
         known = {}
@@ -11974,7 +11973,7 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
-def state_family(routes: Routes) -> Family:
+def state_family(routes):
     """Returns how the upstreams are; no address is named."""
     states = []
     for one in routes.all:
@@ -11985,7 +11984,7 @@ def state_family(routes: Routes) -> Family:
                   "How many addresses of an upstream are in this state; closed is well", states)
 
 
-def load_families(routes: Routes) -> List[Family]:
+def load_families(routes):
     """Returns how busy the upstreams are."""
     stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     return [
@@ -11996,7 +11995,7 @@ def load_families(routes: Routes) -> List[Family]:
                 for labels, found in stats])]
 
 
-def process_families() -> List[Family]:
+def process_families():
     """Returns what the system says of this process, under the names that all programs have."""
     cpu = os.times()
     found = [("cpu_seconds_total", "counter", "CPU time", "%.2f" % (cpu.user + cpu.system))]
@@ -12101,7 +12100,7 @@ class Traces(Watcher):
 
     # -- in the poster's thread
 
-    def bundle(self, entries: List[Entry]) -> JsonObject:
+    def bundle(self, entries):
         return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
             "scope": {"name": "llm_proxy", "version": VERSION},
             "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
@@ -15026,7 +15025,7 @@ class Proxy:
         return {caller.key: caller for caller in [  # as it is now, not when it called
             *self.watchers.pulse.named(label), *self.callers.named(label)]}.values()
 
-    def carry_out(self, order: Order):
+    def carry_out(self, order):
         """Fills or adds to the buckets of a caller."""
         found = 0
         for caller in self.known_as(order.caller):
@@ -15056,7 +15055,7 @@ class Proxy:
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
 
-    def new_call(self, request: Request, reply: Reply) -> Call:
+    def new_call(self, request, reply):
         """Returns a call as its head tells of it, which is read once, too. Raises NotForCalls."""
         if reply.entry.caller.role in STEERING:
             raise NotForCalls()
@@ -17292,7 +17291,7 @@ PAGE_PATHS = {"/dashboard": None, "/me": None, "/admin": "dashboard", "/admin/":
               "/dashboard/": "../dashboard", "/me/": "../me"}
 
 
-async def send_dashboard(request: Request, reply: Reply):
+async def send_dashboard(request, reply):
     """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
     but what carries the nonce of this answer."""
     place = PAGE_PATHS[request.path]
@@ -17658,7 +17657,7 @@ class Handshakes:
         self.loop = loop
         self.next = collections.OrderedDict()  # address -> when its next turn is, oldest first
 
-    def seconds_to_turn(self, address: str) -> float:
+    def seconds_to_turn(self, address):
         """Takes a turn; returns the time to it, 0 or less: now. Raises QuietEnd where too many
         have come, some of whom may have left."""
         now = self.loop.time()
@@ -17744,7 +17743,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.proxy.redis:
             self.proxy.redis.start()
 
-    def make_parts(self) -> ReplyParts:
+    def make_parts(self):
         proxy, config = self.proxy, self.proxy.config
         memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
         origins = Origins(config.cors_origins, socket.gethostname())
@@ -17810,7 +17809,7 @@ class Server(http.server.ThreadingHTTPServer):
         connection.task = self.loop.create_task(
             connection.converse(refusal), name="client %s" % peer)
 
-    def end_an_idle_one(self) -> bool:
+    def end_an_idle_one(self):
         """Make room: of the address with most connections, the one that has been idle longest
         goes."""
         by_address = self.by_address
@@ -18372,7 +18371,7 @@ class SelfTest:
                 **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.place[1]),
                 "PROXY_API_KEYS": "selftest=" + self.key})
 
-    def scrape(self, name: str) -> float:
+    def scrape(self, name):
         """Returns the sum of the proxy's metrics of a name. Raises OSError."""
         with contextlib.closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
             asking.request("GET", "/metrics")
@@ -18662,7 +18661,7 @@ def open_patiently(log_stream, path, lock, shared=False):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
-def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+def tell_of_dashboard(proxy, at_terminal):
     """Returns where the page is, and has an admin's key made where there is none."""
     config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
     path = ledger.path if ledger and ledger.database else None
@@ -18671,8 +18670,7 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
     return words
 
 
-def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
-                    at_terminal: bool) -> str:
+def offer_dashboard(config, has_admin, path, at_terminal):
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
     which its owner alone can read."""
@@ -18735,8 +18733,7 @@ def remove_admin_key(config):
             os.remove(config.admin_key_file)
 
 
-def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
-             lifeline: Optional[int] = None) -> int:
+def run_loop(server, reread, words=(), lifeline=None):
     """Serve until a signal says stop; returns the exit code."""
     proxy = server.proxy
     proxy.loop.run_until_complete(serve(server, reread, words, lifeline))
@@ -18746,8 +18743,7 @@ def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] 
     return 0
 
 
-def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
-                reread: Callable[[], Config]) -> int:
+def run_workers(config, log_stream, remarks, reread):
     """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
     def take_settings():  # for those that are started from now on
         with contextlib.suppress(ConfigFaults, OSError, ValueError):
@@ -18777,7 +18773,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     return code
 
 
-def say_at_once(stream: BinaryIO, as_json: bool, text: str):
+def say_at_once(stream, as_json, text):
     """Writes a line to the log without a thread, where somebody reads it."""
     line = visible(message_line(text, as_json, time)) + "\n"
     with contextlib.suppress(OSError):
@@ -18785,7 +18781,7 @@ def say_at_once(stream: BinaryIO, as_json: bool, text: str):
             stream.write(line.encode("ascii", "backslashreplace"))
 
 
-def prepare_workers(config: Config, log_stream: BinaryIO, remarks: List[str]) -> Worker:
+def prepare_workers(config, log_stream, remarks):
     """Does once what all need. The database is made, or brought up to date, and closed again:
     SQLite's connections must not be carried through a fork
     (https://www.sqlite.org/howtocorrupt.html, 2.6). Raises DatabaseFault; OSError where it cannot
@@ -19375,7 +19371,7 @@ def grafana_panel(number, title, unit, shown):
         "targets": targets}
 
 
-def grafana_dashboard() -> JsonObject:
+def grafana_dashboard():
     """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
     panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
     return {
