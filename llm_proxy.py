@@ -139,6 +139,11 @@ def require(good, message):
         raise ValueError(message)
 
 
+def table_of(text: str) -> Texts:
+    """Returns a table whose rows are lines of a word and what belongs to it."""
+    return dict(row.split(None, 1) for row in text.strip().splitlines())
+
+
 def pattern(shape, message, convert=re.Match.group):
     """Returns a reader of texts that match `shape` as a whole; `convert` makes the value of the
     match."""
@@ -375,7 +380,7 @@ shares = listed(pattern(  # '80%' -> 0.8
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is in the former
-UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
+UNITS = "requests tokens input_tokens output_tokens usd running estimate".split()
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 ANEW = 1 << 80  # more than ever is missing of a bucket
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
@@ -639,16 +644,16 @@ unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
 DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
 DIALECT_NAMES = ("openai", "anthropic", "gemini", "azure", "ollama")
-VENDORS = {
-    "openai": "https://api.openai.com/v1",
-    "anthropic": "https://api.anthropic.com/v1",
-    "gemini": "https://generativelanguage.googleapis.com",
-    "deepseek": "https://api.deepseek.com/v1",
-    "grok": "https://api.x.ai/v1",
-    "mistral": "https://api.mistral.ai/v1",
-    "groq": "https://api.groq.com/openai/v1",
-    "openrouter": "https://openrouter.ai/api/v1",
-    "ollama": "http://localhost:11434"}
+VENDORS = table_of("""
+    openai https://api.openai.com/v1
+    anthropic https://api.anthropic.com/v1
+    gemini https://generativelanguage.googleapis.com
+    deepseek https://api.deepseek.com/v1
+    grok https://api.x.ai/v1
+    mistral https://api.mistral.ai/v1
+    groq https://api.groq.com/openai/v1
+    openrouter https://openrouter.ai/api/v1
+    ollama http://localhost:11434""")
 PARSER = getattr(re, "_parser", None) or re.sre_parse  # Python 3.10
 COMPILER = getattr(re, "_compiler", None) or re.sre_compile
 TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
@@ -831,7 +836,7 @@ def linear_patterns(text):
     return found
 
 
-REDACTED = "email", "card", "iban", "phone", "ssn", "ip", "secrets"
+REDACTED = "email card iban phone ssn ip secrets".split()
 redacted_kinds = listed(one_of(*REDACTED))
 read_kinds = word_or({"off": ()}, redacted_kinds)
 upstream_globs = listed(pattern(
@@ -1098,8 +1103,8 @@ def shown(name: str, text: Optional[str]) -> Optional[str]:
 
 
 # Settings that guard: who misspells one thinks that a door is shut.
-GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
-          "TLS_KEY_FILE", "REDACT", "REDACT_MODE", "REDACT_UPSTREAMS", "REDACT_OPAQUE")
+GUARDS = """PROXY_API_KEYS LIMITS CORS_ORIGINS TRUSTED_PROXIES TLS_CERT_FILE TLS_KEY_FILE
+    REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_OPAQUE""".split()
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
@@ -1919,7 +1924,7 @@ class Caller:
     it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
     digest against which nobody can test guesses without `secret`. `role` is None where the key is
     none that was given out. `until`: when that ends, in seconds since 1970."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag", "stored_key", "until")
+    __slots__ = "key name key_name label role team tag stored_key until".split()
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
                  key_name: Optional[str] = None, role: Optional[str] = None,
@@ -4692,7 +4697,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = ("completed", "succeeded", "failed", "cancelled", "incomplete", "expired")
+    LAST_STATES = "completed succeeded failed cancelled incomplete expired".split()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -5218,7 +5223,7 @@ class OpenAI(Dialect):
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = RESPONSE_PARTS
-    TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
+    TEXT_KEYS = "content reasoning_content reasoning refusal arguments text".split()
     DELTA_KEYS = {"responses": ("delta",)}
     DELTAS = """
         choices.text choices.delta.content choices.delta.content.text
@@ -5431,9 +5436,12 @@ class Gemini(Google):
     """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path,
     and so does whether to stream; a stream without ?alt=sse is a JSON array."""
     name = "gemini"
-    ENDPOINTS = {
-        ":generateContent": "generate", ":streamGenerateContent": "generate",
-        ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
+    ENDPOINTS = table_of("""
+        :generateContent generate
+        :streamGenerateContent generate
+        :embedContent embed
+        :batchEmbedContents embed
+        :countTokens count""")
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
@@ -5556,9 +5564,12 @@ class Ollama(Dialect):
     """Ollama's own API (https://github.com/ollama/ollama/blob/main/docs/api.md), which streams
     lines of JSON unless it is told not to. OpenAI's and Anthropic's are below /v1."""
     name = "ollama"
-    ENDPOINTS = {
-        "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed", "/api/show": "count"}
+    ENDPOINTS = table_of("""
+        /api/chat chat
+        /api/generate generate
+        /api/embed embed
+        /api/embeddings embed
+        /api/show count""")
     STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
     LISTED = ("models", "name")
@@ -8661,14 +8672,14 @@ class NameReader:
 
 # What of a caller's head goes upstream, by the beginnings of names; all else could name the caller,
 # choose another account beside our key, or mean something to a proxy on the way.
-UPSTREAM_FIELDS = re.compile("|".join((
-    "content-(type|encoding|language|disposition|range|md5|digest)", "digest", "range", "if-.*",
-    "accept(-.*)?", "user-agent", "cache-control", "prefer", "(x-)?idempotency-key",
-    "anthropic-.*", "openai-beta", "x-stainless-.*", "x-goog-api-client", "x-title",
-    "http-referer", "referer", "x-request-id", "x-client-request-id",
-    # tracing: W3C, B3, AWS, Jaeger, Sentry, Datadog, Google
-    "trace(parent|state)", "baggage", "b3", "x-b3-.*", "x-amzn-trace-id", "uber-trace-id",
-    "sentry-trace", "x-datadog-.*", "x-cloud-trace-context")))
+# The last two lines are tracing: W3C, B3, AWS, Jaeger, Sentry, Datadog, Google.
+UPSTREAM_FIELDS = re.compile("|".join("""
+    content-(type|encoding|language|disposition|range|md5|digest) digest range if-.*
+    accept(-.*)? user-agent cache-control prefer (x-)?idempotency-key
+    anthropic-.* openai-beta x-stainless-.* x-goog-api-client x-title
+    http-referer referer x-request-id x-client-request-id
+    trace(parent|state) baggage b3 x-b3-.* x-amzn-trace-id uber-trace-id
+    sentry-trace x-datadog-.* x-cloud-trace-context""".split()))
 # ... and what belongs to the account of a caller whose own key goes up.
 ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 # Whatever PASS_HEADERS says: the caller's key, and what is ours to write.
@@ -9516,12 +9527,12 @@ TIME_COLUMN = COLUMN_NAMES.index("time")
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
 START = "CAST(coalesce(time, 0) / %d AS INTEGER) * %d" % (QUARTER, QUARTER)
 # By whom or what they are added up: how a call tells it.
-SUM_KEYS = {
-    "caller": "coalesce(caller, '-')",
-    "team": "coalesce(team, '-')",
-    "tag": "coalesce(tag, '-')",
-    "model": "coalesce(nullif(served, ''), nullif(model, ''), '-')",
-    "upstream": "coalesce(upstream, '-')"}
+SUM_KEYS = table_of("""
+    caller coalesce(caller, '-')
+    team coalesce(team, '-')
+    tag coalesce(tag, '-')
+    model coalesce(nullif(served, ''), nullif(model, ''), '-')
+    upstream coalesce(upstream, '-')""")
 PASSED = "ok", "limited", "caller_gone"  # outcomes that are nobody's failure
 FAILED = "outcome NOT IN %r" % (PASSED,)
 # What is added up: how much of it is in a call.
@@ -11624,15 +11635,15 @@ DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
 NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
-COUNTERS = {
-    "requests_total": "Calls that have ended",
-    "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
-    "usd_total": "What calls cost, where their price is known",
-    "unpriced_total": "Calls whose price is not known",
-    "estimated_total": "Calls whose tokens are guessed, because nobody told them",
-    "refused_total": "Calls that a rule refused",
-    "redacted_total": "What was found in calls that must not leave, by kind",
-    "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
+COUNTERS = table_of("""
+    requests_total Calls that have ended
+    tokens_total Tokens used; cached and cache_write are parts of input, reasoning of output
+    usd_total What calls cost, where their price is known
+    unpriced_total Calls whose price is not known
+    estimated_total Calls whose tokens are guessed, because nobody told them
+    refused_total Calls that a rule refused
+    redacted_total What was found in calls that must not leave, by kind
+    loop_held_seconds_total How long something held the event loop, where that was too long""")
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
     ("request_duration_seconds", "From a call's head to its end",
      "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
@@ -12019,37 +12030,47 @@ TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing
 SEMANTIC_CONVENTIONS = "1.41.0"
 SPAN_OF_CLIENT, SPAN_FAILED = 3, 2  # a span's kind and status
 # The names of those conventions, and ours, each with what of a call it tells.
-ATTRIBUTES = {
-    "http.request.method": "method",
-    "http.route": "route",
-    "http.response.status_code": "status",
-    "gen_ai.operation.name": "operation",
-    "gen_ai.provider.name": "provider",
-    "gen_ai.request.model": "model",
-    "gen_ai.response.model": "served",
-    "gen_ai.response.finish_reasons": "reasons",
-    "gen_ai.usage.input_tokens": "input",
-    "gen_ai.usage.output_tokens": "output",
-    "gen_ai.usage.cache_read.input_tokens": "cached",
-    "gen_ai.usage.reasoning.output_tokens": "reasoning",
-    "error.type": "error",
-    "llm_proxy.request_id": "id",
-    "llm_proxy.caller": "caller",
-    "llm_proxy.upstream": "upstream",
-    "llm_proxy.outcome": "outcome",
-    "llm_proxy.rule": "rule",
-    "llm_proxy.queue_ms": "queue_ms",
-    "llm_proxy.first_ms": "first_ms",
-    "llm_proxy.usd": "usd",
-    "llm_proxy.estimated": "estimated"}
-USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "estimated")
-OPERATIONS = {  # by endpoint; others have the last word of their path
-    "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
-    "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
-    "embed": "embeddings"}
-PROVIDERS = {  # by upstream or dialect, where the conventions have another name
-    "gemini": "gcp.gemini", "interactions": "gcp.gemini", "azure": "azure.ai.openai",
-    "grok": "x_ai", "mistral": "mistral_ai"}
+ATTRIBUTES = table_of("""
+    http.request.method method
+    http.route route
+    http.response.status_code status
+    gen_ai.operation.name operation
+    gen_ai.provider.name provider
+    gen_ai.request.model model
+    gen_ai.response.model served
+    gen_ai.response.finish_reasons reasons
+    gen_ai.usage.input_tokens input
+    gen_ai.usage.output_tokens output
+    gen_ai.usage.cache_read.input_tokens cached
+    gen_ai.usage.reasoning.output_tokens reasoning
+    error.type error
+    llm_proxy.request_id id
+    llm_proxy.caller caller
+    llm_proxy.upstream upstream
+    llm_proxy.outcome outcome
+    llm_proxy.rule rule
+    llm_proxy.queue_ms queue_ms
+    llm_proxy.first_ms first_ms
+    llm_proxy.usd usd
+    llm_proxy.estimated estimated""")
+USAGE_FACTS = "input output cached reasoning served estimated".split()
+# By endpoint; others have the last word of their path.
+OPERATIONS = table_of("""
+    chat chat
+    responses chat
+    messages chat
+    interactions chat
+    completions text_completion
+    fim text_completion
+    generate generate_content
+    embed embeddings""")
+# By upstream or dialect, where the conventions have another name.
+PROVIDERS = table_of("""
+    gemini gcp.gemini
+    interactions gcp.gemini
+    azure azure.ai.openai
+    grok x_ai
+    mistral mistral_ai""")
 
 
 class Trace:
@@ -14161,28 +14182,29 @@ PATIENT_SECONDS = 60  # who must wait longer need not ask again
 USER_FIELD_PREFIX = "x-openwebui-"  # fields that begin like this say who the caller's user is
 OUR_FIELD_PREFIX = "x-llm-proxy-"   # and these are meant for us
 TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
-RATE_FIELDS = (  # in the order of Quota
-    "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens",
-    "X-RateLimit-Refill-Seconds", "X-RateLimit-Reset-Seconds")
+RATE_FIELDS = """X-RateLimit-Limit X-RateLimit-Remaining X-RateLimit-Refill-Tokens
+    X-RateLimit-Refill-Seconds X-RateLimit-Reset-Seconds""".split()  # in the order of Quota
 RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
 ONE_ORIGIN = "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\n"
 VARY = "Vary: Origin\r\n"
 CRLF = "\r\n"
-REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
-    "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-    "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
-        # or that name the account, be it through LiteLLM,
-        "set-cookie", "set-cookie2", "openai-organization", "openai-project",
-        "anthropic-organization-id", "llm_provider-openai-organization",
-        "llm_provider-set-cookie", "x-litellm-model-api-base", "x-litellm-key-spend",
-        # or speak for the origin that a browser asked, or to a server before us
-        "alt-svc", "strict-transport-security", "public-key-pins", "nel", "report-to",
-        "reporting-endpoints", "clear-site-data", "x-accel-redirect", "x-sendfile"))
-REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
-    "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
-    "max-age", "allow-private-network"))
+# Fields of a response that we write ourselves, then those that name the account, be it through
+# LiteLLM, and those that speak for the origin that a browser asked, or to a server before us.
+REPLACED = HOP_BY_HOP.union(map(str.lower, RATE_FIELDS), """
+    content-length location content-location x-request-id x-upstream-request-start
+    x-upstream-request-stop x-llm-input-tokens x-llm-output-tokens x-llm-cost-usd
+    x-llm-estimated x-queue-ms x-ratelimit-warning
+
+    set-cookie set-cookie2 openai-organization openai-project
+    anthropic-organization-id llm_provider-openai-organization
+    llm_provider-set-cookie x-litellm-model-api-base x-litellm-key-spend
+
+    alt-svc strict-transport-security public-key-pins nel report-to
+    reporting-endpoints clear-site-data x-accel-redirect x-sendfile""".split())
+REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in """
+    allow-origin allow-headers allow-methods allow-credentials expose-headers
+    max-age allow-private-network""".split())
 EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
 UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
 STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
@@ -15692,7 +15714,11 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-    PAGES = {"/health": "health", "/healthz": "alive", "/readyz": "ready", "/metrics": "metrics"}
+    PAGES = table_of("""
+        /health health
+        /healthz alive
+        /readyz ready
+        /metrics metrics""")
     METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
     MANY_LINES = 500  # of metrics, after which the loop has its turn
     MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
@@ -18908,10 +18934,10 @@ def handle_signals(loop, actions):
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
 
 
-USAGE_OPTIONS = (
-    ("--since", "7d", "99999d", "only the last minutes (30m), hours (12h) or days (7d)"),
-    ("--caller", "NAME", None, "only the calls of this caller"),
-    ("--id", "REQUEST_ID", None, "all that is known of one call"))
+USAGE_OPTIONS = """\
+--since  7d         99999d only the last minutes (30m), hours (12h) or days (7d)
+--caller NAME       -      only the calls of this caller
+--id     REQUEST_ID -      all that is known of one call"""
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -19097,18 +19123,21 @@ def version_line():
 
 
 DEFAULT_PAYLOAD = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}'
-BENCH_OPTIONS = (
-    ("--endpoint", "PATH", "/v1/chat/completions", "what to call there"),
-    ("--key", "KEY", None, "a key to call with"),
-    ("--model", "NAME", None, "the model to ask for; else the payload's, or the first listed"),
-    ("--payload", "JSON", None, "what to ask; else a short question"),
-    ("--requests", "N", "1000", "how many calls"),
-    ("--concurrency", "N", "50", "how many at once"))
+BENCH_OPTIONS = """\
+--endpoint    PATH /v1/chat/completions what to call there
+--key         KEY  - a key to call with
+--model       NAME - the model to ask for; else the payload's, or the first listed
+--payload     JSON - what to ask; else a short question
+--requests    N    1000 how many calls
+--concurrency N    50 how many at once"""
 
 
 def add_options(parser, rows):
-    for flag, name, default, meaning in rows:
-        parser.add_argument(flag, metavar=name, default=default, help=meaning)
+    """Adds options: rows of a flag, the name of its value, its default, - for none, and a sentence.
+    """
+    for flag, name, default, meaning in [row.split(None, 3) for row in rows.splitlines()]:
+        parser.add_argument(flag, metavar=name, help=meaning,
+                            default=None if default == "-" else default)
 
 
 def add_bench_command(commands):
@@ -19209,17 +19238,17 @@ def add_keys_command(commands):
         acts.choices[act].add_argument(*words, **options)
 
 
-KEY_ACTS = {
-    "add": "make a key, and print it, once",
-    "list": "print all keys",
-    "show": "print what is known of a key",
-    "set": "change what a key may do; an empty text takes it away",
-    "revoke": "let a key in no more, until it is restored",
-    "restore": "let a revoked key in again",
-    "rotate": "make another secret for a key, and print it, once; all else stays",
-    "remove": "forget a key; the books keep what it used",
-    "give": "let a caller's buckets of a unit hold more for a time, and add that",
-    "reset": "fill a caller's buckets"}
+KEY_ACTS = table_of("""
+    add make a key, and print it, once
+    list print all keys
+    show print what is known of a key
+    set change what a key may do; an empty text takes it away
+    revoke let a key in no more, until it is restored
+    restore let a revoked key in again
+    rotate make another secret for a key, and print it, once; all else stays
+    remove forget a key; the books keep what it used
+    give let a caller's buckets of a unit hold more for a time, and add that
+    reset fill a caller's buckets""")
 KEY_OPTIONS = (
     ("list", ["--json"], {"action": "store_true"}),
     ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
@@ -19320,50 +19349,71 @@ def map_times(key):
     return found
 
 
-# Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
-# interval of the graph; a histogram's name alone its percentiles.
-PANELS = (
-    ("Calls by outcome", "reqps", {
-        "{{outcome}}": "sum by (outcome) (rate(llm_proxy_requests_total[5m]))"}),
-    ("In flight and in line", "short", {
-        "{{upstream}}": "sum by (upstream) (llm_proxy_in_flight)",
-        "{{upstream}}, in line": "sum by (upstream) (llm_proxy_queue_length)"}),
-    ("Tokens by model", "cps", {
-        "{{model}} {{kind}}": "sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))"}),
-    ("Tokens by caller, the ten most", "cps", {
-        "{{caller}}": "topk(10, sum by (caller) (rate("
-                      'llm_proxy_tokens_total{kind=~"input|output"}[5m])))'}),
-    ("Money by caller, per hour", "currencyUSD", {
-        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))"}),
-    ("Money by model, per hour", "currencyUSD", {
-        "{{model}}": "topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))"}),
-    ("Time to the first byte", "s", "first_byte_seconds"),
-    ("Duration", "s", "request_duration_seconds"),
-    ("Time per output token", "s", "time_per_output_token_seconds"),
-    ("Wait in line", "s", "queue_wait_seconds"),
-    ("The proxy's own overhead", "s", "overhead_seconds"),
-    ("Buckets, share left, the ten emptiest", "percentunit", {
-        "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
-    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
-    ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'llm_proxy_upstream_state{state!="closed"}'}),
-    ("Dropped, and the loop held", "short", {
-        "{{what}}": "rate(llm_proxy_dropped_total[5m])",
-        "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
-    ("Memory", "bytes", {
-        "resident": "process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"}),
-)
+# Panels of the dashboard for Grafana: title and unit, then lines of a legend and what is shown.
+# `[5m]` becomes the interval of the graph; a histogram's name alone its percentiles.
+PANELS = """\
+Calls by outcome, reqps
+{{outcome}}: sum by (outcome) (rate(llm_proxy_requests_total[5m]))
+
+In flight and in line, short
+{{upstream}}: sum by (upstream) (llm_proxy_in_flight)
+{{upstream}}, in line: sum by (upstream) (llm_proxy_queue_length)
+
+Tokens by model, cps
+{{model}} {{kind}}: sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))
+
+Tokens by caller, the ten most, cps
+{{caller}}: topk(10, sum by (caller) (rate(llm_proxy_tokens_total{kind=~"input|output"}[5m])))
+
+Money by caller, per hour, currencyUSD
+{{caller}}: topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))
+
+Money by model, per hour, currencyUSD
+{{model}}: topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))
+
+Time to the first byte, s
+first_byte_seconds
+
+Duration, s
+request_duration_seconds
+
+Time per output token, s
+time_per_output_token_seconds
+
+Wait in line, s
+queue_wait_seconds
+
+The proxy's own overhead, s
+overhead_seconds
+
+Buckets, share left, the ten emptiest, percentunit
+{{caller}} {{rule}}: bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)
+
+Refused by rule, reqps
+{{rule}}: sum by (rule) (rate(llm_proxy_refused_total[5m]))
+
+Addresses that are not well, short
+{{upstream}} {{state}}: llm_proxy_upstream_state{state!="closed"}
+
+Dropped, and the loop held, short
+{{what}}: rate(llm_proxy_dropped_total[5m])
+seconds held: rate(llm_proxy_loop_held_seconds_total[5m])
+
+Memory, bytes
+resident: process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"""
 PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
 
-def grafana_panel(number, title, unit, shown):
+def grafana_panel(number, head, *rows):
     source = {"type": "prometheus", "uid": "${source}"}
-    if isinstance(shown, str):
-        shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
+    title, _, unit = head.rpartition(", ")
+    shown = [row.split(": ", 1) for row in rows]
+    if len(shown[0]) == 1:
+        shown = [("p%d" % share, PERCENTILE % (share, rows[0])) for share in (50, 95, 99)]
     targets = [
         {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
          "expr": query.replace("5m", "$__rate_interval")}
-        for row, (legend, query) in enumerate(shown.items())]
+        for row, (legend, query) in enumerate(shown)]
     return {
         "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
         "gridPos": {"x": number % 2 * 12, "y": number // 2 * 8, "w": 12, "h": 8},
@@ -19373,7 +19423,8 @@ def grafana_panel(number, title, unit, shown):
 
 def grafana_dashboard():
     """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
-    panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
+    panels = [grafana_panel(number, *panel.split("\n"))
+              for number, panel in enumerate(PANELS.split("\n\n"))]
     return {
         "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": True,
         "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "panels": panels,
