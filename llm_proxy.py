@@ -12597,6 +12597,35 @@ class Asked:
         self.sent = 0.0
 
 
+class ListeningTime:
+    """Tells the time that passes while the loop listens: it stands still while something holds the
+    loop, or while the machine gives this process no turn, so that no answer is called late that
+    nobody could read. It runs while somebody waits."""
+    STEP_SECONDS = 0.01
+    LATE_SECONDS = 0.01  # that a step may be, on a machine that is not so busy
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.held = 0.0
+        self.due = math.inf  # the next step
+        # Are called at each step; tell whether they go on waiting.
+        self.waits: List[Callable[[], bool]] = []
+
+    def now(self) -> float:
+        return min(self.loop.time(), self.due + self.LATE_SECONDS) - self.held
+
+    def run(self):
+        if self.due == math.inf:
+            self.due = self.loop.time() + self.STEP_SECONDS
+            self.loop.call_at(self.due, self.step)
+
+    def step(self):
+        self.held = self.loop.time() - self.now()
+        self.due = math.inf
+        if any([wait() for wait in self.waits]):
+            self.run()
+
+
 class Redis(asyncio.Protocol):
     """One connection, kept up by a task. What is asked for in one pass of the loop travels in one
     write, and answers come in that order. It is away from the moment it is refused, cut, silent
@@ -12606,7 +12635,6 @@ class Redis(asyncio.Protocol):
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
-    LOOK_SECONDS = 0.02      # between two looks at what is not answered
     CONNECT_SECONDS = 1
     STEADY_SECONDS = 1       # after which a connection was a good one
     BACK_OFF_SECONDS = 0, 0.05, 0.1, 0.2, 0.4
@@ -12618,8 +12646,6 @@ class Redis(asyncio.Protocol):
     task: Optional[asyncio.Task] = None
     lost: Optional[asyncio.Future] = None     # of that the connection is no more,
     reason: Optional[RedisFault] = None       # and why
-    timer: Optional[asyncio.TimerHandle] = None
-    look_at = 0.0
     flushing = False
     late_times = 0
     failures = 0                              # connections in a row that were no good
@@ -12643,6 +12669,8 @@ class Redis(asyncio.Protocol):
         self.unsent: List[Asked] = []
         self.asked: "collections.deque[Asked]" = collections.deque()
         self.waiting: "collections.deque[bytes]" = collections.deque()
+        self.listening = ListeningTime(loop)
+        self.listening.waits.append(self.look)
 
     # -- for everyone, on the loop
 
@@ -12836,35 +12864,26 @@ class Redis(asyncio.Protocol):
         finally:
             self.flushing = False
         unsent, self.unsent = self.unsent, []
-        now = self.loop.time()
-        for one in unsent:
-            one.sent = now
         if unsent:
+            self.listening.run()
+            now = self.listening.now()
+            for one in unsent:
+                one.sent = now
             self.asked.extend(unsent)
             self.transport.write(b"".join([one.data for one in unsent]))
-            if self.timer is None:
-                self.look()
 
     def note_lateness(self):
-        """Looks at how long the oldest command was on its way. That something held the loop is not
-        Redis's fault."""
-        now = self.loop.time()
-        took = now - self.asked[0].sent - max(0, now - self.look_at)
-        self.late_times = self.late_times + 1 if took > self.LATE_SECONDS else 0
+        """Looks at how long the oldest command was on its way."""
+        is_late = self.listening.now() - self.asked[0].sent > self.LATE_SECONDS
+        self.late_times = self.late_times + 1 if is_late else 0
         if self.late_times >= self.LATE_TIMES:
             self.leave(RedisFault("answers late"))
 
     def look(self):
         """Ends a connection that is silent."""
-        now = self.loop.time()
-        held = max(0, now - self.look_at) if self.timer else 0
-        self.timer = None
-        if not self.asked:
-            return
-        self.look_at = now + self.LOOK_SECONDS
-        self.timer = self.loop.call_at(self.look_at, self.look)
-        if now - self.asked[0].sent - held > self.SILENT_SECONDS:
+        if self.asked and self.listening.now() - self.asked[0].sent > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
+        return bool(self.asked)
 
     def drop(self, asked):
         """Nothing of it will be answered."""
@@ -13249,8 +13268,7 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.09       # of a call, whatever it waits for, on a machine that is not so
-    HELD_SECONDS = 0.01       # busy that timers are later than this
+    WAIT_SECONDS = 0.08       # of a call, whatever it waits for
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13265,7 +13283,6 @@ class RedisBuckets(Buckets):
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
-    looking: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
 
@@ -13288,11 +13305,15 @@ class RedisBuckets(Buckets):
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
         self.on_change: Callable[[str], None] = lambda change: None
+        self.follow(redis)
+
+    def follow(self, redis):
         redis.scripts += [self.batch_script, self.beat_script]
         redis.on_flush.append(self.flush)
         redis.greetings.append(self.catch_up)
         redis.on_return.append(self.come_back)
         redis.on_leave.append(self.on_leave)
+        redis.listening.waits.append(self.look)
 
     @property
     def is_degraded(self) -> bool:
@@ -13307,13 +13328,13 @@ class RedisBuckets(Buckets):
     async def take(self, keyed_rules, costs):
         if self.state == "away":
             return self.take_here(keyed_rules, costs, None)
-        loop = self.redis.loop
-        one = Take(keyed_rules, costs, Wakeup(loop=loop), loop.time() + self.WAIT_SECONDS)
+        redis = self.redis
+        redis.listening.run()
+        until = redis.listening.now() + self.WAIT_SECONDS
+        one = Take(keyed_rules, costs, Wakeup(loop=redis.loop), until)
         self.takes.append(one)
         self.waiting.append(one)
-        if not self.looking:
-            self.looking = loop.call_at(one.until, self.look, one.until)
-        self.redis.flush_soon()
+        redis.flush_soon()
         await one.future
         if one.levels is None:
             return self.take_here(keyed_rules, costs, one if one.sent else None)
@@ -13525,18 +13546,10 @@ class RedisBuckets(Buckets):
                     began=known.rule.began, interval=share.interval))])
         return found
 
-    def look(self, planned):
+    def look(self):
         """Has calls decided here that have waited for long enough."""
-        loop = self.redis.loop
-        now = loop.time()
-        if now > planned + self.HELD_SECONDS:  # Redis may be as late, so once more
-            self.looking = loop.call_later(now - planned, self.look, math.inf)
-            return
-        self.looking = None
-        self.decide(now)
-        if self.waiting:
-            until = self.waiting[0].until
-            self.looking = loop.call_at(until, self.look, until)
+        self.decide(self.redis.listening.now())
+        return bool(self.waiting)
 
     def decide(self, until=math.inf):
         """Has calls decided here that were to wait until then."""
@@ -18636,13 +18649,15 @@ def take_one_cpu(cpu, port, worker=0):
 
 def tune_interpreter():
     """Lets CPython look for cycles less often: calls leave hardly any, but a look that comes too
-    seldom takes long, and streams wait meanwhile. PyPy forgets in time how often code ran, so that
-    it compiles late what runs once for a call: from now on it forgets nothing."""
+    seldom takes long, and streams wait meanwhile. PyPy compiles what ran a thousand times, and
+    forgets in time how often that was: what runs once for a call was compiled late, or in parts.
+    Now a few hundred calls are enough."""
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
     if "pypyjit" in sys.builtin_module_names:
-        __import__("pypyjit").set_param("decay=0")
+        __import__("pypyjit").set_param(
+            "decay=0,threshold=200,function_threshold=300,trace_eagerness=40")
 
 
 def raise_descriptor_limit():
