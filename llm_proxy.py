@@ -5901,9 +5901,8 @@ class HiddenKey(Edit):
 
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
         """As that of Unmasking."""
-        shown = self.apply(data)
-        end = max(0, len(shown) - len(self.key) + 1)
-        return shown[:end], shown[end:]
+        shown, most = self.apply(data), len(self.key) - 1
+        return shown[:-most], shown[-most:]
 
 
 class HiddenUsage(Edit):
@@ -6794,10 +6793,6 @@ class Masks:
         if self.opaque == "refuse":
             raise refusal
 
-    def value_of(self, placeholder: str) -> Optional[str]:
-        """Returns what a placeholder stands for, None where it is none of this call."""
-        return self.values.get(placeholder.upper())
-
 
 class Redaction:
     """Says what must not leave, for which upstream and by whose key, and what is done with it."""
@@ -6842,7 +6837,7 @@ class Restorer:
         "%s*(?:(?<![a-z]) {1,2}(?:[A-Z]{4}|[A-Z()./-]{0,3}[0-9])%s*)*" % (letter, letter))
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
-    GROUP = 8  # characters of a group that may be cut, and of blanks before it
+    LARGE = 312  # ... which may have begun before, as a group and what stands before it is cut
     LONGEST = 14_800  # characters of a value
     # What may become a longer one: a private key or a token, in JSON or not
     BEGUN_SECRET = re.compile(r"""-----BEGIN[A-Z\ ]{0,40}\Z
@@ -6881,7 +6876,7 @@ class Restorer:
         return self.masks.PLACEHOLDER.sub(functools.partial(self.value, is_json), text)
 
     def value(self, is_json, match):
-        value = self.masks.value_of(match[0])
+        value = self.masks.values.get(match[0].upper())
         if value is None or len(value) > self.room:
             return match[0]
         self.room -= len(value)
@@ -6919,7 +6914,7 @@ class Restorer:
             return begin
         size = self.words.match(text[:-self.MAX_WORDS - 1:-1]).end()
         begin = min(begin, len(text) - size)
-        if size < self.MAX_WORDS - self.GROUP and "eyJ" not in text and "-BEGIN" not in text:
+        if size < self.LARGE and "eyJ" not in text and "-BEGIN" not in text:
             return begin  # as nearly always
         begun = self.BEGUN_SECRET.search(text)
         return self.beside_value(text, min(begin, begun.start()) if begun else begin)

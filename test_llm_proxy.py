@@ -4926,7 +4926,7 @@ class RedactionTest(ProxyCase):
         self.assertEqual(sent["system"], "[[EMAIL_1]]")
         self.assertEqual(sent["messages"][0]["content"],
                          "[[EMAIL_3]] [[EMAIL_4]] [[EMAIL_3]] [[EMAIL_2]]")
-        self.assertEqual((masks.value_of("[[EMAIL_4]]"), masks.value_of("[[EMAIL_2]]")),
+        self.assertEqual((masks.values.get("[[EMAIL_4]]"), masks.values.get("[[EMAIL_2]]")),
                          ("c@x.org", None))
 
     def test_what_somebody_wrote_is_masked_wherever_it_stands(self):
@@ -4997,12 +4997,12 @@ class RedactionTest(ProxyCase):
                 """):
             masks, sent = self.masked({"messages": [{"content": before}]}, KINDS)
             self.assertEqual(sent["messages"][0]["content"], after)
-            self.assertIn(masks.value_of("[[EMAIL_1]]"), (None, "a@x.org"))
+            self.assertIn(masks.values.get("[[EMAIL_1]]"), (None, "a@x.org"))
         key = "-----BEGIN PRIVATE KEY-----\n%s\n" % ("MIIE" * 20)
         for text, value in self.each((
                 (key, key), (json.dumps({"key": key}), key), ("k = %r" % key, repr(key)[1:-1]))):
             masks, _ = self.masked({"messages": [{"content": text}]}, ["secrets"])
-            self.assertEqual(masks.value_of("[[SECRETS_1]]").rstrip(), value.rstrip())
+            self.assertEqual(masks.values.get("[[SECRETS_1]]").rstrip(), value.rstrip())
 
     def test_nothing_is_passed_over_because_of_its_name_or_how_it_begins(self):
         for payload in self.each(r"""
