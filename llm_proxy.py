@@ -6838,8 +6838,7 @@ class Restorer:
                         for letter in ("[!-~]", r"\S")]
     MAX_WORDS = 320
     LARGE = 312  # ... which may have begun before, as a group and what stands before it is cut
-    LONGEST = 14_800  # characters of a value
-    # What may become a longer one: a private key or a token, in JSON or not
+    # What may become a long value: a private key or a token, in JSON or not
     BEGUN_SECRET = re.compile(r"""-----BEGIN[A-Z\ ]{0,40}\Z
         |-----BEGIN\ (?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-{1,5}%s
         (?:[\\\s]{1,8}[A-Za-z-]{0,20}(?::\ ?[^\n\\]{0,100})?
@@ -6921,10 +6920,9 @@ class Restorer:
 
     def beside_value(self, text, begin):
         """Returns a place, or the end of a value around it, or the begin of one that may go on."""
-        near = max(0, begin - self.LONGEST)
-        for start, end, _ in self.redactor.find(text[near:]) if begin else ():
-            if near + start < begin < near + end:
-                return near + (end if near + end < len(text) else start)
+        for start, end, _ in self.redactor.find(text) if begin else ():
+            if start < begin < end:
+                return end if end < len(text) else start
         return begin
 
     def restore_json(self, data: bytes) -> bytes:
