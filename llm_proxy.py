@@ -14321,18 +14321,21 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-# Returns a bill that nobody else is about to charge: KEYS are the bill and who is.
+# Returns a bill that nobody is about to charge: KEYS are the bill and who is from now on, ARGV that
+# process and for how many seconds.
 LUA_CLAIM = """
 return redis.call('EXISTS', KEYS[1]) == 1
-       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', 3600) and redis.call('GET', KEYS[1])
+       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and redis.call('GET', KEYS[1])
 """
 LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
 
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
-    there until it is charged, and is claimed while a call runs that asks for its answer: nobody
-    charges it twice."""
+    there until it is charged, and is claimed while calls of one process run that ask for its
+    answer: nobody charges it twice. A claim is a lease, so that of a process that died ends."""
+    LEASE_SECONDS = 60
+    RENEW_SECONDS = 10
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
 
@@ -14342,7 +14345,10 @@ class SharedStored(Stored):
         self.prefix = prefix
         self.clock = clock
         self.limits: Optional[Limits] = None  # whose rules bills go by
-        self.claimed: Set[str] = set()        # bills
+        self.polls: Dict[Call, str] = {}      # bills that calls which run ask about
+        # Bills that are claimed here; completed when Redis has said whether they are.
+        self.claims: Dict[str, "asyncio.Future[None]"] = {}
+        self.renew_at = 0.0
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14368,7 +14374,7 @@ class SharedStored(Stored):
             if unknown:
                 await self.find_things(unknown)
             if is_named and self.redis.available:
-                await self.claim_bill(self.full_name(*path[:2]))
+                await self.claim_bill(call, self.full_name(*path[:2]))
 
     async def find_things(self, names):
         found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
@@ -14387,16 +14393,32 @@ class SharedStored(Stored):
             hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
             list(call.made), bill.characters])
 
-    async def claim_bill(self, name):
+    async def claim_bill(self, call, name):
+        """Waits for the claim that all calls share which ask here for one answer."""
+        self.polls[call] = name
+        claim = self.claims.get(name)
+        if claim is None:
+            claim = self.claims[name] = self.redis.loop.create_future()
+            self.redis.ask(functools.partial(self.on_claim, name), "EVAL", LUA_CLAIM, 2,
+                           self.key("bill", name), self.key("claim", name),
+                           self.redis.process, self.LEASE_SECONDS)
         try:
-            text = await self.redis.call("EVAL", LUA_CLAIM, 2, self.key("bill", name),
-                                         self.key("claim", name), self.redis.process)
-        except BaseException:  # the answer may come later, or the caller has left
-            self.release(name)
+            await asyncio.wait([claim], timeout=self.redis.ANSWER_SECONDS)
+        except asyncio.CancelledError:
+            self.end_poll(call)
             raise
-        if text:
-            self.claimed.add(name)
-            super().owe(name, self.read_bill(*json.loads(text)))
+
+    def on_claim(self, name, reply):
+        """Keeps a bill that is claimed now, though the calls that asked may have ended."""
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            self.bills[name] = self.read_bill(*json.loads(reply))
+        self.claims[name].set_result(None)
+        if name not in self.bills:  # there is none, or another process has claimed it
+            del self.claims[name]
+            if reply is not None:
+                self.release(name)
+        elif name not in self.polls.values():
+            self.end_claim(name)
 
     def release(self, name):
         self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
@@ -14412,16 +14434,29 @@ class SharedStored(Stored):
         return Bill(hold, call, characters)
 
     def record(self, entry):
-        """What a call has not settled waits for the next one that asks."""
-        call = entry.call
-        name = self.full_name(*call.stored[:2]) if call and call.stored else None
-        if name in self.claimed:
-            self.claimed.remove(name)
-            if name in self.bills:
-                self.owe(name, self.bills.pop(name))
-            else:
-                self.redis.send("DEL", self.key("bill", name))
-            self.release(name)
+        self.end_poll(entry.call)
+
+    def end_poll(self, call):
+        """What calls have not settled when the last of them ends waits for the next one."""
+        name = self.polls.pop(call, None)
+        if name in self.claims and self.claims[name].done() and name not in self.polls.values():
+            self.end_claim(name)
+
+    def end_claim(self, name):
+        del self.claims[name]
+        if name in self.bills:
+            self.owe(name, self.bills.pop(name))
+        else:
+            self.redis.send("DEL", self.key("bill", name))
+        self.release(name)
+
+    def beat(self):
+        """Renews the leases; to be called every second."""
+        now = self.clock.monotonic()
+        if now >= self.renew_at and self.redis.available:
+            self.renew_at = now + self.RENEW_SECONDS
+            for name in self.claims:
+                self.redis.send("EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15094,7 +15129,8 @@ class Proxy:
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
-        self.sharers: List[SharedQueue] = []  # what acts every second where there is a Redis
+        # What acts every second where there is a Redis:
+        self.sharers: List[Union[SharedQueue, SharedStored]] = []
 
     async def serve(self, request: Request, reply: Reply):
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
@@ -15103,9 +15139,9 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.read(call, request.method, request, reply.read_body)
+        self.begin(call, reply)
         if call.large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
-        self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
         if call.large:
             await asyncio.sleep(0)
@@ -15698,6 +15734,7 @@ def share(proxy, buckets):
 
     proxy.read = read
     proxy.books.on_end.append(proxy.stored.record)
+    proxy.sharers.append(proxy.stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
     proxy.watchers.warnings.once = functools.partial(tell_first, redis, prefix)
     if ledger and not ledger.worker:

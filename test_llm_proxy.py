@@ -11360,25 +11360,66 @@ class SharedStoredTest(ProxyCase):
                 redis.kill()
                 wait_for(lambda: not self.proxies[1].redis.available)
 
-    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
-        redis = self.start_two(LIMITS="each 1000 tokens per day")
+    def start_owing(self):
+        """Has a call in the background made, of which 500 tokens are held."""
+        redis = self.start_two(LIMITS="each 100000 tokens per day")
         self.stub.answer = says_json({"id": "resp_1", "usage": None})
-        body = b'{"background": true, "max_output_tokens": 500}'
-        self.ask_at(0, "POST", "/v1/responses", body, key="sk-a")
-        used = {"input_tokens": 20, "output_tokens": 3}
+        self.ask_at(0, "POST", "/v1/responses", b'{"background": true, "max_output_tokens": 500}',
+                    key="sk-a")
+        wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
+        return redis
+
+    def left(self, redis):
+        return [redis.ask("GET", name).split()[0] for name in redis.ask("KEYS", "*:b:*")]
+
+    POLL = request("GET", "/v1/responses/resp_1", key="sk-a")
+    USED = {"usage": {"input_tokens": 20, "output_tokens": 3000}}
+
+    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
+        redis = self.start_owing()
         in_time = llm_proxy.Redis.ANSWER_SECONDS
         for place, told, left, seconds in self.each((
-                (1, {"status": "queued"}, 500, in_time), (0, {"usage": None}, 500, in_time),
-                (1, {"usage": used}, 500, 0),  # Redis has not told of the bill in time
-                (1, {"usage": used}, 977, in_time), (0, {"usage": used}, 977, in_time))):
-            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 977, "the bill")
-            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
-            self.stub.answer = says_json(told)
-            with mock.patch.object(self.proxies[place].redis, "ANSWER_SECONDS", seconds):
+                (1, {"status": "queued"}, 99500, in_time), (0, {"usage": None}, 99500, in_time),
+                (0, self.USED, 99500, 0),  # Redis has not told of the bill in time
+                (1, self.USED, 96980, in_time), (0, self.USED, 96980, in_time))):
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 96980, "the bill")
+            self.stub.answer, proxy = says_json(told), self.proxies[place]
+            with mock.patch.object(proxy.redis, "ANSWER_SECONDS", seconds), mock.patch.object(
+                    proxy.stored, "MOST_NAMES", 200 if seconds else 0):
                 self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
-            wait_for(lambda: [redis.ask("GET", name).split()[0] for name in redis.ask(
-                "KEYS", "*:b:*")] in ([b"%d" % left],), left)
-        wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [b"%d" % left], left)
+            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
+        wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
+
+    def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
+        for places, order, told, in self.each((
+                ((0, 0), (1, 0), [0]), ((0, 0), (0, 1), [1]), ((0, 0), (1, 0), [0, 1]),
+                ((0, 1), (0, 1), [0, 1]), ((0, 0, 1), (1, 2, 0), [0, 2]))):
+            redis, polls = self.start_owing(), []
+            self.stub.answer = None
+            for place in places:
+                self.address = self.addresses[place]
+                polls.append(self.ask_stub(self.POLL))
+            for number in order:
+                client, asked = polls[number]
+                asked.answer(json.dumps(self.USED if number in told else {"usage": None}).encode())
+                client.head()
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [b"96980"])
+            for proxy in self.proxies:
+                wait_for(lambda: is_done(proxy.limits.buckets))
+            self.assertEqual(self.left(redis), [b"96980"])
+
+    def test_a_claim_is_renewed_while_a_call_asks_and_ends_with_the_process(self):
+        redis = self.start_owing()
+        self.stub.answer = None
+        client, asked = self.ask_stub(self.POLL)
+        claim, = redis.ask("KEYS", "*:claim:*")
+        redis.ask("EXPIRE", claim, 5)
+        self.proxy.redis.loop.call_soon_threadsafe(self.proxy.stored.beat)
+        wait_for(lambda: 50 < redis.ask("TTL", claim) <= 60)
+        asked.answer()
+        client.head()
 
     def test_without_redis_what_is_known_here_is_enough(self):
         redis = self.start_two()
