@@ -13188,6 +13188,7 @@ function act.give()
   local b, amount, length = buckets[number()], number(), number()
   b.given[#b.given + 1] = {amount, now + length}
   b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
+  b.since = b.since and b.since - amount
   b.changed = true
 end
 function act.count()
@@ -13196,11 +13197,15 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
-  local given, given_for = number(), number()
+  local given, extra = {}, 0
+  for i = 1, number() do
+    given[i] = {number(), now + number()}
+    extra = extra + given[i][1]
+  end
   if b.known and always == 0 then return end
-  if given > b.extra then
-    b.level, b.room = b.level + given - b.extra, b.capacity + given
-    b.given, b.extra, b.changed = {{given, now + given_for}}, given, true
+  if extra > b.extra then
+    b.level, b.room = b.level + extra - b.extra, b.capacity + extra
+    b.given, b.extra, b.changed = given, extra, true
   end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
                began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
@@ -13236,14 +13241,16 @@ local function save(b, key)
   length = math.min(34560000000, math.floor(length / 1000) + 1000)
   redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
 end
-local answer = {table.concat(flags) .. '.'}
+local answer, gifts = {table.concat(flags) .. '.'}, {}
 for i, b in ipairs(buckets) do
   if b.changed then save(b, KEYS[i + 2]) end
-  local ends = b.given and b.given[1] and b.given[1][2] - now or 0
-  answer[#answer + 1] = table.concat(
-    {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
+  local given = b.given or {}
+  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given}, ' ')
+  for _, one in ipairs(given) do
+    gifts[#gifts + 1] = ' ' .. text(one[1]) .. ' ' .. text(one[2] - now)
+  end
 end
-answer = table.concat(answer, ' ')
+answer = table.concat(answer, ' ') .. table.concat(gifts)
 if mode == 'put' then return answer end
 redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
 return answer
@@ -13454,9 +13461,7 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
-    TELL_SECONDS = 5          # after which all have put back what Redis has lost
-    loss = 0                  # number of the last time that it has lost something
-    kept_until = 0.0          # is what is answered: by then nobody needs that again
+    loss = 0                  # number of the last time that Redis has lost something
     beats = 0
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
@@ -13474,9 +13479,6 @@ class RedisBuckets(Buckets):
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
-        self.before = Buckets(clock)  # what was seen before the last loss
-        self.before.given = self.given
-        self.since: List[Tuple[Batch, bytes]] = []  # what was answered since then
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
@@ -13533,8 +13535,10 @@ class RedisBuckets(Buckets):
         return tightest
 
     def give(self, rule, key, amount, until, again=False):
-        super().give(rule, key, amount, until, again)
-        if not again:
+        """It is seen here once Redis has told of it, lest it be put back and given, too."""
+        if again:
+            super().give(rule, key, amount, until, again)
+        else:
             length = microseconds(until - self.clock.monotonic())
             self.act("give", rule, key, stored_amount(rule, amount), length)
 
@@ -13544,7 +13548,7 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
@@ -13638,15 +13642,16 @@ class RedisBuckets(Buckets):
     def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
-        for rule, key, *values in zip(
-                batch.rules, batch.places, *[numbers[place::4] for place in range(4)]):
-            found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
+        end = 3 * len(batch.rules)
+        gifts = numbers[end:]
+        for rule, key, level, age, count in zip(
+                batch.rules, batch.places, *[numbers[place:end:3] for place in range(3)]):
+            given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
+            found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
-        if now < self.kept_until:
-            self.since.append((batch, flags))
 
-    def note_level(self, rule, key, charged, level, age, given, given_for, now):
+    def note_level(self, rule, key, charged, level, age, given, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
         pending = self.charges.note_answer(key, charged)
         refilled = now - age / 1_000_000
@@ -13656,7 +13661,8 @@ class RedisBuckets(Buckets):
         self.local.levels.pop(key, None)  # which was its share of what was seen before
         scale = grain(rule)
         if given:
-            self.given[key] = [(given * scale, now + given_for / 1_000_000)]
+            self.given[key] = [(amount * scale, now + length / 1_000_000)
+                               for amount, length in zip(given[::2], given[1::2])]
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
         return level * scale, refilled, rule
 
@@ -13763,62 +13769,25 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            self.remember(loss)
-            await self.put_back(done, self.levels_before(), "last %d" % loss)
-            self.charge_again(last)
+            await self.put_back(done, self.known_levels(), "last %d" % loss)
         self.fresh = False
-        self.note_loss(loss)  # not before: whoever has put back only some does so again
+        self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
         for (rule, key), count in charges.running.items():
             self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
-    def note_loss(self, loss):
-        if loss != self.loss:
-            self.loss = loss
-            self.kept_until = self.clock.monotonic() + 2 * self.TELL_SECONDS
-
-    def remember(self, loss):
-        """Keeps what was seen before this loss, unless not all have put back yet what they saw
-        before the last one: what was seen since then is not all that was taken."""
-        if loss - self.loss > self.TELL_SECONDS * 1_000_000:
-            self.since = []
-            pending = self.charges.pending
-            self.before.levels.clear()
-            self.before.store([one.less(-pending.get(one.key, 0) * grain(one.rule))
-                               for one in self.seen() if one.rule.unit != RUNNING])
-
-    def charge_again(self, last):
-        """Charges what was charged since a loss, but for batches that Redis knows still; no more
-        than is missing since then, because a bucket may have been full in between."""
-        charged, rules = collections.Counter(), {}
-        for batch, flags in self.since:
-            if batch.number > last:
-                rules.update(zip(batch.places, batch.rules))
-                charged.update(batch.charged)
-                for one, flag in zip(batch.takes, flags):
-                    for rule, key in one.keyed_rules if flag == ONE else ():
-                        charged[key] += stored_amount(rule, one.costs[rule.unit])
-        self.since = []
-        for key, amount in charged.items():
-            rule = rules[key]
-            missing = self.before.level_of(rule, key).level - self.level_of(rule, key).level
-            missing = stored_amount(rule, missing) - self.charges.pending.get(key, 0)
-            if rule.unit != RUNNING:
-                self.charges.add(rule, key, min(amount, max(0, missing)), 0.0)
-
-    def levels_before(self):
-        """Yields the acts that put back what was seen before the last loss, and what was given."""
-        before = self.before
-        known = {one.key: one for one in (*self.latest(self.given), *before.seen())}
-        for level, refilled, rule, key, _, now in [
-                before.level_of(one.rule, one.key) for one in known.values()
-                if not before.is_full(one)]:
-            given = self.given_to(key, now)
-            given_for = self.given[key][0][1] - now if given else 0
-            yield ("put", rule, key, stored_amount(rule, level), microseconds(now - refilled), 1,
-                   stored_amount(rule, given), microseconds(given_for))
+    def known_levels(self):
+        """Yields the acts that put back what was seen, without what is pending, and was given."""
+        for one in self.seen():
+            level, refilled, rule, key, _, now = self.level_of(one.rule, one.key)
+            given = self.given.get(key, ())
+            if rule.unit != RUNNING and (given or level < rule.capacity):
+                amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
+                yield ("put", rule, key, amount, microseconds(now - refilled), 1, len(given),
+                       *itertools.chain(*[(stored_amount(rule, more), microseconds(until - now))
+                                          for more, until in given]))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
@@ -13879,8 +13848,7 @@ class RedisBuckets(Buckets):
             _, last, loss = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            self.remember(loss)  # others did lose something
-            self.note_loss(loss)
+            self.loss = loss  # others did lose something
         except RedisFault as fault:
             self.redis.leave(fault)
 

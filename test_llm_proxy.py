@@ -10669,25 +10669,6 @@ class SharedLimitsTest(ProxyCase):
         asked.answer()
         client.head()
 
-    def test_what_is_lost_twice_before_all_have_told_is_put_back_from_what_each_knew(self):
-        one, two = self.start_here(), self.start_here()
-        wait_for(lambda: one.processes == two.processes == 2)
-        self.address = self.proxies[0]
-        self.assert_admitted(3, 3)
-        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE), mock.patch.object(one, "LOOKS", 0):
-            wait_for(lambda: two.beat_timer.when() > two.redis.loop.time() + 1)
-            self.address = self.proxies[1]
-            self.assert_admitted(2, 2)
-            self.redis.ask("FLUSHALL")
-            wait_for(lambda: self.stored() == [7], "what the first knew")
-            self.address = self.proxies[0]
-            self.assert_admitted(1, 1)
-            self.redis.ask("FLUSHALL")
-            wait_for(lambda: self.stored() == [6], "what the first knew")
-            two.redis.loop.call_soon_threadsafe(two.beat_timer.cancel)
-            two.redis.loop.call_soon_threadsafe(two.beat)
-            wait_for(lambda: self.stored() == [4])
-
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(7, 7, "sk-1")
@@ -10865,6 +10846,37 @@ class SharedLimitsTest(ProxyCase):
         self.redis.ask("FLUSHALL")
         wait_for(lambda: self.stored() == [12])
         self.assert_admitted(12, 15, key)
+
+    def test_each_gift_is_put_back_once_with_its_own_end(self):
+        key = "sk-1"
+        buckets = self.start_here(PROXY_API_KEYS="ann=" + key)
+        rule, = self.proxy.limits.rules
+        owner = "key", hashlib.sha256(key.encode()).digest()
+        self.assert_admitted(1, 1, key)
+
+        def give(amount, seconds):
+            buckets.redis.loop.call_soon_threadsafe(
+                buckets.give, rule, (rule.text, owner), amount, time.monotonic() + seconds)
+
+        def assert_given(level, *gifts):
+            self.is_back(buckets)
+            wait_for(lambda: self.stored() == [level])
+            wait_for(lambda: [[(amount, round(until - time.monotonic(), -2))
+                               for amount, until in row]
+                              for row in buckets.given.values()] == [list(gifts)])
+
+        for amount, seconds, level in self.each(((5, 600, 14), (7, 3600, 21))):
+            give(amount, seconds)
+            wait_for(lambda: self.stored() == [level])
+        gifts = (5, 600), (7, 3600)
+        self.redis.ask("FLUSHALL")
+        assert_given(21, *gifts)
+        self.redis.kill()
+        self.is_away(buckets)
+        give(3, 1800)
+        self.redis.start()
+        assert_given(24, *gifts, (3, 1800))
+        self.assert_admitted(24, 26, key)
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
