@@ -11505,8 +11505,9 @@ class RefusalSums:
         """Returns whether a refusal is counted here, and written down nowhere else."""
         if entry.ended >= self.until:
             self.report()
+            passed = entry.ended - self.until + 1  # and whole seconds of that count
+            self.shown = math.ceil(max(0, self.shown - passed))
             self.until = entry.ended + 1
-            self.shown = max(0, self.shown - 1)
         if self.shown < self.SHOWN:
             self.shown += 1
             return False
@@ -11523,6 +11524,7 @@ class RefusalSums:
 
 class Watcher:
     """Somebody whom the books tell of calls, on the loop: it must not wait."""
+    counts_all = False  # also refusals that are written down nowhere
 
     def begin(self, entry: Entry):
         """A call was read and is about to be routed."""
@@ -11558,6 +11560,7 @@ class Books:
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
         told = [*filter(None, (self.ledger, self.usage_log)), *watchers]
         self.on_end = [one.record for one in told if type(one).record is not Watcher.record]
+        self.on_count = [one.record for one in watchers if one.counts_all]
 
     def begin(self, entry: Entry):
         """A call runs from now on."""
@@ -11572,6 +11575,8 @@ class Books:
         elif entry.outcome == "refused" and not (
                 entry.caller and entry.caller.role == "caller") and (
                     self.refusals.counts_only(entry)):
+            for tell in self.on_count if entry.method else ():
+                tell(entry)
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -11906,6 +11911,7 @@ class Metrics(Watcher):
     MAX_SERIES = 5_000
     MAX_KNOWN = 10_000  # spellings of calls whose series is known
     held = 0.0          # seconds in which something held the loop
+    counts_all = True
 
     def __init__(self):
         self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
@@ -18872,7 +18878,8 @@ def cannot_listen(config, failure):
 
 def can_be_written(path):
     folder = os.path.dirname(os.path.abspath(path))
-    return os.access(path if os.path.exists(path) else folder, os.W_OK)
+    return not os.path.isdir(path) and os.access(
+        path if os.path.exists(path) else folder, os.W_OK)
 
 
 def look_at_database(config):

@@ -8458,7 +8458,7 @@ redacted      None"""))
 
     def test_refusals_without_a_known_caller_are_summed_up(self):
         clock = Clock()
-        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1")
+        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1", METRICS="open")
         for number in range(100):
             self.assertEqual(self.ask(call(None if number % 4 else "sk-x")).status,
                              401 if number % 4 or number < 40 else 429)
@@ -8471,6 +8471,12 @@ redacted      None"""))
         self.on_loop(self.proxy.books.refusals.report)
         self.assert_said("90 more were refused: 401 127.0.0.1 x75, 429 127.0.0.1 x15")
         self.assert_said("4 more were refused: 400 127.0.0.1 x4")
+        clock.now += 9
+        for _ in range(12):
+            self.ask(call("wrong"))
+        wait_for(lambda: len(self.lines.entries()) == 21, "the lines")
+        self.assertRegex(self.ask(request("GET", "/metrics")).body.decode(),
+                         r'requests_total\{[^}]*outcome="refused"\} 112\n')
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
@@ -15667,6 +15673,7 @@ class CommandsTest(ProcessCase):
                 ("is used by another llm_proxy", {"DATABASE": used}),
                 ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
                 ("USAGE_LOG must be", {"USAGE_LOG": "/nonexistent/x.log"}),
+                ("USAGE_LOG must be", {"USAGE_LOG": os.path.dirname(os.path.abspath(__file__))}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
