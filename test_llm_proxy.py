@@ -10744,8 +10744,8 @@ class SharedLimitsTest(ProxyCase):
             began = time.monotonic()
             self.assert_admitted(1, 1)
             seconds.append(time.monotonic() - began)
-        self.assertLess(min(seconds), 0.1 + 0.05)    # 50 ms are this machine's,
-        self.assertLess(max(seconds), PATIENCE / 4)  # which may have much to do
+        self.assertLess(min(seconds[:5]), 0.1 + 0.05)  # 50 ms are this machine's,
+        self.assertLess(max(seconds), PATIENCE / 4)    # which may have much to do
         self.is_away(buckets)
         self.redis.process.send_signal(signal.SIGCONT)
         began = time.monotonic()
@@ -10853,6 +10853,25 @@ class SharedLimitsTest(ProxyCase):
         wait_for(lambda: self.stored() == [12])
         self.assert_admitted(12, 15, key)
 
+    def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
+        one, two = self.start_here(), self.start_here()
+        self.assert_admitted(3, 3)
+        loop = two.redis.loop
+        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE):
+            wait_for(lambda: two.beat_timer.when() > loop.time() + 1)
+            self.redis.ask("FLUSHALL")
+            self.is_back(one)
+            self.address = self.proxies[0]
+            self.assert_admitted(1, 1)
+            seen, = two.seen()
+            one.redis.loop.call_soon_threadsafe(
+                one.give, seen.rule, seen.key, 5, time.monotonic() + 60)
+            wait_for(lambda: max(self.stored(), default=0) >= 5)
+            loop.call_soon_threadsafe(two.beat_timer.cancel)
+            loop.call_soon_threadsafe(two.beat)
+            wait_for(lambda: two.loss == one.loss > 0 and is_done(two))
+        self.assertEqual(self.stored(), [11])
+
     def test_each_gift_is_put_back_once_with_its_own_end(self):
         key = "sk-1"
         buckets = self.start_here(PROXY_API_KEYS="ann=" + key)
@@ -10867,7 +10886,7 @@ class SharedLimitsTest(ProxyCase):
         def assert_given(level, *gifts):
             self.is_back(buckets)
             wait_for(lambda: self.stored() == [level])
-            wait_for(lambda: [[(amount, round(until - time.monotonic(), -2))
+            wait_for(lambda: [[(amount, round(until - time.monotonic(), -1))
                                for amount, until in row]
                               for row in buckets.given.values()] == [list(gifts)])
 
