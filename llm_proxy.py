@@ -14309,7 +14309,6 @@ class SharedStored(Stored):
     there until it is charged, and is claimed while calls of one process run that ask for its
     answer: nobody charges it twice. A claim is a lease, so that of a process that died ends."""
     LEASE_SECONDS = 60
-    RENEW_SECONDS = 10
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
 
@@ -14322,7 +14321,6 @@ class SharedStored(Stored):
         self.polls: Dict[Call, str] = {}      # bills that calls which run ask about
         # Bills that are claimed here; completed when Redis has said whether they are.
         self.claims: Dict[str, "asyncio.Future[None]"] = {}
-        self.renew_at = 0.0
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14426,9 +14424,7 @@ class SharedStored(Stored):
 
     def beat(self):
         """Renews the leases; to be called every second."""
-        now = self.clock.monotonic()
-        if now >= self.renew_at and self.redis.available:
-            self.renew_at = now + self.RENEW_SECONDS
+        if self.redis.available:
             for name in self.claims:
                 self.redis.send("EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
 
