@@ -4137,7 +4137,7 @@ class Call:
         limits, answers, prompts = [], 1, 1
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
-                limits.append(math.inf if value < 0 else value)
+                limits.append(math.inf if value < 0 else min(value, MAX_TOKENS_PER_CALL))
             elif value > answers:
                 answers = value
         names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
@@ -4517,7 +4517,9 @@ CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safe
 
 
 # What leaves out parts of a response at Google's servers, or spells it so that nobody can read it
-MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
+MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json|media)$))\s*(?:=.*)?", re.I | re.S)
+# What asks for no more of an answer than what follows an event
+GOES_ON = re.compile("(?:^|&)(?:starting_after|last_event_id)=")
 
 
 # What makes a request another one, at Google's servers and others
@@ -5857,6 +5859,7 @@ FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"\\]*)"\s*:\s*')
 NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
+OTHER_DATA = re.compile(rb"\{|(?<![^\r\n])data:(?!\s*(?:\[DONE\]|[\r\n]))")
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
@@ -6032,6 +6035,7 @@ class UsageReader:
     LAST_EVENTS = 1 << 12
     LAST_LINES = 64
     MAX_UNPACKED = 1 << 20
+    MAX_ANSWERS = 1 << 12  # read at once
 
     characters = 0
     usual: Optional[Usage] = None  # by usual_usage
@@ -6133,26 +6137,29 @@ class UsageReader:
     def end_of_answers(self, data):
         """Notes what each answer in a list tells; returns where the first begins that is not
         whole, 0 where this is no list."""
-        at = 0
+        start = 0
         if not self.listed:
             begin = LIST_BEGIN.match(data)
-            at = begin.end() if begin else 0
-            if begin or NEXT_LINE.search(data):
-                self.listed = begin and begin[1] and begin[1].decode() or "results"
+            if begin:
+                start, self.listed = begin.end(), (begin[1] or b"results").decode()
+            elif LOOKS_LIKE_JSON.match(data) and NEXT_LINE.search(data):
+                # Each line may tell what was used until then.
+                self.listed = "results" if self.call.output_limit()[1] > 1 else "lines"
         if not self.listed or self.cut or is_too_complex(data):
             return 0
-        text = data.decode("latin-1")  # each byte is a character
+        text, at = data[start:].decode("utf-8", "surrogateescape"), 0
         with contextlib.suppress(ValueError):
-            while True:
+            for _ in range(self.MAX_ANSWERS):
                 payload, end = PLAIN_JSON.raw_decode(text, at)
-                self.note_answer(payload)
+                self.note_answer(payload, self.listed in self.dialect.ANSWERS)
                 at = SEPARATOR.match(text, end).end()
-        return at
+            self.final = False  # the rest waits, and may never be read
+        return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
-    def note_answer(self, payload):
+    def note_answer(self, payload, adds=False):
         if type(payload) is dict:
-            join = operator.add if self.listed in self.dialect.ANSWERS else max
-            self.counts = merged(self.counts, self.dialect.counts_in(payload), join)
+            counts = self.dialect.counts_in(payload)
+            self.counts = merged(self.counts, counts, operator.add if adds else max)
             self.note_server(payload)
 
     def front(self, data: bytes) -> JsonObject:
@@ -6237,7 +6244,7 @@ class UsageReader:
             if NAMED_FAULT.search(event):
                 self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
             if found.strip() == LAST_DATA:  # which may be all that there is
-                self.closed = self.density > 0 or data.find(b"{") >= 0
+                self.closed = self.density > 0 or bool(OTHER_DATA.search(data))
             elif payload:
                 self.note_end(payload, found)
             else:
@@ -8763,21 +8770,28 @@ class NameReader:
         self.events = events
         self.found = found
         self.of_all = of_all
-        self.kept: Optional[bytes] = b""
+        self.kept: Optional[List[bytes]] = []
+        self.size = 0
         self.tries = 0
 
     def feed(self, payload: bytes) -> bytes:
-        if self.kept is not None:
-            self.kept += payload
-            is_end = self.events or payload[-16:].rstrip().endswith(b"}")
+        if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
+            self.kept.append(payload)
+            self.size += len(payload)
+            is_end = self.events.may_end(payload, 0) if self.events else (
+                payload[-16:].rstrip().endswith(b"}"))
             if is_end and self.tries < self.MAX_TRIES:
                 self.look()
-            if self.kept and len(self.kept) > self.MAX_KEPT:
-                match = self.FIRST_NAME.match(self.kept)
+            if self.kept and self.size > self.MAX_KEPT:
+                match = self.FIRST_NAME.match(b"".join(self.kept))
                 self.kept = None
                 if match:
                     self.found([match[1].decode("utf-8", "replace")])
         return self.reader.feed(payload) if self.reader else payload
+
+    def may_name(self, data):
+        """Returns whether events may name something, or are not whole."""
+        return data.find(b'id"') >= 0 or not self.events.at_boundary(data)
 
     def flush(self) -> bytes:
         if self.kept:
@@ -8785,12 +8799,16 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look(self):
-        pieces = self.events.cut(self.kept) if self.events else [self.kept]
+        data = b"".join(self.kept)
+        pieces = self.events.cut(data) if self.events else [data]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
-        names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
+        names = [name for piece in pieces if not self.of_all or self.may_name(piece)
+                 for name in names_made(read(piece))]
         self.tries += not self.of_all
         is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
-        self.kept = None if is_over else pieces[-1]  # which may not be whole
+        rest = [] if self.events and self.events.at_boundary(data) else pieces[-1:]
+        self.kept = None if is_over else rest
+        self.size = sum(map(len, rest))
         if names:
             self.found(names)
 
@@ -15509,7 +15527,8 @@ class Proxy:
             return
         usage, is_final = self.told_usage(entry, ending)
         if not is_final or reader.running:
-            bill = bill._replace(characters=bill.characters + reader.output_characters())
+            join = operator.add if GOES_ON.search(entry.call.query) else max
+            bill = bill._replace(characters=join(bill.characters, reader.output_characters()))
             self.stored.bills[name] = bill
             if not reader.closed:
                 return
