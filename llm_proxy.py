@@ -2834,6 +2834,14 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+def put_newest(table, key, value, most):
+    """Puts a value into a table that has `most` at most, and drops the oldest."""
+    table[key] = value
+    if len(table) > most:
+        del table[next(iter(table))]
+    return value
+
+
 # First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
 # what stands between. b"\xe2" begins punctuation and signs.
 WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
@@ -2861,7 +2869,7 @@ class CutText(str):
 PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
 
 
-def kind_of_text(text: str) -> int:
+def kind_of_text(text):
     """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
     holds that is rare in prose: their tokens differ in length."""
     data = text[:1000].encode("utf-8", "surrogatepass")
@@ -3196,13 +3204,6 @@ class ModelHabits:
     def peak(self, caller: CallerKey) -> int:
         return self.of(caller).peak or self.usual.peak or 0
 
-    def add(self, caller: CallerKey) -> Habits:
-        """Returns what the calls of a new caller are noted in."""
-        if len(self.callers) >= self.CALLERS:
-            self.callers.popitem(last=False)
-        found = self.callers[caller] = Habits()
-        return found
-
     def refresh(self):
         """Finds the one in the middle again."""
         for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
@@ -3355,8 +3356,10 @@ class CostEstimator:
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
         name = self.model_key(call)
-        model = self.models.get(name) or self.add_model(name)
-        own = model.callers.get(caller) or model.add(caller)
+        model = self.models.get(name) or put_newest(
+            self.models, name, ModelHabits(), KNOWN_MODELS)
+        own = model.callers.get(caller) or put_newest(
+            model.callers, caller, Habits(), model.CALLERS)
         own.calls = calls = own.calls + 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
@@ -3367,12 +3370,6 @@ class CostEstimator:
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
-
-    def add_model(self, name):
-        if len(self.models) >= KNOWN_MODELS:
-            self.models.popitem(last=False)
-        found = self.models[name] = ModelHabits()
-        return found
 
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
@@ -3427,26 +3424,15 @@ def is_too_complex(data):
         return True
     if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
-    return is_deep(outside)
+    levels = itertools.accumulate(array.array("b", outside.translate(STEPS)))
+    return max(levels, default=0) > MAX_JSON_DEPTH
 
 
-def may_have_long_number(data: bytes) -> bool:
+def may_have_long_number(data):
     """Returns False where LONG_NUMBER digits never follow one another: then no half of them stand
     at any of the places that are looked at."""
     half = LONG_NUMBER // 2
     return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
-
-
-def is_deep(outside: bytes) -> bool:
-    """Returns whether brackets are nested too deeply; it looks no further than where they are."""
-    level = 0
-    for start in range(0, len(outside), 4096):
-        steps = array.array("b", outside[start:start + 4096].translate(STEPS))
-        levels = list(itertools.accumulate(steps, initial=level))
-        if max(levels) > MAX_JSON_DEPTH:
-            return True
-        level = levels[-1]
-    return False
 
 
 def unique(pairs):
@@ -3484,8 +3470,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText(value, size)
 
 
-def strict_decoder(hook: Callable[[List[Tuple[str, Any]]], JsonObject],
-                   parse_int: Callable[[str], int] = short_integer) -> json.JSONDecoder:
+def strict_decoder(hook, parse_int=short_integer):
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
@@ -5703,7 +5688,6 @@ class Dialects:
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
-        self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
                      for end, endpoint in dialect.ENDPOINTS.items()}
@@ -5716,8 +5700,8 @@ class Dialects:
     def guess(self, path: Optional[str], fields: Optional[Fields]) -> Dialect:
         """Returns the dialect of what is not metered: the shape of errors, and the header of our
         key. Both are None where no request could be read."""
-        if path is None or fields is None:
-            return self.openai
+        if path is None:
+            return DIALECTS["openai"]
         prefix, path = self.split(path)
         with contextlib.suppress(BadRequest):  # what cannot be folded is refused elsewhere
             path = fold_path(path)
@@ -5726,7 +5710,7 @@ class Dialects:
                 return dialect
         if prefix and "authorization" not in fields:
             return DIALECTS[self.names[prefix]]
-        return self.openai
+        return DIALECTS["openai"]
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
@@ -5870,6 +5854,20 @@ def may_be_fault(data):
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
 
 
+def front(data: bytes) -> JsonObject:
+    """Returns the values that are whole at the beginning of an object that is too large to be
+    kept."""
+    data, found = data[:1 << 14], {}
+    step = None if is_too_complex(data) else FIRST_KEY.match(data.decode("utf-8", "replace"))
+    with contextlib.suppress(ValueError):
+        while step:
+            value, end = PLAIN_JSON.raw_decode(step.string, step.end())
+            key, step = step[1], NEXT_KEY.match(step.string, end)
+            if step:
+                found[key] = value
+    return found
+
+
 class Edit:
     """A change of a stream, made in its whole events: `find` returns where in some bytes there may
     be something to change, their end where there is nothing, and `apply` what goes on for an event.
@@ -5934,14 +5932,15 @@ class Editor:
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
+    held = b""
+    looks = 0      # at one that is large,
+    next_look = 0  # and how large it must be for another one
+
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
         self.slicing = not events  # a body or an event of which parts go on
-        self.held = b""
-        self.looks = 0      # at one that is large,
-        self.next_look = 0  # and how large it must be for another one
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -6033,7 +6032,6 @@ class UsageReader:
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
     LAST_EVENTS = 1 << 12
-    LAST_LINES = 64
     MAX_UNPACKED = 1 << 20
     MAX_ANSWERS = 1 << 12  # read at once
 
@@ -6119,9 +6117,10 @@ class UsageReader:
             end = self.end_of_answers(data)
         if len(data) - end > (self.MAX_UNPACKED if self.listed else self.MAX_LINE):
             if not self.streamed and not self.cut:
-                self.note(self.front(data))
+                self.note(front(data))
                 self.lost = self.endpoint not in NO_TEXT
-                self.final = False if self.listed else self.final
+                if self.listed:
+                    self.final = False
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -6161,21 +6160,6 @@ class UsageReader:
             counts = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, counts, operator.add if adds else max)
             self.note_server(payload)
-
-    def front(self, data: bytes) -> JsonObject:
-        """Returns the values that are whole at the beginning of an object that is too large to be
-        kept."""
-        text, found = data[:self.MAX_KEPT].decode("utf-8", "replace"), {}
-        if is_too_complex(data[:self.MAX_KEPT]):
-            return found
-        step = FIRST_KEY.match(text)
-        with contextlib.suppress(ValueError):
-            while step:
-                value, end = PLAIN_JSON.raw_decode(text, step.end())
-                key, step = step[1], NEXT_KEY.match(text, end)
-                if step:
-                    found[key] = value
-        return found
 
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
@@ -6236,9 +6220,8 @@ class UsageReader:
                 last.find(b"{") >= 0 and not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
-        lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
         events = 0
-        for event in reversed(framing.cut(b"".join(lines))):
+        for event in reversed(framing.cut(last)):
             found = framing.all_data(event)
             payload = object_in(found)
             if NAMED_FAULT.search(event):
@@ -6285,7 +6268,7 @@ class UsageReader:
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
                 is_within = not payload and self.dialect.USAGE_MARK in data
-                payload = object_in(data) if is_within else {**self.front(data), **payload}
+                payload = object_in(data) if is_within else {**front(data), **payload}
         if payload:
             self.note_json(payload, data)
 
@@ -6318,8 +6301,8 @@ class UsageReader:
     def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
-        return bool(known and self.streamed and self.readable and not self.cut
-                    and self.endpoint not in NO_LIMIT_REPLY)
+        return bool(known) and self.readable and not self.cut and (
+            self.endpoint not in NO_LIMIT_REPLY)
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if it was; and whether nothing is missing from
@@ -8737,15 +8720,11 @@ class Stored:
 
     def owe(self, name, bill):
         """Keeps a bill, of the last BILLS."""
-        self.bills[name] = bill
-        if len(self.bills) > self.BILLS:
-            self.bills.popitem(last=False)
+        put_newest(self.bills, name, bill, self.BILLS)
 
     def put(self, name, thing):
         """Keeps a thing, of the last ROOM."""
-        self.things[name] = thing
-        if len(self.things) > self.ROOM:
-            self.things.popitem(last=False)
+        put_newest(self.things, name, thing, self.ROOM)
 
     def note(self, thing, names):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
@@ -8762,7 +8741,9 @@ class NameReader:
     first events that name something, or `of_all`. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
-    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    size = 0   # of what is kept
+    tries = 0
 
     def __init__(self, reader, events, found, of_all):
         """`events` is None where the response is no stream."""
@@ -8771,8 +8752,6 @@ class NameReader:
         self.found = found
         self.of_all = of_all
         self.kept: Optional[List[bytes]] = []
-        self.size = 0
-        self.tries = 0
 
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
@@ -8783,10 +8762,10 @@ class NameReader:
             if is_end and self.tries < self.MAX_TRIES:
                 self.look()
             if self.kept and self.size > self.MAX_KEPT:
-                match = self.FIRST_NAME.match(b"".join(self.kept))
+                names = names_made(front(b"".join(self.kept)))
                 self.kept = None
-                if match:
-                    self.found([match[1].decode("utf-8", "replace")])
+                if names:
+                    self.found(names)
         return self.reader.feed(payload) if self.reader else payload
 
     def may_name(self, data):
@@ -9029,9 +9008,7 @@ class Breakers:
         as far as a connection. Returns what changed, in words."""
         model, caller = subject
         if good is False and connected and model not in self.models:
-            self.models[model] = Breaker(self.most, self.seconds)
-            if len(self.models) > KNOWN_MODELS:
-                self.models.popitem(last=False)
+            put_newest(self.models, model, Breaker(self.most, self.seconds), KNOWN_MODELS)
         news = self.judge_one(self.connections, connected if good is False else good, now, None, "")
         one = self.models.get(model)
         if one and connected:
@@ -12374,9 +12351,7 @@ class Warnings(Watcher):
         if now < self.quiet_until.get(key, -math.inf):
             return False
         self.quiet_until.pop(key, None)
-        if len(self.quiet_until) >= self.ROOM:
-            del self.quiet_until[next(iter(self.quiet_until))]
-        self.quiet_until[key] = now + self.QUIET_SECONDS
+        put_newest(self.quiet_until, key, now + self.QUIET_SECONDS, self.ROOM)
         payload = {"event": event, **about, "time": wall_time(self.clock)}
         self.feed.tell("warning", payload)
         if line:
@@ -12429,9 +12404,7 @@ class Marks(Watcher):
             alone = share - entry.hold.costs[rule.unit] / rule.capacity
             before = min(self.passed.pop(key, 0), bisect.bisect_right(self.shares, alone))
             if passed:
-                self.passed[key] = passed
-                if len(self.passed) > self.ROOM:
-                    del self.passed[next(iter(self.passed))]
+                put_newest(self.passed, key, passed, self.ROOM)
             if passed > before:
                 self.warn(entry, share, level, passed)
 
