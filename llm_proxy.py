@@ -139,6 +139,11 @@ def require(good, message):
         raise ValueError(message)
 
 
+def table_of(text: str) -> Texts:
+    """Returns a table whose rows are lines of a word and what belongs to it."""
+    return dict(row.split(None, 1) for row in text.strip().splitlines())
+
+
 def pattern(shape, message, convert=re.Match.group):
     """Returns a reader of texts that match `shape` as a whole; `convert` makes the value of the
     match."""
@@ -375,7 +380,7 @@ shares = listed(pattern(  # '80%' -> 0.8
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
 PICODOLLARS = 10 ** 12
 NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is in the former
-UNITS = ("requests", "tokens", "input_tokens", "output_tokens", "usd", "running", "estimate")
+UNITS = "requests tokens input_tokens output_tokens usd running estimate".split()
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 ANEW = 1 << 80  # more than ever is missing of a bucket
 DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
@@ -639,16 +644,16 @@ unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
 DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
 DIALECT_NAMES = ("openai", "anthropic", "gemini", "azure", "ollama")
-VENDORS = {
-    "openai": "https://api.openai.com/v1",
-    "anthropic": "https://api.anthropic.com/v1",
-    "gemini": "https://generativelanguage.googleapis.com",
-    "deepseek": "https://api.deepseek.com/v1",
-    "grok": "https://api.x.ai/v1",
-    "mistral": "https://api.mistral.ai/v1",
-    "groq": "https://api.groq.com/openai/v1",
-    "openrouter": "https://openrouter.ai/api/v1",
-    "ollama": "http://localhost:11434"}
+VENDORS = table_of("""
+    openai https://api.openai.com/v1
+    anthropic https://api.anthropic.com/v1
+    gemini https://generativelanguage.googleapis.com
+    deepseek https://api.deepseek.com/v1
+    grok https://api.x.ai/v1
+    mistral https://api.mistral.ai/v1
+    groq https://api.groq.com/openai/v1
+    openrouter https://openrouter.ai/api/v1
+    ollama http://localhost:11434""")
 PARSER = getattr(re, "_parser", None) or re.sre_parse  # Python 3.10
 COMPILER = getattr(re, "_compiler", None) or re.sre_compile
 TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
@@ -667,14 +672,14 @@ class Repetition(NamedTuple):
     ways: float
     then: Tuple[Characters, ...] = ()
 
-    def clashes(self, later: "Repetition") -> bool:
+    def clashes(self, later):
         """Tells whether it is open how much of a text is this one's, and how much the later's."""
         ends = [*self.then, *self.needs]
         return not (self.takes.isdisjoint(later.takes)
                     or any([one.isdisjoint(later.takes) for one in ends])
                     or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
 
-    def may_take(self, first: Characters) -> bool:
+    def may_take(self, first):
         """Tells whether this one may take what begins so and follows it."""
         return not any([one.isdisjoint(self.takes) for one in (first, *self.then)])
 
@@ -831,7 +836,7 @@ def linear_patterns(text):
     return found
 
 
-REDACTED = "email", "card", "iban", "phone", "ssn", "ip", "secrets"
+REDACTED = "email card iban phone ssn ip secrets".split()
 redacted_kinds = listed(one_of(*REDACTED))
 read_kinds = word_or({"off": ()}, redacted_kinds)
 upstream_globs = listed(pattern(
@@ -1098,12 +1103,12 @@ def shown(name: str, text: Optional[str]) -> Optional[str]:
 
 
 # Settings that guard: who misspells one thinks that a door is shut.
-GUARDS = ("PROXY_API_KEYS", "LIMITS", "CORS_ORIGINS", "TRUSTED_PROXIES", "TLS_CERT_FILE",
-          "TLS_KEY_FILE", "REDACT", "REDACT_MODE", "REDACT_UPSTREAMS", "REDACT_OPAQUE")
+GUARDS = """PROXY_API_KEYS LIMITS CORS_ORIGINS TRUSTED_PROXIES TLS_CERT_FILE TLS_KEY_FILE
+    REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_OPAQUE""".split()
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
-def guard_meant_by(name: str) -> Optional[str]:
+def guard_meant_by(name):
     """Returns the setting that guards and that a misspelt name means."""
     name = name.upper()
     parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
@@ -1193,7 +1198,7 @@ class Config(types.SimpleNamespace):
         return self.proxy_api_keys is None and not self.keys_are_stored and (
             not is_loopback or bool(self.trusted_proxies))
 
-    def pays_for_anyone(self) -> bool:
+    def pays_for_anyone(self):
         """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
         nobody has said is meant."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
@@ -1920,7 +1925,7 @@ class Caller:
     it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
     digest against which nobody can test guesses without `secret`. `role` is None where the key is
     none that was given out. `until`: when that ends, in seconds since 1970."""
-    __slots__ = ("key", "name", "key_name", "label", "role", "team", "tag", "stored_key", "until")
+    __slots__ = "key name key_name label role team tag stored_key until".split()
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
                  key_name: Optional[str] = None, role: Optional[str] = None,
@@ -4684,7 +4689,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = ("completed", "succeeded", "failed", "cancelled", "incomplete", "expired")
+    LAST_STATES = "completed succeeded failed cancelled incomplete expired".split()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -5210,7 +5215,7 @@ class OpenAI(Dialect):
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = RESPONSE_PARTS
-    TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "arguments", "text")
+    TEXT_KEYS = "content reasoning_content reasoning refusal arguments text".split()
     DELTA_KEYS = {"responses": ("delta",)}
     DELTAS = """
         choices.text choices.delta.content choices.delta.content.text
@@ -5423,9 +5428,12 @@ class Gemini(Google):
     """The Gemini API (https://ai.google.dev/api/generate-content). The model stands in the path,
     and so does whether to stream; a stream without ?alt=sse is a JSON array."""
     name = "gemini"
-    ENDPOINTS = {
-        ":generateContent": "generate", ":streamGenerateContent": "generate",
-        ":embedContent": "embed", ":batchEmbedContents": "embed", ":countTokens": "count"}
+    ENDPOINTS = table_of("""
+        :generateContent generate
+        :streamGenerateContent generate
+        :embedContent embed
+        :batchEmbedContents embed
+        :countTokens count""")
     METHODS = tuple(map(str.lower, ENDPOINTS))
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
@@ -5544,9 +5552,12 @@ class Ollama(Dialect):
     """Ollama's own API (https://github.com/ollama/ollama/blob/main/docs/api.md), which streams
     lines of JSON unless it is told not to. OpenAI's and Anthropic's are below /v1."""
     name = "ollama"
-    ENDPOINTS = {
-        "/api/chat": "chat", "/api/generate": "generate", "/api/embed": "embed",
-        "/api/embeddings": "embed", "/api/show": "count"}
+    ENDPOINTS = table_of("""
+        /api/chat chat
+        /api/generate generate
+        /api/embed embed
+        /api/embeddings embed
+        /api/show count""")
     STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
     LISTED = ("models", "name")
@@ -8801,14 +8812,14 @@ class NameReader:
 
 # What of a caller's head goes upstream, by the beginnings of names; all else could name the caller,
 # choose another account beside our key, or mean something to a proxy on the way.
-UPSTREAM_FIELDS = re.compile("|".join((
-    "content-(type|encoding|language|disposition|range|md5|digest)", "digest", "range", "if-.*",
-    "accept(-.*)?", "user-agent", "cache-control", "prefer", "(x-)?idempotency-key",
-    "anthropic-.*", "openai-beta", "x-stainless-.*", "x-goog-api-client", "x-title",
-    "http-referer", "referer", "x-request-id", "x-client-request-id",
-    # tracing: W3C, B3, AWS, Jaeger, Sentry, Datadog, Google
-    "trace(parent|state)", "baggage", "b3", "x-b3-.*", "x-amzn-trace-id", "uber-trace-id",
-    "sentry-trace", "x-datadog-.*", "x-cloud-trace-context")))
+# The last two lines are tracing: W3C, B3, AWS, Jaeger, Sentry, Datadog, Google.
+UPSTREAM_FIELDS = re.compile("|".join("""
+    content-(type|encoding|language|disposition|range|md5|digest) digest range if-.*
+    accept(-.*)? user-agent cache-control prefer (x-)?idempotency-key
+    anthropic-.* openai-beta x-stainless-.* x-goog-api-client x-title
+    http-referer referer x-request-id x-client-request-id
+    trace(parent|state) baggage b3 x-b3-.* x-amzn-trace-id uber-trace-id
+    sentry-trace x-datadog-.* x-cloud-trace-context""".split()))
 # ... and what belongs to the account of a caller whose own key goes up.
 ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 # Whatever PASS_HEADERS says: the caller's key, and what is ours to write.
@@ -9658,12 +9669,12 @@ TIME_COLUMN = COLUMN_NAMES.index("time")
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
 START = "CAST(coalesce(time, 0) / %d AS INTEGER) * %d" % (QUARTER, QUARTER)
 # By whom or what they are added up: how a call tells it.
-SUM_KEYS = {
-    "caller": "coalesce(caller, '-')",
-    "team": "coalesce(team, '-')",
-    "tag": "coalesce(tag, '-')",
-    "model": "coalesce(nullif(served, ''), nullif(model, ''), '-')",
-    "upstream": "coalesce(upstream, '-')"}
+SUM_KEYS = table_of("""
+    caller coalesce(caller, '-')
+    team coalesce(team, '-')
+    tag coalesce(tag, '-')
+    model coalesce(nullif(served, ''), nullif(model, ''), '-')
+    upstream coalesce(upstream, '-')""")
 PASSED = "ok", "limited", "caller_gone"  # outcomes that are nobody's failure
 FAILED = "outcome NOT IN %r" % (PASSED,)
 # What is added up: how much of it is in a call.
@@ -9689,6 +9700,11 @@ def clean(text: Optional[str]) -> Optional[str]:
     if text and not text.isascii():
         return text.encode("utf-8", "backslashreplace").decode()
     return text
+
+
+def in_ascii(text: str) -> str:
+    """Returns text in which all that is not printable ASCII is spelled out."""
+    return ascii(text)[1:-1]
 
 
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)  # bytes that a pipe takes as a whole (POSIX write)
@@ -9748,7 +9764,8 @@ class Entry:
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    all_ms = 0          # when it has ended, milliseconds, and
+    who = ""            # when it has ended: the caller, or the address where nobody was found,
+    all_ms = 0          # milliseconds, and
     first_ms = None     # those to the first byte, where there was one
     trace: Optional["Trace"] = None        # where traces are wanted,
     reasons: Sequence[str] = ()            # and with it why the model stopped
@@ -9777,6 +9794,8 @@ class Entry:
         started = self.started
         if started is None:
             self.started = started = self.ended  # no head ever came
+        caller = self.caller
+        self.who = caller.label if caller else self.address
         self.all_ms = int((self.ended - started) * 1000)
         if self.first_byte is not None:
             self.first_ms = int((self.first_byte - started) * 1000)
@@ -9802,8 +9821,8 @@ class Entry:
         caller = self.caller
         served = usage.model and usage.model[:80] or call and call.upstream_model
         asked = (  # two tuples: CPython makes one of more than 30 item by item
-            self.request_id, self.wall / 1e9, caller.label if caller else self.address,
-            self.address, self.method, self.path and self.path[:200], call and call.dialect.name,
+            self.request_id, self.wall / 1e9, self.who, self.address, self.method,
+            self.path and self.path[:200], call and call.dialect.name,
             call and clean(call.model), clean(served), self.upstream,
             self.status, self.outcome, self.cause, bool(call and call.stream))
         return asked + (
@@ -9826,7 +9845,7 @@ class Entry:
         awaits = self.context.what if self.context else ""
         return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
 
-    def tokens_so_far(self) -> int:
+    def tokens_so_far(self):
         """Returns about how many tokens have passed: an event holds one, nearly always."""
         reader = self.reader
         return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
@@ -9861,7 +9880,7 @@ class Entry:
 
     def as_text(self):
         """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
-        call, usage, caller = self.call, self.usage, self.caller
+        call, usage = self.call, self.usage
         first = "-" if self.first_byte is None else f"{self.first_ms}ms"
         cost, left = self.charged("-")
         used = usd = remarks = ""
@@ -9873,7 +9892,7 @@ class Entry:
         if self.queued or self.cause or self.found:
             remarks = self.remarks()
         return (
-            f"{format_moment(self.wall // 10 ** 6)} {caller.label if caller else self.address} "
+            f"{format_moment(self.wall // 10 ** 6)} {self.who} "
             f"{self.method or '-'} {(self.path or '-')[:200]} {one_word(call and call.model)} "
             f"{self.status} {self.outcome} "
             +  # CPython makes a text of more than 30 parts part by part
@@ -9937,7 +9956,7 @@ def message_line(text: str, as_json: bool, clock: Any) -> str:
     return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
 
 
-def whole_lines(data: memoryview) -> int:
+def whole_lines(data):
     """Returns how much to write at once, so that lines of several processes are not mixed where the
     log is a pipe."""
     if len(data) <= PIPE_BUF:
@@ -10072,7 +10091,7 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
-def exact_total(name: str) -> str:
+def exact_total(name):
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
     if name == "picodollars":
@@ -10150,7 +10169,7 @@ class SumNames:
 SUM_TYPES = [int, *[str] * len(SUM_KEYS), *[int] * (len(SUM_COUNTS) + 3)]
 
 
-def read_sum(text: bytes) -> List[Union[int, str]]:
+def read_sum(text):
     """Returns a row of SUM_COLUMNS that another box tells, whose calls are not here. Raises
     ValueError."""
     row = json.loads(text)
@@ -10276,7 +10295,7 @@ class Database:
             return None
         return [(one.st_dev, one.st_ino) for one in found]
 
-    def is_gone(self) -> bool:
+    def is_gone(self):
         """Tells whether the file was deleted or replaced, or its lock."""
         return self.file_identity() != self.identity
 
@@ -10318,7 +10337,7 @@ class Database:
         execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
         execute("PRAGMA synchronous = NORMAL")
 
-    def transaction(self) -> sqlite3.Connection:
+    def transaction(self):
         """Begins one; returns what ends it, as a with-block."""
         self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
         self.connection.execute("BEGIN IMMEDIATE")
@@ -10350,7 +10369,7 @@ class Database:
 
     # -- sums, and the list of ids; each of these does a little, and returns whether it did
 
-    def add_new(self) -> bool:
+    def add_new(self):
         """Adds calls to the sums that came since the last time."""
         summed = self.facts["summed"]
         (last,), = self.connection.execute(
@@ -10360,7 +10379,7 @@ class Database:
             self.add_up(summed, last, summed=last)
         return last is not None
 
-    def add_older(self) -> bool:
+    def add_older(self):
         """Adds calls of an older version, which had no sums, the newest first."""
         last = self.facts["unsummed"]
         if last:
@@ -10426,7 +10445,7 @@ class Database:
             self.add_sums(found, facts, ())
         self.connection.execute("DELETE FROM untold WHERE id <= ?", (told,))
 
-    def roll_up(self, now: float) -> bool:
+    def roll_up(self, now):
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
         (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
@@ -10441,7 +10460,7 @@ class Database:
         self.facts["rolled"] = hour + HOUR
         return True
 
-    def list_ids(self) -> bool:
+    def list_ids(self):
         """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
         by one, each would change a page of its own."""
         listed = self.facts["listed"]
@@ -10528,13 +10547,13 @@ class Database:
                         "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
                         " AND value = 1")])
 
-    def note_processes(self, count: int):
+    def note_processes(self, count):
         """Writes how many processes share the limits, for a start while Redis is away."""
         if count != self.facts.get("processes", 0):
             self.note(processes=count)
             self.facts["processes"] = count
 
-    def key_records(self) -> KeyRecords:
+    def key_records(self):
         """Returns what other boxes must know of keys, also of those that were removed."""
         execute, found = self.connection.execute, {}
         for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
@@ -10548,7 +10567,7 @@ class Database:
                 [audit, [dict(zip(Key._fields, key)) for key in keys], secrets])
         return found
 
-    def take_record(self, record: str):
+    def take_record(self, record):
         """Goes by what another box has made of a key, where that is newer than what is known here.
         Raises ValueError, TypeError or LookupError for what no box of ours has written."""
         (when, *words), keys, secrets = json.loads(record)
@@ -10586,7 +10605,7 @@ class Database:
                 "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
                 (wall, name, wall - 60))
 
-    def take_orders(self, now: float) -> List["Order"]:
+    def take_orders(self, now):
         """Returns what is to be done, which counts as done from then on, and what was given before
         and is good still."""
         execute = self.connection.execute
@@ -10600,7 +10619,7 @@ class Database:
             execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
 
-    def data_version(self) -> int:
+    def data_version(self):
         """Returns a number that changes when another connection has written."""
         (found,), = self.connection.execute("PRAGMA data_version").fetchall()
         return found
@@ -10642,7 +10661,7 @@ class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
 
-    def as_point(self) -> JsonObject:
+    def as_point(self):
         return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
@@ -10808,7 +10827,7 @@ class LedgerReader:
         return {name: found
                 for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
 
-    def midnight(self, days: int = 0) -> int:
+    def midnight(self, days=0):
         """Returns when a day began, so many days ago."""
         day = date_in(self.zone, self.now) - datetime.timedelta(days)
         return midnight(day, self.zone)
@@ -11079,7 +11098,7 @@ class KeyStore:
     def find(self, name: str) -> Key:
         rows = self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
         if not rows:
-            raise NoSuchKey("no key is stored by the name %s" % ascii(name)[1:-1])
+            raise NoSuchKey("no key is stored by the name %s" % in_ascii(name))
         try:
             return read_key(*rows[0])
         except (ValueError, TypeError):
@@ -11171,7 +11190,7 @@ class KeyStore:
         """Changes fields; returns the key."""
         for field, text in fields.items():
             if field not in KEY_FIELDS:
-                raise KeyFault("a key has no field %s" % ascii(field)[1:-1])
+                raise KeyFault("a key has no field %s" % in_ascii(field))
             value = None if text in (None, "") else self.check_field(
                 field, KEY_FIELDS[field][0], text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
@@ -11478,7 +11497,7 @@ class RefusalSums:
         self.shown = 0
         self.counts = collections.Counter()  # by status and address
 
-    def counts_only(self, entry: Entry) -> bool:
+    def counts_only(self, entry):
         """Returns whether a refusal is counted here, and written down nowhere else."""
         if entry.ended >= self.until:
             self.report()
@@ -11717,7 +11736,7 @@ class Poster(Writer):
                 taken = False
             self.dropped += 0 if taken else len(batch)
 
-    def deliver(self, payload) -> bool:
+    def deliver(self, payload):
         data = to_json_bytes(payload)
         for delay in self.DELAYS:
             if delay and self.stop.wait(delay):  # in the end there is one try
@@ -11734,7 +11753,7 @@ class Poster(Writer):
                 self.thread.name, "status " + fault if fault.isdecimal() else fault))
         return False
 
-    def post(self, data) -> Optional[str]:
+    def post(self, data):
         """Returns why it was not taken: a status, or words."""
         connection = self.connection()
         try:
@@ -11763,15 +11782,15 @@ DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
 NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
-COUNTERS = {
-    "requests_total": "Calls that have ended",
-    "tokens_total": "Tokens used; cached and cache_write are parts of input, reasoning of output",
-    "usd_total": "What calls cost, where their price is known",
-    "unpriced_total": "Calls whose price is not known",
-    "estimated_total": "Calls whose tokens are guessed, because nobody told them",
-    "refused_total": "Calls that a rule refused",
-    "redacted_total": "What was found in calls that must not leave, by kind",
-    "loop_held_seconds_total": "How long something held the event loop, where that was too long"}
+COUNTERS = table_of("""
+    requests_total Calls that have ended
+    tokens_total Tokens used; cached and cache_write are parts of input, reasoning of output
+    usd_total What calls cost, where their price is known
+    unpriced_total Calls whose price is not known
+    estimated_total Calls whose tokens are guessed, because nobody told them
+    refused_total Calls that a rule refused
+    redacted_total What was found in calls that must not leave, by kind
+    loop_held_seconds_total How long something held the event loop, where that was too long""")
 HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
     ("request_duration_seconds", "From a call's head to its end",
      "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
@@ -11799,7 +11818,7 @@ class Family(NamedTuple):
             yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
-def labels_of(**values: str) -> str:
+def labels_of(**values):
     """Returns labels as they are written; what nobody sees is spelled out."""
     shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
              for name, value in values.items()]
@@ -11828,7 +11847,7 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels: str):
+    def samples(self, labels):
         self.sort_in()
         rows = [(f'{labels},le="{bound}"', count, "_bucket")
                 for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
@@ -11854,7 +11873,7 @@ class Used:
         self.picodollars = self.unpriced = self.estimated = 0
         self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
-    def add_details(self, usage: Usage):
+    def add_details(self, usage):
         self.estimated += usage.estimated
         self.cached += usage.cached
         self.cache_write += usage.cache_write
@@ -12006,7 +12025,7 @@ class Metrics(Watcher):
             for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
             for number, (name, what, _) in enumerate(HISTOGRAMS)]
 
-    def bucket_families(self, buckets: Buckets) -> List[Family]:
+    def bucket_families(self, buckets):
         """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
         several keys with one name the last one's counts."""
         known = {}
@@ -12112,7 +12131,7 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
-def state_family(routes: Routes) -> Family:
+def state_family(routes):
     """Returns how the upstreams are; no address is named."""
     states = []
     for one in routes.all:
@@ -12123,7 +12142,7 @@ def state_family(routes: Routes) -> Family:
                   "How many addresses of an upstream are in this state; closed is well", states)
 
 
-def load_families(routes: Routes) -> List[Family]:
+def load_families(routes):
     """Returns how busy the upstreams are."""
     stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     return [
@@ -12134,7 +12153,7 @@ def load_families(routes: Routes) -> List[Family]:
                 for labels, found in stats])]
 
 
-def process_families() -> List[Family]:
+def process_families():
     """Returns what the system says of this process, under the names that all programs have."""
     cpu = os.times()
     found = [("cpu_seconds_total", "counter", "CPU time", "%.2f" % (cpu.user + cpu.system))]
@@ -12158,37 +12177,47 @@ TRACEPARENT = re.compile(  # https://www.w3.org/TR/trace-context; 00 has nothing
 SEMANTIC_CONVENTIONS = "1.41.0"
 SPAN_OF_CLIENT, SPAN_FAILED = 3, 2  # a span's kind and status
 # The names of those conventions, and ours, each with what of a call it tells.
-ATTRIBUTES = {
-    "http.request.method": "method",
-    "http.route": "route",
-    "http.response.status_code": "status",
-    "gen_ai.operation.name": "operation",
-    "gen_ai.provider.name": "provider",
-    "gen_ai.request.model": "model",
-    "gen_ai.response.model": "served",
-    "gen_ai.response.finish_reasons": "reasons",
-    "gen_ai.usage.input_tokens": "input",
-    "gen_ai.usage.output_tokens": "output",
-    "gen_ai.usage.cache_read.input_tokens": "cached",
-    "gen_ai.usage.reasoning.output_tokens": "reasoning",
-    "error.type": "error",
-    "llm_proxy.request_id": "id",
-    "llm_proxy.caller": "caller",
-    "llm_proxy.upstream": "upstream",
-    "llm_proxy.outcome": "outcome",
-    "llm_proxy.rule": "rule",
-    "llm_proxy.queue_ms": "queue_ms",
-    "llm_proxy.first_ms": "first_ms",
-    "llm_proxy.usd": "usd",
-    "llm_proxy.estimated": "estimated"}
-USAGE_FACTS = ("input", "output", "cached", "reasoning", "served", "estimated")
-OPERATIONS = {  # by endpoint; others have the last word of their path
-    "chat": "chat", "responses": "chat", "messages": "chat", "interactions": "chat",
-    "completions": "text_completion", "fim": "text_completion", "generate": "generate_content",
-    "embed": "embeddings"}
-PROVIDERS = {  # by upstream or dialect, where the conventions have another name
-    "gemini": "gcp.gemini", "interactions": "gcp.gemini", "azure": "azure.ai.openai",
-    "grok": "x_ai", "mistral": "mistral_ai"}
+ATTRIBUTES = table_of("""
+    http.request.method method
+    http.route route
+    http.response.status_code status
+    gen_ai.operation.name operation
+    gen_ai.provider.name provider
+    gen_ai.request.model model
+    gen_ai.response.model served
+    gen_ai.response.finish_reasons reasons
+    gen_ai.usage.input_tokens input
+    gen_ai.usage.output_tokens output
+    gen_ai.usage.cache_read.input_tokens cached
+    gen_ai.usage.reasoning.output_tokens reasoning
+    error.type error
+    llm_proxy.request_id id
+    llm_proxy.caller caller
+    llm_proxy.upstream upstream
+    llm_proxy.outcome outcome
+    llm_proxy.rule rule
+    llm_proxy.queue_ms queue_ms
+    llm_proxy.first_ms first_ms
+    llm_proxy.usd usd
+    llm_proxy.estimated estimated""")
+USAGE_FACTS = "input output cached reasoning served estimated".split()
+# By endpoint; others have the last word of their path.
+OPERATIONS = table_of("""
+    chat chat
+    responses chat
+    messages chat
+    interactions chat
+    completions text_completion
+    fim text_completion
+    generate generate_content
+    embed embeddings""")
+# By upstream or dialect, where the conventions have another name.
+PROVIDERS = table_of("""
+    gemini gcp.gemini
+    interactions gcp.gemini
+    azure azure.ai.openai
+    grok x_ai
+    mistral mistral_ai""")
 
 
 class Trace:
@@ -12239,7 +12268,7 @@ class Traces(Watcher):
 
     # -- in the poster's thread
 
-    def bundle(self, entries: List[Entry]) -> JsonObject:
+    def bundle(self, entries):
         return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
             "scope": {"name": "llm_proxy", "version": VERSION},
             "schemaUrl": "https://opentelemetry.io/schemas/" + SEMANTIC_CONVENTIONS,
@@ -14403,28 +14432,29 @@ PATIENT_SECONDS = 60  # who must wait longer need not ask again
 USER_FIELD_PREFIX = "x-openwebui-"  # fields that begin like this say who the caller's user is
 OUR_FIELD_PREFIX = "x-llm-proxy-"   # and these are meant for us
 TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
-RATE_FIELDS = (  # in the order of Quota
-    "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Refill-Tokens",
-    "X-RateLimit-Refill-Seconds", "X-RateLimit-Reset-Seconds")
+RATE_FIELDS = """X-RateLimit-Limit X-RateLimit-Remaining X-RateLimit-Refill-Tokens
+    X-RateLimit-Refill-Seconds X-RateLimit-Reset-Seconds""".split()  # in the order of Quota
 RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
 ONE_ORIGIN = "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\n"
 VARY = "Vary: Origin\r\n"
 CRLF = "\r\n"
-REPLACED = HOP_BY_HOP.union((  # fields of a response that we write ourselves
-    "content-length", "location", "content-location", "x-request-id", "x-upstream-request-start",
-    "x-upstream-request-stop", "x-llm-input-tokens", "x-llm-output-tokens", "x-llm-cost-usd",
-    "x-llm-estimated", "x-queue-ms", "x-ratelimit-warning"), map(str.lower, RATE_FIELDS), (
-        # or that name the account, be it through LiteLLM,
-        "set-cookie", "set-cookie2", "openai-organization", "openai-project",
-        "anthropic-organization-id", "llm_provider-openai-organization",
-        "llm_provider-set-cookie", "x-litellm-model-api-base", "x-litellm-key-spend",
-        # or speak for the origin that a browser asked, or to a server before us
-        "alt-svc", "strict-transport-security", "public-key-pins", "nel", "report-to",
-        "reporting-endpoints", "clear-site-data", "x-accel-redirect", "x-sendfile"))
-REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in (
-    "allow-origin", "allow-headers", "allow-methods", "allow-credentials", "expose-headers",
-    "max-age", "allow-private-network"))
+# Fields of a response that we write ourselves, then those that name the account, be it through
+# LiteLLM, and those that speak for the origin that a browser asked, or to a server before us.
+REPLACED = HOP_BY_HOP.union(map(str.lower, RATE_FIELDS), """
+    content-length location content-location x-request-id x-upstream-request-start
+    x-upstream-request-stop x-llm-input-tokens x-llm-output-tokens x-llm-cost-usd
+    x-llm-estimated x-queue-ms x-ratelimit-warning
+
+    set-cookie set-cookie2 openai-organization openai-project
+    anthropic-organization-id llm_provider-openai-organization
+    llm_provider-set-cookie x-litellm-model-api-base x-litellm-key-spend
+
+    alt-svc strict-transport-security public-key-pins nel report-to
+    reporting-endpoints clear-site-data x-accel-redirect x-sendfile""".split())
+REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in """
+    allow-origin allow-headers allow-methods allow-credentials expose-headers
+    max-age allow-private-network""".split())
 EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
 UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
 STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
@@ -14606,15 +14636,20 @@ class Reply:
     @contextlib.asynccontextmanager
     async def streaming(self, content_type: str):
         """A stream of ours, while the block runs: yields what sends a piece of it, and waits until
-        that is taken."""
+        that is taken. Where the caller leaves, as most streams end, the block does, too."""
         async def send(data: bytes):
             self.client.write(self.framed(data))
             await self.drain()
 
+        if self.request.method == "HEAD":
+            raise MethodNotAllowed()
         self.client.write(self.stream_head(content_type))
-        yield send
         self.close_after = True
-        if not self.until_close:
+        try:
+            yield send
+        except CallerGone:  # nobody takes what is left
+            self.reset = True
+        if not (self.reset or self.until_close):
             self.client.write(LAST_CHUNK)
 
     def framed(self, event):
@@ -15277,7 +15312,7 @@ class Proxy:
         return {caller.key: caller for caller in [  # as it is now, not when it called
             *self.watchers.pulse.named(label), *self.callers.named(label)]}.values()
 
-    def carry_out(self, order: Order):
+    def carry_out(self, order):
         """Fills or adds to the buckets of a caller."""
         found = 0
         for caller in self.known_as(order.caller):
@@ -15290,7 +15325,7 @@ class Proxy:
                     caller, order.unit, order.amount, until, bool(order.done))
         if not found:
             self.books.log.say("%s has no bucket in %s: it was given nothing" % (
-                ascii(order.caller)[1:-1], order.unit))
+                in_ascii(order.caller), order.unit))
 
     def admit(self, upstream, entry, call):
         """Sets aside what the call will cost; `least` of that is not learned. Raises LimitReached,
@@ -15307,7 +15342,7 @@ class Proxy:
         return self.limits.admit(entry.caller, entry.address, call.upstream_model, costs,
                                  upstream.name, least, call.models[1:])
 
-    def new_call(self, request: Request, reply: Reply) -> Call:
+    def new_call(self, request, reply):
         """Returns a call as its head tells of it, which is read once, too. Raises NotForCalls."""
         if reply.entry.caller.role in STEERING:
             raise NotForCalls()
@@ -15608,35 +15643,46 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` everything is kept in memory. A `worker` is one of several processes."""
-    log = build_log(config, stream, clock, worker)
+    log = Log(stream, config.log_format == "json", clock,
+              "worker %d: " % (worker.number + 1) if worker else "")
     secret = worker.secret if worker else file_secret(database)
     keys = keys_to_go_by(config, database, secret, log.say)
     loop = new_loop(clock, log)
-    limits = build_limits(config, build_buckets(config, clock, loop, database), keys.rules)
+    buckets = build_buckets(config, clock, loop, database)
+    limits = build_limits(config, buckets, keys.rules)
     prices = Prices(config.prices, config.unpriced)
-    stored = build_stored(config, limits.buckets, clock)
+    stored = build_stored(config, buckets, clock)
     proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
-    hear_of_redis(proxy)
-    hear_of_keys(proxy)
+    hear_of_others(proxy)
     if database:
         go_on(proxy)
     return proxy
 
 
-def build_stored(config: Config, buckets: Buckets, clock: Any) -> Stored:
+def build_stored(config, buckets, clock):
     if buckets.redis is None:
         return Stored(config.stored)
     return SharedStored(config.stored, buckets.redis, buckets.prefix, clock)
 
 
-def share(proxy: Proxy, redis: Redis):
+def hear_of_others(proxy):
+    """Has the ledger and Redis tell what others have changed, and whether Redis is there."""
+    ledger, buckets = proxy.books.ledger, proxy.limits.buckets
+    if ledger:
+        ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
+    if buckets.redis:
+        buckets.on_change = functools.partial(tell_of_redis, proxy)
+        share(proxy, buckets)
+
+
+def share(proxy, buckets):
     """Has a proxy share with others what is in Redis beside buckets."""
-    config, buckets = proxy.config, proxy.limits.buckets
+    config, redis = proxy.config, buckets.redis
 
     async def read(call, *arguments):
         await proxy.dialects.read(call, *arguments)
@@ -15661,11 +15707,6 @@ def share(proxy: Proxy, redis: Redis):
                 proxy.sharers.append(upstream.queue)
 
 
-def build_log(config: Config, stream: BinaryIO, clock: Any, worker: Optional[Worker]) -> Log:
-    return Log(stream, config.log_format == "json", clock,
-               "worker %d: " % (worker.number + 1) if worker else "")
-
-
 def file_secret(database: Optional[Database]) -> bytes:
     """Returns the secret of a database, or one that ends with this process."""
     return database.secret() if database else os.urandom(32)
@@ -15681,8 +15722,7 @@ def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
     return keys
 
 
-def stored_keys(database: Optional[Database], secret: bytes,
-                say: Callable[[str], None]) -> StoredKeys:
+def stored_keys(database, secret, say):
     """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
     let in."""
     if database is None:
@@ -15696,13 +15736,7 @@ def stored_keys(database: Optional[Database], secret: bytes,
     return found
 
 
-def hear_of_keys(proxy: Proxy):
-    """Has the ledger tell the loop what it reads of keys and orders."""
-    if proxy.books.ledger:
-        proxy.books.ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
-
-
-def go_on(proxy: Proxy):
+def go_on(proxy):
     """Does again what was ordered before, and holds still, before a call could find it undone."""
     proxy.routes.disable(proxy.callers.stored.disabled)
     with contextlib.suppress(sqlite3.Error, ValueError):
@@ -15725,14 +15759,14 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     return rest
 
 
-def renew_estimator(proxy: Proxy):
+def renew_estimator(proxy):
     """Has the costs estimated that rules count now, by what was learned before."""
     models = proxy.estimator.models
     proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
     proxy.estimator.models = models
 
 
-def renew_redaction(proxy: Proxy):
+def renew_redaction(proxy):
     """Has that looked for which must not leave, by the settings and the keys that there are."""
     config, callers = proxy.config, proxy.callers
     proxy.redaction = None
@@ -15768,7 +15802,7 @@ def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, 
     return limits
 
 
-def build_estimator(config: Config, prices: Prices, limits: Limits) -> CostEstimator:
+def build_estimator(config, prices, limits):
     request_cost = 1 if config.limits else config.request_token_cost
     return CostEstimator(prices, request_cost, config.response_token_reserve,
                          config.image_tokens, limits.units())
@@ -15783,7 +15817,7 @@ def build_books(config, clock, log, limits, stored, database, keys, secret, work
     return Books(log, ledger, usage_log)
 
 
-def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watchers:
+def build_watchers(config, clock, log, limits):
     def poster(name, url, **options):
         tls = None
         if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
@@ -15808,7 +15842,7 @@ def build_watchers(config: Config, clock: Any, log: Log, limits: Limits) -> Watc
     return Watchers(feed, pulse, metrics, warnings, traces, marks)
 
 
-def build_tls(config: Config) -> ssl.SSLContext:
+def build_tls(config):
     """Returns the context of connections that go out."""
     tls = ssl.create_default_context(cafile=config.upstream_ca_file)
     if config.upstream_tls_verify == "off":
@@ -15817,30 +15851,16 @@ def build_tls(config: Config) -> ssl.SSLContext:
     return tls
 
 
-def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Optional[Redis]:
-    url, tls = config.redis_url, None
+def build_buckets(config, clock, loop, database):
+    url, prefix, tls = config.redis_url, config.redis_prefix, None
     if url is None:
-        return None
+        return Buckets(clock)
     if url.encrypted:
         tls = ssl.create_default_context(cafile=config.redis_ca_file)
-    return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
-
-
-def build_buckets(config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
-                  database: Optional[Database]) -> Buckets:
-    redis = build_redis(config, loop)
-    if redis is None:
-        return Buckets(clock)
+    redis = Redis(url, tls, loop, "%s-%d" % (prefix, os.getpid()))
     known = database.facts.get("processes") if database else None
-    return RedisBuckets(clock, redis, config.redis_prefix, config.redis_away,
+    return RedisBuckets(clock, redis, prefix, config.redis_away,
                         max(known or config.peers, config.workers))
-
-
-def hear_of_redis(proxy: Proxy):
-    """Has what is shared say when Redis goes away, and comes back."""
-    if proxy.redis:
-        proxy.limits.buckets.on_change = functools.partial(tell_of_redis, proxy)
-        share(proxy, proxy.redis)
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
@@ -15848,7 +15868,7 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
               "closed": "calls are refused by all of %d processes"}
 
 
-def tell_of_redis(proxy: Proxy, change: str):
+def tell_of_redis(proxy, change):
     """Says that Redis is "there", "away", or there "again"."""
     buckets = proxy.limits.buckets
     count = buckets.processes
@@ -15861,7 +15881,7 @@ def tell_of_redis(proxy: Proxy, change: str):
             "limits_degraded" if change == "away" else "limits_shared", (), None, text=line)
 
 
-def build_dialects(config: Config) -> Dialects:
+def build_dialects(config):
     names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
     return Dialects(config.model_aliases or {}, names, config.unknown_calls,
                     config.vendor_admin_paths == "on", config.max_text_bytes)
@@ -15963,7 +15983,11 @@ class Catalogue:
 
 class Pages:
     CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-    PAGES = {"/health": "health", "/healthz": "alive", "/readyz": "ready", "/metrics": "metrics"}
+    PAGES = table_of("""
+        /health health
+        /healthz alive
+        /readyz ready
+        /metrics metrics""")
     METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
     MANY_LINES = 500  # of metrics, after which the loop has its turn
     MODELS_PATHS = frozenset(path for dialect in DIALECTS.values() for path in dialect.LIST_PATHS)
@@ -16229,8 +16253,7 @@ class Admin:
         refusal = NoSuchPage
         for shape, row in self.rows:
             match = shape.fullmatch(path or "/")
-            if match and (row.method == method or (
-                    (row.method, method) == ("GET", "HEAD") and row.handler != "events")):
+            if match and (row.method == method or (row.method, method) == ("GET", "HEAD")):
                 return row, urllib.parse.unquote("".join(match.groups()))
             if match:
                 refusal = MethodNotAllowed
@@ -16253,7 +16276,7 @@ class Admin:
             raise BadRequest(str(fault)) from None
         if row.role == "admin":
             self.proxy.books.log.say("%s of %s did %s %s" % (
-                entry.caller.label, entry.address, row.method, ascii(request.path)[1:-1]))
+                entry.caller.label, entry.address, row.method, in_ascii(request.path)))
         if found is not None:
             self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
 
@@ -16377,8 +16400,6 @@ class Admin:
                     if data:
                         await send(data)
                         await reply.context.sleep(self.BEAT_SECONDS, "more events")
-        except CallerGone:  # as all of them end; nobody takes what is left
-            reply.close_after = reply.reset = True
         finally:
             feed.listeners -= 1
 
@@ -16479,7 +16500,7 @@ class Admin:
         values = [fields.pop(name, None) for name in others]
         unknown = fields.keys() - KEY_FIELDS.keys()
         if unknown:
-            raise BadRequest("A key has no field %s" % ascii(min(unknown))[1:-1])
+            raise BadRequest("A key has no field %s" % in_ascii(min(unknown)))
         return fields, *values
 
     async def add_key(self, ask):
@@ -17565,7 +17586,7 @@ PAGE_PATHS = {"/dashboard": None, "/me": None, "/admin": "dashboard", "/admin/":
               "/dashboard/": "../dashboard", "/me/": "../me"}
 
 
-async def send_dashboard(request: Request, reply: Reply):
+async def send_dashboard(request, reply):
     """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
     but what carries the nonce of this answer."""
     place = PAGE_PATHS[request.path]
@@ -18017,7 +18038,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.proxy.redis:
             self.proxy.redis.start()
 
-    def make_parts(self) -> ReplyParts:
+    def make_parts(self):
         proxy, config = self.proxy, self.proxy.config
         memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
         origins = Origins(config.cors_origins, socket.gethostname())
@@ -18080,7 +18101,7 @@ class Server(http.server.ThreadingHTTPServer):
         connection.task = self.loop.create_task(
             connection.converse(refusal), name="client %s" % peer)
 
-    def end_an_idle_one(self) -> bool:
+    def end_an_idle_one(self):
         """Make room: of the address with most connections, the one that has been idle longest
         goes."""
         idle = [one for one in self.open if one.idle and one.context.future]
@@ -18645,7 +18666,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
                 **own, **self.SETTINGS, "BASE_API_URL": self.demo.url, "PORT": str(self.place[1]),
                 "PROXY_API_KEYS": "selftest=" + self.key})
 
-    def scrape(self, name: str) -> float:
+    def scrape(self, name):
         """Returns the sum of the proxy's metrics of a name. Raises OSError."""
         with contextlib.closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
             asking.request("GET", "/metrics")
@@ -18804,7 +18825,7 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [ascii(model.name)[1:-1] for model in ask_at_once(upstream)]
+                names = [in_ascii(model.name) for model in ask_at_once(upstream)]
                 models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
@@ -18926,7 +18947,7 @@ def open_patiently(log_stream, path, lock, shared=False):
             log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
 
 
-def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
+def tell_of_dashboard(proxy, at_terminal):
     """Returns where the page is, and has an admin's key made where there is none."""
     config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
     path = ledger.path if ledger and ledger.database else None
@@ -18935,8 +18956,7 @@ def tell_of_dashboard(proxy: Proxy, at_terminal: bool) -> str:
     return words
 
 
-def offer_dashboard(config: Config, has_admin: bool, path: Optional[str],
-                    at_terminal: bool) -> str:
+def offer_dashboard(config, has_admin, path, at_terminal):
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
     which its owner alone can read."""
@@ -18996,8 +19016,7 @@ def remove_admin_key(config):
             os.remove(config.admin_key_file)
 
 
-def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
-             lifeline: Optional[int] = None) -> int:
+def run_loop(server, reread, words=(), lifeline=None):
     """Serve until a signal says stop; returns the exit code."""
     proxy = server.proxy
     proxy.loop.run_until_complete(serve(server, reread, words, lifeline))
@@ -19007,8 +19026,7 @@ def run_loop(server: Server, reread: Callable[[], Config], words: Sequence[str] 
     return 0
 
 
-def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
-                reread: Callable[[], Config]) -> int:
+def run_workers(config, log_stream, remarks, reread):
     """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
     def take_settings():  # for those that are started from now on
         with contextlib.suppress(ConfigFaults):
@@ -19038,7 +19056,7 @@ def run_workers(config: Config, log_stream: BinaryIO, remarks: List[str],
     return code
 
 
-def say_at_once(stream: BinaryIO, as_json: bool, text: str):
+def say_at_once(stream, as_json, text):
     """Writes a line to the log without a thread, where somebody reads it."""
     line = visible(message_line(text, as_json, time)) + "\n"
     with contextlib.suppress(OSError):
@@ -19046,7 +19064,7 @@ def say_at_once(stream: BinaryIO, as_json: bool, text: str):
             stream.write(line.encode("ascii", "backslashreplace"))
 
 
-def prepare_workers(config: Config, log_stream: BinaryIO, remarks: List[str]) -> Worker:
+def prepare_workers(config, log_stream, remarks):
     """Does once what all need. The database is made, or brought up to date, and closed again:
     SQLite's connections must not be carried through a fork
     (https://www.sqlite.org/howtocorrupt.html, 2.6). Raises DatabaseFault; OSError where it cannot
@@ -19170,10 +19188,10 @@ def handle_signals(loop, actions):
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
 
 
-USAGE_OPTIONS = (
-    ("--since", "7d", "99999d", "only the last minutes (30m), hours (12h) or days (7d)"),
-    ("--caller", "NAME", None, "only the calls of this caller"),
-    ("--id", "REQUEST_ID", None, "all that is known of one call"))
+USAGE_OPTIONS = """\
+--since  7d         99999d only the last minutes (30m), hours (12h) or days (7d)
+--caller NAME       -      only the calls of this caller
+--id     REQUEST_ID -      all that is known of one call"""
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
@@ -19259,7 +19277,7 @@ def find_call(execute, name):
 def print_table(names, rows):
     """Prints rows for people: words to the left, numbers to the right. What a terminal would take
     for a command is spelled out."""
-    texts = [[ascii(str(value))[1:-1] for value in row] for row in [names, *rows]]
+    texts = [[in_ascii(str(value)) for value in row] for row in [names, *rows]]
     widths = [max(map(len, column)) for column in zip(*texts)]
     is_text = [any(type(value) is str and name != "usd" for value in column)
                for name, column in zip(names, zip(*rows))]
@@ -19328,7 +19346,7 @@ def update_prices(path, url=PRICES_URL):
     except (OSError, ValueError, http.client.HTTPException) as failure:
         with contextlib.suppress(OSError):
             os.remove(part)
-        cause = ascii(str(failure))[1:-1]  # some are the words of who answered
+        cause = in_ascii(str(failure))  # some are the words of who answered
         raise ConfigFaults("%s was not updated from %s: %s" % (path, url, cause)) from None
     print("%s has %d prices now; PRICES=%s uses them" % (path, len(prices), path))
 
@@ -19355,18 +19373,21 @@ def version_line():
 
 
 DEFAULT_PAYLOAD = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}'
-BENCH_OPTIONS = (
-    ("--endpoint", "PATH", "/v1/chat/completions", "what to call there"),
-    ("--key", "KEY", None, "a key to call with"),
-    ("--model", "NAME", None, "the model to ask for; else the payload's, or the first listed"),
-    ("--payload", "JSON", None, "what to ask; else a short question"),
-    ("--requests", "N", "1000", "how many calls"),
-    ("--concurrency", "N", "50", "how many at once"))
+BENCH_OPTIONS = """\
+--endpoint    PATH /v1/chat/completions what to call there
+--key         KEY  - a key to call with
+--model       NAME - the model to ask for; else the payload's, or the first listed
+--payload     JSON - what to ask; else a short question
+--requests    N    1000 how many calls
+--concurrency N    50 how many at once"""
 
 
 def add_options(parser, rows):
-    for flag, name, default, meaning in rows:
-        parser.add_argument(flag, metavar=name, default=default, help=meaning)
+    """Adds options: rows of a flag, the name of its value, its default, - for none, and a sentence.
+    """
+    for flag, name, default, meaning in [row.split(None, 3) for row in rows.splitlines()]:
+        parser.add_argument(flag, metavar=name, help=meaning,
+                            default=None if default == "-" else default)
 
 
 def add_bench_command(commands):
@@ -19468,17 +19489,17 @@ def add_keys_command(commands):
         acts.choices[act].add_argument(*words, **options)
 
 
-KEY_ACTS = {
-    "add": "make a key, and print it, once",
-    "list": "print all keys",
-    "show": "print what is known of a key",
-    "set": "change what a key may do; an empty text takes it away",
-    "revoke": "let a key in no more, until it is restored",
-    "restore": "let a revoked key in again",
-    "rotate": "make another secret for a key, and print it, once; all else stays",
-    "remove": "forget a key; the books keep what it used",
-    "give": "let a caller's buckets of a unit hold more for a time, and add that",
-    "reset": "fill a caller's buckets"}
+KEY_ACTS = table_of("""
+    add make a key, and print it, once
+    list print all keys
+    show print what is known of a key
+    set change what a key may do; an empty text takes it away
+    revoke let a key in no more, until it is restored
+    restore let a revoked key in again
+    rotate make another secret for a key, and print it, once; all else stays
+    remove forget a key; the books keep what it used
+    give let a caller's buckets of a unit hold more for a time, and add that
+    reset fill a caller's buckets""")
 KEY_OPTIONS = (
     ("list", ["--json"], {"action": "store_true"}),
     ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
@@ -19577,50 +19598,71 @@ def map_times(key):
     return found
 
 
-# Panels of the dashboard for Grafana: title, unit, {legend: what is shown}. `[5m]` becomes the
-# interval of the graph; a histogram's name alone its percentiles.
-PANELS = (
-    ("Calls by outcome", "reqps", {
-        "{{outcome}}": "sum by (outcome) (rate(llm_proxy_requests_total[5m]))"}),
-    ("In flight and in line", "short", {
-        "{{upstream}}": "sum by (upstream) (llm_proxy_in_flight)",
-        "{{upstream}}, in line": "sum by (upstream) (llm_proxy_queue_length)"}),
-    ("Tokens by model", "cps", {
-        "{{model}} {{kind}}": "sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))"}),
-    ("Tokens by caller, the ten most", "cps", {
-        "{{caller}}": "topk(10, sum by (caller) (rate("
-                      'llm_proxy_tokens_total{kind=~"input|output"}[5m])))'}),
-    ("Money by caller, per hour", "currencyUSD", {
-        "{{caller}}": "topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))"}),
-    ("Money by model, per hour", "currencyUSD", {
-        "{{model}}": "topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))"}),
-    ("Time to the first byte", "s", "first_byte_seconds"),
-    ("Duration", "s", "request_duration_seconds"),
-    ("Time per output token", "s", "time_per_output_token_seconds"),
-    ("Wait in line", "s", "queue_wait_seconds"),
-    ("The proxy's own overhead", "s", "overhead_seconds"),
-    ("Buckets, share left, the ten emptiest", "percentunit", {
-        "{{caller}} {{rule}}": "bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)"}),
-    ("Refused by rule", "reqps", {"{{rule}}": "sum by (rule) (rate(llm_proxy_refused_total[5m]))"}),
-    ("Addresses that are not well", "short", {
-        "{{upstream}} {{state}}": 'llm_proxy_upstream_state{state!="closed"}'}),
-    ("Dropped, and the loop held", "short", {
-        "{{what}}": "rate(llm_proxy_dropped_total[5m])",
-        "seconds held": "rate(llm_proxy_loop_held_seconds_total[5m])"}),
-    ("Memory", "bytes", {
-        "resident": "process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"}),
-)
+# Panels of the dashboard for Grafana: title and unit, then lines of a legend and what is shown.
+# `[5m]` becomes the interval of the graph; a histogram's name alone its percentiles.
+PANELS = """\
+Calls by outcome, reqps
+{{outcome}}: sum by (outcome) (rate(llm_proxy_requests_total[5m]))
+
+In flight and in line, short
+{{upstream}}: sum by (upstream) (llm_proxy_in_flight)
+{{upstream}}, in line: sum by (upstream) (llm_proxy_queue_length)
+
+Tokens by model, cps
+{{model}} {{kind}}: sum by (model, kind) (rate(llm_proxy_tokens_total[5m]))
+
+Tokens by caller, the ten most, cps
+{{caller}}: topk(10, sum by (caller) (rate(llm_proxy_tokens_total{kind=~"input|output"}[5m])))
+
+Money by caller, per hour, currencyUSD
+{{caller}}: topk(10, sum by (caller) (3600 * rate(llm_proxy_usd_total[5m])))
+
+Money by model, per hour, currencyUSD
+{{model}}: topk(10, sum by (model) (3600 * rate(llm_proxy_usd_total[5m])))
+
+Time to the first byte, s
+first_byte_seconds
+
+Duration, s
+request_duration_seconds
+
+Time per output token, s
+time_per_output_token_seconds
+
+Wait in line, s
+queue_wait_seconds
+
+The proxy's own overhead, s
+overhead_seconds
+
+Buckets, share left, the ten emptiest, percentunit
+{{caller}} {{rule}}: bottomk(10, llm_proxy_bucket_level / llm_proxy_bucket_capacity)
+
+Refused by rule, reqps
+{{rule}}: sum by (rule) (rate(llm_proxy_refused_total[5m]))
+
+Addresses that are not well, short
+{{upstream}} {{state}}: llm_proxy_upstream_state{state!="closed"}
+
+Dropped, and the loop held, short
+{{what}}: rate(llm_proxy_dropped_total[5m])
+seconds held: rate(llm_proxy_loop_held_seconds_total[5m])
+
+Memory, bytes
+resident: process_resident_memory_bytes and on (job, instance) llm_proxy_build_info"""
 PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
 
-def grafana_panel(number, title, unit, shown):
+def grafana_panel(number, head, *rows):
     source = {"type": "prometheus", "uid": "${source}"}
-    if isinstance(shown, str):
-        shown = {"p%d" % share: PERCENTILE % (share, shown) for share in (50, 95, 99)}
+    title, _, unit = head.rpartition(", ")
+    shown = [row.split(": ", 1) for row in rows]
+    if len(shown[0]) == 1:
+        shown = [("p%d" % share, PERCENTILE % (share, rows[0])) for share in (50, 95, 99)]
     targets = [
         {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
          "expr": query.replace("5m", "$__rate_interval")}
-        for row, (legend, query) in enumerate(shown.items())]
+        for row, (legend, query) in enumerate(shown)]
     return {
         "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
         "gridPos": {"x": number % 2 * 12, "y": number // 2 * 8, "w": 12, "h": 8},
@@ -19628,9 +19670,10 @@ def grafana_panel(number, title, unit, shown):
         "targets": targets}
 
 
-def grafana_dashboard() -> JsonObject:
+def grafana_dashboard():
     """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
-    panels = [grafana_panel(number, *row) for number, row in enumerate(PANELS)]
+    panels = [grafana_panel(number, *panel.split("\n"))
+              for number, panel in enumerate(PANELS.split("\n\n"))]
     return {
         "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": True,
         "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "panels": panels,
