@@ -3430,7 +3430,7 @@ def is_too_complex(data):
     if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
     levels = itertools.accumulate(array.array("b", outside.translate(STEPS)))
-    return max(levels, default=0) > MAX_JSON_DEPTH
+    return MAX_JSON_DEPTH + 1 in levels  # which change by one
 
 
 def may_have_long_number(data):
