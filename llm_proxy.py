@@ -11501,8 +11501,9 @@ class RefusalSums:
         """Returns whether a refusal is counted here, and written down nowhere else."""
         if entry.ended >= self.until:
             self.report()
+            passed = entry.ended - self.until + 1  # and whole seconds of that count
+            self.shown = math.ceil(max(0, self.shown - passed))
             self.until = entry.ended + 1
-            self.shown = max(0, self.shown - 1)
         if self.shown < self.SHOWN:
             self.shown += 1
             return False
@@ -11519,6 +11520,7 @@ class RefusalSums:
 
 class Watcher:
     """Somebody whom the books tell of calls, on the loop: it must not wait."""
+    counts_all = False  # also refusals that are written down nowhere
 
     def begin(self, entry: Entry):
         """A call was read and is about to be routed."""
@@ -11554,6 +11556,7 @@ class Books:
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
         told = [*filter(None, (self.ledger, self.usage_log)), *watchers]
         self.on_end = [one.record for one in told if type(one).record is not Watcher.record]
+        self.on_count = [one.record for one in watchers if one.counts_all]
 
     def begin(self, entry: Entry):
         """A call runs from now on."""
@@ -11568,6 +11571,8 @@ class Books:
         elif entry.outcome == "refused" and not (
                 entry.caller and entry.caller.role == "caller") and (
                     self.refusals.counts_only(entry)):
+            for tell in self.on_count if entry.method else ():
+                tell(entry)
             return
         self.log.record(entry)
         # A page is no call, nor is what had no head.
@@ -11902,6 +11907,7 @@ class Metrics(Watcher):
     MAX_SERIES = 5_000
     MAX_KNOWN = 10_000  # spellings of calls whose series is known
     held = 0.0          # seconds in which something held the loop
+    counts_all = True
 
     def __init__(self):
         self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
@@ -13180,6 +13186,7 @@ function act.give()
   local b, amount, length = buckets[number()], number(), number()
   b.given[#b.given + 1] = {amount, now + length}
   b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
+  b.since = b.since and b.since - amount
   b.changed = true
 end
 function act.count()
@@ -13188,11 +13195,15 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
-  local given, given_for = number(), number()
+  local given, extra = {}, 0
+  for i = 1, number() do
+    given[i] = {number(), now + number()}
+    extra = extra + given[i][1]
+  end
   if b.known and always == 0 then return end
-  if given > b.extra then
-    b.level, b.room = b.level + given - b.extra, b.capacity + given
-    b.given, b.extra, b.changed = {{given, now + given_for}}, given, true
+  if extra > b.extra then
+    b.level, b.room = b.level + extra - b.extra, b.capacity + extra
+    b.given, b.extra, b.changed = given, extra, true
   end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
                began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
@@ -13228,14 +13239,16 @@ local function save(b, key)
   length = math.min(34560000000, math.floor(length / 1000) + 1000)
   redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
 end
-local answer = {table.concat(flags) .. '.'}
+local answer, gifts = {table.concat(flags) .. '.'}, {}
 for i, b in ipairs(buckets) do
   if b.changed then save(b, KEYS[i + 2]) end
-  local ends = b.given and b.given[1] and b.given[1][2] - now or 0
-  answer[#answer + 1] = table.concat(
-    {text(b.level), text(now - b.stamp), text(b.extra or 0), text(ends)}, ' ')
+  local given = b.given or {}
+  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given}, ' ')
+  for _, one in ipairs(given) do
+    gifts[#gifts + 1] = ' ' .. text(one[1]) .. ' ' .. text(one[2] - now)
+  end
 end
-answer = table.concat(answer, ' ')
+answer = table.concat(answer, ' ') .. table.concat(gifts)
 if mode == 'put' then return answer end
 redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
 return answer
@@ -13446,9 +13459,7 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch
-    TELL_SECONDS = 5          # after which all have put back what Redis has lost
-    loss = 0                  # number of the last time that it has lost something
-    kept_until = 0.0          # is what is answered: by then nobody needs that again
+    loss = 0                  # number of the last time that Redis has lost something
     beats = 0
     fresh = True              # it was never here
     succeeds = False          # a process that died; nobody knows what that took of its share
@@ -13466,9 +13477,6 @@ class RedisBuckets(Buckets):
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
-        self.before = Buckets(clock)  # what was seen before the last loss
-        self.before.given = self.given
-        self.since: List[Tuple[Batch, bytes]] = []  # what was answered since then
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
@@ -13525,8 +13533,10 @@ class RedisBuckets(Buckets):
         return tightest
 
     def give(self, rule, key, amount, until, again=False):
-        super().give(rule, key, amount, until, again)
-        if not again:
+        """It is seen here once Redis has told of it, lest it be put back and given, too."""
+        if again:
+            super().give(rule, key, amount, until, again)
+        else:
             length = microseconds(until - self.clock.monotonic())
             self.act("give", rule, key, stored_amount(rule, amount), length)
 
@@ -13536,7 +13546,7 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
@@ -13630,15 +13640,16 @@ class RedisBuckets(Buckets):
     def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
-        for rule, key, *values in zip(
-                batch.rules, batch.places, *[numbers[place::4] for place in range(4)]):
-            found[key] = self.note_level(rule, key, batch.charged[key], *values, now)
+        end = 3 * len(batch.rules)
+        gifts = numbers[end:]
+        for rule, key, level, age, count in zip(
+                batch.rules, batch.places, *[numbers[place:end:3] for place in range(3)]):
+            given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
+            found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
-        if now < self.kept_until:
-            self.since.append((batch, flags))
 
-    def note_level(self, rule, key, charged, level, age, given, given_for, now):
+    def note_level(self, rule, key, charged, level, age, given, now):
         """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
         pending = self.charges.note_answer(key, charged)
         refilled = now - age / 1_000_000
@@ -13648,7 +13659,8 @@ class RedisBuckets(Buckets):
         self.local.levels.pop(key, None)  # which was its share of what was seen before
         scale = grain(rule)
         if given:
-            self.given[key] = [(given * scale, now + given_for / 1_000_000)]
+            self.given[key] = [(amount * scale, now + length / 1_000_000)
+                               for amount, length in zip(given[::2], given[1::2])]
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
         return level * scale, refilled, rule
 
@@ -13755,62 +13767,25 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            self.remember(loss)
-            await self.put_back(done, self.levels_before(), "last %d" % loss)
-            self.charge_again(last)
+            await self.put_back(done, self.known_levels(), "last %d" % loss)
         self.fresh = False
-        self.note_loss(loss)  # not before: whoever has put back only some does so again
+        self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
         charges = self.charges
         for (rule, key), count in charges.running.items():
             self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
-    def note_loss(self, loss):
-        if loss != self.loss:
-            self.loss = loss
-            self.kept_until = self.clock.monotonic() + 2 * self.TELL_SECONDS
-
-    def remember(self, loss):
-        """Keeps what was seen before this loss, unless not all have put back yet what they saw
-        before the last one: what was seen since then is not all that was taken."""
-        if loss - self.loss > self.TELL_SECONDS * 1_000_000:
-            self.since = []
-            pending = self.charges.pending
-            self.before.levels.clear()
-            self.before.store([one.less(-pending.get(one.key, 0) * grain(one.rule))
-                               for one in self.seen() if one.rule.unit != RUNNING])
-
-    def charge_again(self, last):
-        """Charges what was charged since a loss, but for batches that Redis knows still; no more
-        than is missing since then, because a bucket may have been full in between."""
-        charged, rules = collections.Counter(), {}
-        for batch, flags in self.since:
-            if batch.number > last:
-                rules.update(zip(batch.places, batch.rules))
-                charged.update(batch.charged)
-                for one, flag in zip(batch.takes, flags):
-                    for rule, key in one.keyed_rules if flag == ONE else ():
-                        charged[key] += stored_amount(rule, one.costs[rule.unit])
-        self.since = []
-        for key, amount in charged.items():
-            rule = rules[key]
-            missing = self.before.level_of(rule, key).level - self.level_of(rule, key).level
-            missing = stored_amount(rule, missing) - self.charges.pending.get(key, 0)
-            if rule.unit != RUNNING:
-                self.charges.add(rule, key, min(amount, max(0, missing)), 0.0)
-
-    def levels_before(self):
-        """Yields the acts that put back what was seen before the last loss, and what was given."""
-        before = self.before
-        known = {one.key: one for one in (*self.latest(self.given), *before.seen())}
-        for level, refilled, rule, key, _, now in [
-                before.level_of(one.rule, one.key) for one in known.values()
-                if not before.is_full(one)]:
-            given = self.given_to(key, now)
-            given_for = self.given[key][0][1] - now if given else 0
-            yield ("put", rule, key, stored_amount(rule, level), microseconds(now - refilled), 1,
-                   stored_amount(rule, given), microseconds(given_for))
+    def known_levels(self):
+        """Yields the acts that put back what was seen, without what is pending, and was given."""
+        for one in self.seen():
+            level, refilled, rule, key, _, now = self.level_of(one.rule, one.key)
+            given = self.given.get(key, ())
+            if rule.unit != RUNNING and (given or level < rule.capacity):
+                amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
+                yield ("put", rule, key, amount, microseconds(now - refilled), 1, len(given),
+                       *itertools.chain(*[(stored_amount(rule, more), microseconds(until - now))
+                                          for more, until in given]))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
@@ -13871,8 +13846,7 @@ class RedisBuckets(Buckets):
             _, last, loss = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            self.remember(loss)  # others did lose something
-            self.note_loss(loss)
+            self.loss = loss  # others did lose something
         except RedisFault as fault:
             self.redis.leave(fault)
 
@@ -14313,18 +14287,20 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-# Returns a bill that nobody else is about to charge: KEYS are the bill and who is.
+# Returns a bill that nobody is about to charge: KEYS are the bill and who is from now on, ARGV that
+# process and for how many seconds.
 LUA_CLAIM = """
 return redis.call('EXISTS', KEYS[1]) == 1
-       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', 3600) and redis.call('GET', KEYS[1])
+       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and redis.call('GET', KEYS[1])
 """
 LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
 
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
-    there until it is charged, and is claimed while a call runs that asks for its answer: nobody
-    charges it twice."""
+    there until it is charged, and is claimed while calls of one process run that ask for its
+    answer: nobody charges it twice. A claim is a lease, so that of a process that died ends."""
+    LEASE_SECONDS = 60
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
 
@@ -14334,7 +14310,9 @@ class SharedStored(Stored):
         self.prefix = prefix
         self.clock = clock
         self.limits: Optional[Limits] = None  # whose rules bills go by
-        self.claimed: Set[str] = set()        # bills
+        self.polls: Dict[Call, str] = {}      # bills that calls which run ask about
+        # Bills that are claimed here; completed when Redis has said whether they are.
+        self.claims: Dict[str, "asyncio.Future[None]"] = {}
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14360,7 +14338,7 @@ class SharedStored(Stored):
             if unknown:
                 await self.find_things(unknown)
             if is_named and self.redis.available:
-                await self.claim_bill(self.full_name(*path[:2]))
+                await self.claim_bill(call, self.full_name(*path[:2]))
 
     async def find_things(self, names):
         found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
@@ -14379,16 +14357,32 @@ class SharedStored(Stored):
             hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
             list(call.made), bill.characters])
 
-    async def claim_bill(self, name):
+    async def claim_bill(self, call, name):
+        """Waits for the claim that all calls share which ask here for one answer."""
+        self.polls[call] = name
+        claim = self.claims.get(name)
+        if claim is None:
+            claim = self.claims[name] = self.redis.loop.create_future()
+            self.redis.ask(functools.partial(self.on_claim, name), "EVAL", LUA_CLAIM, 2,
+                           self.key("bill", name), self.key("claim", name),
+                           self.redis.process, self.LEASE_SECONDS)
         try:
-            text = await self.redis.call("EVAL", LUA_CLAIM, 2, self.key("bill", name),
-                                         self.key("claim", name), self.redis.process)
-        except BaseException:  # the answer may come later, or the caller has left
-            self.release(name)
+            await asyncio.wait([claim], timeout=self.redis.ANSWER_SECONDS)
+        except asyncio.CancelledError:
+            self.end_poll(call)
             raise
-        if text:
-            self.claimed.add(name)
-            super().owe(name, self.read_bill(*json.loads(text)))
+
+    def on_claim(self, name, reply):
+        """Keeps a bill that is claimed now, though the calls that asked may have ended."""
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            self.bills[name] = self.read_bill(*json.loads(reply))
+        self.claims[name].set_result(None)
+        if name not in self.bills:  # there is none, or another process has claimed it
+            del self.claims[name]
+            if reply is not None:
+                self.release(name)
+        elif name not in self.polls.values():
+            self.end_claim(name)
 
     def release(self, name):
         self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
@@ -14404,16 +14398,27 @@ class SharedStored(Stored):
         return Bill(hold, call, characters)
 
     def record(self, entry):
-        """What a call has not settled waits for the next one that asks."""
-        call = entry.call
-        name = self.full_name(*call.stored[:2]) if call and call.stored else None
-        if name in self.claimed:
-            self.claimed.remove(name)
-            if name in self.bills:
-                self.owe(name, self.bills.pop(name))
-            else:
-                self.redis.send("DEL", self.key("bill", name))
-            self.release(name)
+        self.end_poll(entry.call)
+
+    def end_poll(self, call):
+        """What calls have not settled when the last of them ends waits for the next one."""
+        name = self.polls.pop(call, None)
+        if name in self.claims and self.claims[name].done() and name not in self.polls.values():
+            self.end_claim(name)
+
+    def end_claim(self, name):
+        del self.claims[name]
+        if name in self.bills:
+            self.owe(name, self.bills.pop(name))
+        else:
+            self.redis.send("DEL", self.key("bill", name))
+        self.release(name)
+
+    def beat(self):
+        """Renews the leases; to be called every second."""
+        if self.redis.available:
+            for name in self.claims:
+                self.redis.send("EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15086,7 +15091,8 @@ class Proxy:
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
-        self.sharers: List[SharedQueue] = []  # what acts every second where there is a Redis
+        # What acts every second where there is a Redis:
+        self.sharers: List[Union[SharedQueue, SharedStored]] = []
 
     async def serve(self, request: Request, reply: Reply):
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
@@ -15095,9 +15101,9 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.read(call, request.method, request, reply.read_body)
+        self.begin(call, reply)
         if call.large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
-        self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
         if call.large:
             await asyncio.sleep(0)
@@ -15691,6 +15697,7 @@ def share(proxy, buckets):
 
     proxy.read = read
     proxy.books.on_end.append(proxy.stored.record)
+    proxy.sharers.append(proxy.stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
     proxy.watchers.warnings.once = functools.partial(tell_first, redis, prefix)
     if ledger and not ledger.worker:
@@ -18860,7 +18867,8 @@ def cannot_listen(config, failure):
 
 def can_be_written(path):
     folder = os.path.dirname(os.path.abspath(path))
-    return os.access(path if os.path.exists(path) else folder, os.W_OK)
+    return not os.path.isdir(path) and os.access(
+        path if os.path.exists(path) else folder, os.W_OK)
 
 
 def look_at_database(config):

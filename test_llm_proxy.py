@@ -8496,7 +8496,7 @@ redacted      None"""))
 
     def test_refusals_without_a_known_caller_are_summed_up(self):
         clock = Clock()
-        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1")
+        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1", METRICS="open")
         for number in range(100):
             self.assertEqual(self.ask(call(None if number % 4 else "sk-x")).status,
                              401 if number % 4 or number < 40 else 429)
@@ -8509,6 +8509,12 @@ redacted      None"""))
         self.on_loop(self.proxy.books.refusals.report)
         self.assert_said("90 more were refused: 401 127.0.0.1 x75, 429 127.0.0.1 x15")
         self.assert_said("4 more were refused: 400 127.0.0.1 x4")
+        clock.now += 9
+        for _ in range(12):
+            self.ask(call("wrong"))
+        wait_for(lambda: len(self.lines.entries()) == 21, "the lines")
+        self.assertRegex(self.ask(request("GET", "/metrics")).body.decode(),
+                         r'requests_total\{[^}]*outcome="refused"\} 112\n')
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
         models = ("a\nb", "a\r\x1b[31mred", "two words", "\x00", "ä€\U0001f600", '"quoted"',
@@ -10707,25 +10713,6 @@ class SharedLimitsTest(ProxyCase):
         asked.answer()
         client.head()
 
-    def test_what_is_lost_twice_before_all_have_told_is_put_back_from_what_each_knew(self):
-        one, two = self.start_here(), self.start_here()
-        wait_for(lambda: one.processes == two.processes == 2)
-        self.address = self.proxies[0]
-        self.assert_admitted(3, 3)
-        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE), mock.patch.object(one, "LOOKS", 0):
-            wait_for(lambda: two.beat_timer.when() > two.redis.loop.time() + 1)
-            self.address = self.proxies[1]
-            self.assert_admitted(2, 2)
-            self.redis.ask("FLUSHALL")
-            wait_for(lambda: self.stored() == [7], "what the first knew")
-            self.address = self.proxies[0]
-            self.assert_admitted(1, 1)
-            self.redis.ask("FLUSHALL")
-            wait_for(lambda: self.stored() == [6], "what the first knew")
-            two.redis.loop.call_soon_threadsafe(two.beat_timer.cancel)
-            two.redis.loop.call_soon_threadsafe(two.beat)
-            wait_for(lambda: self.stored() == [4])
-
     def test_what_is_lost_is_put_back_though_nobody_calls(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(7, 7, "sk-1")
@@ -10795,8 +10782,8 @@ class SharedLimitsTest(ProxyCase):
             began = time.monotonic()
             self.assert_admitted(1, 1)
             seconds.append(time.monotonic() - began)
-        self.assertLess(min(seconds), 0.1 + 0.05)    # 50 ms are this machine's,
-        self.assertLess(max(seconds), PATIENCE / 4)  # which may have much to do
+        self.assertLess(min(seconds[:5]), 0.1 + 0.05)  # 50 ms are this machine's,
+        self.assertLess(max(seconds), PATIENCE / 4)    # which may have much to do
         self.is_away(buckets)
         self.redis.process.send_signal(signal.SIGCONT)
         began = time.monotonic()
@@ -10903,6 +10890,56 @@ class SharedLimitsTest(ProxyCase):
         self.redis.ask("FLUSHALL")
         wait_for(lambda: self.stored() == [12])
         self.assert_admitted(12, 15, key)
+
+    def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
+        one, two = self.start_here(), self.start_here()
+        self.assert_admitted(3, 3)
+        loop = two.redis.loop
+        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE):
+            wait_for(lambda: two.beat_timer.when() > loop.time() + 1)
+            self.redis.ask("FLUSHALL")
+            self.is_back(one)
+            self.address = self.proxies[0]
+            self.assert_admitted(1, 1)
+            seen, = two.seen()
+            one.redis.loop.call_soon_threadsafe(
+                one.give, seen.rule, seen.key, 5, time.monotonic() + 60)
+            wait_for(lambda: max(self.stored(), default=0) >= 5)
+            loop.call_soon_threadsafe(two.beat_timer.cancel)
+            loop.call_soon_threadsafe(two.beat)
+            wait_for(lambda: two.loss == one.loss > 0 and is_done(two))
+        self.assertEqual(self.stored(), [11])
+
+    def test_each_gift_is_put_back_once_with_its_own_end(self):
+        key = "sk-1"
+        buckets = self.start_here(PROXY_API_KEYS="ann=" + key)
+        rule, = self.proxy.limits.rules
+        owner = "key", hashlib.sha256(key.encode()).digest()
+        self.assert_admitted(1, 1, key)
+
+        def give(amount, seconds):
+            buckets.redis.loop.call_soon_threadsafe(
+                buckets.give, rule, (rule.text, owner), amount, time.monotonic() + seconds)
+
+        def assert_given(level, *gifts):
+            self.is_back(buckets)
+            wait_for(lambda: self.stored() == [level])
+            wait_for(lambda: [[(amount, round(until - time.monotonic(), -1))
+                               for amount, until in row]
+                              for row in buckets.given.values()] == [list(gifts)])
+
+        for amount, seconds, level in self.each(((5, 600, 14), (7, 3600, 21))):
+            give(amount, seconds)
+            wait_for(lambda: self.stored() == [level])
+        gifts = (5, 600), (7, 3600)
+        self.redis.ask("FLUSHALL")
+        assert_given(21, *gifts)
+        self.redis.kill()
+        self.is_away(buckets)
+        give(3, 1800)
+        self.redis.start()
+        assert_given(24, *gifts, (3, 1800))
+        self.assert_admitted(24, 26, key)
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
@@ -11397,25 +11434,66 @@ class SharedStoredTest(ProxyCase):
                 redis.kill()
                 wait_for(lambda: not self.proxies[1].redis.available)
 
-    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
-        redis = self.start_two(LIMITS="each 1000 tokens per day")
+    def start_owing(self):
+        """Has a call in the background made, of which 500 tokens are held."""
+        redis = self.start_two(LIMITS="each 100000 tokens per day")
         self.stub.answer = says_json({"id": "resp_1", "usage": None})
-        body = b'{"background": true, "max_output_tokens": 500}'
-        self.ask_at(0, "POST", "/v1/responses", body, key="sk-a")
-        used = {"input_tokens": 20, "output_tokens": 3}
+        self.ask_at(0, "POST", "/v1/responses", b'{"background": true, "max_output_tokens": 500}',
+                    key="sk-a")
+        wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
+        return redis
+
+    def left(self, redis):
+        return [redis.ask("GET", name).split()[0] for name in redis.ask("KEYS", "*:b:*")]
+
+    POLL = request("GET", "/v1/responses/resp_1", key="sk-a")
+    USED = {"usage": {"input_tokens": 20, "output_tokens": 3000}}
+
+    def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
+        redis = self.start_owing()
         in_time = llm_proxy.Redis.ANSWER_SECONDS
         for place, told, left, seconds in self.each((
-                (1, {"status": "queued"}, 500, in_time), (0, {"usage": None}, 500, in_time),
-                (1, {"usage": used}, 500, 0),  # Redis has not told of the bill in time
-                (1, {"usage": used}, 977, in_time), (0, {"usage": used}, 977, in_time))):
-            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 977, "the bill")
-            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
-            self.stub.answer = says_json(told)
-            with mock.patch.object(self.proxies[place].redis, "ANSWER_SECONDS", seconds):
+                (1, {"status": "queued"}, 99500, in_time), (0, {"usage": None}, 99500, in_time),
+                (0, self.USED, 99500, 0),  # Redis has not told of the bill in time
+                (1, self.USED, 96980, in_time), (0, self.USED, 96980, in_time))):
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 96980, "the bill")
+            self.stub.answer, proxy = says_json(told), self.proxies[place]
+            with mock.patch.object(proxy.redis, "ANSWER_SECONDS", seconds), mock.patch.object(
+                    proxy.stored, "MOST_NAMES", 200 if seconds else 0):
                 self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
-            wait_for(lambda: [redis.ask("GET", name).split()[0] for name in redis.ask(
-                "KEYS", "*:b:*")] in ([b"%d" % left],), left)
-        wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [b"%d" % left], left)
+            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
+        wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
+
+    def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
+        for places, order, told, in self.each((
+                ((0, 0), (1, 0), [0]), ((0, 0), (0, 1), [1]), ((0, 0), (1, 0), [0, 1]),
+                ((0, 1), (0, 1), [0, 1]), ((0, 0, 1), (1, 2, 0), [0, 2]))):
+            redis, polls = self.start_owing(), []
+            self.stub.answer = None
+            for place in places:
+                self.address = self.addresses[place]
+                polls.append(self.ask_stub(self.POLL))
+            for number in order:
+                client, asked = polls[number]
+                asked.answer(json.dumps(self.USED if number in told else {"usage": None}).encode())
+                client.head()
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [b"96980"])
+            for proxy in self.proxies:
+                wait_for(lambda: is_done(proxy.limits.buckets))
+            self.assertEqual(self.left(redis), [b"96980"])
+
+    def test_a_claim_is_renewed_while_a_call_asks_and_ends_with_the_process(self):
+        redis = self.start_owing()
+        self.stub.answer = None
+        client, asked = self.ask_stub(self.POLL)
+        claim, = redis.ask("KEYS", "*:claim:*")
+        redis.ask("EXPIRE", claim, 5)
+        self.proxy.redis.loop.call_soon_threadsafe(self.proxy.stored.beat)
+        wait_for(lambda: 50 < redis.ask("TTL", claim) <= 60)
+        asked.answer()
+        client.head()
 
     def test_without_redis_what_is_known_here_is_enough(self):
         redis = self.start_two()
@@ -15656,6 +15734,7 @@ class CommandsTest(ProcessCase):
                 ("is used by another llm_proxy", {"DATABASE": used}),
                 ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
                 ("USAGE_LOG must be", {"USAGE_LOG": "/nonexistent/x.log"}),
+                ("USAGE_LOG must be", {"USAGE_LOG": os.path.dirname(os.path.abspath(__file__))}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
             code, out, _ = self.finish("--check", BASE_API_URL=there, **settings)
             self.assertEqual(code, 1)
