@@ -2839,6 +2839,14 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+def put_newest(table, key, value, most):
+    """Puts a value into a table that has `most` at most, and drops the oldest."""
+    table[key] = value
+    if len(table) > most:
+        del table[next(iter(table))]
+    return value
+
+
 # First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
 # what stands between. b"\xe2" begins punctuation and signs.
 WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
@@ -2866,7 +2874,7 @@ class CutText(str):
 PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
 
 
-def kind_of_text(text: str) -> int:
+def kind_of_text(text):
     """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
     holds that is rare in prose: their tokens differ in length."""
     data = text[:1000].encode("utf-8", "surrogatepass")
@@ -3201,13 +3209,6 @@ class ModelHabits:
     def peak(self, caller: CallerKey) -> int:
         return self.of(caller).peak or self.usual.peak or 0
 
-    def add(self, caller: CallerKey) -> Habits:
-        """Returns what the calls of a new caller are noted in."""
-        if len(self.callers) >= self.CALLERS:
-            self.callers.popitem(last=False)
-        found = self.callers[caller] = Habits()
-        return found
-
     def refresh(self):
         """Finds the one in the middle again."""
         for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
@@ -3360,8 +3361,10 @@ class CostEstimator:
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
         name = self.model_key(call)
-        model = self.models.get(name) or self.add_model(name)
-        own = model.callers.get(caller) or model.add(caller)
+        model = self.models.get(name) or put_newest(
+            self.models, name, ModelHabits(), KNOWN_MODELS)
+        own = model.callers.get(caller) or put_newest(
+            model.callers, caller, Habits(), model.CALLERS)
         own.calls = calls = own.calls + 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
@@ -3372,12 +3375,6 @@ class CostEstimator:
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
-
-    def add_model(self, name):
-        if len(self.models) >= KNOWN_MODELS:
-            self.models.popitem(last=False)
-        found = self.models[name] = ModelHabits()
-        return found
 
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
@@ -3432,7 +3429,8 @@ def is_too_complex(data):
         return True
     if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
-    return is_deep(outside)
+    levels = itertools.accumulate(array.array("b", outside.translate(STEPS)))
+    return MAX_JSON_DEPTH + 1 in levels  # which change by one
 
 
 def may_have_long_number(data):
@@ -3440,18 +3438,6 @@ def may_have_long_number(data):
     at any of the places that are looked at."""
     half = LONG_NUMBER // 2
     return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
-
-
-def is_deep(outside):
-    """Returns whether brackets are nested too deeply; it looks no further than where they are."""
-    level = 0
-    for start in range(0, len(outside), 4096):
-        steps = array.array("b", outside[start:start + 4096].translate(STEPS))
-        levels = list(itertools.accumulate(steps, initial=level))
-        if max(levels) > MAX_JSON_DEPTH:
-            return True
-        level = levels[-1]
-    return False
 
 
 def unique(pairs):
@@ -4141,7 +4127,7 @@ class Call:
         limits, answers, prompts = [], 1, 1
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
-                limits.append(math.inf if value < 0 else value)
+                limits.append(math.inf if value < 0 else min(value, MAX_TOKENS_PER_CALL))
             elif value > answers:
                 answers = value
         names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
@@ -4521,7 +4507,9 @@ CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safe
 
 
 # What leaves out parts of a response at Google's servers, or spells it so that nobody can read it
-MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json)$))\s*(?:=.*)?", re.I | re.DOTALL)
+MASK = re.compile(r"\s*\$?(?:fields|callback|alt(?!=(?:sse|json|media)$))\s*(?:=.*)?", re.I | re.S)
+# What asks for no more of an answer than what follows an event
+GOES_ON = re.compile("(?:^|&)(?:starting_after|last_event_id)=")
 
 
 # What makes a request another one, at Google's servers and others
@@ -5710,7 +5698,6 @@ class Dialects:
         self.unknown_calls = unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
-        self.openai = DIALECTS["openai"]
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
                      for end, endpoint in dialect.ENDPOINTS.items()}
@@ -5723,8 +5710,8 @@ class Dialects:
     def guess(self, path: Optional[str], fields: Optional[Fields]) -> Dialect:
         """Returns the dialect of what is not metered: the shape of errors, and the header of our
         key. Both are None where no request could be read."""
-        if path is None or fields is None:
-            return self.openai
+        if path is None:
+            return DIALECTS["openai"]
         prefix, path = self.split(path)
         with contextlib.suppress(BadRequest):  # what cannot be folded is refused elsewhere
             path = fold_path(path)
@@ -5733,7 +5720,7 @@ class Dialects:
                 return dialect
         if prefix and "authorization" not in fields:
             return DIALECTS[self.names[prefix]]
-        return self.openai
+        return DIALECTS["openai"]
 
     def endpoint(self, method: str, path: str) -> Tuple[Optional[Dialect], Optional[str], str]:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
@@ -5866,6 +5853,7 @@ FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"\\]*)"\s*:\s*')
 NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
+OTHER_DATA = re.compile(rb"\{|(?<![^\r\n])data:(?!\s*(?:\[DONE\]|[\r\n]))")
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
@@ -5874,6 +5862,20 @@ def may_be_fault(data):
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
     return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
+
+
+def front(data: bytes) -> JsonObject:
+    """Returns the values that are whole at the beginning of an object that is too large to be
+    kept."""
+    data, found = data[:1 << 14], {}
+    step = None if is_too_complex(data) else FIRST_KEY.match(data.decode("utf-8", "replace"))
+    with contextlib.suppress(ValueError):
+        while step:
+            value, end = PLAIN_JSON.raw_decode(step.string, step.end())
+            key, step = step[1], NEXT_KEY.match(step.string, end)
+            if step:
+                found[key] = value
+    return found
 
 
 class Edit:
@@ -5937,13 +5939,14 @@ class Editor:
     LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
     MAX_LOOKS = 64        # and after so many times only where it has grown
 
+    held = b""
+    looks = 0      # at one that is large,
+    next_look = 0  # and how large it must be for another one
+
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
         self.edits = edits  # one after the other
         self.most_held = max([edit.MAX_HELD for edit in edits])
-        self.held = b""
-        self.looks = 0      # at one that is large,
-        self.next_look = 0  # and how large it must be for another one
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -6021,8 +6024,8 @@ class UsageReader:
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
     LAST_EVENTS = 1 << 12
-    LAST_LINES = 64
     MAX_UNPACKED = 1 << 20
+    MAX_ANSWERS = 1 << 12  # read at once
 
     characters = 0
     usual: Optional[Usage] = None  # by usual_usage
@@ -6106,9 +6109,10 @@ class UsageReader:
             end = self.end_of_answers(data)
         if len(data) - end > (self.MAX_UNPACKED if self.listed else self.MAX_LINE):
             if not self.streamed and not self.cut:
-                self.note(self.front(data))
+                self.note(front(data))
                 self.lost = self.endpoint not in NO_TEXT
-                self.final = False if self.listed else self.final
+                if self.listed:
+                    self.final = False
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
@@ -6124,42 +6128,30 @@ class UsageReader:
     def end_of_answers(self, data):
         """Notes what each answer in a list tells; returns where the first begins that is not
         whole, 0 where this is no list."""
-        at = 0
+        start = 0
         if not self.listed:
             begin = LIST_BEGIN.match(data)
-            at = begin.end() if begin else 0
-            if begin or NEXT_LINE.search(data):
-                self.listed = begin and begin[1] and begin[1].decode() or "results"
+            if begin:
+                start, self.listed = begin.end(), (begin[1] or b"results").decode()
+            elif LOOKS_LIKE_JSON.match(data) and NEXT_LINE.search(data):
+                # Each line may tell what was used until then.
+                self.listed = "results" if self.call.output_limit()[1] > 1 else "lines"
         if not self.listed or self.cut or is_too_complex(data):
             return 0
-        text = data.decode("latin-1")  # each byte is a character
+        text, at = data[start:].decode("utf-8", "surrogateescape"), 0
         with contextlib.suppress(ValueError):
-            while True:
+            for _ in range(self.MAX_ANSWERS):
                 payload, end = PLAIN_JSON.raw_decode(text, at)
-                self.note_answer(payload)
+                self.note_answer(payload, self.listed in self.dialect.ANSWERS)
                 at = SEPARATOR.match(text, end).end()
-        return at
+            self.final = False  # the rest waits, and may never be read
+        return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
-    def note_answer(self, payload):
+    def note_answer(self, payload, adds=False):
         if type(payload) is dict:
-            join = operator.add if self.listed in self.dialect.ANSWERS else max
-            self.counts = merged(self.counts, self.dialect.counts_in(payload), join)
+            counts = self.dialect.counts_in(payload)
+            self.counts = merged(self.counts, counts, operator.add if adds else max)
             self.note_server(payload)
-
-    def front(self, data: bytes) -> JsonObject:
-        """Returns the values that are whole at the beginning of an object that is too large to be
-        kept."""
-        text, found = data[:self.MAX_KEPT].decode("utf-8", "replace"), {}
-        if is_too_complex(data[:self.MAX_KEPT]):
-            return found
-        step = FIRST_KEY.match(text)
-        with contextlib.suppress(ValueError):
-            while step:
-                value, end = PLAIN_JSON.raw_decode(text, step.end())
-                key, step = step[1], NEXT_KEY.match(text, end)
-                if step:
-                    found[key] = value
-        return found
 
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
@@ -6220,15 +6212,14 @@ class UsageReader:
                 last.find(b"{") >= 0 and not may_be_fault(last)):
             self.closed = True  # as nearly always
             return
-        lines = last.splitlines(keepends=True)[-self.LAST_LINES:]
         events = 0
-        for event in reversed(framing.cut(b"".join(lines))):
+        for event in reversed(framing.cut(last)):
             found = framing.all_data(event)
             payload = object_in(found)
             if NAMED_FAULT.search(event):
                 self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
             if found.strip() == LAST_DATA:  # which may be all that there is
-                self.closed = self.density > 0 or data.find(b"{") >= 0
+                self.closed = self.density > 0 or bool(OTHER_DATA.search(data))
             elif payload:
                 self.note_end(payload, found)
             else:
@@ -6269,7 +6260,7 @@ class UsageReader:
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
                 is_within = not payload and self.dialect.USAGE_MARK in data
-                payload = object_in(data) if is_within else {**self.front(data), **payload}
+                payload = object_in(data) if is_within else {**front(data), **payload}
         if payload:
             self.note_json(payload, data)
 
@@ -6302,8 +6293,8 @@ class UsageReader:
     def tells_end(self):
         """Returns whether a response that is whole says so, and that could be read."""
         known = self.dialect.LAST_TYPES or self.dialect.REASON[0]
-        return bool(known and self.streamed and self.readable and not self.cut
-                    and self.endpoint not in NO_LIMIT_REPLY)
+        return bool(known) and self.readable and not self.cut and (
+            self.endpoint not in NO_LIMIT_REPLY)
 
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if it was; and whether nothing is missing from
@@ -8765,15 +8756,11 @@ class Stored:
 
     def owe(self, name, bill):
         """Keeps a bill, of the last BILLS."""
-        self.bills[name] = bill
-        if len(self.bills) > self.BILLS:
-            self.bills.popitem(last=False)
+        put_newest(self.bills, name, bill, self.BILLS)
 
     def put(self, name, thing):
         """Keeps a thing, of the last ROOM."""
-        self.things[name] = thing
-        if len(self.things) > self.ROOM:
-            self.things.popitem(last=False)
+        put_newest(self.things, name, thing, self.ROOM)
 
     def note(self, thing, names):
         """Remembers what was made. Who made it first has it: an answer may name older things."""
@@ -8790,7 +8777,9 @@ class NameReader:
     first events that name something, or `of_all`. `reader`, if any, sees it as well."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
-    FIRST_NAME = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
+
+    size = 0   # of what is kept
+    tries = 0
 
     def __init__(self, reader, events, found, of_all):
         """`events` is None where the response is no stream."""
@@ -8798,21 +8787,26 @@ class NameReader:
         self.events = events
         self.found = found
         self.of_all = of_all
-        self.kept: Optional[bytes] = b""
-        self.tries = 0
+        self.kept: Optional[List[bytes]] = []
 
     def feed(self, payload: bytes) -> bytes:
-        if self.kept is not None:
-            self.kept += payload
-            is_end = self.events or payload[-16:].rstrip().endswith(b"}")
+        if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
+            self.kept.append(payload)
+            self.size += len(payload)
+            is_end = self.events.may_end(payload, 0) if self.events else (
+                payload[-16:].rstrip().endswith(b"}"))
             if is_end and self.tries < self.MAX_TRIES:
                 self.look()
-            if self.kept and len(self.kept) > self.MAX_KEPT:
-                match = self.FIRST_NAME.match(self.kept)
+            if self.kept and self.size > self.MAX_KEPT:
+                names = names_made(front(b"".join(self.kept)))
                 self.kept = None
-                if match:
-                    self.found([match[1].decode("utf-8", "replace")])
+                if names:
+                    self.found(names)
         return self.reader.feed(payload) if self.reader else payload
+
+    def may_name(self, data):
+        """Returns whether events may name something, or are not whole."""
+        return data.find(b'id"') >= 0 or not self.events.at_boundary(data)
 
     def flush(self) -> bytes:
         if self.kept:
@@ -8820,12 +8814,16 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look(self):
-        pieces = self.events.cut(self.kept) if self.events else [self.kept]
+        data = b"".join(self.kept)
+        pieces = self.events.cut(data) if self.events else [data]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
-        names = list(itertools.chain.from_iterable(map(names_made, map(read, pieces))))
+        names = [name for piece in pieces if not self.of_all or self.may_name(piece)
+                 for name in names_made(read(piece))]
         self.tries += not self.of_all
         is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
-        self.kept = None if is_over else pieces[-1]  # which may not be whole
+        rest = [] if self.events and self.events.at_boundary(data) else pieces[-1:]
+        self.kept = None if is_over else rest
+        self.size = sum(map(len, rest))
         if names:
             self.found(names)
 
@@ -9046,9 +9044,7 @@ class Breakers:
         as far as a connection. Returns what changed, in words."""
         model, caller = subject
         if good is False and connected and model not in self.models:
-            self.models[model] = Breaker(self.most, self.seconds)
-            if len(self.models) > KNOWN_MODELS:
-                self.models.popitem(last=False)
+            put_newest(self.models, model, Breaker(self.most, self.seconds), KNOWN_MODELS)
         news = self.judge_one(self.connections, connected if good is False else good, now, None, "")
         one = self.models.get(model)
         if one and connected:
@@ -12415,9 +12411,7 @@ class Warnings(Watcher):
         if now < self.quiet_until.get(key, -math.inf):
             return False
         self.quiet_until.pop(key, None)
-        if len(self.quiet_until) >= self.ROOM:
-            del self.quiet_until[next(iter(self.quiet_until))]
-        self.quiet_until[key] = now + self.QUIET_SECONDS
+        put_newest(self.quiet_until, key, now + self.QUIET_SECONDS, self.ROOM)
         payload = {"event": event, **about, "time": wall_time(self.clock)}
         self.feed.tell("warning", payload)
         if line:
@@ -12470,9 +12464,7 @@ class Marks(Watcher):
             alone = share - entry.hold.costs[rule.unit] / rule.capacity
             before = min(self.passed.pop(key, 0), bisect.bisect_right(self.shares, alone))
             if passed:
-                self.passed[key] = passed
-                if len(self.passed) > self.ROOM:
-                    del self.passed[next(iter(self.passed))]
+                put_newest(self.passed, key, passed, self.ROOM)
             if passed > before:
                 self.warn(entry, share, level, passed)
 
@@ -15574,7 +15566,8 @@ class Proxy:
             return
         usage, is_final = self.told_usage(entry, ending)
         if not is_final or reader.running:
-            bill = bill._replace(characters=bill.characters + reader.output_characters())
+            join = operator.add if GOES_ON.search(entry.call.query) else max
+            bill = bill._replace(characters=join(bill.characters, reader.output_characters()))
             self.stored.bills[name] = bill
             if not reader.closed:
                 return

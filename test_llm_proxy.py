@@ -3430,6 +3430,12 @@ class PathsTest(ManyCase):
             self.ask(request("POST", "/v1/score", body))
             self.assertEqual(1000 - self.left(), cost)
 
+    def test_a_limit_larger_than_any_number_is_too_much_for_every_rule(self):
+        self.start(TOKEN_COST_MODE="estimate")
+        for limit in self.each((10 ** 350, 1e308)):
+            body = json.dumps({"max_tokens": limit, "max_new_tokens": limit}).encode()
+            self.assert_status(429, request("POST", "/v1/score", body))
+
     def test_the_method_cannot_be_overridden_further_on(self):
         self.start(MAX_TOKENS=1)
         self.ask(request("GET", CHAT, b"", "X-HTTP-Method-Override: POST"))
@@ -3724,8 +3730,9 @@ class UsageReaderTest(ProxyCase):
     def dialect(self, endpoint):
         return self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
 
-    def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False):
+    def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False, prompts=1):
         asked = llm_proxy.Call(self.dialect(endpoint), endpoint, CHAT, "")
+        asked.limit = None, prompts
         asked.usage_requested_by_us = dropping
         self.reader = llm_proxy.UsageReader(asked, streamed, True, packed)
         return self.reader
@@ -3867,9 +3874,16 @@ class UsageReaderTest(ProxyCase):
         for (told, output), whole, size in self.each(itertools.product(
                 self.LISTED, self.LISTS, (0, 9000, 300_000))):
             one = '{"text":"%s",%s}' % ("x" * size, told)
-            found = self.hear((whole % (one, one)).encode(), 16384, streamed=False)
+            data = (whole % (one, one)).encode()
+            found = self.hear(data, 16384, streamed=False, prompts=2)
             self.assertEqual(found[1:3], ((10, output), True))
             self.assertLessEqual(abs(found[3] - 2 * size), size // 4)
+        told = '"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
+        wholes = (('{"results":[ONE,ONE],' + told % (10, 4), (10, 4)), ("ONE\nONE\nONE", (5, 2)))
+        for size, (whole, tokens) in self.each(itertools.product((0, 9000), wholes)):
+            one = '{"text":"%s","model":"mod\u00e8le",' % ("x" * size) + told % (5, 2)
+            found = self.hear(whole.replace("ONE", one).encode(), 16384, streamed=False)
+            self.assertEqual((*found[1:3], self.reader.model), (tokens, True, "mod\u00e8le"))
         one = '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}'
         whole = '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}' % (one, one)
         self.hear(whole.encode(), streamed=False, endpoint="generate")
@@ -3881,6 +3895,14 @@ class UsageReaderTest(ProxyCase):
             self.hear(text.encode(), streamed=False)
             used, _ = self.reader.reported_usage(True)
             self.assertEqual((used[:2], used.picodollars), (tokens, usd * 10 ** 12))
+
+    def test_a_list_of_too_many_answers_is_read_in_part_and_what_is_no_list_is_text(self):
+        one = b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}'
+        many = llm_proxy.UsageReader.MAX_ANSWERS
+        found = self.hear(b"[%b{}]" % (b"%b," % one * 2 * many), streamed=False)
+        self.assertEqual(found[1:3], ((2 * many, 2 * many), False))
+        data = b"\xff" * 20000 + b"}\n{"
+        self.assertEqual(self.hear(data, streamed=False)[3], len(data))
 
     def test_usage_of_the_prompt_alone_is_no_final_count_though_it_comes_first(self):
         told = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 0}}
@@ -3999,6 +4021,9 @@ class UsageReaderTest(ProxyCase):
             reader.feed(data)
             self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
             self.assertEqual(reader.fault, status)
+        reader = self.new_reader()
+        reader.feed(b"data: hello\n\ndata: [DONE]\n\n")
+        self.assertEqual(reader.ending(True), "ok")
         for data in self.each([b"", b": ping\n\n", events("[DONE]"), events("[DONE]", "[DONE]"),
                                b": ping\r\n\r\n" * 2000 + b"event: x\ndata:[DONE]\r\n\r\n"]):
             reader = self.new_reader()
@@ -4097,7 +4122,7 @@ class UsageReaderTest(ProxyCase):
         for step, size in self.each(((30, 0), (5000, 50_000))):
             data = json.dumps([{"x": [0] * size}, *GEMINI_EVENTS]).encode()
             found = self.hear(data, step, endpoint="generate", streamed=False)
-            self.assertEqual(found[:3], (data, (25, 7), True))
+            self.assertEqual(found, (data, (25, 7), True, 9))
 
     def large_answers(self):
         """Rows: an answer, how much of it may be kept, characters of text, endpoint, streamed."""
@@ -7248,6 +7273,19 @@ class StoredTest(ManyCase):
         for number in self.each(range(2)):
             path = "/v1/files/file_%d/content" % number
             self.assertEqual([self.status("GET", path, key) for key in "ab"], [200, 404])
+
+    def test_an_event_that_names_something_is_read_once_and_others_are_not(self):
+        found = []
+        reader = llm_proxy.NameReader(None, llm_proxy.SSE, found.append, True)
+        text = events({"content_block": {"text": "x" * 9999}})
+        made = events({"content_block": {"file_id": "file_1", "text": "x" * 9999}})
+        with mock.patch.object(reader, "look", wraps=reader.look) as look:
+            for data, step, looks in self.each((
+                    (text, 100, 1), (made, 100, 2), (text * 9, len(text), 2))):
+                for at in range(0, len(data), step):
+                    reader.feed(data[at:at + step])
+                self.assertEqual(look.call_count, looks)
+        self.assertEqual((found, reader.kept), ([["file_1"]], []))
 
     def test_an_answer_to_a_caller_with_tools_of_its_own_is_nothing_that_is_stored(self):
         self.start(says(b'{"id": "msg_1"}'), **self.KEYS)
@@ -11707,9 +11745,13 @@ class SettlingTest(LedgerCase):
         client.expect(begun)
         client.close()
         self.assert_ending("caller_gone", 500)
-        self.stub.answer = says_json({"id": "resp_1", "status": "cancelled", "usage": None})
-        self.ask(request("GET", "/v1/responses/resp_1"))
-        self.assert_left(900)
+        for query, state, count, left in (  # what came before is told again, or not
+                ("", "queued", 400, 500), ("?starting_after=9", "queued", 40, 500),
+                ("", "cancelled", 440, 1000 - 110)):
+            output = [{"content": [{"text": "x" * count}]}]
+            self.stub.answer = says_json({"status": state, "usage": None, "output": output})
+            self.ask(request("GET", "/v1/responses/resp_1" + query))
+            self.assert_left(left)
 
     def test_a_debt_is_waited_for(self):
         self.start(says(completion(1009, 1)), REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
@@ -11765,7 +11807,8 @@ class SettlingTest(LedgerCase):
     def test_nobody_makes_an_upstream_of_googles_leave_out_usage(self):
         path = "/v1beta/models/m:generateContent?"
         for query, left in self.each("""[
-                ["fields=candidates", ""], ["alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"],
+                ["fields=candidates", ""], ["alt=media", "alt=media"],
+                ["alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"],
                 ["f%69elds=x&fields", ""], ["myfields=x", "myfields=x"],
                 ["alt=proto&$callback=x&alt", ""], ["a=b&%24alt=json", "a=b&%24alt=json"]]"""):
             self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
