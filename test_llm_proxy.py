@@ -1083,7 +1083,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 131_400)
+        self.assertLessEqual(len(lines), 131_500)
         heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
@@ -12754,7 +12754,7 @@ class EveryAwaitTest(WaitingCase):
         lambda client, context: (setattr(context, "deadline", 0), context.on_timer()),
         lambda client, context: context.future.set_exception(ZeroDivisionError("a bug")),
     )
-    LARGE = b"x" * 14000 + b"\n\ndata: [DONE]\n\n"  # more than a slow reader takes
+    LARGE = b"data: " + b"x" * 14000 + b"\n\ndata: [DONE]\n\n"  # more than a slow reader takes
     CHUNKS = STREAM + chunk(LARGE) + LAST
 
     def send_part(self):
