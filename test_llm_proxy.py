@@ -13090,7 +13090,7 @@ class RedactedCallsTest(KeysCase):
             json.loads(self.exchange(call(careful, system="a@x.org"))[0])["system"], "a@x.org")
         self.assertIsNotNone(self.proxy.redaction)
         self.change("set", "ben", redact="")
-        self.assertIsNone(self.proxy.redaction)
+        wait_for(lambda: self.proxy.redaction is None)
 
     def test_what_cannot_be_read_is_counted_or_refused(self):
         form = "Content-Type: multipart/form-data; boundary=x"
