@@ -2839,6 +2839,7 @@ MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
+
 def put_newest(table, key, value, most):
     """Puts a value into a table that has `most` at most, and drops the oldest."""
     table[key] = value
@@ -13850,7 +13851,7 @@ class RedisBuckets(Buckets):
         for one in list(itertools.islice(self.levels.values(), looks)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
-        if self.fills:
+        if self.fills and (self.filling is None or self.filling.done()):
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def read_beat(self, reply):
@@ -13871,7 +13872,7 @@ class RedisBuckets(Buckets):
             _, last, loss = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            self.loss = loss  # others did lose something
+            self.loss = loss
         except RedisFault as fault:
             self.redis.leave(fault)
 
@@ -14034,7 +14035,6 @@ class SharedQueue(FairQueue):
     def begin(self):
         """Redis is there: what runs here has slots, even too many."""
         self.leases += self.new_names(self.running - len(self.leases))
-        self.give_back(self.leases[self.running:])
         self.most = self.running
         self.short = False
         self.renew_at = 0.0
