@@ -505,7 +505,7 @@ def rules_of_one(text):
     """'60 requests per minute; 2 usd per day' -> rules of one caller, which has no need of scopes.
     """
     parts = [part.strip() for part in re.split("[;\n]", text) if part.strip()]
-    return tuple(rules("; ".join(["each " + part for part in parts])))
+    return tuple(rules("; ".join("each " + part for part in parts)))
 
 
 def check_rule(text, words, kinds):
@@ -676,12 +676,12 @@ class Repetition(NamedTuple):
         """Tells whether it is open how much of a text is this one's, and how much the later's."""
         ends = [*self.then, *self.needs]
         return not (self.takes.isdisjoint(later.takes)
-                    or any([one.isdisjoint(later.takes) for one in ends])
-                    or any([one.isdisjoint(self.takes) for one in (*self.then, *later.needs)]))
+                    or any(one.isdisjoint(later.takes) for one in ends)
+                    or any(one.isdisjoint(self.takes) for one in (*self.then, *later.needs)))
 
     def may_take(self, first):
         """Tells whether this one may take what begins so and follows it."""
-        return not any([one.isdisjoint(self.takes) for one in (first, *self.then)])
+        return not any(one.isdisjoint(self.takes) for one in (first, *self.then))
 
 
 def parts_within(op, value):
@@ -776,7 +776,7 @@ class LinearPattern:
         empty = [way for way in ways if not way.getwidth()[0]]
         first = frozenset().union(*firsts)
         alike = sum(map(len, firsts)) > len(first) or len(empty) > 1 or (
-            len(ways) > 1 and any([one.may_take(first) for one in before]))
+            len(ways) > 1 and any(one.may_take(first) for one in before))
         self.choices += alike
         require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
         require(self.choices <= (0 if self.ways else self.MOST_CHOICES),
@@ -1225,9 +1225,9 @@ class Config(types.SimpleNamespace):
     def redacted_upstreams(self) -> FrozenSet[str]:
         """Returns the names of those that what must not leave does not reach."""
         globs = self.redact_upstreams
-        return frozenset([one.name for one in self.all_upstreams() if (
-            any([fnmatch.fnmatchcase(one.name, glob) for glob in globs]) if globs
-            else any([is_far(url.host) for url in one.url]))])
+        return frozenset(one.name for one in self.all_upstreams() if (
+            any(fnmatch.fnmatchcase(one.name, glob) for glob in globs) if globs
+            else any(is_far(url.host) for url in one.url)))
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
@@ -1914,7 +1914,7 @@ def read_key(*values: Any) -> Key:
                if field != "expires" and (getattr(key, field) is not None or field == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
     require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
-            and all([0 <= one < 1e11 for one in times]), "no key")
+            and all(0 <= one < 1e11 for one in times), "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=derived.get("limits", ()))
 
@@ -1983,8 +1983,8 @@ class StoredKeys:
                 until=key.end(valid_until))
 
     def has_admin(self, wall: float) -> bool:
-        return any([key.role == "admin" and (key.end(None) or math.inf) > wall
-                    for key in self.keys.values()])
+        return any(key.role == "admin" and (key.end(None) or math.inf) > wall
+                   for key in self.keys.values())
 
 
 class Callers:
@@ -2080,7 +2080,7 @@ class Callers:
                 raise Unauthorized(cause="key of %s ended" % caller.label)
             return caller
         if not self.is_open:
-            raise Unauthorized()
+            raise Unauthorized
         if credential is None:
             return Caller(("address", address), address)
         return Caller(("key", credential), None, self.label_secret)
@@ -2149,7 +2149,7 @@ class Origins:
         origin = fields.get("origin")
         if origin is not None and method not in ("GET", "HEAD", "OPTIONS") and (
                 not self.allows(origin)):
-            raise ForeignOrigin()
+            raise ForeignOrigin
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8734,12 +8734,12 @@ class Stored:
         if path and path.name:
             found.insert(0, self.things.get(self.full_name(path.collection, path.name)))
         if path and path.name == "/" and self.bills:
-            raise NothingStored()  # nobody would know that it must be paid for
+            raise NothingStored  # nobody would know that it must be paid for
         if self.policy == "own":
             if path and path.is_listed:
                 raise Forbidden("Lists of what is stored are not passed on")
-            if any([one is None or one.owner != owner for one in found]):
-                raise NothingStored()
+            if any(one is None or one.owner != owner for one in found):
+                raise NothingStored
         return next(filter(None, found), None)
 
     def bill_for(self, call):
@@ -9688,7 +9688,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "held INTEGER, charges TEXT, first_ms INTEGER, ms INTEGER, bytes INTEGER, "
     "queue_ms INTEGER, team TEXT, tag TEXT, agent TEXT, connect_ms INTEGER, "
     "redacted TEXT").split(", "))
-COLUMN_NAMES = tuple([name for name, _ in COLUMNS])
+COLUMN_NAMES = tuple(name for name, _ in COLUMNS)
 TIME_COLUMN = COLUMN_NAMES.index("time")
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
@@ -10131,8 +10131,8 @@ SUMMED_BY = ["start", *SUM_KEYS]
 SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
     max(outcome = 'ok' OR %s) FROM calls WHERE rowid > ? AND rowid <= ? GROUP BY %s""" % (
         START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
-        " OR ".join([name + " > 0" for name in [*SUM_COUNTS][3:]]),
-        ", ".join([str(number) for number, _ in enumerate(SUMMED_BY, 1)]))
+        " OR ".join(name + " > 0" for name in [*SUM_COUNTS][3:]),
+        ", ".join(str(number) for number, _ in enumerate(SUMMED_BY, 1)))
 # Adds such to the sums of a span: ON CONFLICT DO UPDATE is new in SQLite 3.24.
 SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
 ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
@@ -10141,10 +10141,10 @@ ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old ON old.span = {0} AND %s""" % (
         SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
-        ", ".join(SUMMED_BY), ", ".join(["new." + name for name in SUMMED_BY]),
-        ", ".join(["min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
-                   for name in SUM_COUNTS]),
-        " AND ".join(["old.{0} = new.{0}".format(name) for name in SUMMED_BY]))
+        ", ".join(SUMMED_BY), ", ".join("new." + name for name in SUMMED_BY),
+        ", ".join("min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
+                  for name in SUM_COUNTS),
+        " AND ".join("old.{0} = new.{0}".format(name) for name in SUMMED_BY))
 # Makes a sum of a longer span from those of shorter ones in it.
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
@@ -10200,7 +10200,7 @@ def read_sum(text):
     ValueError."""
     row = json.loads(text)
     require(type(row) is list and list(map(type, row)) == SUM_TYPES and all(
-        [0 <= value <= MOST for value in row if type(value) is int]), "is no sum")
+        0 <= value <= MOST for value in row if type(value) is int), "is no sum")
     return [*row[:-3], MOST, 0, row[-1]]
 
 
@@ -10266,8 +10266,8 @@ class Database:
         PRIMARY KEY (chunk, id, call)) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS untold (id INTEGER PRIMARY KEY AUTOINCREMENT, sum TEXT)""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
-            ", ".join([name + " TEXT" for name in SUM_KEYS]),
-            ", ".join([name + " INTEGER" for name in SUM_COUNTS]), ", ".join(SUM_KEYS))
+            ", ".join(name + " TEXT" for name in SUM_KEYS),
+            ", ".join(name + " INTEGER" for name in SUM_COUNTS), ", ".join(SUM_KEYS))
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -10334,7 +10334,7 @@ class Database:
                                     % self.path)
         with contextlib.closing(connect(self.path, "ro")) as connection:
             try:
-                columns = tuple([row[1] for row in connection.execute("PRAGMA table_info(calls)")])
+                columns = tuple(row[1] for row in connection.execute("PRAGMA table_info(calls)"))
                 connection.executescript(self.PROBES)
             except sqlite3.DatabaseError as failure:
                 if "unable to open" in str(failure) or "locked" in str(failure):
@@ -10513,8 +10513,8 @@ class Database:
     @staticmethod
     def spell_owners(keys):
         """Returns callers' keys as text: "key=HEX address=IP"."""
-        return " ".join([
-            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys])
+        return " ".join(
+            "%s=%s" % (kind, name.hex() if kind == "key" else name) for kind, name in keys)
 
     @staticmethod
     def read_owners(text):
@@ -10835,7 +10835,7 @@ class LedgerReader:
                filters: Texts) -> List[Tuple[int, str, Sum]]:
         """Returns (when a step begins, whose, what it comes to), as far as there is something."""
         values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
-        where = " AND ".join(["%s = :%s" % (name, name) for name in values]) or "1"
+        where = " AND ".join("%s = :%s" % (name, name) for name in values) or "1"
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
@@ -10954,10 +10954,10 @@ class LedgerReader:
                 ranges = self.find_id(execute, values)
             elif conditions:
                 ranges = self.find_ranges(
-                    execute, values, " AND ".join([where for where, _ in conditions]))
+                    execute, values, " AND ".join(where for where, _ in conditions))
             else:
                 ranges = self.all_calls(execute)
-            where = " AND ".join([where for _, where in conditions]) or "1"
+            where = " AND ".join(where for _, where in conditions) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
         return {"calls": [call_fields(dict(zip(COLUMN_NAMES, row)), number)
                           for number, *row in rows], "next": following}
@@ -11071,7 +11071,7 @@ class NoSuchKey(KeyFault):
 
 def require_bucket(limits: Limits, callers: Iterable[Caller], unit: str):
     """Raises KeyFault where these have no bucket of a unit, of which more could be given."""
-    if not any([limits.own_buckets(one, unit) for one in callers]):
+    if not any(limits.own_buckets(one, unit) for one in callers):
         raise KeyFault("no rule counts %s for this caller alone: it was given nothing" % unit)
 
 
@@ -11237,7 +11237,7 @@ class KeyStore:
 
 
 def describe_fields(fields):
-    return " ".join(["%s=%s" % (field, text or "none") for field, text in fields.items()])
+    return " ".join("%s=%s" % (field, text or "none") for field, text in fields.items())
 
 
 def lock_name(path: str) -> str:
@@ -11853,7 +11853,7 @@ def labels_of(**values):
     """Returns labels as they are written; what nobody sees is spelled out."""
     shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
              for name, value in values.items()]
-    return ",".join(['%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown])
+    return ",".join('%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown)
 
 
 class Histogram:
@@ -12030,9 +12030,9 @@ class Metrics(Watcher):
         picodollars."""
         failed = [one.calls for names, one in self.series.items() if names[-1] not in PASSED]
         used = self.used.values()
-        return (sum([one.calls for one in self.series.values()]), sum(failed),
-                sum([one.input + one.output for one in used]),
-                sum([one.picodollars for one in used]))
+        return (sum(one.calls for one in self.series.values()), sum(failed),
+                sum(one.input + one.output for one in used),
+                sum(one.picodollars for one in used))
 
     def families(self) -> List[Family]:
         """Returns what was counted."""
@@ -12117,8 +12117,8 @@ class Pulse(Watcher):
     def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
         """Returns percentiles of the last minute, in milliseconds."""
         oldest = self.clock.monotonic() - self.MINUTE
-        found = sorted([seconds for ended, seconds, name in self.times
-                        if ended >= oldest and upstream in (None, name)])
+        found = sorted(seconds for ended, seconds, name in self.times
+                       if ended >= oldest and upstream in (None, name))
         return {"first_p%d" % share:
                 int(found[len(found) * share // 100] * 1000) if found else None
                 for share in (50, 95)}
@@ -16245,7 +16245,7 @@ class Jobs:
             await context.wait(answered, self.SECONDS, "the database")
             return job.result()
         except TimeoutError:
-            raise Overloaded() from None
+            raise Overloaded from None
         finally:
             job.cancel()
 
@@ -16321,7 +16321,7 @@ class Admin:
         """Returns the JSON object that was posted. Raises BadRequest."""
         content = await reply.read_body()
         if len(content) > self.MAX_BODY:
-            raise BodyTooLarge()
+            raise BodyTooLarge
         return JsonBody(content).parse() if content.strip() else {}
 
     async def run(self, jobs, reply, act, *arguments):
@@ -16331,7 +16331,7 @@ class Admin:
         try:
             return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
         except (sqlite3.Error, DatabaseFault, FileNotFoundError):
-            raise BooksAway() from None
+            raise BooksAway from None
 
     async def read_books(self, ask, act, *arguments, jobs=None):
         """Returns what a method of LedgerReader does, for who asks."""
@@ -16440,7 +16440,7 @@ class Admin:
         events = self.feed.since(number)
         if events is None:
             return b"event: lost\ndata: {}\n\n", self.feed.number
-        return b"".join([event.encoded() for event in events]), self.feed.number
+        return b"".join(event.encoded() for event in events), self.feed.number
 
     async def next_event(self, reply):
         """Wait for an event; returns a comment where none comes."""
@@ -16457,7 +16457,7 @@ class Admin:
         """A second is over: tell those who look what was in it."""
         proxy = self.proxy
         upstreams = list(map(self.upstream_now, proxy.routes.all))
-        waiting = sum([one["waiting"] for one in upstreams])
+        waiting = sum(one["waiting"] for one in upstreams)
         found = self.pulse.tick(len(proxy.books.running), waiting)
         details = {}
         if self.feed.listeners:
@@ -17778,7 +17778,7 @@ class ClientConnection:
         """Let time pass, unless the client leaves: nothing reads what it sends meanwhile."""
         while seconds > 0:
             if self.client.has_hung_up():
-                raise QuietEnd()
+                raise QuietEnd
             await self.context.sleep(
                 min(seconds, self.HANG_UP_SECONDS), "its turn for a TLS handshake")
             seconds -= self.HANG_UP_SECONDS
@@ -17827,12 +17827,12 @@ class ClientConnection:
                 REQUEST_LINE, self.context, self.HEAD_SECONDS, "the request's head")
         except TimeoutError:
             if not client.read_buffer:  # nothing came but empty lines
-                raise QuietEnd() from None
-            raise RequestTimeout() from None
+                raise QuietEnd from None
+            raise RequestTimeout from None
         except OSError:
-            raise QuietEnd() from None  # reset between two requests
+            raise QuietEnd from None  # reset between two requests
         if data is None:
-            raise QuietEnd()
+            raise QuietEnd
         self.idle = False
         reply.entry.started = self.loop.time()
         self.last = request = Request.read(data, self.last)
@@ -17862,10 +17862,10 @@ class ClientConnection:
     @staticmethod
     def refuse_other_protocols(request):
         if request.method in ("TRACE", "TRACK", "CONNECT"):
-            raise MethodNotAllowed()  # an upstream that echoes what it got would show its key
+            raise MethodNotAllowed  # an upstream that echoes what it got would show its key
         if "upgrade" in request.lines and request.version and (  # RFC 9110 7.8
                 "websocket" in request.get("upgrade").lower()):
-            raise UpgradeRequired()
+            raise UpgradeRequired
 
     def refuse(self, reply, failure):
         """The one place that turns what was raised into an answer."""
@@ -17993,7 +17993,7 @@ class Handshakes:
         whom may have left."""
         level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.wait > self.MOST_SECONDS:
-            raise QuietEnd()
+            raise QuietEnd
         self.buckets.store([level])
         return level.wait
 
@@ -18512,7 +18512,7 @@ class Demo:
         if call.get("messages"):
             said = call["messages"][-1].get("content")
         if type(said) is list:
-            said = "".join([str(dig(part, "text") or "") for part in said])
+            said = "".join(str(dig(part, "text") or "") for part in said)
         return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
@@ -18614,7 +18614,7 @@ class Bench:
             self.times["upstream"].append(upstream)
             self.times["proxy"].append(answered - began - upstream)
         if self.streamed:
-            self.times["first byte"].extend([at - began for at in arrivals[:1]])
+            self.times["first byte"].extend(at - began for at in arrivals[:1])
             self.times["jitter"].extend(jitter(arrivals))
         return response.status
 
@@ -18628,8 +18628,8 @@ class Bench:
                 payload = framing.feed(response.stream.take_all())[1]
                 now = context.loop.time()
                 arrivals += [now] * bool(payload)
-                self.times["event"].extend([
-                    now - int(sent) / 1e9 for sent in Demo.SENT.findall(payload)])
+                self.times["event"].extend(
+                    now - int(sent) / 1e9 for sent in Demo.SENT.findall(payload))
                 going_on = framing.ended or await response.more(context, now + seconds)
         except (OSError, Malformed) as failure:
             raise UpstreamFailed(failure) from None
@@ -18786,7 +18786,7 @@ COSTS = {
 
 def describe_upstream(upstream):
     """Returns a line without secrets."""
-    urls = " ".join([url.origin + url.path for url in upstream.url])
+    urls = " ".join(url.origin + url.path for url in upstream.url)
     key = {None: "not set", PASSTHROUGH: "of the caller"}.get(upstream.key, "set")
     models = "model as asked for" if upstream.name == "base" else "by its prefix alone"
     if upstream.model:
@@ -18800,7 +18800,7 @@ def describe_upstream(upstream):
 
 def describe_limits(config):
     if config.limits:
-        return "limits " + "; ".join([rule.text for rule in config.limits])
+        return "limits " + "; ".join(rule.text for rule in config.limits)
     bucket = ("each caller's bucket holds {config.max_tokens} tokens and gains"
               " {config.refill_tokens} every {config.refill_interval_seconds} s; a call costs ")
     return (bucket + COSTS[config.token_cost_mode]).format(config=config)
@@ -19262,13 +19262,13 @@ def usage_query(execute, by, since):
     """Returns the statement that adds up what calls since then used."""
     facts = read_facts(execute)
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
-    missing = "".join([", NULL AS " + name for name in ("team", "tag") if name not in known])
+    missing = "".join(", NULL AS " + name for name in ("team", "tag") if name not in known)
     names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
     return USAGE_QUERY.format(
         by=", ".join(names), totals=Sum.TOTALS,
         parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
-            missing=missing, start=START, columns=", ".join([
-                "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items()])))
+            missing=missing, start=START, columns=", ".join(
+                "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())))
 
 
 def read_usage(path, options, now):
@@ -19345,7 +19345,7 @@ def price_row(name, origin, price):
     """Returns a price in USD per million tokens; of what costs more above a number of tokens, or in
     a tier, input and output alone."""
     def usd(values):
-        return " ".join([format_usd(value * 1_000_000) for value in values])
+        return " ".join(format_usd(value * 1_000_000) for value in values)
 
     above = price.above and "%d: %s" % (price.above_tokens, usd(price.above[:2]))
     tiers = ["%s %s" % (tier, usd(other[:1]) if isinstance(other, Price) else other)
