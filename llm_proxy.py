@@ -180,6 +180,9 @@ def one_of(*words):
     return pattern("|".join(words), "must be " + " or ".join(words))
 
 
+on_or_off = one_of("on", "off")
+
+
 def word_or(words, read):
     """Returns a reader that knows the values of some words and leaves other texts to `read`."""
     return lambda text: words[text] if text in words else read(text)
@@ -436,10 +439,12 @@ class Rule(NamedTuple):
         return UNITS[self.unit].replace("estimate", "tokens")
 
 
-def rules(text):
+def rules(text, scope=""):
     """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
-    PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines."""
-    found = [read_rule(" ".join(part.split())) for part in re.split("[;\n]", text) if part.strip()]
+    PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines; `scope` is that of all
+    where none is said."""
+    parts = [scope + " ".join(part.split()) for part in re.split("[;\n]", text) if part.strip()]
+    found = list(map(read_rule, parts))
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
     return found
@@ -499,13 +504,6 @@ def read_amount(text, unit):
     require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
             " of requests, tokens, input_tokens, output_tokens or usd")
     return read_rule("each %s %s per day" % (text, unit)).capacity
-
-
-def rules_of_one(text):
-    """'60 requests per minute; 2 usd per day' -> rules of one caller, which has no need of scopes.
-    """
-    parts = [part.strip() for part in re.split("[;\n]", text) if part.strip()]
-    return tuple(rules("; ".join("each " + part for part in parts)))
 
 
 def check_rule(text, words, kinds):
@@ -714,8 +712,8 @@ class LinearPattern:
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
         self.alphabet = {*map(chr, range(256)), *text}
-        self.numbers: Dict[int, int] = {}  # of repetitions, by identity
-        self.ways: Dict[int, float] = {}   # of those that can take the same, by number
+        self.numbers = {}  # of repetitions, by identity
+        self.ways = {}     # of those that can take the same, by number
         self.choices = 0
         begin = self.beginning(self.tree)
         self.walk(self.tree, set(), False)
@@ -901,7 +899,7 @@ SETTING_ROWS = {
          "more header fields of callers to pass on, such as X-Trace-*, by commas"),
         ("UPSTREAM_CA_FILE", ca_file,
          "certificates (PEM) to check https upstreams against, instead of the system's"),
-        ("UPSTREAM_TLS_VERIFY=on", one_of("on", "off"),
+        ("UPSTREAM_TLS_VERIFY=on", on_or_off,
          "off: certificates are not checked, so that whoever is in between reads all"),
         ("HTTPS_PROXY", read_tunnel,
          "http://[USER:PASSWORD@]HOST[:PORT] of a proxy to https upstreams, by CONNECT", SECRET),
@@ -999,7 +997,7 @@ SETTING_ROWS = {
          "files, batches, responses and all else that endpoints store: each caller has what it"
          " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
          " asked for, else pass"),
-        ("VENDOR_ADMIN_PATHS=off", one_of("on", "off"),
+        ("VENDOR_ADMIN_PATHS=off", on_or_off,
          "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
     ),
     "What must not leave": (
@@ -1018,7 +1016,7 @@ SETTING_ROWS = {
         ("REDACT_ALLOW", values_allowed, "what may leave all the same, such as *@example.com"),
         ("REDACT_COUNTRY", countries,
          "countries, such as US,DE, whose phone numbers are found without +, too"),
-        ("REDACT_ANSWERS=off", one_of("on", "off"),
+        ("REDACT_ANSWERS=off", on_or_off,
          "on: what the answer holds of it, and the call did not, is masked as well"),
         ("REDACT_OPAQUE=pass", one_of("pass", "refuse"),
          "what cannot be read, such as a file or a conversation that is kept upstream: pass, or"
@@ -1064,7 +1062,7 @@ SETTING_ROWS = {
         ("PEERS=1", number_between(1, 10_000),
          "processes that share the limits, until Redis has told how many there are; at least"
          " WORKERS"),
-        ("SHARE_SLOTS", one_of("on", "off"),
+        ("SHARE_SLOTS", on_or_off,
          "on: MAX_CONCURRENCY is that of all processes together; unset: on with WORKERS"),
         ("WORKERS=1", number_between(1, 64),
          "processes that share the port; more than one need REDIS_URL, and a system with fork"),
@@ -1896,8 +1894,9 @@ KEY_FIELDS = {
     "expires": (word_or({"never": None}, age),
                 "how long it is good from when it was made, such as 15m or 30d; never"),
     "models": (model_globs, "the only models that it may use, such as 'gemma*,gpt-4*'"),
-    "limits": (rules_of_one, "rules without a scope, such as '2 usd per day', each instead of the"
-                             " general one of its unit and duration"),
+    "limits": (functools.partial(rules, scope="each "),
+               "rules without a scope, such as '2 usd per day', each instead of the general one of"
+               " its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
                  "the only upstream that its calls go to"),
     "redact": (read_kinds, "what must not leave with its calls, as REDACT, instead of that; off"),
@@ -1916,7 +1915,7 @@ def read_key(*values: Any) -> Key:
     require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
             and all(0 <= one < 1e11 for one in times), "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
-                        rules=derived.get("limits", ()))
+                        rules=tuple(derived.get("limits", ())))
 
 
 class Caller:
@@ -8716,9 +8715,9 @@ class Stored:
 
     def __init__(self, policy: str):
         self.policy = policy
-        self.things: "collections.OrderedDict[str, Thing]" = collections.OrderedDict()
+        self.things = collections.OrderedDict()  # Thing by name
         self.unsaved = collections.deque()
-        self.bills: "collections.OrderedDict[str, Bill]" = collections.OrderedDict()
+        self.bills = collections.OrderedDict()  # Bill by name
 
     def __repr__(self) -> str:
         return "<Stored: %s, %d things, %d bills>" % (
@@ -8788,7 +8787,7 @@ class NameReader:
         self.events = events
         self.found = found
         self.of_all = of_all
-        self.kept: Optional[List[bytes]] = []
+        self.kept = []  # None when nothing more is looked for
 
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
@@ -10126,6 +10125,8 @@ def exact_total(name):
     return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
 
 
+SUM_TOTALS = ", ".join(map(exact_total, SUM_COUNTS))
+SUM_NAMES = ", ".join(SUM_KEYS)
 # Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
 SUMMED_BY = ["start", *SUM_KEYS]
 SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
@@ -10140,7 +10141,7 @@ ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old ON old.span = {0} AND %s""" % (
-        SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), ", ".join(map(exact_total, SUM_COUNTS)),
+        SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), SUM_TOTALS,
         ", ".join(SUMMED_BY), ", ".join("new." + name for name in SUMMED_BY),
         ", ".join("min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
                   for name in SUM_COUNTS),
@@ -10149,7 +10150,7 @@ ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%
 ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
     max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
     GROUP BY %s""" % (
-        ", ".join(SUM_KEYS), ", ".join(map(exact_total, SUM_COUNTS)), ", ".join(SUM_KEYS))
+        SUM_NAMES, SUM_TOTALS, SUM_NAMES)
 # The sums of which days are made, by hours, and those since, the latest first.
 HISTORY = """SELECT %s FROM sums WHERE span = %d AND start < ? OR span = %d AND start >= ?
     ORDER BY start DESC LIMIT 50000""" % (SUM_COLUMNS, HOUR, QUARTER)
@@ -10267,7 +10268,7 @@ class Database:
         CREATE TABLE IF NOT EXISTS untold (id INTEGER PRIMARY KEY AUTOINCREMENT, sum TEXT)""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
             ", ".join(name + " TEXT" for name in SUM_KEYS),
-            ", ".join(name + " INTEGER" for name in SUM_COUNTS), ", ".join(SUM_KEYS))
+            ", ".join(name + " INTEGER" for name in SUM_COUNTS), SUM_NAMES)
     # Read the pages that the next rows go to. SQLite finds damage in any page that it reads, and
     # rolls back, so the others can wait until they are needed.
     PROBES = """SELECT rule, subject, level, since FROM buckets ORDER BY rule, subject;
@@ -10293,10 +10294,10 @@ class Database:
             if not is_new:
                 self.check()
             if reading:
-                self.connection = connect(path, "ro")
+                self.open("ro")
             else:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it tells who called what
-                self.connection = connect(path, "rw")
+                self.open("rw")
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
@@ -10305,6 +10306,10 @@ class Database:
             if "locked" in str(failure):
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
+
+    def open(self, mode):
+        self.connection = connect(self.path, mode)
+        self.execute = self.connection.execute
 
     def close(self):
         self.connection.close()
@@ -10346,7 +10351,7 @@ class Database:
 
     def prepare(self):
         """Makes the tables, or adds the columns that an older file lacks."""
-        execute = self.connection.execute
+        execute = self.execute
         with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
@@ -10366,7 +10371,7 @@ class Database:
     def transaction(self):
         """Begins one; returns what ends it, as a with-block."""
         self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
-        self.connection.execute("BEGIN IMMEDIATE")
+        self.execute("BEGIN IMMEDIATE")
         return self.connection
 
     def insert(self, statement, rows, *values):
@@ -10377,7 +10382,7 @@ class Database:
         most = min((self.MOST_VALUES - len(values)) // width, self.MOST_ROWS)
         for start in range(0, len(rows), most):
             batch = rows[start:start + most]
-            self.connection.execute(statement.replace("%s", ",".join([marks] * len(batch))),
+            self.execute(statement.replace("%s", ",".join([marks] * len(batch))),
                                     [*values, *itertools.chain.from_iterable(batch)])
 
     def add(self, rows: Sequence[Tuple]):
@@ -10398,7 +10403,7 @@ class Database:
     def add_new(self):
         """Adds calls to the sums that came since the last time."""
         summed = self.facts["summed"]
-        (last,), = self.connection.execute(
+        (last,), = self.execute(
             "SELECT max(rowid) FROM (SELECT rowid FROM calls WHERE rowid > ? ORDER BY rowid"
             " LIMIT ?)", (summed, self.BATCH)).fetchall()
         if last is not None:
@@ -10415,20 +10420,19 @@ class Database:
 
     def add_up(self, first, last, **facts):
         """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
-        sums = self.names.put(self.connection.execute(SUMS_OF_CALLS, (first, last)).fetchall())
+        sums = self.names.put(self.execute(SUMS_OF_CALLS, (first, last)).fetchall())
         self.add_sums(sums, facts, sums if self.tells else ())
 
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
         late = [row for row in sums if row[0] < self.facts["rolled"]]
-        execute = self.connection.execute
         with self.transaction():
             for span, rows in (QUARTER, sums), (HOUR, late), (DAY, late):
                 self.insert(ADD_TO_SUMS.format(span), [
                     (row[0] // span * span, *row[1:]) for row in rows])
             if told:  # of which so many may wait
                 self.insert(self.TELL, [[json.dumps(row)] for row in told])
-                execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
+                self.execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
             self.note(**facts)
         self.facts.update(facts)
 
@@ -10440,14 +10444,14 @@ class Database:
 
     def untold(self, most: int) -> List[Tuple[int, str]]:
         """Returns sums that the others have yet to be told, with a number each."""
-        return self.connection.execute(
+        return self.execute(
             "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
 
     def begin_to_tell(self):
         """Has others told what is added from now on, and, the first time, what was before. The next
         sum to be told gets a higher number than any that was told, also of a file that was in the
         place of this one."""
-        execute = self.connection.execute
+        execute = self.execute
         with self.transaction():
             if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'").fetchall():
                 execute("INSERT INTO sqlite_sequence VALUES ('untold', 0)")
@@ -10469,18 +10473,18 @@ class Database:
                     found.append(read_sum(text))
         if len(facts) > 1:
             self.add_sums(found, facts, ())
-        self.connection.execute("DELETE FROM untold WHERE id <= ?", (told,))
+        self.execute("DELETE FROM untold WHERE id <= ?", (told,))
 
     def roll_up(self, now):
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
-        (start,), = self.connection.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
+        (start,), = self.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
         if start is None or start // HOUR * HOUR + HOUR > now:
             return False
         hour = start // HOUR * HOUR
         with self.transaction():
             for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
-                self.connection.execute(ROLL_UP, {
+                self.execute(ROLL_UP, {
                     "span": span, "shorter": shorter, "start": hour // span * span})
             self.note(rolled=hour + HOUR)
         self.facts["rolled"] = hour + HOUR
@@ -10493,7 +10497,7 @@ class Database:
         if self.facts["summed"] < listed + self.CHUNK:
             return False
         with self.transaction():
-            self.connection.execute(
+            self.execute(
                 "INSERT INTO ids SELECT ?, id, rowid FROM calls WHERE rowid > ? AND rowid <= ?"
                 " AND id IS NOT NULL ORDER BY id", (
                     listed // self.CHUNK, listed, listed + self.CHUNK))
@@ -10529,7 +10533,7 @@ class Database:
     def levels(self) -> Levels:
         """Returns what was saved."""
         found = {}
-        for rule, subject, level, since in () if self.shared else self.connection.execute(
+        for rule, subject, level, since in () if self.shared else self.execute(
                 "SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
@@ -10541,13 +10545,13 @@ class Database:
         self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
             (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
             for name, thing in things])
-        self.connection.execute(
+        self.execute(
             "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
 
     def things(self) -> Dict[str, Thing]:
         """Returns what was saved, oldest first."""
         found = {}
-        for name, owner, *place in self.connection.execute(
+        for name, owner, *place in self.execute(
                 "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
             with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
                 found[name] = Thing(self.read_owners(owner)[0], *place)
@@ -10555,15 +10559,14 @@ class Database:
 
     def secret(self) -> bytes:
         """Returns a random secret of this file's own."""
-        execute = self.connection.execute
-        execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
-        (found,), = execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
+        self.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
+        (found,), = self.execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
         return bytes(found)
 
     def key_rows(self) -> Tuple[Any, ...]:
         """Returns (rows of keys, of their secrets, whether nobody else may call, names of upstreams
         that an admin has switched off), all of one moment; when a key was used last is left out."""
-        execute = self.connection.execute
+        execute = self.execute
         execute("BEGIN")
         with self.connection:
             return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
@@ -10581,7 +10584,7 @@ class Database:
 
     def key_records(self):
         """Returns what other boxes must know of keys, also of those that were removed."""
-        execute, found = self.connection.execute, {}
+        execute, found = self.execute, {}
         for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
                              " WHERE what LIKE '% key' GROUP BY target").fetchall():
             name = audit[5]
@@ -10599,7 +10602,7 @@ class Database:
         (when, *words), keys, secrets = json.loads(record)
         _, _, _, what, name, _ = words
         require(set(map(type, words)) == {str} and what.endswith(" key"), "no record")
-        execute = self.connection.execute
+        execute = self.execute
         if execute("SELECT 1 FROM audit WHERE target = ? AND time >= ? AND what LIKE '% key'",
                    (name, float(when))).fetchall():
             return
@@ -10619,22 +10622,22 @@ class Database:
         names = Key._fields[:-2]
         subject = bytes.fromhex(fields["subject"])
         key = read_key(*map({**fields, "subject": subject}.get, names))
-        self.connection.execute("INSERT INTO keys (%s) VALUES (%s)" % (
+        self.execute("INSERT INTO keys (%s) VALUES (%s)" % (
             ", ".join(names), ", ".join("?" * len(names))), key[:len(names)])
         if key.role == "caller":
-            self.connection.execute(CLOSE_DOOR)
+            self.execute(CLOSE_DOOR)
 
     def note_use(self, used):
         """{name of a key: when it was used last}"""
         for name, wall in used.items():
-            self.connection.execute(
+            self.execute(
                 "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
                 (wall, name, wall - 60))
 
     def take_orders(self, now):
         """Returns what is to be done, which counts as done from then on, and what was given before
         and is good still."""
-        execute = self.connection.execute
+        execute = self.execute
         if not execute("SELECT 1 FROM orders LIMIT 1").fetchall():
             return []
         with self.transaction():
@@ -10647,32 +10650,21 @@ class Database:
 
     def data_version(self):
         """Returns a number that changes when another connection has written."""
-        (found,), = self.connection.execute("PRAGMA data_version").fetchall()
+        (found,), = self.execute("PRAGMA data_version").fetchall()
         return found
 
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
-        execute = self.connection.execute
-        calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
-        others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
-            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
+        calls = self.execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
+        others = [self.execute(FORGET_IDS % self.CHUNK).rowcount, *[
+            self.execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
         return calls >= self.FORGOTTEN or any(others)
 
 
 class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
     """What calls came to."""
     __slots__ = ()
-
-    # As they are added up over sums: picodollars in two parts, both of which are exact.
-    TOTALS = ", ".join(["total(%s)" % name for name in SUM_COUNTS if name != "picodollars"] + [
-        "total(picodollars / 1000000)", "total(picodollars % 1000000)"])
-
-    @classmethod
-    def read(cls, totals: Sequence[float]) -> "Sum":
-        """Takes what a query tells for TOTALS."""
-        *counts, millions, rest = map(int, totals)
-        return cls(*counts, millions * 1000000 + rest)
 
     @classmethod
     def of(cls, sums: Collection["Sum"]) -> "Sum":
@@ -10810,18 +10802,16 @@ LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last
     GROUP BY caller) AS found CROSS JOIN calls ON calls.rowid = last"""
 
 
-class LedgerReader:
+class LedgerReader(NamedTuple):
     """Answers what pages ask of a ledger, from any thread but the loop's. Each question has a
-    connection of its own, so nothing is kept of a file that was replaced. Raises sqlite3.Error."""
+    connection of its own, so nothing is kept of a file that was replaced. `now`, in unix seconds,
+    and `zone` are those of who asks. Raises sqlite3.Error."""
+    path: str
+    now: float = 0.0
+    zone: datetime.tzinfo = datetime.timezone.utc
+
     LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
-
-    def __init__(self, path: str, now: float = 0.0,
-                 zone: datetime.tzinfo = datetime.timezone.utc):
-        """`now`, in unix seconds, and `zone` are those of who asks."""
-        self.path = path
-        self.now = now
-        self.zone = zone
 
     @contextlib.contextmanager
     def ask(self):
@@ -10842,8 +10832,8 @@ class LedgerReader:
             rolled = read_facts(execute)["rolled"]
             spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
                      for span in read_spans(low, high, rolled)]
-            query = ADD_SUMS % (", ".join(spans), by, Sum.TOTALS, where)
-            return [(at, name, Sum.read(totals))
+            query = ADD_SUMS % (", ".join(spans), by, SUM_TOTALS, where)
+            return [(at, name, Sum._make(totals))
                     for at, name, *totals in execute(query, values)]
 
     def totals(self, by: str, start: float, end: float,
@@ -11093,18 +11083,16 @@ class NewKey(NamedTuple):
         return {"key": self.secret, **self.key.as_dict()}
 
 
-class KeyStore:
-    """What can be done with stored keys: each in one transaction, with a row of the audit. A
-    running proxy goes by it within a second. Fields are given as texts, as KEY_FIELDS has them,
-    None or empty for none. Raises KeyFault, and sqlite3.Error."""
+class KeyStore(NamedTuple):
+    """What can be done with stored keys: each in one transaction, with a row of the audit, which
+    names the actor. A running proxy goes by it within a second. Fields are given as texts, as
+    KEY_FIELDS has them, None or empty for none. Raises KeyFault, and sqlite3.Error."""
+    connection: sqlite3.Connection
+    clock: Any
+    actor: Optional[Actor]  # None where nothing will be changed
+
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
-
-    def __init__(self, connection: sqlite3.Connection, clock: Any, actor: Optional[Actor]):
-        """`actor` is None where nothing will be changed."""
-        self.connection = connection
-        self.clock = clock
-        self.actor = actor
 
     @contextlib.contextmanager
     def change(self, what, name, detail=""):
@@ -11321,7 +11309,7 @@ class Ledger(Writer):
         self.secret = secret
         self.worker = worker
         # Is told of keys that were changed and of orders, in the ledger's thread.
-        self.on_news: Callable[[StoredKeys, List[Order]], None] = lambda keys, orders: None
+        self.on_news = lambda keys, orders: None
         self.on_read = collections.deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
@@ -11404,7 +11392,7 @@ class Ledger(Writer):
                 self.saved = {}
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
-                    self.database.connection.execute(CLOSE_DOOR)
+                    self.database.execute(CLOSE_DOOR)
                 self.log.say("calls and buckets are kept in %s" % self.path)
             except DatabaseFault as fault:
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
@@ -11567,7 +11555,7 @@ class Books:
         self.log = log
         self.ledger = ledger
         self.usage_log = usage_log
-        self.running: Dict[Entry, None] = {}
+        self.running = {}
         self.watch(())
 
     def open(self):
@@ -11637,30 +11625,10 @@ def ended_call(entry: Entry) -> JsonObject:
     return {**call_fields(entry.as_fields()), "key": entry.started}
 
 
-class Event:
-    """Something that happened. Its text is made once, for the first who asks."""
-    __slots__ = ("number", "name", "about", "text")
-
-    def __init__(self, number: int, name: str, about: Union[Entry, JsonObject]):
-        self.number = number
-        self.name = name
-        self.about = about
-        self.text: Optional[bytes] = None
-
-    def encoded(self) -> bytes:
-        """Returns it as a server-sent event (WHATWG HTML 9.2)."""
-        if self.text is None:
-            about = self.about
-            payload = ended_call(about) if isinstance(about, Entry) else about
-            self.text = b"id: %d\nevent: %s\ndata: %s\n\n" % (
-                self.number, self.name.encode(), json.dumps(payload).encode())
-            self.about = None
-        return self.text
-
-
 class Feed(Watcher):
-    """Events, the last ROOM of them, for pages that show what happens now. Each has a number, by
-    which a page that was cut off goes on. While nobody looks, calls cost nothing here."""
+    """Events, the last ROOM of them, as server-sent ones (WHATWG HTML 9.2), for pages that show
+    what happens now. Each has a number, by which a page that was cut off goes on. While nobody
+    looks, calls cost nothing here."""
     ROOM = 1000
     KEPT_SECONDS = 60  # for a page that was cut off, after which it begins anew
     PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
@@ -11668,17 +11636,18 @@ class Feed(Watcher):
     def __init__(self, clock: Any):
         self.clock = clock
         self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
-        self.events: "collections.deque[Event]" = collections.deque(maxlen=self.ROOM)
+        self.events = collections.deque(maxlen=self.ROOM)
         self.told = 0       # of calls, in this second
         self.listeners = 0  # pages that are open
         self.kept = 0       # seconds for which events are kept yet
-        self.waiting: Set["asyncio.Future[bool]"] = set()
+        self.waiting = set()  # futures of pages
         self.closed = False
 
-    def tell(self, name: str, about: Union[Entry, JsonObject]):
+    def tell(self, name: str, payload: JsonObject):
         """Adds an event, and wakes who waits for one."""
         self.number += 1
-        self.events.append(Event(self.number, name, about))
+        text = "id: %d\nevent: %s\ndata: %s\n\n" % (self.number, name, json.dumps(payload))
+        self.events.append(text.encode())
         if self.waiting:
             self.wake()
 
@@ -11695,7 +11664,7 @@ class Feed(Watcher):
     def record(self, entry):
         if (self.kept or self.listeners) and entry.call and self.told < self.PER_SECOND:
             self.told += 1
-            self.tell("end", entry)
+            self.tell("end", ended_call(entry))
 
     def exchange(self, payload: JsonObject):
         """Tells other processes, where there are some, what was in a second."""
@@ -11720,7 +11689,7 @@ class Feed(Watcher):
         self.closed = True
         self.wake()
 
-    def since(self, number: int) -> Optional[List[Event]]:
+    def since(self, number: int) -> Optional[List[bytes]]:
         """Returns the events after a number, None where some of them are forgotten."""
         if number > self.number or number < self.number - len(self.events):
             return None
@@ -11748,13 +11717,13 @@ class Poster(Writer):
         self.host = parts.hostname
         self.port = parts.port or DEFAULT_PORTS[parts.scheme]
         self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-        self.tls = tls
+        self.connect = functools.partial(http.client.HTTPSConnection, context=tls) if tls else (
+            http.client.HTTPConnection)
         self.clock = clock
         self.log = log
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
                        **(fields or {})}
-        # Makes one body of many items; without it each goes by itself.
-        self.bundle: Optional[Callable[[List[Any]], JsonObject]] = None
+        self.bundle = None  # makes one body of many items; without it each goes by itself
         self.thread.start()
 
     def write_queued(self):
@@ -11786,7 +11755,7 @@ class Poster(Writer):
 
     def post(self, data):
         """Returns why it was not taken: a status, or words."""
-        connection = self.connection()
+        connection = self.connect(self.host, self.port, timeout=self.SECONDS)
         try:
             connection.request("POST", self.target, data, self.fields)
             status = connection.getresponse().status
@@ -11795,13 +11764,6 @@ class Poster(Writer):
             return CAUSES.get(type(failure), "connection failed")
         finally:
             connection.close()
-
-    def connection(self):
-        """The one place here that opens any."""
-        if self.tls:
-            return http.client.HTTPSConnection(
-                self.host, self.port, timeout=self.SECONDS, context=self.tls)
-        return http.client.HTTPConnection(self.host, self.port, timeout=self.SECONDS)
 
 
 # -- metrics, as Prometheus reads them (https://prometheus.io/docs/instrumenting/exposition_formats)
@@ -11936,14 +11898,14 @@ class Metrics(Watcher):
     counts_all = True
 
     def __init__(self):
-        self.known: Dict[Tuple[Union[str, Dialect, Caller, None], ...], Series] = {}
-        self.series: Dict[Tuple[str, ...], Series] = {}
-        self.used: Dict[Tuple[str, ...], Used] = {}
-        self.times: Dict[str, Times] = {}
-        self.callers: Dict[CallerKey, str] = {}
-        self.models: Set[str] = set()
-        self.refused: Dict[str, int] = {}
-        self.redacted: Dict[str, int] = collections.Counter()
+        self.known = {}    # Series by what calls say of themselves,
+        self.series = {}   # and by its labels,
+        self.used = {}     # Used by the first three of them
+        self.times = {}    # Times by upstream
+        self.callers = {}  # labels by key
+        self.models = set()
+        self.refused = {}  # counts by rule
+        self.redacted = collections.Counter()  # by kind
 
     def record(self, entry):
         call = entry.call
@@ -12089,12 +12051,12 @@ class Pulse(Watcher):
         self.feed = feed
         self.metrics = metrics
         self.before = metrics.totals()
-        self.seconds: "collections.deque[JsonObject]" = collections.deque(maxlen=self.MINUTE)
+        self.seconds = collections.deque(maxlen=self.MINUTE)
         self.times = collections.deque(  # (end, seconds, upstream)
             maxlen=self.MINUTE * self.PER_SECOND)
         self.room = self.PER_SECOND  # for those of this second
-        self.callers: Dict[CallerKey, Tuple[Caller, int]] = {}  # and when it called last, in ns
-        self.changed: Dict[BucketKey, Tuple[Rule, Caller]] = {}
+        self.callers = {}  # by key: who, and when it called last, in ns
+        self.changed = {}  # by the key of a bucket: its rule, and whose it is
 
     def record(self, entry):
         caller = entry.caller
@@ -12397,12 +12359,11 @@ class Warnings(Watcher):
         self.feed = feed
         self.webhook = webhook
         # Calls what tells of a subject that several processes see, in one of them.
-        self.once: Callable[[Tuple[BucketKey, int], Callable[[], bool]], None] = (
-            lambda subject, tell: tell())
-        self.quiet_until: Dict[Tuple[str, ...], float] = {}  # oldest first
-        self.down: Set[str] = set()  # the upstreams that are said to be
-        self.dropped = 0             # calls that the ledger is said to have lost
-        self.ending: Set[Tuple[str, float]] = set()  # keys that are said to expire, and when
+        self.once = lambda subject, tell: tell()
+        self.quiet_until = {}  # by what was told of what, oldest first
+        self.down = set()      # the upstreams that are said to be
+        self.dropped = 0       # calls that the ledger is said to have lost
+        self.ending = set()    # keys that are said to expire, and when
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
              **about: Any) -> bool:
@@ -12455,7 +12416,7 @@ class Marks(Watcher):
     def __init__(self, shares: Sequence[float], warnings: Warnings):
         self.shares = sorted(shares)
         self.warnings = warnings
-        self.passed: Dict[BucketKey, int] = {}  # how many of them, by those that are past one
+        self.passed = {}  # how many of them, by those that are past one
 
     def record(self, entry):
         for share, level in shares_used(entry.hold) if entry.hold else ():
@@ -15969,7 +15930,7 @@ class Catalogue:
         self.lists = {one.name: [] for one in self.upstreams}
         self.good_until = -math.inf
         self.asking = None  # the task that asks
-        self.apart: Dict[str, float] = {}  # until when those of an upstream beside these are good
+        self.apart = {}  # until when those of an upstream beside these are good
 
     async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
         """Returns them by name, or those of one upstream; the first of a name counts. Who asks
@@ -16440,7 +16401,7 @@ class Admin:
         events = self.feed.since(number)
         if events is None:
             return b"event: lost\ndata: {}\n\n", self.feed.number
-        return b"".join(event.encoded() for event in events), self.feed.number
+        return b"".join(events), self.feed.number
 
     async def next_event(self, reply):
         """Wait for an event; returns a comment where none comes."""
@@ -18039,26 +18000,23 @@ class Server(http.server.ThreadingHTTPServer):
     emptied = None  # a future of that no connection is open
     draining = False
 
-    def __init__(self, proxy: Proxy, host: str, port: int, most: int,
-                 listener: Optional[socket.socket] = None):
-        """`listener` is a socket that listens already, for several processes."""
+    def __init__(self, proxy: Proxy, listener: socket.socket):
+        """`listener` is a socket that listens."""
         self.proxy = proxy
         self.loop = proxy.loop
         self.pages = Pages(proxy)
         self.admin = Admin(proxy, self.pages.catalogue)
-        self.most = most
         self.parts = self.make_parts()
         self.reload()
         self.handshakes = Handshakes(proxy.clock)
-        self.open: Set[ClientConnection] = set()
+        self.open = set()  # of ClientConnection
         self.by_address = collections.Counter()  # how many are open of each
         self.lingering = collections.OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
-        super().__init__((host, port), ClientConnection, bind_and_activate=False)
+        super().__init__(listener.getsockname(), ClientConnection, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listen(host, port)
-        self.server_address = self.socket.getsockname()
+        self.socket = listener
         proxy.books.open()
         self.loop.call_soon_threadsafe(self.begin)
 
@@ -18108,7 +18066,7 @@ class Server(http.server.ThreadingHTTPServer):
         # Whoever is on the link can have as many of its addresses as they like.
         address = "fe80::" if peer.startswith("fe80:") else address_of(peer)
         full = self.by_address[address] >= self.most_of(peer) or (
-            len(self.open) >= self.most and not self.end_an_idle_one())
+            len(self.open) >= self.proxy.config.max_connections and not self.end_an_idle_one())
         try:
             request.setblocking(False)
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -18311,9 +18269,9 @@ class Workers:
         self.work = work
         self.clock = clock
         self.say = say
-        self.running: Dict[int, Tuple[int, float]] = {}  # process -> its number, when it began
+        self.running = {}  # process -> its number, when it began
         self.due = dict.fromkeys(range(count), -math.inf)  # number -> when it is to be started
-        self.pauses: Dict[int, float] = {}  # before that, of those that were started again
+        self.pauses = {}  # before that, of those that were started again
         self.stopping = False
         self.code = 0
 
@@ -18901,7 +18859,7 @@ def look_at_database(config):
     path = config.database
     with contextlib.suppress(FileNotFoundError, sqlite3.Error), (
             contextlib.closing(Database(path, reading=True))) as database:
-        if is_closed(database.connection.execute):
+        if is_closed(database.execute):
             config.note_stored_keys()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or contextlib.nullcontext():
@@ -19030,7 +18988,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
     proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     log = proxy.books.log
     try:
-        server = Server(proxy, config.host, config.port, config.max_connections)
+        server = Server(proxy, listen(config.host, config.port))
     except OSError as failure:
         log.say(cannot_listen(config, failure))
         proxy.books.close(1)
@@ -19125,7 +19083,7 @@ def run_worker(config, log_stream, reread, worker):
         proxy.tally.begin(worker.number)
         if proxy.redis:
             proxy.limits.buckets.succeeds = worker.again
-        server = Server(proxy, config.host, config.port, config.max_connections, worker.listener)
+        server = Server(proxy, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
@@ -19265,7 +19223,7 @@ def usage_query(execute, by, since):
     missing = "".join(", NULL AS " + name for name in ("team", "tag") if name not in known)
     names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
     return USAGE_QUERY.format(
-        by=", ".join(names), totals=Sum.TOTALS,
+        by=", ".join(names), totals=SUM_TOTALS,
         parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
             missing=missing, start=START, columns=", ".join(
                 "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())))
@@ -19282,7 +19240,7 @@ def read_usage(path, options, now):
         if options.id:
             return COLUMN_NAMES, find_call(execute, options.id)
         tell_of_boxes(execute)
-        found = [(row[:len(by)], Sum.read(row[len(by):])) for row in execute(
+        found = [(row[:len(by)], Sum._make(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
     found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
     rows = [(names, one.as_dict()) for names, one in found]

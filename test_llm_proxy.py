@@ -745,7 +745,7 @@ class ProxyCase(TableCase):
         self.lines = Lines()
         self.tracebacks = 0
         self.proxy = build(config, self.lines, clock, database)
-        self.server = llm_proxy.Server(self.proxy, "127.0.0.1", 0, config.max_connections)
+        self.server = llm_proxy.Server(self.proxy, llm_proxy.listen("127.0.0.1", 0))
         self.address = self.server.server_address[:2]
         self.proxy.loop.held = []
         if isinstance(clock, Clock):
@@ -2264,7 +2264,7 @@ class KeysRulesTest(LimitsCase):
     """Rules of teams, and of keys themselves."""
 
     def key(self, name, limits=None, team=None):
-        rules = llm_proxy.rules_of_one(limits) if limits else ()
+        rules = tuple(llm_proxy.rules(limits, "each ")) if limits else ()
         return llm_proxy.Key(name, team=team, limits=limits, subject=name.encode(), rules=rules)
 
     def caller(self, name, **fields):
@@ -9276,7 +9276,7 @@ class SumsTest(TableCase):
     def test_a_caller_has_days_hours_and_a_last_call(self):
         self.add_many(300)
         now = self.DAY + 3 * 86400
-        self.reader.now = now - 1
+        self.reader = self.reader._replace(now=now - 1)
         days = self.reader.days("a", 5)
         found = {one["at"]: one["calls"] for one in days if one["calls"]}
         expected = self.counted("CAST(time AS INTEGER) / 86400 * 86400", "caller = 'a'")
@@ -9368,7 +9368,7 @@ class SumsTest(TableCase):
             for filters in self.FILTERS.splitlines():
                 filters = dict(part.split("=") for part in filters.split(" -> ")[0].split())
                 self.reader.calls(None, 50, filters)
-            self.reader.now = now
+            self.reader = self.reader._replace(now=now)
             self.reader.usage("team", "day", self.DAY, now, {"caller": "a"})
             for question in (self.reader.hours, self.reader.today, lambda: self.reader.days("a")):
                 question()
@@ -10070,7 +10070,8 @@ class WarningsTest(SignalsCase):
 
     def told(self):
         """What the page is told."""
-        return [one.about for one in self.proxy.watchers.feed.events if one.name == "warning"]
+        return [json.loads(one.partition(b"\ndata: ")[2])
+                for one in self.proxy.watchers.feed.events if b"\nevent: warning\n" in one]
 
     def events(self, count):
         wait_for(lambda: len(self.hook.requests) >= count, "%d events" % count)
