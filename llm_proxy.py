@@ -9994,6 +9994,7 @@ class Log(Writer):
     PAUSE = 0.05
     BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
     LONGEST = 3000  # characters of what one of several processes says: it fits in PIPE_BUF
+    QUIET_SECONDS = 60
     told = 0    # how many of the dropped ones are told of
     cut = False  # whether the last line was not written to its end
 
@@ -10005,11 +10006,19 @@ class Log(Writer):
         self.clock = clock
         self.stream = stream
         self.as_json = as_json
+        self.quiet_until = {}  # by what was complained of, in monotonic seconds
         self.thread.start()
 
     def say(self, text: str):
         """Queues a line."""
         self.record(self.message(text))
+
+    def complain(self, about: str, text: str):
+        """Queues a line, but of the same thing once a minute at most."""
+        now = self.clock.monotonic()
+        if now >= self.quiet_until.get(about, 0):
+            self.quiet_until[about] = now + self.QUIET_SECONDS
+            self.say(text)
 
     def message(self, text):
         if self.speaker and len(text) > self.LONGEST:
@@ -11280,7 +11289,6 @@ class Ledger(Writer):
     SUM_SECONDS = 2
     forget_at = 0.0       # monotonic seconds, as are the others
     sum_at = 0.0
-    complain_at = 0.0
     reopen_at = 0.0
     version = -1          # of the database, when keys were read
     done: Collection[Order] = ()  # what is good still, and known here
@@ -11345,12 +11353,12 @@ class Ledger(Writer):
         try:
             if not self.is_open(now):
                 return
-            self.read_news(now)
+            self.read_news()
             rows, names, rules = zip(*batch) if batch else ((), (), ())
             self.write(rows, rules, now)
-            self.note_use(dict(zip(names, rows)), now)
+            self.note_use(dict(zip(names, rows)))
         except sqlite3.Error as failure:
-            return self.complain(now, "the database cannot be written: %s" % failure)
+            return self.complain("the database cannot be written: %s" % failure)
         except Exception:
             self.log.report()  # and go on without these
             self.dropped += len(batch)
@@ -11398,18 +11406,18 @@ class Ledger(Writer):
                 self.log.say("calls and buckets are kept in memory only: %s" % fault)
         return self.database is not None
 
-    def read_news(self, now):
+    def read_news(self):
         """Looks at keys and orders, and tells those who asked before it looked."""
         asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
         while self.records:
             self.version = -1
             with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
                 self.database.take_record(self.records.popleft())
-        self.look_at_keys(now)
+        self.look_at_keys()
         for tell in asked:
             tell()
 
-    def look_at_keys(self, now):
+    def look_at_keys(self):
         """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
         nobody is let in by that, and nobody shut out."""
         try:
@@ -11421,7 +11429,7 @@ class Ledger(Writer):
             if self.on_records and (rows != self.keys.rows or self.version < 0):
                 self.on_records(self.database.key_records())
         except sqlite3.Error as failure:
-            return self.complain(now, "the keys in DATABASE cannot be read: %s" % failure)
+            return self.complain("the keys in DATABASE cannot be read: %s" % failure)
         self.version = version
         if rows != self.keys.rows:
             self.keys = read_keys(rows, self.secret, self.keys.closed)
@@ -11439,19 +11447,17 @@ class Ledger(Writer):
         self.done = {one._replace(done=1) for one in found if one.until}  # others are gone
         return new
 
-    def note_use(self, last_rows, now):
+    def note_use(self, last_rows):
         """Writes when keys were used, to the minute, and how many processes there are."""
         used = {name: row[TIME_COLUMN] for name, row in last_rows.items() if name}
         try:
             self.database.note_use(used)
             self.database.note_processes(self.limits.buckets.processes)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
-            self.complain(now, "the keys in DATABASE cannot be written: %s" % failure)
+            self.complain("the keys in DATABASE cannot be written: %s" % failure)
 
-    def complain(self, now, text):
-        if now >= self.complain_at:
-            self.complain_at = now + 60
-            self.log.say(text)
+    def complain(self, text):
+        self.log.complain("DATABASE", text)
 
     def recent_levels(self, keyed_rules):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
@@ -11705,11 +11711,9 @@ class Poster(Writer):
     MOST = 500          # items of one body, where several go into one
     DELAYS = (0, 1, 5)  # seconds before each try
     SECONDS = 10        # to connect, to send and to be answered
-    COMPLAIN_SECONDS = 60
     PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which another try may go well
-    complain_at = -math.inf  # monotonic seconds
 
-    def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], clock: Any, log: Log,
+    def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], log: Log,
                  fields: Optional[Texts] = None):
         """`fields` are more header fields; with `tls` the URL is one of https."""
         super().__init__(name)
@@ -11719,7 +11723,6 @@ class Poster(Writer):
         self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
         self.connect = functools.partial(http.client.HTTPSConnection, context=tls) if tls else (
             http.client.HTTPConnection)
-        self.clock = clock
         self.log = log
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
                        **(fields or {})}
@@ -11746,11 +11749,9 @@ class Poster(Writer):
                 return True
             if fault.isdecimal() and int(fault) not in self.PASSING:
                 break
-        now = self.clock.monotonic()
-        if now >= self.complain_at:
-            self.complain_at = now + self.COMPLAIN_SECONDS
-            self.log.say("%s cannot be delivered: %s" % (
-                self.thread.name, "status " + fault if fault.isdecimal() else fault))
+        name = self.thread.name
+        self.log.complain(name, "%s cannot be delivered: %s" % (
+            name, "status " + fault if fault.isdecimal() else fault))
         return False
 
     def post(self, data):
@@ -15817,7 +15818,7 @@ def build_watchers(config, clock, log, limits):
             tls = ssl.create_default_context()
             if config.upstream_ca_file:
                 tls.load_verify_locations(config.upstream_ca_file)
-        return Poster(name, url, tls, clock, log, **options)
+        return Poster(name, url, tls, log, **options)
 
     traces = webhook = None
     if config.otel_exporter_otlp_endpoint:
@@ -17900,16 +17901,14 @@ class LoopWatch:
     """Notices when something held the loop, and says so once a minute at most. The accepting thread
     looks meanwhile at what that is. Where the process had hardly any CPU, it was the machine."""
     PERIOD = 0.25          # seconds, of looks at the loop, and what is too long
-    REPORT_SECONDS = 60
 
     culprit = ""
-    quiet_until = -math.inf
     thread = 0  # that of the loop, once it runs
     used = 0.0  # seconds of CPU, until the last look
 
     def __init__(self, proxy: Proxy):
         self.loop = proxy.loop
-        self.say = proxy.books.log.say
+        self.log = proxy.books.log
         self.metrics = proxy.watchers.metrics
         self.due = self.loop.time()
 
@@ -17919,9 +17918,8 @@ class LoopWatch:
         late = now - self.due
         if late > self.PERIOD and self.thread:
             self.metrics.held += late
-            if now >= self.quiet_until:
-                self.quiet_until = now + self.REPORT_SECONDS
-                self.say("the event loop was held for %.2f s%s: the process had %.2f s of CPU" % (
+            self.log.complain(
+                "loop", "the event loop was held for %.2f s%s: the process had %.2f s of CPU" % (
                     late, self.culprit, time.process_time() - self.used))
         self.metrics.sort_in()
         self.culprit = ""

@@ -14842,7 +14842,7 @@ class ServerTest(ServerCase):
         self.assertEqual({client.read().status for client in clients}, {200})
 
     def test_what_holds_the_loop_is_named_in_the_log(self):
-        self.patch_seconds(LoopWatch_PERIOD=0.01, LoopWatch_REPORT_SECONDS=0)
+        self.patch_seconds(LoopWatch_PERIOD=0.01, Log_QUIET_SECONDS=0)
         self.start()
         find = self.proxy.routes.find
         said = re.compile(r"the event loop was held for 0\.\d\d s by route, line \d+:"
