@@ -10232,12 +10232,12 @@ def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
     `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
     `rolled` is when the last hour ends of which there is a sum."""
     return dict(execute(
-        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'").fetchall())
+        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'"))
 
 
 def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
     """Tells whether a key of a caller was stored: nobody else may call, for good."""
-    return bool(execute("SELECT 1 FROM facts WHERE name = 'closed'").fetchall())
+    return bool(list(execute("SELECT 1 FROM facts WHERE name = 'closed'")))
 
 
 CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
@@ -10303,10 +10303,10 @@ class Database:
             if not is_new:
                 self.check()
             if reading:
-                self.open("ro")
+                self.connection = connect(path, "ro")
             else:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it tells who called what
-                self.open("rw")
+                self.connection = connect(path, "rw")
                 self.prepare()
                 self.identity = self.file_identity()
         except (OSError, sqlite3.Error) as failure:
@@ -10316,9 +10316,9 @@ class Database:
                 raise InUse("DATABASE %s is locked by another process" % path) from None
             raise Unwritable(path, failure) from None
 
-    def open(self, mode):
-        self.connection = connect(self.path, mode)
-        self.execute = self.connection.execute
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> List[Tuple[Any, ...]]:
+        """Returns all rows that a statement brings: PyPy keeps one open that has more."""
+        return self.connection.execute(statement, values).fetchall()
 
     def close(self):
         self.connection.close()
@@ -10365,16 +10365,16 @@ class Database:
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
             for table, columns in ("calls", COLUMNS), ("keys", [("redact", "TEXT")]):
-                known = {row[1] for row in execute("PRAGMA table_info(%s)" % table).fetchall()}
+                known = {row[1] for row in execute("PRAGMA table_info(%s)" % table)}
                 for name, kind in columns:
                     if name not in known:
                         execute("ALTER TABLE %s ADD COLUMN %s %s" % (table, name, kind))
-            (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls").fetchall()
+            (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
             self.facts.update(read_facts(execute))
-        execute("PRAGMA journal_mode = WAL").fetchall()  # PyPy keeps the statement open otherwise
+        execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
 
     def transaction(self):
@@ -10414,7 +10414,7 @@ class Database:
         summed = self.facts["summed"]
         (last,), = self.execute(
             "SELECT max(rowid) FROM (SELECT rowid FROM calls WHERE rowid > ? ORDER BY rowid"
-            " LIMIT ?)", (summed, self.BATCH)).fetchall()
+            " LIMIT ?)", (summed, self.BATCH))
         if last is not None:
             self.add_up(summed, last, summed=last)
         return last is not None
@@ -10429,7 +10429,7 @@ class Database:
 
     def add_up(self, first, last, **facts):
         """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
-        sums = self.names.put(self.execute(SUMS_OF_CALLS, (first, last)).fetchall())
+        sums = self.names.put(self.execute(SUMS_OF_CALLS, (first, last)))
         self.add_sums(sums, facts, sums if self.tells else ())
 
     def add_sums(self, sums, facts, told):
@@ -10454,7 +10454,7 @@ class Database:
     def untold(self, most: int) -> List[Tuple[int, str]]:
         """Returns sums that the others have yet to be told, with a number each."""
         return self.execute(
-            "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,)).fetchall()
+            "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,))
 
     def begin_to_tell(self):
         """Has others told what is added from now on, and, the first time, what was before. The next
@@ -10462,7 +10462,7 @@ class Database:
         place of this one."""
         execute = self.execute
         with self.transaction():
-            if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'").fetchall():
+            if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'"):
                 execute("INSERT INTO sqlite_sequence VALUES ('untold', 0)")
                 self.insert(self.TELL, [[json.dumps(row)] for row in execute(
                     HISTORY, (self.facts["rolled"],) * 2)])
@@ -10487,7 +10487,7 @@ class Database:
     def roll_up(self, now):
         """Makes the sums of the next hour that is over, and of its day as far as that has come."""
         found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
-        (start,), = self.execute(found, (QUARTER, self.facts["rolled"])).fetchall()
+        (start,), = self.execute(found, (QUARTER, self.facts["rolled"]))
         if start is None or start // HOUR * HOUR + HOUR > now:
             return False
         hour = start // HOUR * HOUR
@@ -10569,7 +10569,7 @@ class Database:
     def secret(self) -> bytes:
         """Returns a random secret of this file's own."""
         self.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
-        (found,), = self.execute("SELECT value FROM facts WHERE name = 'secret'").fetchall()
+        (found,), = self.execute("SELECT value FROM facts WHERE name = 'secret'")
         return bytes(found)
 
     def key_rows(self) -> Tuple[Any, ...]:
@@ -10578,8 +10578,8 @@ class Database:
         execute = self.execute
         execute("BEGIN")
         with self.connection:
-            return (execute(KEYS_QUERY.replace("last_used", "NULL")).fetchall(),
-                    execute("SELECT digest, name, valid_until FROM secrets").fetchall(),
+            return (execute(KEYS_QUERY.replace("last_used", "NULL")),
+                    execute("SELECT digest, name, valid_until FROM secrets"),
                     is_closed(execute),
                     [name for name, in execute(
                         "SELECT substr(name, 10) FROM facts WHERE name LIKE 'disabled %'"
@@ -10595,12 +10595,12 @@ class Database:
         """Returns what other boxes must know of keys, also of those that were removed."""
         execute, found = self.execute, {}
         for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
-                             " WHERE what LIKE '% key' GROUP BY target").fetchall():
+                             " WHERE what LIKE '% key' GROUP BY target"):
             name = audit[5]
             keys = execute(KEYS_QUERY.replace("subject", "hex(subject)").replace(
-                "last_used", "NULL") + " WHERE name = ?", (name,)).fetchall()
+                "last_used", "NULL") + " WHERE name = ?", (name,))
             secrets = execute(
-                "SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,)).fetchall()
+                "SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,))
             found[name] = audit[0], json.dumps(
                 [audit, [dict(zip(Key._fields, key)) for key in keys], secrets])
         return found
@@ -10613,7 +10613,7 @@ class Database:
         require(set(map(type, words)) == {str} and what.endswith(" key"), "no record")
         execute = self.execute
         if execute("SELECT 1 FROM audit WHERE target = ? AND time >= ? AND what LIKE '% key'",
-                   (name, float(when))).fetchall():
+                   (name, float(when))):
             return
         with self.transaction():
             execute("UPDATE secrets SET name = NULL, valid_until = ? WHERE name = ?", (when, name))
@@ -10647,27 +10647,28 @@ class Database:
         """Returns what is to be done, which counts as done from then on, and what was given before
         and is good still."""
         execute = self.execute
-        if not execute("SELECT 1 FROM orders LIMIT 1").fetchall():
+        if not execute("SELECT 1 FROM orders LIMIT 1"):
             return []
         with self.transaction():
             found = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
-                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id", (now,)).fetchall()
+                " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id", (now,))
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
 
     def data_version(self):
         """Returns a number that changes when another connection has written."""
-        (found,), = self.execute("PRAGMA data_version").fetchall()
+        (found,), = self.execute("PRAGMA data_version")
         return found
 
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
-        calls = self.execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
-        others = [self.execute(FORGET_IDS % self.CHUNK).rowcount, *[
-            self.execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
+        execute = self.connection.execute
+        calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
+        others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
+            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
         return calls >= self.FORGOTTEN or any(others)
 
 
@@ -10939,7 +10940,7 @@ class LedgerReader(NamedTuple):
     def seen(self) -> Dict[str, float]:
         """Returns when each caller called last."""
         with self.ask() as execute:
-            return dict(execute(LAST_CALLS).fetchall())
+            return dict(execute(LAST_CALLS))
 
     def calls(self, before: Optional[int], limit: int, filters: Texts) -> JsonObject:
         """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
@@ -10974,7 +10975,7 @@ class LedgerReader(NamedTuple):
     @staticmethod
     def all_calls(execute):
         """Returns one range of rowids."""
-        (first, last), = execute(ENDS_OF_CALLS).fetchall()
+        (first, last), = execute(ENDS_OF_CALLS)
         return [(first or 0, last or 0)]
 
     def find_id(self, execute, values):
@@ -11115,11 +11116,11 @@ class KeyStore(NamedTuple):
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
-        rows = self.connection.execute(KEYS_QUERY + " ORDER BY name").fetchall()
+        rows = self.connection.execute(KEYS_QUERY + " ORDER BY name")
         return list(read_keys((rows, (), False), b"").keys.values())
 
     def find(self, name: str) -> Key:
-        rows = self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)).fetchall()
+        rows = list(self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)))
         if not rows:
             raise NoSuchKey("no key is stored by the name %s" % in_ascii(name))
         try:
@@ -11133,7 +11134,7 @@ class KeyStore(NamedTuple):
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
         with self.change("add key", name, describe_fields(fields)) as execute:
-            if execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchall():
+            if list(execute("SELECT 1 FROM keys WHERE name = ?", (name,))):
                 raise KeyFault("a key by the name %s is stored already" % name)
             execute("INSERT INTO keys (name, role, created, disabled, subject)"
                     " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
@@ -14182,10 +14183,9 @@ class SharedFeed(Feed):
         self.elsewhere = False                  # whether pages are open there
         self.last: Optional[bytes] = None       # event that was read
 
-    def tell(self, name, about):
-        super().tell(name, about)
+    def tell(self, name, payload):
+        super().tell(name, payload)
         if self.elsewhere and name in self.TOLD and self.redis.available:
-            payload = ended_call(about) if isinstance(about, Entry) else about
             self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
                             "from", self.redis.process, name, json.dumps(payload))
 
@@ -19247,7 +19247,7 @@ def read_usage(path, options, now):
 
 def tell_of_boxes(execute):
     """Says that not only the calls of this box are added up, where that is so."""
-    (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'").fetchall()
+    (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'")
     if others:
         print("with what %d other boxes have told" % others, file=sys.stderr)
 
