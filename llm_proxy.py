@@ -461,16 +461,12 @@ def read_rule(text):
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else math.inf
-    refill = choose_refill(rate, interval, unit)
+    grain = NANODOLLAR if unit == "usd" else 1
+    # It is gained at once, in 1 ms or more: clocks are no finer.
+    refill = max(1, rate // (interval * 1000 * grain)) * grain
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
-
-
-def choose_refill(rate, interval, unit):
-    """Returns what a bucket gains at once, in 1 ms or more: clocks are no finer."""
-    grain = NANODOLLAR if unit == "usd" else 1
-    return max(1, rate // (interval * 1000 * grain)) * grain
 
 
 def count_units(amount, unit):
@@ -10335,10 +10331,6 @@ class Database:
             return None
         return [(one.st_dev, one.st_ino) for one in found]
 
-    def is_gone(self):
-        """Tells whether the file was deleted or replaced, or its lock."""
-        return self.file_identity() != self.identity
-
     def check(self):
         """Raises DatabaseFault for a file that is not ours, damaged, or has other columns. By a
         connection that cannot write: closing another one writes what a crash left beside it."""
@@ -10382,6 +10374,14 @@ class Database:
         self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
         self.execute("BEGIN IMMEDIATE")
         return self.connection
+
+    @contextlib.contextmanager
+    def noting(self, **facts):
+        """A transaction, after which these facts hold."""
+        with self.transaction():
+            yield
+            self.note(**facts)
+        self.facts.update(facts)
 
     def insert(self, statement, rows, *values):
         """Does this with many rows, a few dozen by one statement: after each, this thread must wait
@@ -10435,15 +10435,13 @@ class Database:
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
         late = [row for row in sums if row[0] < self.facts["rolled"]]
-        with self.transaction():
+        with self.noting(**facts):
             for span, rows in (QUARTER, sums), (HOUR, late), (DAY, late):
                 self.insert(ADD_TO_SUMS.format(span), [
                     (row[0] // span * span, *row[1:]) for row in rows])
             if told:  # of which so many may wait
                 self.insert(self.TELL, [[json.dumps(row)] for row in told])
                 self.execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
-            self.note(**facts)
-        self.facts.update(facts)
 
     def note(self, **facts):
         self.connection.executemany(
@@ -10491,27 +10489,23 @@ class Database:
         if start is None or start // HOUR * HOUR + HOUR > now:
             return False
         hour = start // HOUR * HOUR
-        with self.transaction():
+        with self.noting(rolled=hour + HOUR):
             for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
                 self.execute(ROLL_UP, {
                     "span": span, "shorter": shorter, "start": hour // span * span})
-            self.note(rolled=hour + HOUR)
-        self.facts["rolled"] = hour + HOUR
         return True
 
     def list_ids(self):
         """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
         by one, each would change a page of its own."""
-        listed = self.facts["listed"]
-        if self.facts["summed"] < listed + self.CHUNK:
+        first = self.facts["listed"]
+        last = first + self.CHUNK
+        if self.facts["summed"] < last:
             return False
-        with self.transaction():
+        with self.noting(listed=last):
             self.execute(
                 "INSERT INTO ids SELECT ?, id, rowid FROM calls WHERE rowid > ? AND rowid <= ?"
-                " AND id IS NOT NULL ORDER BY id", (
-                    listed // self.CHUNK, listed, listed + self.CHUNK))
-            self.note(listed=listed + self.CHUNK)
-        self.facts["listed"] = listed + self.CHUNK
+                " AND id IS NOT NULL ORDER BY id", (first // self.CHUNK, first, last))
         return True
 
     def save(self, changed, gone):
@@ -10657,11 +10651,6 @@ class Database:
             execute("UPDATE orders SET done = 1 WHERE done = 0")
         return list(map(Order._make, found))
 
-    def data_version(self):
-        """Returns a number that changes when another connection has written."""
-        (found,), = self.execute("PRAGMA data_version")
-        return found
-
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
         whether there may be more."""
@@ -10688,9 +10677,6 @@ class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
         found = self._asdict()
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
-
-    def as_point(self):
-        return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
 NO_SUM = Sum(*[0] * len(SUM_COUNTS))
@@ -10893,15 +10879,14 @@ class LedgerReader(NamedTuple):
             "groups": [{"name": name, **one.as_dict()} for name, one in groups.items()],
             "total": Sum.of(groups.values()).as_dict(), "series": self.series(steps, rows)}
 
-    @staticmethod
-    def series(steps, rows):
+    def series(self, steps, rows):
         """Returns what charts need, for each step."""
-        found = {at: collections.defaultdict(list) for at, _, _ in steps}
-        for at, name, one in rows:
-            found[at][name].append(one)
-        return [{"at": at, "groups": {name: Sum.of(sums).as_point()
-                                      for name, sums in parts.items()}}
-                for at, parts in found.items()]
+        found = {at: [] for at, _, _ in steps}
+        for row in rows:
+            found[row[0]].append(row)
+        return [{"at": at, "groups": {
+            name: {"calls": one.calls, "tokens": one.tokens(), "usd": format_usd(one.picodollars)}
+            for name, one in self.merge(parts).items()}} for at, parts in found.items()]
 
     @staticmethod
     def merge(rows):
@@ -11390,7 +11375,7 @@ class Ledger(Writer):
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
         written at the start."""
-        if self.database and self.database.is_gone():
+        if self.database and self.database.file_identity() != self.database.identity:
             self.log.say("DATABASE or its lock was deleted or replaced")
             self.database.close()
             self.database = None
@@ -11422,9 +11407,9 @@ class Ledger(Writer):
         """Tells what others have changed of keys, and ordered. What cannot be read changes nothing:
         nobody is let in by that, and nobody shut out."""
         try:
-            version = self.database.data_version()
+            (version,), = self.database.execute("PRAGMA data_version")
             if version == self.version:
-                return
+                return  # no other connection has written
             rows = self.database.key_rows()
             orders = self.new_orders()
             if self.on_records and (rows != self.keys.rows or self.version < 0):
@@ -11712,7 +11697,7 @@ class Poster(Writer):
     MOST = 500          # items of one body, where several go into one
     DELAYS = (0, 1, 5)  # seconds before each try
     SECONDS = 10        # to connect, to send and to be answered
-    PASSING = (408, 429, 500, 502, 503, 504)  # statuses after which another try may go well
+    PASSING = "408 429 500 502 503 504".split()  # statuses after which another try may go well
 
     def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], log: Log,
                  fields: Optional[Texts] = None):
@@ -11748,20 +11733,19 @@ class Poster(Writer):
             fault = self.post(data)
             if fault is None:
                 return True
-            if fault.isdecimal() and int(fault) not in self.PASSING:
+            if fault.startswith("status") and fault.split()[1] not in self.PASSING:
                 break
         name = self.thread.name
-        self.log.complain(name, "%s cannot be delivered: %s" % (
-            name, "status " + fault if fault.isdecimal() else fault))
+        self.log.complain(name, "%s cannot be delivered: %s" % (name, fault))
         return False
 
     def post(self, data):
-        """Returns why it was not taken: a status, or words."""
+        """Returns why it was not taken."""
         connection = self.connect(self.host, self.port, timeout=self.SECONDS)
         try:
             connection.request("POST", self.target, data, self.fields)
             status = connection.getresponse().status
-            return None if status < 300 else str(status)
+            return None if status < 300 else "status %d" % status
         except (OSError, ValueError, http.client.HTTPException) as failure:
             return CAUSES.get(type(failure), "connection failed")
         finally:
@@ -18440,7 +18424,8 @@ class Demo:
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
-        words = self.words_for(call)
+        words = [json.dumps(word)[1:-1]  # as in strings of JSON
+                 for word in re.findall(r"\s*\S+\s*", self.text_for(call))]
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
         await asyncio.sleep(self.first_seconds)
@@ -18457,11 +18442,6 @@ class Demo:
             await self.tell(writer, self.frame(event_name, "", usage))
         await self.tell(writer, "[DONE]")
         writer.write(b"0\r\n\r\n")
-
-    def words_for(self, call):
-        """Returns what to say, word by word, as in strings of JSON."""
-        words = re.findall(r"\s*\S+\s*", self.text_for(call))
-        return [json.dumps(word)[1:-1] for word in words]
 
     def text_for(self, call):
         said = call.get("prompt")
