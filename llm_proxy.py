@@ -18424,8 +18424,7 @@ class Demo:
         call = json.loads(body or b"{}")
         name, event_name, whole, begin, piece, end = (
             self.CHAT if "messages" in call else self.COMPLETION)
-        words = [json.dumps(word)[1:-1]  # as in strings of JSON
-                 for word in re.findall(r"\s*\S+\s*", self.text_for(call))]
+        words = self.words_for(call)
         prompt = len(body) // 4
         usage = self.USAGE % (prompt, len(words), prompt + len(words))
         await asyncio.sleep(self.first_seconds)
@@ -18443,13 +18442,15 @@ class Demo:
         await self.tell(writer, "[DONE]")
         writer.write(b"0\r\n\r\n")
 
-    def text_for(self, call):
+    def words_for(self, call):
+        """Returns what to say, word by word, as in strings of JSON."""
         said = call.get("prompt")
         if call.get("messages"):
             said = call["messages"][-1].get("content")
         if type(said) is list:
             said = "".join(str(dig(part, "text") or "") for part in said)
-        return said[5:] if str(said).startswith("say: ") else self.TEXT
+        text = said[5:] if str(said).startswith("say: ") else self.TEXT
+        return [json.dumps(word)[1:-1] for word in re.findall(r"\s*\S+\s*", text)]
 
     def frame(self, name, choice, usage="null"):
         sent = asyncio.get_running_loop().time() * 1e9
