@@ -362,7 +362,7 @@ def model_aliases(text):
 def header_lines(text):
     """'Name: value | Name: value' -> {'name': 'Name: value'}."""
     return dict(listed(pattern(
-        "(?!(?i:%s):)([A-Za-z0-9_-]+): *([ -~]*)" % NEVER_SET,
+        f"(?!(?i:{NEVER_SET}):)([A-Za-z0-9_-]+): *([ -~]*)",
         "must be 'Name: value', several with | between, and nothing that frames a message",
         lambda match: (match[1].lower(), "%s: %s" % match.groups())), "|")(text))
 
@@ -393,7 +393,7 @@ AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
 ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
 RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
-    (SCOPE_SHAPE + "(,%s)*" % SCOPE_SHAPE,
+    (f"{SCOPE_SHAPE}(,{SCOPE_SHAPE})*",
      "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
     ("N|unlimited", "an amount above 0, of at most 12 digits (usd: 6), or unlimited"),
     ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
@@ -499,7 +499,7 @@ def read_amount(text, unit):
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
     require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
             " of requests, tokens, input_tokens, output_tokens or usd")
-    return read_rule("each %s %s per day" % (text, unit)).capacity
+    return read_rule(f"each {text} {unit} per day").capacity
 
 
 def check_rule(text, words, kinds):
@@ -516,12 +516,12 @@ def check_rule(text, words, kinds):
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
                 "must be rules such as 'each 60 requests per minute'; in '%s' %s should be %s" % (
-                    text, "the word '%s'" % word if word else "the end", right))
+                    text, f"the word '{word}'" if word else "the end", right))
     if rows is CALENDAR_WORDS:
         missing = "" if time_zone("Europe/Berlin") else (
             ": this machine has no time zone data, install its package tzdata")
-        require(time_zone(words[7]), "must name time zones that are known here, which '%s' is not"
-                "%s" % (words[7], missing))
+        require(time_zone(words[7]), "must name time zones that are known here, which"
+                f" '{words[7]}' is not{missing}")
 
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
@@ -699,11 +699,11 @@ class LinearPattern:
 
     def __init__(self, text: str):
         """Raises ValueError, whose message says what is wrong, and where."""
-        require(len(text) <= self.LONGEST, "must have %d characters at most" % self.LONGEST)
+        require(len(text) <= self.LONGEST, f"must have {self.LONGEST} characters at most")
         try:
             self.tree = PARSER.parse(text)
         except (re.error, OverflowError, RecursionError) as fault:
-            raise ValueError("must be a regular expression: %s" % fault) from None
+            raise ValueError(f"must be a regular expression: {fault}") from None
         require(not re.search(r"\\[uUN]", text), "must have letters as they are, for \\u or \\N")
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
@@ -761,7 +761,7 @@ class LinearPattern:
             elif inner:
                 before = self.choose(inner, before, repeated)
             else:
-                require(name == "AT", "must not look around or back: %s" % name.lower())
+                require(name == "AT", f"must not look around or back: {name.lower()}")
             require(len(before) <= self.MOST_OPEN, "must be simpler")
         return before
 
@@ -782,7 +782,7 @@ class LinearPattern:
     def repeat(self, before, repeated, least, most, inner):
         unlimited = most == PARSER.MAXREPEAT
         require(least <= self.MOST_OF_GROUPS if unlimited else most <= self.MOST_ROUNDS,
-                "must not repeat more than %d times" % self.MOST_ROUNDS)
+                f"must not repeat more than {self.MOST_ROUNDS} times")
         require(most < 2 or inner.getwidth()[0], "must not repeat what may be empty")
         single = inner.getwidth() == (1, 1)
         after = before
@@ -826,7 +826,7 @@ def linear_patterns(text):
         try:
             found[name] = LinearPattern(expression).compiled
         except ValueError as fault:
-            raise ValueError("is at fault: %s %s" % (name, fault)) from None
+            raise ValueError(f"is at fault: {name} {fault}") from None
     return found
 
 
@@ -845,7 +845,7 @@ AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\
 # of the APIs.
 RESERVED = {
     "": "", "base": "; the base is set by BASE_API_URL, BASE_API_KEY ...",
-    **{name: ": /%s is a path of its own" % name for name in (
+    **{name: f": /{name} is a path of its own" for name in (
         "v1 v1beta health healthz readyz admin dashboard me models metrics chat completions"
         " messages responses embeddings rerank generations images audio files threads").split()}}
 
@@ -1328,12 +1328,12 @@ class Config(types.SimpleNamespace):
         if self.share_slots == "on" and not has_redis:
             yield "SHARE_SLOTS must be off without REDIS_URL (got 'on')"
         if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
-            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork (got '%d')"
-                   % self.workers)
+            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork"
+                   f" (got '{self.workers}')")
         first = self.cpu_affinity
         if CPUS and first not in (None, -1):
             for one in {*range(first, first + (self.workers or 1))}.difference(CPUS):
-                yield "CPU_AFFINITY must be a CPU this process may use (got '%d')" % one
+                yield f"CPU_AFFINITY must be a CPU this process may use (got '{one}')"
 
     def contradictions_of_keys(self):
         if self.proxy_api_keys:
@@ -1351,7 +1351,7 @@ class Config(types.SimpleNamespace):
                 server_context(self.tls_cert_file, self.tls_key_file)
             except (OSError, ValueError) as failure:
                 yield ("TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key,"
-                       " not encrypted: %s" % failure)
+                       f" not encrypted: {failure}")
         elif self.tls_key_file:
             yield "TLS_KEY_FILE needs TLS_CERT_FILE"
 
@@ -1455,7 +1455,7 @@ def named_upstream(name, options):
     dialect = options.setdefault("dialect", usual_dialect(name, urls) or "openai")
     require(dialect not in BESIDE_V1 or not any(
         url.path.endswith(("/v1", "/openai")) for url in urls),
-        "URL must end before /v1 and /openai: DIALECT=%s has paths beside them" % dialect)
+        f"URL must end before /v1 and /openai: DIALECT={dialect} has paths beside them")
     return UpstreamConfig(name, **options)
 
 
@@ -1759,7 +1759,7 @@ class NoRoute(Refusal):
     code = "model_not_found"
 
     def __init__(self, model: Optional[str], **attributes: Any):
-        what = "the model '%s'" % model if model else "this path"
+        what = f"the model '{model}'" if model else "this path"
         super().__init__("No upstream serves " + what, **attributes)
 
 
@@ -2072,7 +2072,7 @@ class Callers:
         caller = self.known_by(credential) if credential else None
         if caller:
             if caller.until is not None and caller.until <= wall:
-                raise Unauthorized(cause="key of %s ended" % caller.label)
+                raise Unauthorized(cause=f"key of {caller.label} ended")
             return caller
         if not self.is_open:
             raise Unauthorized
@@ -8716,8 +8716,7 @@ class Stored:
         self.bills = collections.OrderedDict()  # Bill by name
 
     def __repr__(self) -> str:
-        return "<Stored: %s, %d things, %d bills>" % (
-            self.policy, len(self.things), len(self.bills))
+        return f"<Stored: {self.policy}, {len(self.things)} things, {len(self.bills)} bills>"
 
     def find(self, call, owner):
         """Returns one of the things that a call speaks of, None where it is free to go anywhere.
@@ -8747,7 +8746,7 @@ class Stored:
 
     def full_name(self, collection, name):
         """Returns the name of a thing as its maker was told it: some begin with the collection."""
-        full = "%s/%s" % (collection, name)
+        full = f"{collection}/{name}"
         return full if full in self.things else name
 
     def owe(self, name, bill):
@@ -9688,7 +9687,7 @@ TIME_COLUMN = COLUMN_NAMES.index("time")
 # Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
 # hours and days of these.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
-START = "CAST(coalesce(time, 0) / %d AS INTEGER) * %d" % (QUARTER, QUARTER)
+START = f"CAST(coalesce(time, 0) / {QUARTER} AS INTEGER) * {QUARTER}"
 # By whom or what they are added up: how a call tells it.
 SUM_KEYS = table_of("""
     caller coalesce(caller, '-')
@@ -9697,7 +9696,7 @@ SUM_KEYS = table_of("""
     model coalesce(nullif(served, ''), nullif(model, ''), '-')
     upstream coalesce(upstream, '-')""")
 PASSED = "ok", "limited", "caller_gone"  # outcomes that are nobody's failure
-FAILED = "outcome NOT IN %r" % (PASSED,)
+FAILED = f"outcome NOT IN {PASSED!r}"
 # What is added up: how much of it is in a call.
 SUM_COUNTS = {
     "calls": "1", "failed": FAILED, "limited": "outcome = 'limited'",
@@ -9806,7 +9805,7 @@ class Entry:
         self.found = None     # by kind, how much that must not leave; None without any
 
     def __repr__(self) -> str:
-        return "<Entry %s %s %s %s>" % (self.request_id, self.method, self.path, self.outcome)
+        return f"<Entry {self.request_id} {self.method} {self.path} {self.outcome}>"
 
     def close(self, clock: Any) -> "Entry":
         """Notes the end, and drops what is large and not needed any more."""
@@ -9942,7 +9941,7 @@ class Writer:
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
 
     def __repr__(self) -> str:
-        return "<%s: %d queued, %d dropped>" % (self.thread.name, len(self.queue), self.dropped)
+        return f"<{self.thread.name}: {len(self.queue)} queued, {self.dropped} dropped>"
 
     def record(self, item: Union[str, JsonObject, Entry]):
         if len(self.queue) >= self.room:
@@ -10035,7 +10034,7 @@ class Log(Writer):
             lines = self.take(self.BATCH)
             untold = self.dropped - self.told
             if untold:
-                lines.append(self.message("%d log lines dropped" % untold))
+                lines.append(self.message(f"{untold} log lines dropped"))
             left = self.write("\n".join(lines + [""]))
             if left:
                 self.dropped += left - bool(untold)
@@ -10076,7 +10075,7 @@ class UsageLog(Log):
             stream = open(file, "ab", buffering=0, closefd=path != "-")
         except OSError as failure:
             raise ConfigFaults(
-                "USAGE_LOG must be a file that can be written: %s" % failure) from None
+                f"USAGE_LOG must be a file that can be written: {failure}") from None
         super().__init__(stream, as_json=True)
 
     def kept(self, item):
@@ -10127,7 +10126,7 @@ def exact_total(name):
     if name == "picodollars":
         return ("CAST(min(total(picodollars / 1000000), 4e12) AS INTEGER) * 1000000"
                 " + CAST(total(picodollars % 1000000) AS INTEGER)")
-    return "CAST(min(total(%s), 4e18) AS INTEGER)" % name
+    return f"CAST(min(total({name}), 4e18) AS INTEGER)"
 
 
 SUM_TOTALS = ", ".join(map(exact_total, SUM_COUNTS))
@@ -10217,7 +10216,7 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
             not os.access(os.path.dirname(path), os.W_OK)):
         mode = "ro&immutable=1"  # nobody can write it, and SQLite could put nothing beside it
     connection = sqlite3.connect(
-        "file:%s?mode=%s" % (urllib.parse.quote(path), mode),
+        f"file:{urllib.parse.quote(path)}?mode={mode}",
         timeout=WAIT_SECONDS, uri=True, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
@@ -10294,7 +10293,7 @@ class Database:
         self.names = SumNames()
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
-            raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
+            raise FileNotFoundError(f"no calls are recorded in {path} (DATABASE)")
         try:
             if not is_new:
                 self.check()
@@ -10309,7 +10308,7 @@ class Database:
             if self.connection:
                 self.connection.close()
             if "locked" in str(failure):
-                raise InUse("DATABASE %s is locked by another process" % path) from None
+                raise InUse(f"DATABASE {path} is locked by another process") from None
             raise Unwritable(path, failure) from None
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> List[Tuple[Any, ...]]:
@@ -10336,8 +10335,8 @@ class Database:
         connection that cannot write: closing another one writes what a crash left beside it."""
         with open(self.path, "rb") as file:
             if file.read(72)[68:] != self.APPLICATION:
-                raise DatabaseFault("%s is not a database of llm_proxy; it was left as it is"
-                                    % self.path)
+                raise DatabaseFault(
+                    f"{self.path} is not a database of llm_proxy; it was left as it is")
         with contextlib.closing(connect(self.path, "ro")) as connection:
             try:
                 columns = tuple(row[1] for row in connection.execute("PRAGMA table_info(calls)"))
@@ -10347,8 +10346,8 @@ class Database:
                     raise
                 columns = ()
         if not columns or columns != COLUMN_NAMES[:len(columns)]:
-            raise DatabaseFault("%s is damaged, or of another version; it was left as it is"
-                                % self.path)
+            raise DatabaseFault(
+                f"{self.path} is damaged, or of another version; it was left as it is")
 
     def prepare(self):
         """Makes the tables, or adds the columns that an older file lacks."""
@@ -10357,10 +10356,10 @@ class Database:
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
             for table, columns in ("calls", COLUMNS), ("keys", [("redact", "TEXT")]):
-                known = {row[1] for row in execute("PRAGMA table_info(%s)" % table)}
+                known = {row[1] for row in execute(f"PRAGMA table_info({table})")}
                 for name, kind in columns:
                     if name not in known:
-                        execute("ALTER TABLE %s ADD COLUMN %s %s" % (table, name, kind))
+                        execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
             self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
             for fact in self.facts.items():
@@ -10771,7 +10770,7 @@ def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
 
 # By what calls are found: what the sums say where there may be some, and what each says of itself.
 CALL_FILTERS = {
-    **{name: ("%s IN (:%s, 'other')" % (name, name), "%s = :%s" % (value, name))
+    **{name: (f"{name} IN (:{name}, 'other')", f"{value} = :{name}")
        for name, value in SUM_KEYS.items()},
     "outcome": ("CASE WHEN :outcome = 'limited' THEN limited"
                 " WHEN :outcome IN ('ok', 'caller_gone') THEN calls - failed - limited"
@@ -10821,7 +10820,7 @@ class LedgerReader(NamedTuple):
                filters: Texts) -> List[Tuple[int, str, Sum]]:
         """Returns (when a step begins, whose, what it comes to), as far as there is something."""
         values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
-        where = " AND ".join("%s = :%s" % (name, name) for name in values) or "1"
+        where = " AND ".join(f"{name} = :{name}" for name in values) or "1"
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
@@ -10994,8 +10993,8 @@ class LedgerReader(NamedTuple):
 
     def look(self, execute, ranges, values, where, limit):
         """Returns rows that match, and where to go on."""
-        query = ("SELECT rowid, * FROM calls WHERE rowid BETWEEN :first AND :last AND %s"
-                 " ORDER BY rowid DESC LIMIT :limit" % where)
+        query = (f"SELECT rowid, * FROM calls WHERE rowid BETWEEN :first AND :last AND {where}"
+                 " ORDER BY rowid DESC LIMIT :limit")
         rows, before, left = [], values["before"], self.LOOK
         for first, last in ranges:
             last = min(last, before - 1)
@@ -11057,7 +11056,7 @@ class NoSuchKey(KeyFault):
 def require_bucket(limits: Limits, callers: Iterable[Caller], unit: str):
     """Raises KeyFault where these have no bucket of a unit, of which more could be given."""
     if not any(limits.own_buckets(one, unit) for one in callers):
-        raise KeyFault("no rule counts %s for this caller alone: it was given nothing" % unit)
+        raise KeyFault(f"no rule counts {unit} for this caller alone: it was given nothing")
 
 
 class Actor(NamedTuple):
@@ -11107,11 +11106,11 @@ class KeyStore(NamedTuple):
     def find(self, name: str) -> Key:
         rows = list(self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)))
         if not rows:
-            raise NoSuchKey("no key is stored by the name %s" % in_ascii(name))
+            raise NoSuchKey(f"no key is stored by the name {in_ascii(name)}")
         try:
             return read_key(*rows[0])
         except (ValueError, TypeError):
-            raise KeyFault("the key %s cannot be read: remove it, and add it anew" % name) from None
+            raise KeyFault(f"the key {name} cannot be read: remove it, and add it anew") from None
 
     show = find
 
@@ -11120,7 +11119,7 @@ class KeyStore(NamedTuple):
         self.check_field("name", KEY_NAME, name)
         with self.change("add key", name, describe_fields(fields)) as execute:
             if list(execute("SELECT 1 FROM keys WHERE name = ?", (name,))):
-                raise KeyFault("a key by the name %s is stored already" % name)
+                raise KeyFault(f"a key by the name {name} is stored already")
             execute("INSERT INTO keys (name, role, created, disabled, subject)"
                     " VALUES (?, 'caller', ?, 0, ?)", (name, self.now(), digest(secret)))
             execute("INSERT INTO secrets VALUES (?, ?, NULL)", (digest(secret), name))
@@ -11150,7 +11149,7 @@ class KeyStore(NamedTuple):
         secret = new_secret()
         now = self.now()
         until = now + (self.check_field("grace", age, grace) if grace else 0)
-        with self.change("rotate key", name, "grace %s" % grace if grace else "") as execute:
+        with self.change("rotate key", name, f"grace {grace}" if grace else "") as execute:
             key = self.find(name)
             execute("UPDATE secrets SET valid_until = min(coalesce(valid_until, ?), ?)"
                     " WHERE name = ?", (until, until, name))
@@ -11172,7 +11171,7 @@ class KeyStore(NamedTuple):
         value = self.check_field("amount", lambda text: read_amount(text, unit), amount)
         length = seconds or "1d"
         until = self.now() + self.check_field("time", age, length)
-        detail = "%s %s for %s" % (amount, unit, length)
+        detail = f"{amount} {unit} for {length}"
         with self.change("give", name, detail) as execute:
             self.order(execute, name, unit, value, until)
 
@@ -11199,7 +11198,7 @@ class KeyStore(NamedTuple):
         """Changes fields; returns the key."""
         for field, text in fields.items():
             if field not in KEY_FIELDS:
-                raise KeyFault("a key has no field %s" % in_ascii(field))
+                raise KeyFault(f"a key has no field {in_ascii(field)}")
             value = None if text in (None, "") else self.check_field(
                 field, KEY_FIELDS[field][0], text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
@@ -11216,7 +11215,7 @@ class KeyStore(NamedTuple):
             require(isinstance(text, str), "must be text")
             return read(text)
         except ValueError as fault:
-            raise KeyFault("%s %s" % (field, fault)) from None
+            raise KeyFault(f"{field} {fault}") from None
 
 
 def describe_fields(fields):
@@ -11242,7 +11241,7 @@ def lock_for_service(path: str, shared: bool = False) -> Optional[BinaryIO]:
         return file
     except BlockingIOError:
         file.close()
-        raise InUse("DATABASE %s is used by another llm_proxy that runs" % path) from None
+        raise InUse(f"DATABASE {path} is used by another llm_proxy that runs") from None
     except OSError as failure:
         raise Unwritable(path, failure) from None
 
@@ -11309,8 +11308,8 @@ class Ledger(Writer):
         self.saved = self.levels = database.levels() if database else {}
         ahead = limits.restore(self.saved, wall_time(clock))
         if ahead:
-            log.say("%d buckets were saved by a clock that was ahead: they are taken as of now"
-                    % ahead)
+            log.say(
+                f"{ahead} buckets were saved by a clock that was ahead: they are taken as of now")
         if database:
             stored.things.update(database.things())
         else:
@@ -11344,7 +11343,7 @@ class Ledger(Writer):
             self.write(rows, rules, now)
             self.note_use(dict(zip(names, rows)))
         except sqlite3.Error as failure:
-            return self.complain("the database cannot be written: %s" % failure)
+            return self.complain(f"the database cannot be written: {failure}")
         except Exception:
             self.log.report()  # and go on without these
             self.dropped += len(batch)
@@ -11367,7 +11366,7 @@ class Ledger(Writer):
             self.sum_at = now if more else now + self.SUM_SECONDS
         except sqlite3.Error as failure:
             self.sum_at = now + 60
-            self.log.say("the sums of calls cannot be written: %s" % failure)
+            self.log.say(f"the sums of calls cannot be written: {failure}")
         except Exception:
             self.sum_at = now + 60
             self.log.report()
@@ -11387,9 +11386,9 @@ class Ledger(Writer):
                 self.version = -1
                 if self.keys.closed:  # what a deleted file knew is no reason to let anyone in
                     self.database.execute(CLOSE_DOOR)
-                self.log.say("calls and buckets are kept in %s" % self.path)
+                self.log.say(f"calls and buckets are kept in {self.path}")
             except DatabaseFault as fault:
-                self.log.say("calls and buckets are kept in memory only: %s" % fault)
+                self.log.say(f"calls and buckets are kept in memory only: {fault}")
         return self.database is not None
 
     def read_news(self):
@@ -11415,7 +11414,7 @@ class Ledger(Writer):
             if self.on_records and (rows != self.keys.rows or self.version < 0):
                 self.on_records(self.database.key_records())
         except sqlite3.Error as failure:
-            return self.complain("the keys in DATABASE cannot be read: %s" % failure)
+            return self.complain(f"the keys in DATABASE cannot be read: {failure}")
         self.version = version
         if rows != self.keys.rows:
             self.keys = read_keys(rows, self.secret, self.keys.closed)
@@ -11440,7 +11439,7 @@ class Ledger(Writer):
             self.database.note_use(used)
             self.database.note_processes(self.limits.buckets.processes)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
-            self.complain("the keys in DATABASE cannot be written: %s" % failure)
+            self.complain(f"the keys in DATABASE cannot be written: {failure}")
 
     def complain(self, text):
         self.log.complain("DATABASE", text)
@@ -11513,7 +11512,7 @@ class RefusalSums:
         if self.shown < self.SHOWN:
             self.shown += 1
             return False
-        self.counts["%d %s" % (entry.status, entry.address)] += 1
+        self.counts[f"{entry.status} {entry.address}"] += 1
         return True
 
     def report(self):
@@ -11638,7 +11637,7 @@ class Feed(Watcher):
     def tell(self, name: str, payload: JsonObject):
         """Adds an event, and wakes who waits for one."""
         self.number += 1
-        text = "id: %d\nevent: %s\ndata: %s\n\n" % (self.number, name, json.dumps(payload))
+        text = f"id: {self.number}\nevent: {name}\ndata: {json.dumps(payload)}\n\n"
         self.events.append(text.encode())
         if self.waiting:
             self.wake()
@@ -11736,7 +11735,7 @@ class Poster(Writer):
             if fault.startswith("status") and fault.split()[1] not in self.PASSING:
                 break
         name = self.thread.name
-        self.log.complain(name, "%s cannot be delivered: %s" % (name, fault))
+        self.log.complain(name, f"{name} cannot be delivered: {fault}")
         return False
 
     def post(self, data):
@@ -11745,7 +11744,7 @@ class Poster(Writer):
         try:
             connection.request("POST", self.target, data, self.fields)
             status = connection.getresponse().status
-            return None if status < 300 else "status %d" % status
+            return None if status < 300 else f"status {status}"
         except (OSError, ValueError, http.client.HTTPException) as failure:
             return CAUSES.get(type(failure), "connection failed")
         finally:
@@ -12067,7 +12066,7 @@ class Pulse(Watcher):
         oldest = self.clock.monotonic() - self.MINUTE
         found = sorted(seconds for ended, seconds, name in self.times
                        if ended >= oldest and upstream in (None, name))
-        return {"first_p%d" % share:
+        return {f"first_p{share}":
                 int(found[len(found) * share // 100] * 1000) if found else None
                 for share in (50, 95)}
 
@@ -12377,7 +12376,7 @@ class Warnings(Watcher):
             if is_down != (name in self.down) and self.tell(event, (name,), None, upstream=name):
                 self.down ^= {name}
         lost = ledger.dropped - self.dropped if ledger else 0
-        if lost and self.tell("ledger_dropped", (), "the ledger lost %d calls" % lost, rows=lost):
+        if lost and self.tell("ledger_dropped", (), f"the ledger lost {lost} calls", rows=lost):
             self.dropped = ledger.dropped
         self.look_at_keys(keys)
 
@@ -15898,7 +15897,7 @@ async def ask_models(loop: asyncio.AbstractEventLoop, upstream: Upstream,
 def with_cause(refusal: Union[Refusal, ValueError]) -> str:
     """Returns what is known of why an upstream has no list."""
     cause = getattr(refusal, "cause", None)
-    return "%s (%s)" % (refusal, cause) if cause else str(refusal)
+    return f"{refusal} ({cause})" if cause else str(refusal)
 
 
 class Catalogue:
@@ -16253,8 +16252,9 @@ class Admin:
         except ValueError as fault:
             raise BadRequest(str(fault)) from None
         if row.role == "admin":
-            self.proxy.books.log.say("%s of %s did %s %s" % (
-                entry.caller.label, entry.address, row.method, in_ascii(request.path)))
+            self.proxy.books.log.say(
+                f"{entry.caller.label} of {entry.address} did {row.method}"
+                f" {in_ascii(request.path)}")
         if found is not None:
             self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
 
@@ -16533,7 +16533,7 @@ class Admin:
         if text is None:
             return usual
         if not re.fullmatch("[0-9]{1,15}", text):
-            raise BadRequest("%s must be a whole number" % name)
+            raise BadRequest(f"{name} must be a whole number")
         return int(text)
 
     async def calls(self, ask):
@@ -17628,7 +17628,7 @@ class ClientConnection:
         """One line, for `kill -USR1` and a debugger."""
         reply = self.reply
         if reply is None or reply.request is None:
-            return "%s %r" % (self.address, self.context)
+            return f"{self.address} {self.context!r}"
         entry = reply.entry
         return "%s %s %s %.1fs upstream=%s %r unsent=%d" % (
             entry.caller.label if entry.caller else self.address, entry.method, entry.path[:200],
@@ -17919,7 +17919,7 @@ class LoopWatch:
             while frame and frame.f_code.co_filename != __file__:
                 frame = frame.f_back
             if frame:
-                self.culprit = " by %s, line %s" % (frame.f_code.co_name, frame.f_lineno)
+                self.culprit = f" by {frame.f_code.co_name}, line {frame.f_lineno}"
 
 
 class Handshakes:
@@ -18071,7 +18071,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.let_go(connection)
         # The loop itself keeps only weak references to tasks.
         connection.task = self.loop.create_task(
-            connection.converse(refusal), name="client %s" % peer)
+            connection.converse(refusal), name=f"client {peer}")
 
     def end_an_idle_one(self):
         """Make room: of the address with most connections, the one that has been idle longest
@@ -18349,7 +18349,7 @@ class Workers:
         pause = min(2 * before, self.MOST_SECONDS)
         self.pauses[number] = max(pause, self.LEAST_SECONDS)
         self.due[number] = now + pause
-        cause = "exit code %d" % code if code >= 0 else signal.Signals(-code).name
+        cause = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         self.say("worker %d has ended (%s): it is started again%s" % (
             number + 1, cause, " in %g s" % pause if pause else ""))
 
@@ -18390,7 +18390,7 @@ class Demo:
 
     def __init__(self):
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self.url = "http://127.0.0.1:%d/v1" % self.listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
 
     async def serve(self):
         tasks = set()  # asyncio keeps none, and one that nobody keeps is collected
@@ -18465,8 +18465,8 @@ class Demo:
     @staticmethod
     def answer(writer, body, status="200 OK"):
         writer.write((
-            "HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (status, len(body), body)).encode())
+            f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -18674,7 +18674,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
         bench.leave_after = leave_after
         await bench.run(calls, concurrency)
         if bench.failures:
-            raise UpstreamFailed("calls failed: %s" % dict(bench.statuses))
+            raise UpstreamFailed(f"calls failed: {dict(bench.statuses)}")
         return bench
 
     async def compared(self, name, payload, calls, concurrency):
@@ -18696,7 +18696,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
         """Two rounds of so many streams; their memory is not given back to the system at once."""
         added = await self.compared("event", self.STREAM, range(2 * count), count)
         more = self.scrape(self.MEMORY) - before
-        self.tell("added to an event, %d streams" % count, added)
+        self.tell(f"added to an event, {count} streams", added)
         if count == max(self.STREAMS):
             self.tell("memory of a running stream", more / count / 1024)
 
@@ -18731,8 +18731,8 @@ def describe_upstream(upstream):
     elif upstream.models:
         models = "models " + " ".join(upstream.models)
     if upstream.max_concurrency:
-        models += ", calls at once: %d" % upstream.max_concurrency
-    return "upstream %s %s, key %s, %s" % (upstream.name, urls, key, models)
+        models += f", calls at once: {upstream.max_concurrency}"
+    return f"upstream {upstream.name} {urls}, key {key}, {models}"
 
 
 def describe_limits(config):
@@ -18754,7 +18754,7 @@ def describe_redaction(config):
 def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
     return [
-        "llm_proxy %s listens on %s" % (VERSION, config.origin(config.host)),
+        f"llm_proxy {VERSION} listens on {config.origin(config.host)}",
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
         *describe_redaction(config),
@@ -18766,7 +18766,7 @@ def settings_help():
     for group, settings in SETTINGS.items():
         rows += ["", group + ":"]
         for setting in settings:
-            default = " [%s]" % setting.default if setting.default else ""
+            default = f" [{setting.default}]" if setting.default else ""
             rows.append("  %-29s %s%s" % (setting.name, setting.sentence, default))
     return "\n".join(rows)
 
@@ -18799,7 +18799,7 @@ def check(config):
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
                 code = 1
-            print("models of %s at %s: %s" % (upstream.name, address.endpoint.origin, models))
+            print(f"models of {upstream.name} at {address.endpoint.origin}: {models}")
     return code
 
 
@@ -18943,9 +18943,9 @@ def offer_dashboard(config, has_admin, path, at_terminal):
         try:
             write_secret(path, key)
         except OSError as failure:
-            return page + " needs ADMIN_KEY to be set: %s" % failure
+            return f"{page} needs ADMIN_KEY to be set: {failure}"
     config.admin_key = key
-    return "%s with the key %s" % (page, place)
+    return f"{page} with the key {place}"
 
 
 def write_secret(path, secret):
@@ -19016,7 +19016,7 @@ def run_workers(config, log_stream, remarks, reread):
     except OSError as failure:
         say(cannot_listen(config, failure))
         return 1
-    for line in [*greeting(config), "%d workers share the port" % config.workers, *remarks]:
+    for line in [*greeting(config), f"{config.workers} workers share the port", *remarks]:
         say(line)
     workers = Workers(config.workers, work, time, say)
     actions = {"SIGTERM": stop, "SIGINT": stop,
@@ -19079,11 +19079,11 @@ def reload(server: Server, reread: Callable[[], Config]):
         rest = rebuild(proxy, config)
         say("settings and certificates were read again; " + describe_limits(proxy.config))
         for name in rest:
-            say("%s was changed: it needs a new start" % name)
+            say(f"{name} was changed: it needs a new start")
         for warning in config.warnings():
             say("warning: " + warning)
     except (ConfigFaults, OSError, ValueError) as fault:
-        say("settings and certificates were not read again, the old ones stay: %s" % fault)
+        say(f"settings and certificates were not read again, the old ones stay: {fault}")
     if proxy.books.usage_log:
         proxy.books.usage_log.reopen()
 
@@ -19111,13 +19111,13 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
     probing.cancel()
     say("stopping: running calls have %g s" % config.drain_seconds)
     cut = await server.drain(config.drain_seconds)
-    say("stopped, %d calls cut" % cut if cut else "stopped")
+    say(f"stopped, {cut} calls cut" if cut else "stopped")
 
 
 def report_calls(server):
     """Say which calls are running."""
     calls = server.running_calls()
-    for line in ["running calls: %d" % len(calls), *calls]:
+    for line in [f"running calls: {len(calls)}", *calls]:
         server.proxy.books.log.say(line)
 
 
@@ -19177,7 +19177,7 @@ def read_option(name, read, text):
     try:
         return read(text)
     except ValueError as fault:
-        raise ConfigFaults("%s %s (got %r)" % (name, fault, text)) from None
+        raise ConfigFaults(f"{name} {fault} (got {text!r})") from None
 
 
 def usage_parts(facts, by, since):
@@ -19205,7 +19205,7 @@ def usage_query(execute, by, since):
         by=", ".join(names), totals=SUM_TOTALS,
         parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
             missing=missing, start=START, columns=", ".join(
-                "%s AS %s" % (value, name) for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())))
+                f"{value} AS {name}" for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())))
 
 
 def read_usage(path, options, now):
@@ -19230,7 +19230,7 @@ def tell_of_boxes(execute):
     """Says that not only the calls of this box are added up, where that is so."""
     (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'")
     if others:
-        print("with what %d other boxes have told" % others, file=sys.stderr)
+        print(f"with what {others} other boxes have told", file=sys.stderr)
 
 
 def find_call(execute, name):
@@ -19239,8 +19239,8 @@ def find_call(execute, name):
     if listed is None:  # an older version had no list
         find = "SELECT max(rowid) FROM calls WHERE id = :id"
     else:
-        find = "SELECT max(number) FROM (%s)" % FIND_ID
-    return execute("SELECT * FROM calls WHERE rowid = (%s)" % find,
+        find = f"SELECT max(number) FROM ({FIND_ID})"
+    return execute(f"SELECT * FROM calls WHERE rowid = ({find})",
                    {"id": name, "listed": listed}).fetchall()
 
 
@@ -19317,8 +19317,8 @@ def update_prices(path, url=PRICES_URL):
         with contextlib.suppress(OSError):
             os.remove(part)
         cause = in_ascii(str(failure))  # some are the words of who answered
-        raise ConfigFaults("%s was not updated from %s: %s" % (path, url, cause)) from None
-    print("%s has %d prices now; PRICES=%s uses them" % (path, len(prices), path))
+        raise ConfigFaults(f"{path} was not updated from {url}: {cause}") from None
+    print(f"{path} has {len(prices)} prices now; PRICES={path} uses them")
 
 
 def prices_command(options, path):
@@ -19486,7 +19486,7 @@ def keys_command(options, found, log_stream):
     """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
     path = found["DATABASE"]
     if not os.path.exists(path):
-        print("DATABASE %s is made now: no proxy that runs has it" % path, file=sys.stderr)
+        print(f"DATABASE {path} is made now: no proxy that runs has it", file=sys.stderr)
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
@@ -19498,7 +19498,7 @@ def keys_command(options, found, log_stream):
             compare_with_settings(options, found, database)
             show_keys(options, getattr(store, options.act)(**given), found)
             if options.act not in ("list", "show"):
-                print("done: %s %s" % (options.act, describe_fields(given)), file=sys.stderr)
+                print(f"done: {options.act} {describe_fields(given)}", file=sys.stderr)
     except KeyFault as fault:
         print(fault, file=sys.stderr)
         return 1
@@ -19512,7 +19512,7 @@ def user_name():
     try:
         return getpass.getuser()
     except (ImportError, LookupError, OSError):
-        return "uid %d" % os.getuid()
+        return f"uid {os.getuid()}"
 
 
 def compare_with_settings(options, found, database):
@@ -19524,7 +19524,7 @@ def compare_with_settings(options, found, database):
         return  # the settings of the proxy are elsewhere
     names = [one.name for one in config.all_upstreams()]
     if getattr(options, "upstream", None) not in (None, "", *names):
-        print("there is no upstream %s: calls by this key are refused" % ascii(options.upstream),
+        print(f"there is no upstream {ascii(options.upstream)}: calls by this key are refused",
               file=sys.stderr)
     if options.act == "give":
         callers = build_callers(config, b"", read_keys(database.key_rows(), b""))
@@ -19628,7 +19628,7 @@ def grafana_panel(number, head, *rows):
     title, _, unit = head.rpartition(", ")
     shown = [row.split(": ", 1) for row in rows]
     if len(shown[0]) == 1:
-        shown = [("p%d" % share, PERCENTILE % (share, rows[0])) for share in (50, 95, 99)]
+        shown = [(f"p{share}", PERCENTILE % (share, rows[0])) for share in (50, 95, 99)]
     targets = [
         {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
          "expr": query.replace("5m", "$__rate_interval")}
@@ -19709,7 +19709,7 @@ def read_dotenv_file():
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as failure:
-        raise ConfigFaults(".env cannot be read: %s" % failure) from None
+        raise ConfigFaults(f".env cannot be read: {failure}") from None
 
 
 def run_other_command(options, found, log_stream):
