@@ -1472,7 +1472,7 @@ def take_old_names(values, texts, found):
     old = [values[name] for name in RENAMED if values.get(name)]
     if old and "STREAM_COMMENT_SECONDS" not in found:
         values["STREAM_COMMENT_SECONDS"] = min(old)
-        texts["STREAM_COMMENT_SECONDS"] = "%g" % min(old)
+        texts["STREAM_COMMENT_SECONDS"] = f"{min(old):g}"
 
 
 def read_config(environ: Texts, dotenv: str = "") -> Config:
@@ -9711,7 +9711,7 @@ LOG_FIELDS = (
 def new_request_id() -> str:
     """Returns a random UUID (RFC 9562 5.4). An id is no secret, so this takes 1 us; uuid.uuid4
     takes 3 to 5, mostly for a system call."""
-    digits = "%030x" % random.getrandbits(120)
+    digits = f"{random.getrandbits(120):030x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
 
 
@@ -10129,35 +10129,31 @@ def exact_total(name):
     return f"CAST(min(total({name}), 4e18) AS INTEGER)"
 
 
-SUM_TOTALS = ", ".join(map(exact_total, SUM_COUNTS))
 SUM_NAMES = ", ".join(SUM_KEYS)
+SUM_KEY = f"start, {SUM_NAMES}"
+SUM_TOTALS = ", ".join(map(exact_total, SUM_COUNTS))
+SUM_COLUMNS = ", ".join([SUM_KEY, *SUM_COUNTS, "first, last, slowest"])
 # Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
-SUMMED_BY = ["start", *SUM_KEYS]
 SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
     max(outcome = 'ok' OR %s) FROM calls WHERE rowid > ? AND rowid <= ? GROUP BY %s""" % (
         START, ", ".join(SUM_KEYS.values()), ", ".join(map(exact_total, SUM_COUNTS.values())),
         " OR ".join(name + " > 0" for name in [*SUM_COUNTS][3:]),
-        ", ".join(str(number) for number, _ in enumerate(SUMMED_BY, 1)))
+        ", ".join(map(str, range(1, len(SUM_KEYS) + 2))))
 # Adds such to the sums of a span: ON CONFLICT DO UPDATE is new in SQLite 3.24.
-SUM_COLUMNS = ", ".join([*SUMMED_BY, *SUM_COUNTS, "first", "last", "slowest"])
-ADD_TO_SUMS = """INSERT OR REPLACE INTO sums WITH few(%s) AS (VALUES %%s), new(%s) AS (
-    SELECT %s, %s, min(first), max(last), max(slowest) FROM few GROUP BY %s) SELECT {0}, %s, %s,
+ADDED = ", ".join(f"min(new.{name} + coalesce(old.{name}, 0), {MOST})" for name in SUM_COUNTS)
+ADD_TO_SUMS = f"""INSERT OR REPLACE INTO sums WITH few({SUM_COLUMNS}) AS (VALUES %s),
+    new(span, {SUM_COLUMNS}) AS (SELECT {{0}}, {SUM_KEY}, {SUM_TOTALS}, min(first), max(last),
+    max(slowest) FROM few GROUP BY {SUM_KEY}) SELECT span, {SUM_KEY}, {ADDED},
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
-    FROM new LEFT JOIN sums AS old ON old.span = {0} AND %s""" % (
-        SUM_COLUMNS, SUM_COLUMNS, ", ".join(SUMMED_BY), SUM_TOTALS,
-        ", ".join(SUMMED_BY), ", ".join("new." + name for name in SUMMED_BY),
-        ", ".join("min(new.{0} + coalesce(old.{0}, 0), {1})".format(name, MOST)
-                  for name in SUM_COUNTS),
-        " AND ".join("old.{0} = new.{0}".format(name) for name in SUMMED_BY))
+    FROM new LEFT JOIN sums AS old USING (span, {SUM_KEY})"""
 # Makes a sum of a longer span from those of shorter ones in it.
-ROLL_UP = """INSERT OR REPLACE INTO sums SELECT :span, :start, %s, %s, min(first), max(last),
-    max(slowest) FROM sums WHERE span = :shorter AND start >= :start AND start < :start + :span
-    GROUP BY %s""" % (
-        SUM_NAMES, SUM_TOTALS, SUM_NAMES)
+ROLL_UP = f"""INSERT OR REPLACE INTO sums SELECT :span, :start, {SUM_NAMES}, {SUM_TOTALS},
+    min(first), max(last), max(slowest) FROM sums
+    WHERE span = :shorter AND start >= :start AND start < :start + :span GROUP BY {SUM_NAMES}"""
 # The sums of which days are made, by hours, and those since, the latest first.
-HISTORY = """SELECT %s FROM sums WHERE span = %d AND start < ? OR span = %d AND start >= ?
-    ORDER BY start DESC LIMIT 50000""" % (SUM_COLUMNS, HOUR, QUARTER)
+HISTORY = f"""SELECT {SUM_COLUMNS} FROM sums WHERE span = {HOUR} AND start < ?
+    OR span = {QUARTER} AND start >= ? ORDER BY start DESC LIMIT 50000"""
 # The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
@@ -10182,7 +10178,7 @@ class SumNames:
         """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        key = len(SUMMED_BY)
+        key = len(SUM_KEYS) + 1
         return [[*self.named(row[:key], answered), *row[key:]] for *row, answered in sums]
 
     def named(self, key, answered):
@@ -12135,7 +12131,7 @@ def load_families(routes):
 def process_families():
     """Returns what the system says of this process, under the names that all programs have."""
     cpu = os.times()
-    found = [("cpu_seconds_total", "counter", "CPU time", "%.2f" % (cpu.user + cpu.system))]
+    found = [("cpu_seconds_total", "counter", "CPU time", f"{cpu.user + cpu.system:.2f}")]
     with contextlib.suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
         import resource
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -12204,10 +12200,10 @@ class Trace:
     __slots__ = ("number", "parent", "flags", "span")
 
     def __init__(self, number: Optional[str] = None, parent: str = "", flags: str = "01"):
-        self.number = number or "%032x" % random.getrandbits(128)
+        self.number = number or f"{random.getrandbits(128):032x}"
         self.parent = parent
         self.flags = flags
-        self.span = "%016x" % random.getrandbits(64)
+        self.span = f"{random.getrandbits(64):016x}"
 
     @classmethod
     def join(cls, fields: Fields) -> "Trace":
@@ -12328,7 +12324,7 @@ def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Opt
     share, rule = max(shares, default=(0, ""))
     if share < min(marks, default=math.inf):
         return None
-    return "%d%% of %s is used" % (100 * share, ascii(rule))
+    return f"{int(100 * share)}% of {ascii(rule)} is used"
 
 
 class Warnings(Watcher):
@@ -12417,7 +12413,7 @@ class Marks(Watcher):
 
     def warn(self, entry, share, level, passed):
         rule, caller = level.rule, entry.caller.label
-        line = "%s has used %d%% of %s" % (caller, 100 * share, rule.text)
+        line = f"{caller} has used {int(100 * share)}% of {rule.text}"
         subject = level.key, passed
         self.warnings.once(subject, functools.partial(
             self.warnings.tell, "limit_near", subject, line, caller=caller, rule=rule.text,
@@ -16478,7 +16474,7 @@ class Admin:
         values = [fields.pop(name, None) for name in others]
         unknown = fields.keys() - KEY_FIELDS.keys()
         if unknown:
-            raise BadRequest("A key has no field %s" % in_ascii(min(unknown)))
+            raise BadRequest(f"A key has no field {in_ascii(min(unknown))}")
         return fields, *values
 
     async def add_key(self, ask):
@@ -17903,8 +17899,8 @@ class LoopWatch:
         if late > self.PERIOD and self.thread:
             self.metrics.held += late
             self.log.complain(
-                "loop", "the event loop was held for %.2f s%s: the process had %.2f s of CPU" % (
-                    late, self.culprit, time.process_time() - self.used))
+                "loop", f"the event loop was held for {late:.2f} s{self.culprit}: the process had"
+                f" {time.process_time() - self.used:.2f} s of CPU")
         self.metrics.sort_in()
         self.culprit = ""
         self.used = time.process_time()
@@ -18292,7 +18288,7 @@ class Workers:
                 del self.due[number]
             except OSError as failure:
                 self.due[number] = now + 1
-                self.say("worker %d cannot be started: %s" % (number + 1, failure))
+                self.say(f"worker {number + 1} cannot be started: {failure}")
 
     def start(self, number):
         """Returns the process. Signals wait meanwhile: what handles them is not for a worker."""
@@ -18351,7 +18347,7 @@ class Workers:
         self.due[number] = now + pause
         cause = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         self.say("worker %d has ended (%s): it is started again%s" % (
-            number + 1, cause, " in %g s" % pause if pause else ""))
+            number + 1, cause, f" in {pause:g} s" if pause else ""))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -18767,7 +18763,7 @@ def settings_help():
         rows += ["", group + ":"]
         for setting in settings:
             default = f" [{setting.default}]" if setting.default else ""
-            rows.append("  %-29s %s%s" % (setting.name, setting.sentence, default))
+            rows.append(f"  {setting.name:<29} {setting.sentence}{default}")
     return "\n".join(rows)
 
 
@@ -18785,7 +18781,7 @@ def check(config):
     faults = list(faults_of_start(config))
     for name, text in config.texts.items():
         line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
-        print("%-29s %s" % (name, visible(line)))
+        print(f"{name:<29} {visible(line)}")
     for line in [*greeting(config)[1:], *["fault: " + fault for fault in faults]]:
         print(visible(line))
     code = int(bool(faults))
@@ -19109,7 +19105,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
     probing = server.loop.create_task(probe(server), name="probe")
     await stopping
     probing.cancel()
-    say("stopping: running calls have %g s" % config.drain_seconds)
+    say(f"stopping: running calls have {config.drain_seconds:g} s")
     cut = await server.drain(config.drain_seconds)
     say(f"stopped, {cut} calls cut" if cut else "stopped")
 
@@ -19406,8 +19402,8 @@ def run_unless_stopped(work):
 async def run_bench(bench, requests, concurrency):
     async def tell_progress():
         while sys.stderr.isatty():
-            print("%d of %d calls, %d failed" % (
-                sum(bench.statuses.values()), requests, bench.failures), end="\r", file=sys.stderr)
+            print(f"{sum(bench.statuses.values())} of {requests} calls, {bench.failures} failed",
+                  end="\r", file=sys.stderr)
             await asyncio.sleep(0.5)
 
     telling = asyncio.ensure_future(tell_progress())
