@@ -19160,12 +19160,6 @@ USAGE_OPTIONS = """\
 --id     REQUEST_ID -      all that is known of one call"""
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
-USAGE_QUERY = """SELECT {by}, {totals} FROM ({parts}) WHERE caller = coalesce(:caller, caller)
-    GROUP BY {by}"""
-PART_OF_SUMS = """SELECT start, NULL AS outcome, {columns} FROM sums
-    WHERE span = {span} AND start >= {low} AND start < {high}"""
-PART_OF_CALLS = """SELECT {start} AS start, outcome, {columns}
-    FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE %s"""
 
 
 def read_option(name, read, text):
@@ -19176,32 +19170,28 @@ def read_option(name, read, text):
         raise ConfigFaults(f"{name} {fault} (got {text!r})") from None
 
 
-def usage_parts(facts, by, since):
-    """Yields the statements that tell what calls since then used: whole quarters from the sums, as
-    far as there are any, the rest from the calls."""
-    whole = int(-(-since // QUARTER)) * QUARTER
-    if "summed" not in facts or "outcome" in by:
-        whole = MOST
-    else:
-        columns = ", ".join([*SUM_KEYS, *SUM_COUNTS])
-        for span, low, high in read_spans(whole, MOST, facts["rolled"]):
-            yield PART_OF_SUMS.format(columns=columns, span=span, low=low, high=high)
-        for rowids in ("number <= %d" % facts["unsummed"], "number > %d" % facts["summed"]):
-            yield PART_OF_CALLS % "%s AND time >= %d" % (rowids, whole)
-    yield PART_OF_CALLS % "time >= %r AND time < %d" % (since, whole)
-
-
 def usage_query(execute, by, since):
-    """Returns the statement that adds up what calls since then used."""
-    facts = read_facts(execute)
+    """Returns the statement that adds up what calls since then used: whole quarters from the sums,
+    as far as there are any, the rest from the calls."""
+    facts, sums, calls, whole = read_facts(execute), [], [], MOST
+    if "summed" in facts and "outcome" not in by:
+        whole = int(-(-since // QUARTER)) * QUARTER
+        calls = [f"number <= {facts['unsummed']} AND time >= {whole}",
+                 f"number > {facts['summed']} AND time >= {whole}"]
+        sums = [f"SELECT start, NULL AS outcome, {SUM_NAMES}, {', '.join(SUM_COUNTS)} FROM sums"
+                f" WHERE span = {span} AND start >= {low} AND start < {high}"
+                for span, low, high in read_spans(whole, MOST, facts["rolled"])]
+    calls.append(f"time >= {since!r} AND time < {whole}")
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
-    missing = "".join(", NULL AS " + name for name in ("team", "tag") if name not in known)
-    names = ["date(start, 'unixepoch')" if name == "day" else name for name in by]
-    return USAGE_QUERY.format(
-        by=", ".join(names), totals=SUM_TOTALS,
-        parts=" UNION ALL ".join(usage_parts(facts, by, since)).format(
-            missing=missing, start=START, columns=", ".join(
-                f"{value} AS {name}" for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())))
+    missing = "".join(f", NULL AS {name}" for name in ("team", "tag") if name not in known)
+    columns = ", ".join(f"{value} AS {name}" for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())
+    parts = " UNION ALL ".join([*sums, *[
+        f"SELECT {START} AS start, outcome, {columns}"
+        f" FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE {where}"
+        for where in calls]])
+    names = ", ".join("date(start, 'unixepoch')" if name == "day" else name for name in by)
+    return (f"SELECT {names}, {SUM_TOTALS} FROM ({parts})"
+            f" WHERE caller = coalesce(:caller, caller) GROUP BY {names}")
 
 
 def read_usage(path, options, now):
