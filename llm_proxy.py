@@ -637,7 +637,7 @@ unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
 
 DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
-DIALECT_NAMES = ("openai", "anthropic", "gemini", "azure", "ollama")
+DIALECT_NAMES = "openai anthropic gemini azure ollama".split()
 VENDORS = table_of("""
     openai https://api.openai.com/v1
     anthropic https://api.anthropic.com/v1
@@ -1210,11 +1210,14 @@ class Config(types.SimpleNamespace):
         return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
+    def keys_to_come_by(self) -> List[str]:
+        """Returns the keys in the settings that callers and people show us."""
+        return [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
+
     def own_keys(self) -> FrozenSet[str]:
         """Returns the keys of ours and of callers that stand in the settings."""
-        return frozenset([*(self.proxy_api_keys or ()), *filter(None, (
-            self.admin_key, self.viewer_key, *[one.key for one in self.all_upstreams()]))]) - {
-                PASSTHROUGH}
+        ours = {upstream.key for upstream in self.all_upstreams()}
+        return frozenset(ours.union(self.keys_to_come_by()) - {None, PASSTHROUGH})
 
     def redacted_upstreams(self) -> FrozenSet[str]:
         """Returns the names of those that what must not leave does not reach."""
@@ -1341,7 +1344,7 @@ class Config(types.SimpleNamespace):
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
-        own = [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
+        own = self.keys_to_come_by()
         if len(set(own)) < len(own):
             yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
 
@@ -2105,8 +2108,7 @@ class Origins:
     """Says which web pages may call. A browser tells the page's origin with every POST, whatever
     its page wants, so one that is opened here cannot spend in the name of who looks at it."""
     # What no page of the web can have.
-    SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
-                         "vscode-webview"))
+    SCHEMES = "chrome-extension moz-extension app tauri capacitor vscode-webview".split()
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
     LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
@@ -10712,6 +10714,11 @@ STEP_SECONDS = {"quarter": QUARTER, "hour": HOUR, "day": DAY, "month": 28 * DAY}
 Step = Tuple[int, int, int]  # when it begins; from when to when calls in it are asked for
 
 
+def whole_quarters(start: float, end: float) -> Tuple[int, int]:
+    """Returns a range, widened to quarters."""
+    return int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+
+
 def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> List[Step]:
     """Returns the quarters, hours, days or months of a range, which is widened to whole quarters.
     Days and months are those of `zone`; hours begin with its days, so the last one is shorter where
@@ -10719,7 +10726,7 @@ def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> Li
     size = STEP_SECONDS.get(step)
     if not (size and 0 <= start < end < 1 << 33):
         raise BadRequest("A range of quarters, hours, days or months is needed")
-    start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+    start, end = whole_quarters(start, end)
     if end - start > size * MAX_STEPS:
         raise BadRequest("The range has too many steps: ask for longer ones")
     day = date_in(zone, start)
@@ -10830,7 +10837,7 @@ class LedgerReader(NamedTuple):
     def totals(self, by: str, start: float, end: float,
                filters: Optional[Texts] = None) -> Dict[str, Sum]:
         """Returns sums of a range, which is widened to whole quarters."""
-        start, end = int(start // QUARTER * QUARTER), int(-(-end // QUARTER) * QUARTER)
+        start, end = whole_quarters(start, end)
         return {name: found
                 for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
 
@@ -10946,10 +10953,8 @@ class LedgerReader(NamedTuple):
     def read_filters(filters):
         """Returns those that are set. Raises BadRequest."""
         values = {name: filters[name] for name in (*CALL_FILTERS, "id") if filters.get(name)}
-        if "slow" in values and not re.fullmatch("[0-9]{1,9}", values["slow"]):
+        if not re.fullmatch("[0-9]{1,9}", values.get("slow", "0")):
             raise BadRequest("slow must be a number of milliseconds")
-        if "slow" in values:
-            values["slow"] = int(values["slow"])
         return values
 
     @staticmethod
@@ -11024,7 +11029,7 @@ class Order(NamedTuple):
 
 def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
     """Returns the keys of Database.key_rows()."""
-    keys, secrets, is_closed, *disabled = rows
+    keys, secrets, is_closed, disabled = rows
     found = []
     faults = []
     for row in keys:
@@ -11036,7 +11041,7 @@ def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> Sto
             for one, name, until in secrets if type(one) is bytes]
     stored = StoredKeys(secret, found, good, closed or is_closed)
     stored.rows = rows
-    stored.disabled = disabled[0] if disabled else ()
+    stored.disabled = disabled
     stored.faults = faults
     return stored
 
@@ -11097,7 +11102,7 @@ class KeyStore(NamedTuple):
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
         rows = self.connection.execute(KEYS_QUERY + " ORDER BY name")
-        return list(read_keys((rows, (), False), b"").keys.values())
+        return list(read_keys((rows, (), False, ()), b"").keys.values())
 
     def find(self, name: str) -> Key:
         rows = list(self.connection.execute(KEYS_QUERY + " WHERE name = ?", (name,)))
@@ -11644,14 +11649,17 @@ class Feed(Watcher):
         self.waiting.clear()
 
     def begin(self, entry):
-        if self.listeners and self.told < self.PER_SECOND:
-            self.told += 1
+        if self.listeners and self.has_room():
             self.tell("begin", running_call(entry, self.clock))
 
     def record(self, entry):
-        if (self.kept or self.listeners) and entry.call and self.told < self.PER_SECOND:
-            self.told += 1
+        if (self.kept or self.listeners) and entry.call and self.has_room():
             self.tell("end", ended_call(entry))
+
+    def has_room(self):
+        """Returns whether one more is told of in this second."""
+        self.told += 1
+        return self.told <= self.PER_SECOND
 
     def exchange(self, payload: JsonObject):
         """Tells other processes, where there are some, what was in a second."""
@@ -11676,12 +11684,12 @@ class Feed(Watcher):
         self.closed = True
         self.wake()
 
-    def since(self, number: int) -> Optional[List[bytes]]:
-        """Returns the events after a number, None where some of them are forgotten."""
-        if number > self.number or number < self.number - len(self.events):
-            return None
+    def since(self, number: int) -> bytes:
+        """Returns the events after a number, or one that tells that some of them are forgotten."""
         first = len(self.events) - (self.number - number)
-        return list(itertools.islice(self.events, first, None))
+        if 0 <= first <= len(self.events):
+            return b"".join(itertools.islice(self.events, first, None))
+        return b"event: lost\ndata: {}\n\n"
 
 
 class Poster(Writer):
@@ -11751,10 +11759,10 @@ class Poster(Writer):
 
 OTHER = "other"  # the label of what is one too many to have one of its own,
 NONE = "-"       # and of what there is none of
-CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
+CALL_LABELS = "caller model upstream dialect outcome".split()
 DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
 NO_DETAILS = NO_USAGE[DETAILS]
-TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+TOKEN_KINDS = "input cached cache_write output reasoning".split()
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = table_of("""
     requests_total Calls that have ended
@@ -16334,7 +16342,7 @@ class Admin:
                 "keys_are_asked_for": not proxy.callers.is_open,
                 "has_calls": bool(sums or self.pulse.callers),
                 "today": Sum.of(sums.values()).as_dict(), "pulses": list(self.pulse.seconds),
-                "running": [running_call(entry, self.clock) for entry in self.running()],
+                "running": self.running(),
                 "near": self.near(), **await self.upstreams(ask)}
 
     def near(self):
@@ -16354,8 +16362,10 @@ class Admin:
 
     def running(self):
         """Returns the calls that run, the latest last."""
-        first = max(0, len(self.proxy.books.running) - self.MAX_SHOWN)
-        return itertools.islice(self.proxy.books.running, first, None)
+        running = self.proxy.books.running
+        first = max(0, len(running) - self.MAX_SHOWN)
+        return [running_call(entry, self.clock)
+                for entry in itertools.islice(running, first, None)]
 
     async def events(self, ask):
         """A stream of events that goes on until either side ends it."""
@@ -16368,7 +16378,7 @@ class Admin:
                 await send(b": hello\n\n")
                 while not feed.closed:
                     self.proxy.require_role(ask.request, reply.entry, "viewer")  # still
-                    data, number = self.events_since(number)
+                    data, number = feed.since(number), feed.number
                     if not data:
                         data = await self.next_event(reply)
                     if data:
@@ -16376,13 +16386,6 @@ class Admin:
                         await reply.context.sleep(self.BEAT_SECONDS, "more events")
         finally:
             feed.listeners -= 1
-
-    def events_since(self, number):
-        """Returns the events after a number, and the last number."""
-        events = self.feed.since(number)
-        if events is None:
-            return b"event: lost\ndata: {}\n\n", self.feed.number
-        return b"".join(events), self.feed.number
 
     async def next_event(self, reply):
         """Wait for an event; returns a comment where none comes."""
@@ -16404,7 +16407,7 @@ class Admin:
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
-                       "running": [running_call(entry, self.clock) for entry in self.running()],
+                       "running": self.running(),
                        "upstreams": upstreams}
         self.feed.exchange({**found, **details})
         self.pulse.seconds[-1] = found = self.feed.added_up(found)
@@ -18710,13 +18713,6 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 # Commands: the command line. `main` comes last: it alone reads the environment and the clock.
 # --------------------------------------------------------------------------------------------------
 
-COSTS = {
-    "request": "{config.request_token_cost}",
-    "estimate": "its estimated tokens, {config.response_token_reserve} for an answer without a"
-                " maximum",
-    "usage": "the tokens it used"}
-
-
 def describe_upstream(upstream):
     """Returns a line without secrets."""
     urls = " ".join(url.origin + url.path for url in upstream.url)
@@ -18734,9 +18730,13 @@ def describe_upstream(upstream):
 def describe_limits(config):
     if config.limits:
         return "limits " + "; ".join(rule.text for rule in config.limits)
-    bucket = ("each caller's bucket holds {config.max_tokens} tokens and gains"
-              " {config.refill_tokens} every {config.refill_interval_seconds} s; a call costs ")
-    return (bucket + COSTS[config.token_cost_mode]).format(config=config)
+    cost = {
+        "request": config.request_token_cost, "usage": "the tokens it used",
+        "estimate": f"its estimated tokens, {config.response_token_reserve} for an answer without a"
+                    " maximum"}[config.token_cost_mode]
+    return (f"each caller's bucket holds {config.max_tokens} tokens and gains"
+            f" {config.refill_tokens} every {config.refill_interval_seconds} s;"
+            f" a call costs {cost}")
 
 
 def describe_redaction(config):
@@ -19154,6 +19154,11 @@ def handle_signals(loop, actions):
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
 
 
+def tell_user(text):
+    """Says what is no part of a command's answer."""
+    print(text, file=sys.stderr)
+
+
 USAGE_OPTIONS = """\
 --since  7d         99999d only the last minutes (30m), hours (12h) or days (7d)
 --caller NAME       -      only the calls of this caller
@@ -19216,7 +19221,7 @@ def tell_of_boxes(execute):
     """Says that not only the calls of this box are added up, where that is so."""
     (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'")
     if others:
-        print(f"with what {others} other boxes have told", file=sys.stderr)
+        tell_user(f"with what {others} other boxes have told")
 
 
 def find_call(execute, name):
@@ -19426,7 +19431,7 @@ def selftest_command(_, environ):
     try:
         return int(not (run_unless_stopped(test.run(environ)) and test.all_good))
     except (Refusal, OSError) as fault:
-        print("selftest: " + with_cause(fault), file=sys.stderr)
+        tell_user("selftest: " + with_cause(fault))
         return 1
 
 
@@ -19472,7 +19477,7 @@ def keys_command(options, found, log_stream):
     """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
     path = found["DATABASE"]
     if not os.path.exists(path):
-        print(f"DATABASE {path} is made now: no proxy that runs has it", file=sys.stderr)
+        tell_user(f"DATABASE {path} is made now: no proxy that runs has it")
     database = open_patiently(log_stream, path, None)
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
@@ -19484,9 +19489,9 @@ def keys_command(options, found, log_stream):
             compare_with_settings(options, found, database)
             show_keys(options, getattr(store, options.act)(**given), found)
             if options.act not in ("list", "show"):
-                print(f"done: {options.act} {describe_fields(given)}", file=sys.stderr)
+                tell_user(f"done: {options.act} {describe_fields(given)}")
     except KeyFault as fault:
-        print(fault, file=sys.stderr)
+        tell_user(fault)
         return 1
     except sqlite3.Error as failure:
         raise Unwritable(path, failure) from None
@@ -19510,8 +19515,7 @@ def compare_with_settings(options, found, database):
         return  # the settings of the proxy are elsewhere
     names = [one.name for one in config.all_upstreams()]
     if getattr(options, "upstream", None) not in (None, "", *names):
-        print(f"there is no upstream {ascii(options.upstream)}: calls by this key are refused",
-              file=sys.stderr)
+        tell_user(f"there is no upstream {ascii(options.upstream)}: calls by this key are refused")
     if options.act == "give":
         callers = build_callers(config, b"", read_keys(database.key_rows(), b""))
         limits = build_limits(config, Buckets(time), {})
@@ -19533,7 +19537,7 @@ def show_keys(options, result, found):
     if isinstance(result, NewKey):
         print(result.secret)
         if result.closes and not found.get("PROXY_API_KEYS"):
-            print(CLOSED, file=sys.stderr)
+            tell_user(CLOSED)
     elif options.act == "show":
         print_table(("field", "value"), list(map_times(result).items()))
     elif options.act == "list" and options.json:
@@ -19751,14 +19755,14 @@ def main(arguments: Optional[List[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except (ConfigFaults, DatabaseFault, FileNotFoundError) as fault:
-        print(visible(str(fault)), file=sys.stderr)
+        tell_user(visible(str(fault)))
         return 1 if isinstance(fault, (InUse, FileNotFoundError)) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
         if failure.errno == errno.ENOSPC:  # else who reads has enough, such as head
-            print(failure.strerror, file=sys.stderr)
+            tell_user(failure.strerror)
         return 1
 
 
