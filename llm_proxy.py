@@ -192,13 +192,13 @@ def listed(read, separator=","):
     """Returns a reader of several texts with a separator between; which of them is at fault is told
     by its number, because it may be a secret."""
     def read_all(text):
-        parts = text.split(separator)
+        pieces = text.split(separator)
         found = []
-        for number, part in enumerate(parts, 1):
+        for number, piece in enumerate(pieces, 1):
             try:
-                found.append(read(part.strip()))
+                found.append(read(piece.strip()))
             except ValueError as fault:
-                which = f"; number {number} is at fault" if len(parts) > 1 else ""
+                which = f"; number {number} is at fault" if len(pieces) > 1 else ""
                 raise ValueError(f"{fault}{which}") from None
         return tuple(found)
     return read_all
@@ -443,8 +443,8 @@ def rules(text, scope=""):
     """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
     PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines; `scope` is that of all
     where none is said."""
-    parts = [scope + " ".join(part.split()) for part in re.split("[;\n]", text) if part.strip()]
-    found = list(map(read_rule, parts))
+    rows = [scope + " ".join(row.split()) for row in re.split("[;\n]", text) if row.strip()]
+    found = list(map(read_rule, rows))
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
     require(len(set(found)) == len(found), "must not hold the same rule twice")
     return found
@@ -1105,8 +1105,8 @@ OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_F
 def guard_meant_by(name):
     """Returns the setting that guards and that a misspelt name means."""
     name = name.upper()
-    parts = [guard for guard in GUARDS if len(name) > 4 and name in guard]
-    return next(iter(parts or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
+    longer = [guard for guard in GUARDS if len(name) > 4 and name in guard]
+    return next(iter(longer or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
 
 
 def unknown_setting(name):
@@ -3106,12 +3106,12 @@ class Prices:
     def find_price(self, model):
         name = model.casefold()
         folded = self.fold(name)
-        plain = fold_model(name)
+        bare = fold_model(name)
         found = self.own.get(name) or self.folded.get(folded) or next(
             (self.own[glob] for glob in self.globs if may_use((glob,), name)), None)
         if found is None and name.endswith(":free"):
-            return self.folded.get(plain, self.FREE)  # the operator knows better
-        return found or self.usual.get(folded) or self.usual.get(plain) or self.default
+            return self.folded.get(bare, self.FREE)  # the operator knows better
+        return found or self.usual.get(folded) or self.usual.get(bare) or self.default
 
     def find_served_price(self, served, asked, tiers):
         """Returns the price of the model that served, or, where nobody knows that, of the one that
@@ -10663,9 +10663,9 @@ class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
     __slots__ = ()
 
     @classmethod
-    def of(cls, sums: Collection["Sum"]) -> "Sum":
+    def of(cls, sums: Iterable["Sum"]) -> "Sum":
         """Returns the sum of sums."""
-        return cls._make(map(sum, zip(*sums))) if sums else NO_SUM
+        return cls._make(map(sum, zip(NO_SUM, *sums)))
 
     def tokens(self) -> int:
         return self.input + self.output
@@ -10888,15 +10888,14 @@ class LedgerReader(NamedTuple):
             found[row[0]].append(row)
         return [{"at": at, "groups": {
             name: {"calls": one.calls, "tokens": one.tokens(), "usd": format_usd(one.picodollars)}
-            for name, one in self.merge(parts).items()}} for at, parts in found.items()]
+            for name, one in self.merge(own).items()}} for at, own in found.items()]
 
     @staticmethod
     def merge(rows):
         """Returns the sum of each name, the most expensive first, then who used most tokens."""
-        parts = collections.defaultdict(list)
+        found = {}
         for _, name, one in rows:
-            parts[name].append(one)
-        found = {name: Sum.of(sums) for name, sums in parts.items()}
+            found[name] = Sum.of([found.get(name, NO_SUM), one])
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
@@ -11706,10 +11705,10 @@ class Poster(Writer):
                  fields: Optional[Texts] = None):
         """`fields` are more header fields; with `tls` the URL is one of https."""
         super().__init__(name)
-        parts = urllib.parse.urlsplit(url)
-        self.host = parts.hostname
-        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
-        self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        found = urllib.parse.urlsplit(url)
+        self.host = found.hostname
+        self.port = found.port or DEFAULT_PORTS[found.scheme]
+        self.target = (found.path or "/") + ("?" + found.query if found.query else "")
         self.connect = functools.partial(http.client.HTTPSConnection, context=tls) if tls else (
             http.client.HTTPConnection)
         self.log = log
@@ -19190,12 +19189,12 @@ def usage_query(execute, by, since):
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join(f", NULL AS {name}" for name in ("team", "tag") if name not in known)
     columns = ", ".join(f"{value} AS {name}" for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())
-    parts = " UNION ALL ".join([*sums, *[
+    all_of_it = " UNION ALL ".join([*sums, *[
         f"SELECT {START} AS start, outcome, {columns}"
         f" FROM (SELECT *, rowid AS number{missing} FROM calls) WHERE {where}"
         for where in calls]])
     names = ", ".join("date(start, 'unixepoch')" if name == "day" else name for name in by)
-    return (f"SELECT {names}, {SUM_TOTALS} FROM ({parts})"
+    return (f"SELECT {names}, {SUM_TOTALS} FROM ({all_of_it})"
             f" WHERE caller = coalesce(:caller, caller) GROUP BY {names}")
 
 
