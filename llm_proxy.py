@@ -1989,31 +1989,27 @@ class Callers:
     """Finds out who sent a request, and from where."""
     MAX_HOPS = 32
 
-    def __init__(self, keys: Optional[Dict[str, Optional[str]]], label_secret: bytes,
-                 trusted: Sequence["ipaddress.IPv4Network | ipaddress.IPv6Network"] = (),
-                 caller_header: Optional[str] = None, azure: bool = False,
-                 stored: Optional[StoredKeys] = None, steering: Optional[Texts] = None):
-        """`keys` is {key: its name or None}, or None where anyone may call. `trusted` are the
-        networks of proxies that are believed for whom they speak: for which address, and, in
-        `caller_header`, for which of the people that share a key. `azure`: its clients call,
-        too. `stored` are keys beside these, and `steering` is {key: its role} of those that are for
-        pages alone."""
-        self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * azure
-        self.trusted = trusted
-        self.caller_header = caller_header
-        self.label_secret = label_secret
-        self.stored = stored or StoredKeys(label_secret)
-        self.is_open = keys is None
+    def __init__(self, config: Config, secret: bytes, stored: StoredKeys):
+        """`stored` are keys beside those of the settings; digests are blinded by the `secret`."""
+        is_azure = any(upstream.dialect == "azure" for upstream in config.all_upstreams())
+        self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * is_azure
+        self.trusted = config.trusted_proxies or ()
+        self.caller_header = config.caller_header
+        self.secret = secret
+        self.stored = stored
+        keys = config.proxy_api_keys
+        self.is_open = not keys and (keys is not None or not stored.closed)
         self.known: Known = {}
         for key, name in (keys or {}).items():
             self.add(key, name, "caller")
-        for key, role in (steering or {}).items():
-            self.add(key, role.upper() + "_KEY", role)
+        for role, key in (("viewer", config.viewer_key), ("admin", config.admin_key)):
+            if key:
+                self.add(key, role.upper() + "_KEY", role)
 
     def add(self, key, name, role):
         one = digest(key)
-        self.known[blinded(one, self.label_secret)] = one, Caller(
-            ("key", one), name, self.label_secret, name, role)
+        self.known[blinded(one, self.secret)] = one, Caller(
+            ("key", one), name, self.secret, name, role)
 
     def credential_in(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
@@ -2081,11 +2077,11 @@ class Callers:
             raise Unauthorized
         if credential is None:
             return Caller(("address", address), address)
-        return Caller(("key", credential), None, self.label_secret)
+        return Caller(("key", credential), None, self.secret)
 
     def known_by(self, credential):
         """Returns whose secret has this digest, None where it is nobody's."""
-        blind = blinded(credential, self.label_secret)
+        blind = blinded(credential, self.secret)
         found = self.known.get(blind) or self.stored.known.get(blind)
         return found[1] if found and hmac.compare_digest(found[0], credential) else None
 
@@ -15277,7 +15273,7 @@ class Proxy:
         ordered."""
         if keys.closed > self.callers.stored.closed and self.config.proxy_api_keys is None:
             self.books.log.say("a key is stored: nobody may call without one from now on")
-        self.callers = build_callers(self.config, self.callers.label_secret, keys)
+        self.callers = Callers(self.config, self.callers.secret, keys)
         self.limits.take_keys(keys.rules, self.wall())
         self.routes.disable(keys.disabled)
         renew_estimator(self)
@@ -15631,7 +15627,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     limits = build_limits(config, buckets, keys.rules)
     prices = Prices(config.prices, config.unpriced)
     stored = build_stored(config, buckets, clock)
-    proxy = Proxy(config, clock, loop, build_callers(config, secret, keys), limits,
+    proxy = Proxy(config, clock, loop, Callers(config, secret, keys), limits,
                   prices, build_estimator(config, prices, limits), build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
@@ -15730,7 +15726,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     rest = proxy.config.take(config)
     config = proxy.config
     proxy.weights = config.key_weights or {}
-    proxy.callers = build_callers(config, proxy.callers.label_secret, proxy.callers.stored)
+    proxy.callers = Callers(config, proxy.callers.secret, proxy.callers.stored)
     proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.wall())
     proxy.prices = Prices(config.prices, config.unpriced)
@@ -15761,18 +15757,6 @@ def renew_redaction(proxy):
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
         kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
     proxy.dialects.reads_counts = True
-
-
-def build_callers(config: Config, secret: bytes, stored: StoredKeys) -> Callers:
-    keys = config.proxy_api_keys
-    if keys is None and stored.closed:
-        keys = {}
-    elif not keys:
-        keys = None
-    steering = {config.viewer_key: "viewer", config.admin_key: "admin"}
-    steering.pop(None, None)
-    return Callers(keys, secret, config.trusted_proxies or (), config.caller_header,
-                   any(one.dialect == "azure" for one in config.all_upstreams()), stored, steering)
 
 
 def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:
@@ -18917,7 +18901,7 @@ def tell_of_dashboard(proxy, at_terminal):
     config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
     path = ledger.path if ledger and ledger.database else None
     words = offer_dashboard(config, callers.stored.has_admin(proxy.wall()), path, at_terminal)
-    proxy.callers = build_callers(config, callers.label_secret, callers.stored)
+    proxy.callers = Callers(config, callers.secret, callers.stored)
     return words
 
 
@@ -19516,7 +19500,7 @@ def compare_with_settings(options, found, database):
     if getattr(options, "upstream", None) not in (None, "", *names):
         tell_user(f"there is no upstream {ascii(options.upstream)}: calls by this key are refused")
     if options.act == "give":
-        callers = build_callers(config, b"", read_keys(database.key_rows(), b""))
+        callers = Callers(config, b"", read_keys(database.key_rows(), b""))
         limits = build_limits(config, Buckets(time), {})
         require_bucket(limits, callers.named(options.name), options.unit)
 

@@ -1847,7 +1847,8 @@ class TrustTest(ProxyCase):
         self.assertEqual([one.weight for one in callers], [5])
 
     def test_two_people_are_not_one_because_their_key_and_name_join_alike(self):
-        callers = llm_proxy.Callers(None, b"", llm_proxy.networks("127.0.0.1"), "x-user")
+        settings = {**HERE, "TRUSTED_PROXIES": "127.0.0.1", "CALLER_HEADER": "x-user"}
+        callers = llm_proxy.Callers(read_config(settings), b"", llm_proxy.StoredKeys(b""))
         keys = [(llm_proxy.Caller(("key", b"a"), None), "bc"),
                 (llm_proxy.Caller(("key", b"ab"), None), "c")]
         one, two = [callers.end_user({"x-user": name}, "127.0.0.1", key) for key, name in keys]
@@ -13854,7 +13855,7 @@ class EventsTest(AdminCase):
 
     def test_who_may_look_no_more_hears_no_more(self):
         client = self.listen()
-        self.on_loop(setattr, self.proxy, "callers", llm_proxy.build_callers(
+        self.on_loop(setattr, self.proxy, "callers", llm_proxy.Callers(
             read_config({"BASE_API_URL": self.stub.url}), b"", llm_proxy.StoredKeys(b"")))
         self.ask("k")
         with self.assertRaises(Cut):
