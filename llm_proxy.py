@@ -3227,15 +3227,14 @@ class CostEstimator:
     usage."""
     NO_TEXT = 2048      # bytes of a response that are not worth counting
 
-    def __init__(self, prices: Prices, request_cost: int, reserve: int, media_tokens: int,
-                 units: Set[str]):
-        """`reserve` is how many output tokens a call may have that does not limit them, as long as
-        its model was not seen to use more. `units` are those that rules count in: no work is spent
-        on others."""
+    def __init__(self, config: Config, prices: Prices, units: Set[str]):
+        """`units` are those that rules count in: no work is spent on others."""
         self.prices = prices
-        self.request_cost = request_cost
-        self.reserve = reserve
-        self.media_tokens = media_tokens
+        self.request_cost = 1 if config.limits else config.request_token_cost
+        # How many output tokens a call may have that does not limit them, as long as its model was
+        # not seen to use more.
+        self.reserve = config.response_token_reserve
+        self.media_tokens = config.image_tokens
         self.units = units
         # by the name of the model, and the kind of text
         self.models: "collections.OrderedDict[Tuple[str, int], ModelHabits]" = (
@@ -11280,19 +11279,18 @@ class Ledger(Writer):
     # ... and exchanges sums with others, in this thread, too.
     trade: Optional[Callable[[Database], bool]] = None
 
-    def __init__(self, database: Optional[Database], path: str, limits: Limits, stored: Stored,
-                 clock: Any, days: int, log: Log, keys: StoredKeys, secret: bytes,
-                 worker: Optional[int] = None):
-        """`secret` is what digests of keys are blinded by. Without a database one is looked for at
-        `path` once in a while. `worker` is the number of one of several processes that have it, of
+    def __init__(self, config: Config, database: Optional[Database], limits: Limits, stored: Stored,
+                 clock: Any, log: Log, keys: StoredKeys, secret: bytes, worker: Optional[int]):
+        """`secret` is what digests of keys are blinded by. Without a database one is looked for
+        once in a while. `worker` is the number of one of several processes that have it, of
         which the first keeps the sums."""
         super().__init__("ledger")
         self.database = database
-        self.path = path
+        self.path = config.database
         self.limits = limits
         self.stored = stored
         self.clock = clock
-        self.days = days
+        self.days = config.ledger_days
         self.log = log
         self.keys = keys
         self.secret = secret
@@ -15628,7 +15626,8 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     prices = Prices(config.prices, config.unpriced)
     stored = build_stored(config, buckets, clock)
     proxy = Proxy(config, clock, loop, Callers(config, secret, keys), limits,
-                  prices, build_estimator(config, prices, limits), build_dialects(config), stored,
+                  prices, CostEstimator(config, prices, limits.units()),
+                  build_dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
@@ -15738,7 +15737,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
 def renew_estimator(proxy):
     """Has the costs estimated that rules count now, by what was learned before."""
     models = proxy.estimator.models
-    proxy.estimator = build_estimator(proxy.config, proxy.prices, proxy.limits)
+    proxy.estimator = CostEstimator(proxy.config, proxy.prices, proxy.limits.units())
     proxy.estimator.models = models
 
 
@@ -15766,17 +15765,11 @@ def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, 
     return limits
 
 
-def build_estimator(config, prices, limits):
-    request_cost = 1 if config.limits else config.request_token_cost
-    return CostEstimator(prices, request_cost, config.response_token_reserve,
-                         config.image_tokens, limits.units())
-
-
 def build_books(config, clock, log, limits, stored, database, keys, secret, worker):
     ledger = None
     if config.database != "off":
-        ledger = Ledger(database, config.database, limits, stored, clock, config.ledger_days, log,
-                        keys, secret, worker and worker.number)
+        ledger = Ledger(config, database, limits, stored, clock, log, keys, secret,
+                        worker and worker.number)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
     return Books(log, ledger, usage_log)
 

@@ -2951,7 +2951,8 @@ class LearningTest(ProxyCase):
         self.assertEqual(sum(used), 10160)
 
     def test_what_is_known_of_models_and_callers_is_bounded(self):
-        estimator = llm_proxy.CostEstimator(llm_proxy.Prices(None), 1, 256, 500, {"tokens"})
+        config = read_config({**HERE, "IMAGE_TOKENS": "500"})
+        estimator = llm_proxy.CostEstimator(config, llm_proxy.Prices(None), {"tokens"})
         source = mock.Mock(most_characters=lambda: 400, output_characters=lambda: 400,
                            reported_usage=lambda whole: (llm_proxy.Usage(100, 100), True))
         asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
