@@ -482,11 +482,10 @@ def read_duration(word):
 
 def time_zone(name: str) -> Optional[datetime.tzinfo]:
     """Returns the time zone of this name, None where this machine does not know it."""
-    try:
+    # There is no such name, it is a folder of names, or a file that is none.
+    with contextlib.suppress(OSError, ValueError, LookupError):
         if re.fullmatch(ZONE_SHAPE, name):
             return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
-    except (OSError, ValueError, LookupError):
-        pass  # no such name, a folder of names, or a file that is none
     return None
 
 
@@ -10317,11 +10316,8 @@ class Database:
         """Returns what tells this file, and its lock, from others of their names; None where one
         is not there."""
         names = [self.path, self.lock.name] if self.lock else [self.path]
-        try:
-            found = list(map(os.stat, names))
-        except OSError:
-            return None
-        return [(one.st_dev, one.st_ino) for one in found]
+        with contextlib.suppress(OSError):
+            return [(one.st_dev, one.st_ino) for one in map(os.stat, names)]
 
     def check(self):
         """Raises DatabaseFault for a file that is not ours, damaged, or has other columns. By a

@@ -11510,7 +11510,7 @@ class SharedStoredTest(ProxyCase):
         self.stub.answer = says(completion(80, 5))
         for place, told in self.each("""[[0, [1, 0]], [1, [1, 0]], [0, [2, 0]], [1, [2, 1]]]"""):
             self.ask_at(place, "POST", CHAT, b'{"max_tokens": 1}', key="sk-a")
-            wait_for(lambda: [sum(one.name == "warning" and one.about["event"] == "limit_near"
+            wait_for(lambda: [sum(b'data: {"event": "limit_near"' in one
                                   for one in list(proxy.watchers.feed.events))
                               for proxy in self.proxies] == told)
             wait_for(lambda: redis.process is None or all(
