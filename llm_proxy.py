@@ -5677,17 +5677,14 @@ class Dialects:
     """Finds the dialect and the endpoint of a request, and reads it. What any upstream could take
     for a metered endpoint is that endpoint, under its plain name; what cannot be named plainly is
     refused."""
-    def __init__(self, aliases: Dict[str, str], names: Dict[str, str], unknown_calls: str,
-                 admin_paths: bool, max_text: int):
-        """`aliases` of models; `names` of upstreams, with the dialect of each; `unknown_calls` are
-        to count, pass or refuse; `admin_paths`: whether they are passed on; `max_text`: the most
-        bytes of a payload without its media."""
-        self.max_text = max_text
-        self.aliases = aliases
-        self.names = names
-        self.chooses = bool(names.keys() - {"base"})  # by models, which upstream is asked
+    def __init__(self, config: Config):
+        admin_paths = config.vendor_admin_paths == "on"
+        self.max_text = config.max_text_bytes
+        self.aliases = config.model_aliases or {}
+        self.names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
+        self.chooses = bool(config.upstreams)         # by models, which upstream is asked
         self.reads_counts = self.chooses              # also of calls that only count
-        self.unknown_calls = unknown_calls
+        self.unknown_calls = config.unknown_calls
         self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
@@ -15623,7 +15620,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
     stored = build_stored(config, buckets, clock)
     proxy = Proxy(config, clock, loop, Callers(config, secret, keys), limits,
                   prices, CostEstimator(config, prices, limits.units()),
-                  build_dialects(config), stored,
+                  Dialects(config), stored,
                   build_routes(config, clock, log.say),
                   build_books(config, clock, log, limits, stored, database, keys, secret, worker),
                   build_watchers(config, clock, log, limits))
@@ -15832,12 +15829,6 @@ def tell_of_redis(proxy, change):
     if change != "there":
         proxy.watchers.warnings.tell(
             "limits_degraded" if change == "away" else "limits_shared", (), None, text=line)
-
-
-def build_dialects(config):
-    names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
-    return Dialects(config.model_aliases or {}, names, config.unknown_calls,
-                    config.vendor_admin_paths == "on", config.max_text_bytes)
 
 
 def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
