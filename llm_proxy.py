@@ -60,18 +60,14 @@ import array
 import asyncio
 import base64
 import bisect
-import collections
 import concurrent.futures
-import contextlib
 import copy
 import csv
 import datetime
-import decimal
 import difflib
 import email.utils
 import errno
 import fnmatch
-import functools
 import gc
 import getpass
 import hashlib
@@ -106,6 +102,13 @@ import urllib.parse
 import urllib.request
 import zlib
 import zoneinfo
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from contextlib import (ExitStack, asynccontextmanager, closing, contextmanager, nullcontext,
+                        suppress)
+from decimal import Decimal
+from functools import lru_cache, partial, partialmethod, reduce
+from itertools import chain, islice
+from math import ceil, inf
 from typing import (Any, Awaitable, BinaryIO, Callable, Collection, Dict, FrozenSet, Iterable,
                     Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 
@@ -460,7 +463,7 @@ def read_rule(text):
         length, burst, zone = kind, "", zone or "UTC"
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
-    interval = read_duration(length) if unit != "running" else math.inf
+    interval = read_duration(length) if unit != "running" else inf
     grain = NANODOLLAR if unit == "usd" else 1
     # It is gained at once, in 1 ms or more: clocks are no finer.
     refill = max(1, rate // (interval * 1000 * grain)) * grain
@@ -473,7 +476,7 @@ def count_units(amount, unit):
     """Returns an amount, of money in picodollars; what is unlimited counts as 1: no bucket is made
     of it."""
     scale = PICODOLLARS if unit == "usd" else 1
-    return int(decimal.Decimal(amount.replace("unlimited", "1")) * scale)
+    return int(Decimal(amount.replace("unlimited", "1")) * scale)
 
 
 def read_duration(word):
@@ -483,7 +486,7 @@ def read_duration(word):
 def time_zone(name: str) -> Optional[datetime.tzinfo]:
     """Returns the time zone of this name, None where this machine does not know it."""
     # There is no such name, it is a folder of names, or a file that is none.
-    with contextlib.suppress(OSError, ValueError, LookupError):
+    with suppress(OSError, ValueError, LookupError):
         if re.fullmatch(ZONE_SHAPE, name):
             return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
     return None
@@ -525,7 +528,7 @@ def check_rule(text, words, kinds):
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
 # tiers, Anthropic's speed and inference_geo.
-USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
+USUAL_TIERS = {name: Decimal(factor) for name, factor in {
     "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
     "us": "1.1"}.items()}
 
@@ -541,9 +544,9 @@ class Price(NamedTuple):
     hour_write: int
     above_tokens: int = 1 << 62
     above: Optional["Price"] = None
-    tiers: Dict[str, Union[decimal.Decimal, "Price"]] = {}
+    tiers: Dict[str, Union[Decimal, "Price"]] = {}
 
-    def times(self, factor: decimal.Decimal) -> "Price":
+    def times(self, factor: Decimal) -> "Price":
         values = [round(value * factor) for value in self[:5]]
         return Price(*values, self.above_tokens, self.above and self.above.times(factor),
                      self.tiers)
@@ -566,7 +569,7 @@ def read_price(cost: JsonObject) -> Price:
              **cost}
     values = [costs[name] for name in Price._fields[:5]]
     above = cost.get("above")
-    tiers = {name.casefold(): read_price(tier) if isinstance(tier, dict) else decimal.Decimal(tier)
+    tiers = {name.casefold(): read_price(tier) if isinstance(tier, dict) else Decimal(tier)
              for name, tier in cost.get("tiers", {}).items()}
     factors = [tier for tier in tiers.values() if not isinstance(tier, Price)]
     require(all(0 <= value < 1_000_000 for value in values + factors), "not a price")
@@ -614,7 +617,7 @@ def price_file(path):
     """Returns {glob: Price} of models.dev's api.json or of {model glob: {input, output, ...}}."""
     try:
         with open(path, encoding="utf-8") as file:
-            table = json.load(file, parse_float=decimal.Decimal)
+            table = json.load(file, parse_float=Decimal)
         if any("models" in row for row in table.values()):
             table = makers_costs(table)
         return {name: read_price(cost) for name, cost in table.items()}
@@ -626,7 +629,7 @@ def price_file(path):
 
 
 def flat_price(text):
-    usd = number_between(0, 999_999, decimal.Decimal, r"[0-9]{1,6}(\.[0-9]{1,6})?",
+    usd = number_between(0, 999_999, Decimal, r"[0-9]{1,6}(\.[0-9]{1,6})?",
                          "must be refuse, allow, or USD per million tokens, below a million")(text)
     return read_price({"input": usd, "output": usd, "hour_write": usd})
 
@@ -792,7 +795,7 @@ class LinearPattern:
         number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
         found = Repetition(number, frozenset().union(*self.sets(inner, False)),
                            () if single else tuple(self.sets(inner, True)),
-                           most - least + 1 if single and not (repeated or unlimited) else math.inf)
+                           most - least + 1 if single and not (repeated or unlimited) else inf)
         for one in before:
             if one.clashes(found):
                 self.require_few_ways(one, found)
@@ -1430,7 +1433,7 @@ def read_values(texts, faults):
 def read_upstreams(values, faults):
     """Returns the upstreams that variables name, as UPSTREAM_ORDER has them, then in the order of
     the variables. Adds to `faults` what is wrong with one."""
-    options = collections.defaultdict(dict)
+    options = defaultdict(dict)
     for variable, value in values.items():
         match = UPSTREAM_VARIABLE.fullmatch(variable)
         if match:
@@ -1525,7 +1528,7 @@ class Refusal(Exception):
         super().__init__(message or self.message)
         vars(self).update(attributes, wait=wait)
         if wait is not None:
-            self.fields = {"Retry-After": max(1, math.ceil(wait)), **self.fields}
+            self.fields = {"Retry-After": max(1, ceil(wait)), **self.fields}
 
 
 class BadRequest(Refusal):
@@ -1892,7 +1895,7 @@ KEY_FIELDS = {
     "expires": (word_or({"never": None}, age),
                 "how long it is good from when it was made, such as 15m or 30d; never"),
     "models": (model_globs, "the only models that it may use, such as 'gemma*,gpt-4*'"),
-    "limits": (functools.partial(rules, scope="each "),
+    "limits": (partial(rules, scope="each "),
                "rules without a scope, such as '2 usd per day', each instead of the general one of"
                " its unit and duration"),
     "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
@@ -1902,7 +1905,7 @@ KEY_FIELDS = {
     "note": (printable, "a line for people")}
 
 
-@functools.lru_cache(20_000)
+@lru_cache(20_000)
 def read_key(*values: Any) -> Key:
     """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
     has written."""
@@ -1980,7 +1983,7 @@ class StoredKeys:
                 until=key.end(valid_until))
 
     def has_admin(self, wall: float) -> bool:
-        return any(key.role == "admin" and (key.end(None) or math.inf) > wall
+        return any(key.role == "admin" and (key.end(None) or inf) > wall
                    for key in self.keys.values())
 
 
@@ -2093,7 +2096,7 @@ class Callers:
         name is found by the address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
         if not found:
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 ipaddress.ip_network(label)
                 return [Caller(("address", label), label)]
         return list(found.values())
@@ -2115,7 +2118,7 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.judged = functools.lru_cache(1000)(self.judge)
+        self.judged = lru_cache(1000)(self.judge)
 
     def allows(self, origin: str) -> bool:
         return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
@@ -2167,10 +2170,10 @@ def wall_time(clock: Any) -> float:
     return clock.time_ns() / 1e9
 
 
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def format_usd(picodollars: int) -> str:
     """12_500_000 -> '0.0000125'."""
-    return f"{decimal.Decimal(picodollars) / PICODOLLARS:f}"
+    return f"{Decimal(picodollars) / PICODOLLARS:f}"
 
 
 def format_amount(rule, amount):
@@ -2182,8 +2185,8 @@ def format_wait(wait):
     """12 -> '12s', 61 -> '2 min', 60_000 -> '17 hours', 200_000 -> '3 days'."""
     for seconds, word in ((86400, "days"), (3600, "hours")):
         if wait > 2 * seconds:
-            return "%d %s" % (math.ceil(wait / seconds), word)
-    return "%ds" % math.ceil(wait) if wait <= 59 else "%d min" % math.ceil(wait / 60)
+            return "%d %s" % (ceil(wait / seconds), word)
+    return "%ds" % ceil(wait) if wait <= 59 else "%d min" % ceil(wait / 60)
 
 
 # Where each call makes one: by its class a NamedTuple takes CPython twice as long.
@@ -2227,7 +2230,7 @@ class Level(NamedTuple):
             return Quota(capacity, left, 0, 0, 0)
         reset = 0
         if level < capacity:
-            reset = math.ceil(refilled + length - now)
+            reset = ceil(refilled + length - now)
         elif level > capacity:  # more was given
             capacity = level
         if unit == USD:
@@ -2329,8 +2332,8 @@ class Buckets:
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
         self.room = room
-        self.levels: "collections.OrderedDict[BucketKey, Level]" = (
-            collections.OrderedDict())  # as they were last seen; least recently used first
+        self.levels: "OrderedDict[BucketKey, Level]" = (
+            OrderedDict())  # as they were last seen; least recently used first
         # key -> (amount, until) of what a bucket holds beyond its rule
         self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
 
@@ -2429,7 +2432,7 @@ class Buckets:
         be taken. It makes no bucket."""
         levels = [self.level_of(rule, key) for rule, key, _ in charges]
         waits = [one.less(charge.amount).wait for one, charge in zip(levels, charges)]
-        return tightest_of(levels).quota, math.ceil(max(waits))
+        return tightest_of(levels).quota, ceil(max(waits))
 
     def store(self, levels):
         """Keeps `levels`; their buckets are then those used last."""
@@ -2443,7 +2446,7 @@ class Buckets:
         """Drops old buckets that are full by now: two for each that is added, so this never takes
         long. In a table without room the least recently used goes even when it is not full, which
         errs in its caller's favour."""
-        for key in list(itertools.islice(self.levels, 2)):
+        for key in list(islice(self.levels, 2)):
             if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
             self.drop([key])
@@ -2562,7 +2565,7 @@ VERSION_DOT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 WILDCARD = re.compile(r"[*?[]")
 
 
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def fold_model(name: str) -> str:
     """Returns the one spelling for all of a model: 'us.anthropic.claude-sonnet-4-5-20250929-v1:0',
     'anthropic/claude-sonnet-4.5' and 'claude-sonnet-4-5@20250929' -> 'claude-sonnet-4-5';
@@ -2574,7 +2577,7 @@ def fold_model(name: str) -> str:
     return VERSION_DOT.sub("-", MODEL_VARIANT.sub("", folded)) or name.casefold()
 
 
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def fold_glob(glob: str) -> str:
     """Returns a glob for folded names."""
     return VERSION_DOT.sub("-", glob.casefold()) if WILDCARD.search(glob) else fold_model(glob)
@@ -2605,7 +2608,7 @@ class Limits:
 
     def all_rules(self) -> List[Rule]:
         """Returns the rules, and those of keys."""
-        return [*self.rules, *itertools.chain.from_iterable(self.own.values())]
+        return [*self.rules, *chain.from_iterable(self.own.values())]
 
     def units(self) -> Set[str]:
         return {UNITS[rule.unit] for rule in self.all_rules()}
@@ -2649,7 +2652,7 @@ class Limits:
 
     def not_full(self) -> Dict[CallerKey, Dict[BucketKey, Rule]]:
         """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
-        found = collections.defaultdict(dict)
+        found = defaultdict(dict)
         for one in self.buckets.seen():
             for owner in one.key[1:]:
                 found[owner][one.key] = one.rule
@@ -2692,7 +2695,7 @@ class Limits:
         """Puts back the buckets that were saved, with the refill of the time in between. One whose
         rule was changed keeps its share: it is as full, of the new, as it would be of the old.
         Returns how many were saved in the future."""
-        find = functools.lru_cache(None)(self.successor)
+        find = lru_cache(None)(self.successor)
         for key, (level, since) in saved.items():
             old, new = find(key[0], self.own.get(key[1][1]) if len(key) == 2 else ())
             if new:
@@ -2733,7 +2736,7 @@ class Limits:
         now = known = [*(own or ()), *[
             rule for rule in self.rules if rule.family not in families]]
         if own is None:
-            known = itertools.chain(now, itertools.chain.from_iterable(self.own.values()))
+            known = chain(now, chain.from_iterable(self.own.values()))
         same = next((rule for rule in known if rule.text == text), None)
         if same:
             return (same, same) if same.capacity is not None else (None, None)
@@ -2898,7 +2901,7 @@ def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: Fr
             texts += level
             break
         if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
-            level = list(itertools.chain.from_iterable(map(dict.values, level)))
+            level = list(chain.from_iterable(map(dict.values, level)))
         else:
             level, more = look_through(level, plain, names, media_texts, texts, media)
             rest += more
@@ -3058,11 +3061,11 @@ def usual_prices() -> Dict[str, Price]:
         tiers = {name: factors[0] for name, *factors in words if not name.isdigit()}
         for row in re.findall(r"[^;\n]*[^;\s]", rows):
             name, *values = row.split()
-            cost = dict(zip(Price._fields, map(decimal.Decimal, values)), tiers=tiers)
+            cost = dict(zip(Price._fields, map(Decimal, values)), tiers=tiers)
             price = read_price(cost)
             for tokens, times, output_times in [part for part in words if part[0].isdigit()]:
-                above = price.times(decimal.Decimal(times))
-                output = round(price.output * decimal.Decimal(output_times))
+                above = price.times(Decimal(times))
+                output = round(price.output * Decimal(output_times))
                 price = price._replace(
                     above_tokens=int(tokens), above=above._replace(output=output))
             found[name] = price
@@ -3089,8 +3092,8 @@ class Prices:
                        for name in sorted(self.own, key=len, reverse=True)}
         self.allows_unpriced = unpriced == "allow"
         self.default = None if isinstance(unpriced, str) else unpriced
-        self.find = functools.lru_cache(KNOWN_MODELS)(self.find_price)
-        self.find_served = functools.lru_cache(KNOWN_MODELS)(self.find_served_price)
+        self.find = lru_cache(KNOWN_MODELS)(self.find_price)
+        self.find_served = lru_cache(KNOWN_MODELS)(self.find_served_price)
 
     @staticmethod
     def fold(name):
@@ -3191,7 +3194,7 @@ class ModelHabits:
     OTHERS_RATIOS = 2, 6
 
     def __init__(self):
-        self.callers: "collections.OrderedDict[CallerKey, Habits]" = collections.OrderedDict()
+        self.callers: "OrderedDict[CallerKey, Habits]" = OrderedDict()
         self.usual = Habits()
 
     def of(self, caller: CallerKey) -> Habits:
@@ -3204,7 +3207,7 @@ class ModelHabits:
 
     def refresh(self):
         """Finds the one in the middle again."""
-        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
+        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, inf)),
                              ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
             known = sorted([getattr(one, name) for one in self.callers.values()
                             if getattr(one, name) is not None])
@@ -3236,8 +3239,8 @@ class CostEstimator:
         self.media_tokens = config.image_tokens
         self.units = units
         # by the name of the model, and the kind of text
-        self.models: "collections.OrderedDict[Tuple[str, int], ModelHabits]" = (
-            collections.OrderedDict())
+        self.models: "OrderedDict[Tuple[str, int], ModelHabits]" = (
+            OrderedDict())
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_price = "usd" in units
@@ -3275,7 +3278,7 @@ class CostEstimator:
     def last_peak(self, caller):
         """Returns the output to expect of a model that nobody knows: what those said that were
         called last, as a server may answer to any name."""
-        models = itertools.islice(reversed(self.models.values()), 8)
+        models = islice(reversed(self.models.values()), 8)
         return max([model.peak(caller) for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
@@ -3294,9 +3297,9 @@ class CostEstimator:
     def tokens_of(self, length, ratio):
         """Returns the tokens of a prompt."""
         weight, media, _ = length
-        tokens = math.ceil(weight / ratio)
+        tokens = ceil(weight / ratio)
         for one in media:
-            tokens += max(self.media_tokens, math.ceil(one / ratio))
+            tokens += max(self.media_tokens, ceil(one / ratio))
         return tokens
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
@@ -3334,9 +3337,9 @@ class CostEstimator:
             limit, outputs = call.output_limit()
             return (self.reserve if limit is None else limit) * outputs
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
-        output = math.ceil(source.output_characters() / ratio)
+        output = ceil(source.output_characters() / ratio)
         if whole or source.ended:
-            return math.ceil(output / (1 - habits.hidden))
+            return ceil(output / (1 - habits.hidden))
         return max(output, held)
 
     def is_understated(self, call, caller, told, source):
@@ -3380,7 +3383,7 @@ class CostEstimator:
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
             elif weight < seen * ModelHabits.OWN_RATIOS[0]:
-                seen = math.ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
+                seen = ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
             own.move("hidden", min(0.9999, 1 - seen / used.output))
             own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
@@ -3587,7 +3590,7 @@ class JsonBody:
             decoder, parse_int = QUICK_JSON, int
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
-            decoder = strict_decoder(functools.partial(with_cuts, sizes), parse_int)
+            decoder = strict_decoder(partial(with_cuts, sizes), parse_int)
         try:
             payload = decode_json(self.short, decoder)
         except ValueError as error:
@@ -4119,7 +4122,7 @@ class Call:
         limits, answers, prompts = [], 1, 1
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
-                limits.append(math.inf if value < 0 else min(value, MAX_TOKENS_PER_CALL))
+                limits.append(inf if value < 0 else min(value, MAX_TOKENS_PER_CALL))
             elif value > answers:
                 answers = value
         names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
@@ -4131,7 +4134,7 @@ class Call:
         if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
             # It may be a batch of calls, each prompt have a limit of its own, or have no output.
             most = max(most or 0, sum(limits) / prompts)
-        return None if most in (None, math.inf) else math.ceil(most), answers * prompts
+        return None if most in (None, inf) else ceil(most), answers * prompts
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
@@ -4180,7 +4183,7 @@ class Call:
         times the room of its bytes, and the call may wait long."""
         if self.json_body:
             self.prompt_length()
-            with contextlib.suppress(BadRequest):
+            with suppress(BadRequest):
                 self.output_limit()
             self.payload = {key: value for key, value in self.payload.items() if is_small(value)}
             self.forgotten = True
@@ -4259,7 +4262,7 @@ def chat_length(messages):
         contents = list(map(CONTENT, messages))
         if sum(map(len, messages)) != 2 * len(contents):
             return None
-        text = " ".join(itertools.chain(contents, map(ROLE, messages)))
+        text = " ".join(chain(contents, map(ROLE, messages)))
     except (KeyError, TypeError):
         return None
     return text_weight(text), [], kind_of_text(max(contents, key=len)) if contents else 0
@@ -4853,7 +4856,7 @@ class Dialect:
             found = {}
             for name, parts in self.parts(payload).items():
                 join = operator.add if name in self.ANSWERS else max
-                found = merged(found, functools.reduce(
+                found = merged(found, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), parts, {}))
         if self.COUNTS.keys().isdisjoint(payload):
             return found
@@ -4867,7 +4870,7 @@ class Dialect:
         if is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
-        for part in itertools.chain(*self.parts(payload).values()):
+        for part in chain(*self.parts(payload).values()):
             if self.SERVED in part:
                 return self.served(part)
         return None, None
@@ -4952,7 +4955,7 @@ class Dialect:
 
     def found(self, parts):
         """Returns counts by what they are; what is not among them is 0."""
-        found = collections.defaultdict(int)
+        found = defaultdict(int)
         for part in parts:
             for name, value in part.items():
                 kind = self.COUNTS.get(name)
@@ -5158,7 +5161,7 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_
 USUAL_COUNTS = "prompt_tokens", "completion_tokens", "total_tokens"
 
 
-@functools.lru_cache(KNOWN_MODELS)
+@lru_cache(KNOWN_MODELS)
 def model_mark(model):
     """Returns how most servers spell in JSON which model served."""
     return b'"model":"%b"' % model.encode("utf-8", "replace")
@@ -5292,7 +5295,7 @@ class OpenAI(Dialect):
             return super().limit_text(call, values)
         chunk, steps = COMPLETIONS[call.endpoint][call.stream]
         count = 1
-        with contextlib.suppress(BadRequest):
+        with suppress(BadRequest):
             count = min(self.MAX_CHOICES, call.output_limit()[1])
         choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
                    for step in (steps % values).split("\n")
@@ -5685,7 +5688,7 @@ class Dialects:
         self.chooses = bool(config.upstreams)         # by models, which upstream is asked
         self.reads_counts = self.chooses              # also of calls that only count
         self.unknown_calls = config.unknown_calls
-        self.is_admin_path = functools.lru_cache(KNOWN_MODELS)(
+        self.is_admin_path = lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
@@ -5702,7 +5705,7 @@ class Dialects:
         if path is None:
             return DIALECTS["openai"]
         prefix, path = self.split(path)
-        with contextlib.suppress(BadRequest):  # what cannot be folded is refused elsewhere
+        with suppress(BadRequest):  # what cannot be folded is refused elsewhere
             path = fold_path(path)
         for dialect in DIALECTS.values():
             if dialect.claims(path.lower(), fields):
@@ -5858,7 +5861,7 @@ def front(data: bytes) -> JsonObject:
     kept."""
     data, found = data[:1 << 14], {}
     step = None if is_too_complex(data) else FIRST_KEY.match(data.decode("utf-8", "replace"))
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         while step:
             value, end = PLAIN_JSON.raw_decode(step.string, step.end())
             key, step = step[1], NEXT_KEY.match(step.string, end)
@@ -6071,7 +6074,7 @@ class UsageReader:
             # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
             headed = payload[0] == 0x1f or payload[0] & 15 == 8
             self.inflater = zlib.decompressobj(47 if headed else -15)
-        with contextlib.suppress(zlib.error):
+        with suppress(zlib.error):
             unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
             if not self.inflater.unconsumed_tail:
                 return unpacked
@@ -6128,7 +6131,7 @@ class UsageReader:
         if not self.listed or self.cut or is_too_complex(data):
             return 0
         text, at = data[start:].decode("utf-8", "surrogateescape"), 0
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             for _ in range(self.MAX_ANSWERS):
                 payload, end = PLAIN_JSON.raw_decode(text, at)
                 self.note_answer(payload, self.listed in self.dialect.ANSWERS)
@@ -6576,7 +6579,7 @@ class Redactor:
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
-        return list(itertools.chain.from_iterable(self.search(text)))
+        return list(chain.from_iterable(self.search(text)))
 
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
@@ -6638,7 +6641,7 @@ class Redactor:
             end = begin + one.step
             matches = one.search.finditer(text, begin, end + one.step // 4)
             while True:
-                some = list(itertools.islice(matches, self.BATCH))
+                some = list(islice(matches, self.BATCH))
                 rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
                 found = [row for row in rows if row[1]]
                 if self.allow or (found and found[-1][0] >= end):
@@ -6670,7 +6673,7 @@ class Redactor:
 def read_string(spelled):
     """Returns a string of JSON; what is no valid one is read as it stands."""
     if "\\" in spelled:
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             return json.loads(spelled)
     return spelled[1:-1]
 
@@ -6689,11 +6692,11 @@ class Masks:
         self.redactor = redactor
         self.opaque = opaque
         self.places: List[str] = []    # where the first ones stood
-        self.counts: Dict[str, int] = collections.Counter()
+        self.counts: Dict[str, int] = Counter()
         self.placeholders: Texts = {}  # by value
         self.values: Texts = {}        # by placeholder
         self.taken: Set[str] = set()
-        self.numbers: Dict[str, int] = collections.Counter()
+        self.numbers: Dict[str, int] = Counter()
 
     def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
         """Takes steps, as Redactor.search does, of which the last one returns a text in which
@@ -6781,7 +6784,7 @@ class Redaction:
                  upstreams: FrozenSet[str], mode: str, opaque: str):
         """`make` returns what finds some kinds, beside patterns of the settings; `kinds` are None
         where nothing is looked for but by keys that say so; `opaque` as in Masks."""
-        self.make = functools.lru_cache(1000)(make)
+        self.make = lru_cache(1000)(make)
         self.kinds = kinds
         self.upstreams = upstreams
         self.mode = mode
@@ -6852,7 +6855,7 @@ class Restorer:
     def with_values(self, text, is_json):
         if "[[" not in text:
             return text
-        return self.masks.PLACEHOLDER.sub(functools.partial(self.value, is_json), text)
+        return self.masks.PLACEHOLDER.sub(partial(self.value, is_json), text)
 
     def value(self, is_json, match):
         value = self.masks.values.get(match[0].upper())
@@ -6912,7 +6915,7 @@ class Restorer:
         plain = without_escapes(data)
         pieces = []
         last = 0
-        for match in itertools.islice(self.PLACEHOLDER_AT.finditer(plain), self.MAX_PLACES):
+        for match in islice(self.PLACEHOLDER_AT.finditer(plain), self.MAX_PLACES):
             if match.start() < last:
                 continue
             start = plain.rfind(b'"', last, match.start()) + 1 or last
@@ -7680,13 +7683,13 @@ def keep_alive(sock: socket.socket):
     between that the connection is still used. What a listening socket accepts is like it."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEP_ALIVE_OPTIONS:
-        with contextlib.suppress(AttributeError, OSError):  # not every system has each
+        with suppress(AttributeError, OSError):  # not every system has each
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any):
     """Has the loop do something, from another thread; a loop that is closed does nothing."""
-    with contextlib.suppress(RuntimeError):
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(act, *arguments)
 
 
@@ -7697,10 +7700,10 @@ class Context:
     future: Optional[asyncio.Future] = None  # what is awaited,
     what = "nothing"                         # in words,
     since = 0.0                              # from when
-    deadline = math.inf                      # to when, in the loop's time
-    until = math.inf                         # when all of the call is to be over
+    deadline = inf                      # to when, in the loop's time
+    until = inf                         # when all of the call is to be over
     timer = None
-    timer_at = math.inf                      # when it fires
+    timer_at = inf                      # when it fires
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
     on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
@@ -7713,12 +7716,12 @@ class Context:
 
     def renew(self):
         """Another call begins."""
-        self.until = math.inf
+        self.until = inf
         self.reason = None
 
     def expired(self):
         """Tells whether the call's own deadline has passed, not just that of one wait."""
-        return self.until < math.inf and self.loop.time() >= self.until
+        return self.until < inf and self.loop.time() >= self.until
 
     def wait(self, future: asyncio.Future, seconds: float, what: str) -> asyncio.Future:
         """Returns `future`, which is to be awaited at once. It raises TimeoutError after `seconds`,
@@ -7737,7 +7740,7 @@ class Context:
 
     async def sleep(self, seconds: float, what: str):
         """Let time pass."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             await self.wait(self.loop.create_future(), seconds, what)
 
     def set_timer(self):
@@ -7747,8 +7750,8 @@ class Context:
         self.timer = self.loop.call_at(self.deadline, self.on_timer)
 
     def on_timer(self):
-        self.timer_at = math.inf
-        if not self.is_waiting() or self.deadline == math.inf:
+        self.timer_at = inf
+        if not self.is_waiting() or self.deadline == inf:
             return
         if self.loop.time() < self.deadline:
             self.set_timer()
@@ -7774,7 +7777,7 @@ class Context:
     def __repr__(self) -> str:
         if not self.is_waiting():
             return "running"
-        limit = "" if self.deadline == math.inf else " of %.3gs" % (self.deadline - self.since)
+        limit = "" if self.deadline == inf else " of %.3gs" % (self.deadline - self.since)
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
@@ -8073,15 +8076,15 @@ class Stream:
 
     def shut_down_writing(self):
         """Say that nothing more will be sent."""
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             if self.encrypted:
                 self.sock.unwrap()  # close_notify; nobody waits for that of the other side
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
     def reset_on_close(self):
         """Have the close send a RST, which nobody takes for the end of a body."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.sock.setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -8108,7 +8111,7 @@ class Transfer:
 
     timer = None
     comment = b""               # is put in after a pause of so many seconds,
-    comment_seconds = math.inf  # where the adapter has room for it
+    comment_seconds = inf  # where the adapter has room for it
 
     def __init__(self, source: Stream, target: Stream, adapter: BodyAdapter, seconds: float,
                  slow_seconds: Optional[float] = None):
@@ -8220,7 +8223,7 @@ class MemoryBudget:
     def __init__(self, size: int):
         self.free = size
         self.share = size // 2
-        self.held = collections.Counter()
+        self.held = Counter()
 
     def take(self, size: int, owner: Optional[CallerKey]):
         """Raises Overloaded where there is not so much."""
@@ -8243,14 +8246,14 @@ class Turns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.waiting = collections.OrderedDict()  # owner -> futures, whose turn is next first
+        self.waiting = OrderedDict()  # owner -> futures, whose turn is next first
 
     async def take(self, owner: Optional[CallerKey], context: Context):
         """Raises as `Context.wait` does."""
         if self.handle is None:
             return self.begin()
-        turn = context.wait(self.loop.create_future(), math.inf, "its turn to be understood")
-        self.waiting.setdefault(owner, collections.deque()).append(turn)
+        turn = context.wait(self.loop.create_future(), inf, "its turn to be understood")
+        self.waiting.setdefault(owner, deque()).append(turn)
         await turn
 
     def begin(self):
@@ -8396,7 +8399,7 @@ class RequestBody:
         self.invite()
         with Upload(self, upstream, seconds) as transfer:
             try:
-                ending = await context.wait(transfer.done, math.inf, "the request's body")
+                ending = await context.wait(transfer.done, inf, "the request's body")
             except TimeoutError:  # the call's own deadline
                 ending = Transfer.SILENT
         if self.ended:
@@ -8411,7 +8414,7 @@ class RequestBody:
     def skip(self) -> bool:
         """Drop what has come of the body; returns whether nothing of it is left."""
         if not self.ended and self.client.read_buffer and not self.continue_awaited:
-            with contextlib.suppress(BrokenBody):
+            with suppress(BrokenBody):
                 self.unwrap()
         return self.ended
 
@@ -8518,7 +8521,7 @@ class CallerQueue:
         self.key = key
         self.weight = weight
         self.due = due
-        self.waiting = collections.deque()  # of Tickets
+        self.waiting = deque()  # of Tickets
 
     def turn(self):
         """Returns the order: smallest virtual time; ties by least recently served, then by first
@@ -8655,7 +8658,7 @@ class FairQueue:
             if one is not owner and one.waiting:
                 # of two that are due at once the one whose order is smaller comes first
                 tie = 1e-6 if one.turn()[1:] < owner.turn()[1:] else -1e-6
-                turns = math.ceil((due - one.due) * one.weight + tie)
+                turns = ceil((due - one.due) * one.weight + tie)
                 found += min(len(one.waiting), max(0, turns))
         return found
 
@@ -8690,7 +8693,7 @@ class Bill(NamedTuple):
 
     def seen_usage(self, model):
         """Returns what it used at least, where nobody tells."""
-        output = min(self.hold.output_tokens, math.ceil(self.characters / CHARACTERS_PER_TOKEN))
+        output = min(self.hold.output_tokens, ceil(self.characters / CHARACTERS_PER_TOKEN))
         return Usage(self.hold.costs[PROMPT], output, estimated=True, model=model)
 
 
@@ -8704,9 +8707,9 @@ class Stored:
 
     def __init__(self, policy: str):
         self.policy = policy
-        self.things = collections.OrderedDict()  # Thing by name
-        self.unsaved = collections.deque()
-        self.bills = collections.OrderedDict()  # Bill by name
+        self.things = OrderedDict()  # Thing by name
+        self.unsaved = deque()
+        self.bills = OrderedDict()  # Bill by name
 
     def __repr__(self) -> str:
         return f"<Stored: {self.policy}, {len(self.things)} things, {len(self.bills)} bills>"
@@ -8895,7 +8898,7 @@ class Response:
         else:
             stream.close()
 
-    async def read(self, context: Context, most: int = 1 << 22, seconds: float = math.inf) -> bytes:
+    async def read(self, context: Context, most: int = 1 << 22, seconds: float = inf) -> bytes:
         """Returns its body, of at most `most` bytes, awaited for at most so many `seconds`. Raises
         UpstreamFailed, UpstreamTimeout."""
         transport, framing = self.address.transport, self.framing
@@ -8921,7 +8924,7 @@ class Response:
         be passed on."""
         stream = self.stream
         deadline = context.loop.time() + min(5, self.address.transport.read_timeout)
-        with contextlib.suppress(Malformed, OSError):  # TimeoutError is one, too
+        with suppress(Malformed, OSError):  # TimeoutError is one, too
             while True:
                 framing = copy.copy(self.framing)
                 _, payload = framing.feed(stream.read_buffer)
@@ -9000,7 +9003,7 @@ class Breakers:
         self.most = most
         self.seconds = seconds
         self.connections = Breaker(most, seconds)
-        self.models = collections.OrderedDict()
+        self.models = OrderedDict()
         self.troubled = False  # whether anything failed lately
 
     def fails_for_all(self) -> bool:
@@ -9106,7 +9109,7 @@ class Address:
         self.running = 0     # calls
         self.connecting = 0  # jobs of helper threads: look-ups, connects and handshakes block
         self.helpers = concurrent.futures.ThreadPoolExecutor(self.MAX_CONNECTING, "connect")
-        self.spares = collections.deque()  # (reusable from, stream), oldest left
+        self.spares = deque()  # (reusable from, stream), oldest left
         self.partings: Set[asyncio.Task] = set()
         self.last = None                   # the head of its last response
         self.first_byte_timeout = transport.first_byte_timeout
@@ -9570,7 +9573,7 @@ class Upstream:
         path, dialect = self.dialect.place(
             self.dialect.MODELS_PATH, DIALECTS["openai"], metered=False)
         lines = ["Accept: application/json", "Accept-Encoding: identity", *dialect.VERSION_LINES]
-        head = functools.partial(
+        head = partial(
             self.head, "GET", path, dialect.MODELS_QUERY, dialect, self.key, lines)
         with await self.send_once("GET", head, b"", context) as response:
             body = await response.read(context)
@@ -9736,7 +9739,7 @@ def user_agent(fields: Fields) -> Optional[str]:
     return visible(fields.get("user-agent", "")[:MAX_AGENT]) or None
 
 
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def one_word(text):
     """Returns one word of printable ASCII, quoted where the text is none."""
     if not text:
@@ -9744,12 +9747,12 @@ def one_word(text):
     return text if PLAIN_WORD.fullmatch(text) else ascii(text[:80]).replace(" ", "\\x20")
 
 
-@functools.lru_cache(4)
+@lru_cache(4)
 def format_second(second):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-@functools.lru_cache(16)
+@lru_cache(16)
 def format_moment(milliseconds):
     """Returns a time since 1970 in UTC, as logs have it."""
     return f"{format_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
@@ -9927,7 +9930,7 @@ class Writer:
     PAUSE = 0.25  # seconds between two batches: they cost less than one by one
 
     def __init__(self, name: str):
-        self.queue = collections.deque()
+        self.queue = deque()
         self.room = self.ROOM
         self.dropped = 0  # since the start
         self.stop = threading.Event()
@@ -10081,7 +10084,7 @@ class UsageLog(Log):
     def write(self, text):
         if self.moved:
             self.moved = False
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 stream = open(self.path, "ab", buffering=0)
                 self.stream.close()
                 self.stream = stream
@@ -10165,7 +10168,7 @@ class SumNames:
     MOST_NAMES = 2000
 
     def __init__(self):
-        self.names = collections.defaultdict(set)  # by quarter and what they are of
+        self.names = defaultdict(set)  # by quarter and what they are of
 
     def put(self, sums: Iterable[Sequence]) -> List[List[Union[int, str]]]:
         """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
@@ -10313,7 +10316,7 @@ class Database:
         """Returns what tells this file, and its lock, from others of their names; None where one
         is not there."""
         names = [self.path, self.lock.name] if self.lock else [self.path]
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return [(one.st_dev, one.st_ino) for one in map(os.stat, names)]
 
     def check(self):
@@ -10323,7 +10326,7 @@ class Database:
             if file.read(72)[68:] != self.APPLICATION:
                 raise DatabaseFault(
                     f"{self.path} is not a database of llm_proxy; it was left as it is")
-        with contextlib.closing(connect(self.path, "ro")) as connection:
+        with closing(connect(self.path, "ro")) as connection:
             try:
                 columns = tuple(row[1] for row in connection.execute("PRAGMA table_info(calls)"))
                 connection.executescript(self.PROBES)
@@ -10360,7 +10363,7 @@ class Database:
         self.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    @contextlib.contextmanager
+    @contextmanager
     def noting(self, **facts):
         """A transaction, after which these facts hold."""
         with self.transaction():
@@ -10377,7 +10380,7 @@ class Database:
         for start in range(0, len(rows), most):
             batch = rows[start:start + most]
             self.execute(statement.replace("%s", ",".join([marks] * len(batch))),
-                                    [*values, *itertools.chain.from_iterable(batch)])
+                                    [*values, *chain.from_iterable(batch)])
 
     def add(self, rows: Sequence[Tuple]):
         """Inserts calls. What is the same in all of them is given once, because each value costs
@@ -10461,7 +10464,7 @@ class Database:
             name = "heard of " + box
             if number > facts.get(name, self.facts.get(name, 0)):
                 facts[name] = number
-                with contextlib.suppress(ValueError, RecursionError):
+                with suppress(ValueError, RecursionError):
                     found.append(read_sum(text))
         if len(facts) > 1:
             self.add_sums(found, facts, ())
@@ -10524,7 +10527,7 @@ class Database:
         for rule, subject, level, since in () if self.shared else self.execute(
                 "SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
+            with suppress(ValueError, TypeError, AttributeError):
                 found[(rule, *self.read_owners(subject))] = int(level), float(since)
         return found
 
@@ -10541,7 +10544,7 @@ class Database:
         found = {}
         for name, owner, *place in self.execute(
                 "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
-            with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+            with suppress(ValueError, TypeError, AttributeError, IndexError):
                 found[name] = Thing(self.read_owners(owner)[0], *place)
         return found
 
@@ -10646,7 +10649,7 @@ class Database:
         return calls >= self.FORGOTTEN or any(others)
 
 
-class Sum(collections.namedtuple("Sum", SUM_COUNTS)):
+class Sum(namedtuple("Sum", SUM_COUNTS)):
     """What calls came to."""
     __slots__ = ()
 
@@ -10799,10 +10802,10 @@ class LedgerReader(NamedTuple):
     LOOK = 60_000  # calls that one question looks at
     NAMED = 200    # groups; what is beyond goes by the name of `other`
 
-    @contextlib.contextmanager
+    @contextmanager
     def ask(self):
         """Returns what executes a statement."""
-        with contextlib.closing(connect(self.path, "ro")) as connection:
+        with closing(connect(self.path, "ro")) as connection:
             yield connection.execute
 
     # -- sums
@@ -11076,7 +11079,7 @@ class KeyStore(NamedTuple):
     KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
-    @contextlib.contextmanager
+    @contextmanager
     def change(self, what, name, detail=""):
         """One transaction, to which the audit belongs."""
         execute = self.connection.execute
@@ -11128,8 +11131,8 @@ class KeyStore(NamedTuple):
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
 
-    revoke = functools.partialmethod(disable, "revoke key", True)
-    restore = functools.partialmethod(disable, "restore key", False)
+    revoke = partialmethod(disable, "revoke key", True)
+    restore = partialmethod(disable, "restore key", False)
 
     def rotate(self, name: str, grace: Optional[str] = None) -> NewKey:
         """Gives it another secret; those before are good for the `grace`, such as 1h. All else
@@ -11268,7 +11271,7 @@ class Ledger(Writer):
     # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
     # is put into `records`.
     on_records: Optional[Callable[[KeyRecords], None]] = None
-    records: Union[Tuple[()], "collections.deque[str]"] = ()
+    records: Union[Tuple[()], "deque[str]"] = ()
     # ... and exchanges sums with others, in this thread, too.
     trade: Optional[Callable[[Database], bool]] = None
 
@@ -11290,7 +11293,7 @@ class Ledger(Writer):
         self.worker = worker
         # Is told of keys that were changed and of orders, in the ledger's thread.
         self.on_news = lambda keys, orders: None
-        self.on_read = collections.deque()  # are called there once both were read the next time
+        self.on_read = deque()  # are called there once both were read the next time
         # Buckets are as they were. Levels of rules that are no more go with the first `save`.
         self.saved = self.levels = database.levels() if database else {}
         ahead = limits.restore(self.saved, wall_time(clock))
@@ -11383,7 +11386,7 @@ class Ledger(Writer):
         asked = [self.on_read.popleft() for _ in range(len(self.on_read))]
         while self.records:
             self.version = -1
-            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+            with suppress(ValueError, TypeError, LookupError, AttributeError):
                 self.database.take_record(self.records.popleft())
         self.look_at_keys()
         for tell in asked:
@@ -11485,16 +11488,16 @@ class RefusalSums:
 
     def __init__(self, log: Log):
         self.log = log
-        self.until = -math.inf  # monotonic seconds
+        self.until = -inf  # monotonic seconds
         self.shown = 0
-        self.counts = collections.Counter()  # by status and address
+        self.counts = Counter()  # by status and address
 
     def counts_only(self, entry):
         """Returns whether a refusal is counted here, and written down nowhere else."""
         if entry.ended >= self.until:
             self.report()
             passed = entry.ended - self.until + 1  # and whole seconds of that count
-            self.shown = math.ceil(max(0, self.shown - passed))
+            self.shown = ceil(max(0, self.shown - passed))
             self.until = entry.ended + 1
         if self.shown < self.SHOWN:
             self.shown += 1
@@ -11614,7 +11617,7 @@ class Feed(Watcher):
     def __init__(self, clock: Any):
         self.clock = clock
         self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
-        self.events = collections.deque(maxlen=self.ROOM)
+        self.events = deque(maxlen=self.ROOM)
         self.told = 0       # of calls, in this second
         self.listeners = 0  # pages that are open
         self.kept = 0       # seconds for which events are kept yet
@@ -11674,7 +11677,7 @@ class Feed(Watcher):
         """Returns the events after a number, or one that tells that some of them are forgotten."""
         first = len(self.events) - (self.number - number)
         if 0 <= first <= len(self.events):
-            return b"".join(itertools.islice(self.events, first, None))
+            return b"".join(islice(self.events, first, None))
         return b"event: lost\ndata: {}\n\n"
 
 
@@ -11696,7 +11699,7 @@ class Poster(Writer):
         self.host = found.hostname
         self.port = found.port or DEFAULT_PORTS[found.scheme]
         self.target = (found.path or "/") + ("?" + found.query if found.query else "")
-        self.connect = functools.partial(http.client.HTTPSConnection, context=tls) if tls else (
+        self.connect = partial(http.client.HTTPSConnection, context=tls) if tls else (
             http.client.HTTPConnection)
         self.log = log
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
@@ -11880,7 +11883,7 @@ class Metrics(Watcher):
         self.callers = {}  # labels by key
         self.models = set()
         self.refused = {}  # counts by rule
-        self.redacted = collections.Counter()  # by kind
+        self.redacted = Counter()  # by kind
 
     def record(self, entry):
         call = entry.call
@@ -12026,8 +12029,8 @@ class Pulse(Watcher):
         self.feed = feed
         self.metrics = metrics
         self.before = metrics.totals()
-        self.seconds = collections.deque(maxlen=self.MINUTE)
-        self.times = collections.deque(  # (end, seconds, upstream)
+        self.seconds = deque(maxlen=self.MINUTE)
+        self.times = deque(  # (end, seconds, upstream)
             maxlen=self.MINUTE * self.PER_SECOND)
         self.room = self.PER_SECOND  # for those of this second
         self.callers = {}  # by key: who, and when it called last, in ns
@@ -12126,7 +12129,7 @@ def process_families():
     """Returns what the system says of this process, under the names that all programs have."""
     cpu = os.times()
     found = [("cpu_seconds_total", "counter", "CPU time", f"{cpu.user + cpu.system:.2f}")]
-    with contextlib.suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
+    with suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
         import resource
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         found.append(("max_fds", "gauge", "Descriptors it may open", most))
@@ -12316,7 +12319,7 @@ def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Opt
     """Returns what tells a caller that a limit is near: of (share that is used, rule) the largest,
     where that is past a mark."""
     share, rule = max(shares, default=(0, ""))
-    if share < min(marks, default=math.inf):
+    if share < min(marks, default=inf):
         return None
     return f"{int(100 * share)}% of {ascii(rule)} is used"
 
@@ -12345,7 +12348,7 @@ class Warnings(Watcher):
         """Returns whether it was told; without a `line` the log knows it already."""
         now = self.clock.monotonic()
         key = (event, *subject)
-        if now < self.quiet_until.get(key, -math.inf):
+        if now < self.quiet_until.get(key, -inf):
             return False
         self.quiet_until.pop(key, None)
         put_newest(self.quiet_until, key, now + self.QUIET_SECONDS, self.ROOM)
@@ -12409,7 +12412,7 @@ class Marks(Watcher):
         rule, caller = level.rule, entry.caller.label
         line = f"{caller} has used {int(100 * share)}% of {rule.text}"
         subject = level.key, passed
-        self.warnings.once(subject, functools.partial(
+        self.warnings.once(subject, partial(
             self.warnings.tell, "limit_near", subject, line, caller=caller, rule=rule.text,
             level=format_amount(rule, level.level), capacity=format_amount(rule, rule.capacity),
             share=round(share, 4)))
@@ -12486,7 +12489,7 @@ class Tally:
         """Returns rows of Family, as a worker has written them; where it was killed meanwhile, as
         it did before."""
         for _, length, at in self.halves(number):
-            with contextlib.suppress(zlib.error, ValueError):
+            with suppress(zlib.error, ValueError):
                 return json.loads(zlib.decompress(self.memory[at:at + length]))
         return []
 
@@ -12499,7 +12502,7 @@ class Tally:
 
     def families(self) -> List[Family]:
         """Returns what all have counted."""
-        return added_up(itertools.chain.from_iterable(map(self.read, range(self.workers))))
+        return added_up(chain.from_iterable(map(self.read, range(self.workers))))
 
 
 def added_up(rows: Iterable[Sequence[Any]]) -> List[Family]:
@@ -12719,7 +12722,7 @@ class ListeningTime:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
         self.held = 0.0
-        self.due = math.inf  # the next step
+        self.due = inf  # the next step
         # Are called at each step; tell whether they go on waiting.
         self.waits: List[Callable[[], bool]] = []
 
@@ -12729,13 +12732,13 @@ class ListeningTime:
         return now - late + late / self.SLOWNESS - self.held
 
     def run(self):
-        if self.due == math.inf:
+        if self.due == inf:
             self.due = self.loop.time() + self.STEP_SECONDS
             self.loop.call_at(self.due, self.step)
 
     def step(self):
         self.held = self.loop.time() - self.now()
-        self.due = math.inf
+        self.due = inf
         if any([wait() for wait in self.waits]):
             self.run()
 
@@ -12780,8 +12783,8 @@ class Redis(asyncio.Protocol):
         self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
         self.on_flush: List[Callable[[], None]] = []  # ask what has waited for the end of a pass
         self.unsent: List[Asked] = []
-        self.asked: "collections.deque[Asked]" = collections.deque()
-        self.waiting: "collections.deque[bytes]" = collections.deque()
+        self.asked: "deque[Asked]" = deque()
+        self.waiting: "deque[bytes]" = deque()
         self.listening = ListeningTime(loop)
         self.listening.waits.append(self.look)
 
@@ -12851,7 +12854,7 @@ class Redis(asyncio.Protocol):
 
     async def close(self):
         """Sends what there is, if that is possible at once, and ends."""
-        with contextlib.suppress(RedisFault):
+        with suppress(RedisFault):
             await self.call("PING")
         if self.task:
             self.task.cancel()
@@ -12891,11 +12894,11 @@ class Redis(asyncio.Protocol):
             await self.ask_first("AUTH", *filter(None, (url.user, url.password)))
         if url.database:
             await self.ask_first("SELECT", url.database)
-        with contextlib.suppress(RedisFault):  # who may not do this may do all else
+        with suppress(RedisFault):  # who may not do this may do all else
             await self.ask_first("CLIENT", "SETNAME", self.name)
         for script in self.scripts:
             script.is_loaded = False
-            with contextlib.suppress(RedisFault):
+            with suppress(RedisFault):
                 digest = await self.ask_first("SCRIPT", "LOAD", script.text)
                 script.is_loaded = digest == script.digest.encode()
         for greet in self.greetings:
@@ -12961,7 +12964,7 @@ class Redis(asyncio.Protocol):
     def connection_lost(self, failure):
         self.leave(RedisFault("has closed the connection"))
         self.transport = None
-        asked, self.asked = self.asked, collections.deque()
+        asked, self.asked = self.asked, deque()
         self.drop([*asked, *self.unsent])
         self.unsent = []
         Stream.wake(self.lost)
@@ -13277,7 +13280,7 @@ class Batch:
         self.kinds: List[str] = []
         self.acts: List[str] = []
         self.takes: List[Take] = []
-        self.charged: Dict[BucketKey, int] = collections.Counter()
+        self.charged: Dict[BucketKey, int] = Counter()
 
     def place(self, rule, key):
         found = self.places.get(key)
@@ -13328,12 +13331,12 @@ def short_digest(thing: Union[str, CallerKey]) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(20_000)
+@lru_cache(20_000)
 def bucket_name(kind: str, key: BucketKey) -> str:
     return "%s:%s:%s" % (kind, ".".join(map(short_digest, key[1:])), short_digest(key[0]))
 
 
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def describe_kind(rule: Rule, hour: float) -> str:
     """Returns the kind of a bucket and its figures, in the words of LUA_BATCH. Those of a date hold
     for this hour since 1970, and longer."""
@@ -13364,8 +13367,8 @@ class Charges:
     def __init__(self):
         # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
         self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
-        self.pending: Dict[BucketKey, int] = collections.Counter()
-        self.running: Dict[Tuple[Rule, BucketKey], int] = collections.Counter()
+        self.pending: Dict[BucketKey, int] = Counter()
+        self.running: Dict[Tuple[Rule, BucketKey], int] = Counter()
 
     def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
         """Returns whether there was room."""
@@ -13392,7 +13395,7 @@ class Charges:
         return left
 
 
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def share_of(rule: Rule, processes: int) -> Rule:
     """Returns the rule of one process, where so many may take what one rule lets them."""
     amount, seconds = rule.rate
@@ -13434,17 +13437,17 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
-        self.counts = collections.deque([peers], maxlen=10)
+        self.counts = deque([peers], maxlen=10)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
         self.charges = Charges()
         # (word of LUA_BATCH, rule, bucket, numbers ...)
-        self.acts = collections.deque(maxlen=self.MOST_KEPT)
+        self.acts = deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
-        self.takes = collections.deque()    # to be sent
-        self.waiting = collections.deque()  # calls that wait, or did a moment ago
-        self.batches: "collections.deque[Batch]" = collections.deque()
+        self.takes = deque()    # to be sent
+        self.waiting = deque()  # calls that wait, or did a moment ago
+        self.batches: "deque[Batch]" = deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
         self.on_change: Callable[[str], None] = lambda change: None
@@ -13514,7 +13517,7 @@ class RedisBuckets(Buckets):
     def drop(self, keys):
         gone = set(keys)
         super().drop(gone)
-        self.acts = collections.deque(
+        self.acts = deque(
             [act for act in self.acts if act[0] not in ("put", "look") or act[2] not in gone],
             self.MOST_KEPT)
 
@@ -13542,7 +13545,7 @@ class RedisBuckets(Buckets):
             batch = self.next_batch()
             self.batches.append(batch)
             self.redis.ask(
-                functools.partial(self.on_answer, batch), *self.batch_parts(batch))
+                partial(self.on_answer, batch), *self.batch_parts(batch))
 
     async def drain(self, say: Callable[[str], None]):
         """Waits until Redis has all, for a while."""
@@ -13559,7 +13562,7 @@ class RedisBuckets(Buckets):
         for _ in range(min(len(self.acts), self.MOST_ACTS)):
             batch.act(*self.acts.popleft())
         now = self.clock.monotonic()
-        for place in list(itertools.islice(self.charges.unsent, self.MOST_ACTS)):
+        for place in list(islice(self.charges.unsent, self.MOST_ACTS)):
             rule, amount = self.charges.unsent.pop(place)
             key, taken_at = place
             batch.charge(rule, key, amount, microseconds(now - taken_at) if taken_at else 0)
@@ -13699,7 +13702,7 @@ class RedisBuckets(Buckets):
         self.decide(self.redis.listening.now())
         return bool(self.waiting)
 
-    def decide(self, until=math.inf):
+    def decide(self, until=inf):
         """Has calls decided here that were to wait until then."""
         waiting = self.waiting
         while waiting and (waiting[0].until <= until or waiting[0].future.done()):
@@ -13746,15 +13749,15 @@ class RedisBuckets(Buckets):
             if rule.unit != RUNNING and (given or level < rule.capacity):
                 amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
                 yield ("put", rule, key, amount, microseconds(now - refilled), 1, len(given),
-                       *itertools.chain(*[(stored_amount(rule, more), microseconds(until - now))
-                                          for more, until in given]))
+                       *chain(*[(stored_amount(rule, more), microseconds(until - now))
+                                for more, until in given]))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
         acts, batch = iter(acts), None
         while batch is None or batch.acts:
             batch = Batch(number, self.describe)
-            for act in itertools.islice(acts, self.MOST_ACTS):
+            for act in islice(acts, self.MOST_ACTS):
                 batch.act(*act)
             mode = end.replace("last", "put") if batch.acts else end
             await self.redis.ask_first(*self.batch_parts(batch, mode))
@@ -13784,9 +13787,9 @@ class RedisBuckets(Buckets):
             for pair in self.charges.running:
                 self.act("renew", *pair)
         looks = self.LOOKS if self.redis.available else 0
-        for one in list(itertools.islice(self.levels.values(), looks)):
+        for one in list(islice(self.levels.values(), looks)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
-        self.redis.ask(functools.partial(self.on_beat, self.number), *self.beat_parts())
+        self.redis.ask(partial(self.on_beat, self.number), *self.beat_parts())
         if self.fills and (self.filling is None or self.filling.done()):
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
@@ -13814,7 +13817,7 @@ class RedisBuckets(Buckets):
 
     async def fill_all(self):
         """Fills the buckets of callers; what Redis does not do now is done when it is back."""
-        with contextlib.suppress(RedisFault):
+        with suppress(RedisFault):
             for owner in list(self.fills):
                 pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
                 cursor = b"0"
@@ -14022,7 +14025,7 @@ class SharedKeys:
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
         self.names = prefix + "keys", prefix + "keys:changes"
-        self.heard = ledger.records = collections.deque()
+        self.heard = ledger.records = deque()
         self.here: KeyRecords = {}
         self.there: Dict[str, float] = {}  # when each was changed
         redis.on_return.append(self.look_anew)
@@ -14051,7 +14054,7 @@ class SharedKeys:
         self.there = {}
         for name, text in zip(rows[::2], rows[1::2]):
             when, _, record = text.decode("utf-8", "replace").partition(" ")
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 name = name.decode("utf-8", "replace")
                 self.there[name] = float(when)
                 if float(when) > self.here.get(name, (0,))[0]:
@@ -14108,7 +14111,7 @@ class SharedSums:
         told = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
         asking = self.redis.call(*self.script.parts(
-            [self.key], [self.AT_ONCE, after, self.box, *itertools.chain(*told)]))
+            [self.key], [self.AT_ONCE, after, self.box, *chain(*told)]))
         asked = asyncio.run_coroutine_threadsafe(asking, self.redis.loop)
         try:
             entries = asked.result(self.WAIT_SECONDS)
@@ -14143,16 +14146,16 @@ class SharedFeed(Feed):
     SUMS = "in_flight", "line"
     # What these come to since its start each tells, so that a second that nobody has read is not
     # lost.
-    COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": decimal.Decimal}
+    COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
     TOLD = "begin", "end", "change", "warning"
 
     def __init__(self, clock: Any, redis: Redis, prefix: str):
         super().__init__(clock)
         self.redis = redis
         self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
-        self.totals = collections.Counter()       # by COUNTED
+        self.totals = Counter()       # by COUNTED
         self.others: Dict[bytes, JsonObject] = {}  # what each told last,
-        self.more = collections.Counter()         # and what all counted meanwhile
+        self.more = Counter()         # and what all counted meanwhile
         self.elsewhere = False                  # whether pages are open there
         self.last: Optional[bytes] = None       # event that was read
 
@@ -14192,7 +14195,7 @@ class SharedFeed(Feed):
             return
         now = wall_time(self.clock)
         found = {}
-        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
+        with suppress(ValueError, TypeError, LookupError, ArithmeticError):
             for name, text in zip(reply[::2], reply[1::2]):
                 one = json.loads(text)
                 if one["now"] < now - self.GONE_SECONDS:
@@ -14211,7 +14214,7 @@ class SharedFeed(Feed):
     def on_events(self, reply):
         if not reply or isinstance(reply, RedisFault):
             return
-        with contextlib.suppress(ValueError, TypeError, LookupError):
+        with suppress(ValueError, TypeError, LookupError):
             for self.last, (_, process, name, text) in reply:
                 if process.decode() != self.redis.process and name.decode() in self.TOLD:
                     super().tell(name.decode(), json.loads(text))
@@ -14219,7 +14222,7 @@ class SharedFeed(Feed):
     def added_up(self, payload: JsonObject) -> JsonObject:
         """Returns what was in a second of all."""
         found = dict(payload)
-        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError):
+        with suppress(ValueError, TypeError, LookupError, ArithmeticError):
             for name in self.COUNTED.keys() & found.keys():
                 value = found[name]
                 found[name] = type(value)(self.COUNTED[name](value) + self.more[name])
@@ -14294,7 +14297,7 @@ class SharedStored(Stored):
         if is_named:
             names += path.name, "%s/%s" % path[:2]
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
-        with contextlib.suppress(RedisFault, ValueError, TypeError, LookupError):
+        with suppress(RedisFault, ValueError, TypeError, LookupError):
             if unknown:
                 await self.find_things(unknown)
             if is_named and self.redis.available:
@@ -14323,7 +14326,7 @@ class SharedStored(Stored):
         claim = self.claims.get(name)
         if claim is None:
             claim = self.claims[name] = self.redis.loop.create_future()
-            self.redis.ask(functools.partial(self.on_claim, name), "EVAL", LUA_CLAIM, 2,
+            self.redis.ask(partial(self.on_claim, name), "EVAL", LUA_CLAIM, 2,
                            self.key("bill", name), self.key("claim", name),
                            self.redis.process, self.LEASE_SECONDS)
         try:
@@ -14334,7 +14337,7 @@ class SharedStored(Stored):
 
     def on_claim(self, name, reply):
         """Keeps a bill that is claimed now, though the calls that asked may have ended."""
-        with contextlib.suppress(ValueError, TypeError, LookupError):
+        with suppress(ValueError, TypeError, LookupError):
             self.bills[name] = self.read_bill(*json.loads(reply))
         self.claims[name].set_result(None)
         if name not in self.bills:  # there is none, or another process has claimed it
@@ -14427,7 +14430,7 @@ REASONS = {status: phrase for status, (phrase, _) in
            http.server.BaseHTTPRequestHandler.responses.items()}
 
 
-@functools.lru_cache(4)
+@lru_cache(4)
 def format_date(second):
     """Returns a header line (RFC 9110 5.6.7)."""
     return "Date: " + email.utils.formatdate(second, usegmt=True)
@@ -14479,7 +14482,7 @@ class Reply:
     first = b""                             # what has come of that,
     framing_line = ""                       # and how it is framed
     begun = close_after = until_close = reset = False
-    patience = math.inf                     # seconds that the caller has for one wait
+    patience = inf                     # seconds that the caller has for one wait
     started = 0                             # unix nanoseconds, when the request's head was there
 
     def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
@@ -14490,7 +14493,7 @@ class Reply:
         self.body: Optional[RequestBody] = None  # what is still to come of the request's
         self.call: Optional[Call] = None
         self.early = False
-        self.end_at = math.inf  # when the call is to be over, in the loop's time
+        self.end_at = inf  # when the call is to be over, in the loop's time
         self.comment_timer = None
 
     def take(self, request: Request):
@@ -14554,13 +14557,13 @@ class Reply:
         knows what comments are."""
         call = self.call
         if not call.stream or call.endpoint in NO_LIMIT_REPLY or not call.dialect.TAKES_COMMENTS:
-            return math.inf
-        return self.parts.config.stream_comment_seconds or math.inf
+            return inf
+        return self.parts.config.stream_comment_seconds or inf
 
     def start_comments(self):
         """A stream that waits long for its response begins with comments."""
         seconds = self.comment_seconds()
-        if seconds < math.inf:
+        if seconds < inf:
             self.comment_timer = self.context.loop.call_later(seconds, self.on_comment_timer)
 
     def stop_comments(self):
@@ -14598,7 +14601,7 @@ class Reply:
             lines.append("Transfer-Encoding: chunked")
         return self.head(200, "".join([line + CRLF for line in lines]))
 
-    @contextlib.asynccontextmanager
+    @asynccontextmanager
     async def streaming(self, content_type: str):
         """A stream of ours, while the block runs: yields what sends a piece of it, and waits until
         that is taken. Where the caller leaves, as most streams end, the block does, too."""
@@ -14707,7 +14710,7 @@ class Reply:
         editor = reader.editor if type(reader) is UsageReader else reader
         drops = editor is not None and not framing.ended
         if has_events:
-            if self.early or self.comment_seconds() < math.inf:
+            if self.early or self.comment_seconds() < inf:
                 events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
             length = response.head.length
@@ -14830,7 +14833,7 @@ class Reply:
             transfer.comment_seconds = self.comment_seconds()
         with transfer:
             try:
-                ending = await self.context.wait(transfer.done, math.inf, address.what_body)
+                ending = await self.context.wait(transfer.done, inf, address.what_body)
             except TimeoutError:  # the call's own deadline
                 ending = Transfer.SILENT
         if ending == Transfer.SLOW:
@@ -14952,7 +14955,7 @@ class Reply:
             fields["x-should-retry"] = "false"  # SDKs would ask three times
             if SLEEPING_AGENTS.search(self.user_agent()):
                 fields.pop("Retry-After", None)
-                resets_at = None if wait is None else now + math.ceil(wait)
+                resets_at = None if wait is None else now + ceil(wait)
                 body = dialect.final_error(refusal, refusal.status, resets_at)
         self.send(refusal.status, body, self.lines_of(fields))
 
@@ -15137,7 +15140,7 @@ class Proxy:
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
         if response.status < 300 and reply.call.makes_things():
-            reply.call.on_made = functools.partial(self.note_made, entry, response.address.name)
+            reply.call.on_made = partial(self.note_made, entry, response.address.name)
         ending = "ok"
         entry.held_up += self.loop.time() - reply.context.since
         if reply.early:
@@ -15375,7 +15378,7 @@ class Proxy:
         try:
             if not ticket.running:
                 turn = context.loop.create_future()
-                ticket.on_ready = functools.partial(Stream.wake, turn)
+                ticket.on_ready = partial(Stream.wake, turn)
                 seconds = upstream.queue.limits.seconds - before
                 await context.wait(turn, seconds, "its turn at %s" % upstream.name)
             if ticket.left:
@@ -15398,7 +15401,7 @@ class Proxy:
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
-        head = functools.partial(self.request_head, reply.request, call, upstream)
+        head = partial(self.request_head, reply.request, call, upstream)
         if call.body is None:
             body = reply.body if reply.content is None else reply.content
             send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
@@ -15416,7 +15419,7 @@ class Proxy:
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             stack.push(response)
             if not await response.mentions(call.dialect.USAGE_OPTION, context):
                 stack.pop_all()
@@ -15641,9 +15644,9 @@ def hear_of_others(proxy):
     """Has the ledger and Redis tell what others have changed, and whether Redis is there."""
     ledger, buckets = proxy.books.ledger, proxy.limits.buckets
     if ledger:
-        ledger.on_news = functools.partial(soon, proxy.loop, proxy.take_keys)
+        ledger.on_news = partial(soon, proxy.loop, proxy.take_keys)
     if buckets.redis:
-        buckets.on_change = functools.partial(tell_of_redis, proxy)
+        buckets.on_change = partial(tell_of_redis, proxy)
         share(proxy, buckets)
 
 
@@ -15660,7 +15663,7 @@ def share(proxy, buckets):
     proxy.books.on_end.append(proxy.stored.record)
     proxy.sharers.append(proxy.stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
-    proxy.watchers.warnings.once = functools.partial(tell_first, redis, prefix)
+    proxy.watchers.warnings.once = partial(tell_first, redis, prefix)
     if ledger and not ledger.worker:
         SharedKeys(redis, prefix, ledger)
         SharedSums(redis, prefix, ledger)
@@ -15707,7 +15710,7 @@ def stored_keys(database, secret, say):
 def go_on(proxy):
     """Does again what was ordered before, and holds still, before a call could find it undone."""
     proxy.routes.disable(proxy.callers.stored.disabled)
-    with contextlib.suppress(sqlite3.Error, ValueError):
+    with suppress(sqlite3.Error, ValueError):
         for order in proxy.books.ledger.new_orders():
             proxy.carry_out(order)
 
@@ -15857,7 +15860,7 @@ async def ask_models(loop: asyncio.AbstractEventLoop, upstream: Upstream,
     is no list."""
     context = Context(loop)
     context.until = loop.time() + seconds
-    with contextlib.closing(context):
+    with closing(context):
         return await upstream.models(context)
 
 
@@ -15879,7 +15882,7 @@ class Catalogue:
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
         self.clock = clock
         self.lists = {one.name: [] for one in self.upstreams}
-        self.good_until = -math.inf
+        self.good_until = -inf
         self.asking = None  # the task that asks
         self.apart = {}  # until when those of an upstream beside these are good
 
@@ -15892,7 +15895,7 @@ class Catalogue:
             asking = self.asking
             answered = context.loop.create_future()
             asking.add_done_callback(lambda _: Stream.wake(answered))
-            with contextlib.suppress(TimeoutError):
+            with suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
@@ -15912,7 +15915,7 @@ class Catalogue:
     async def ask_apart(self, loop, upstream):
         """Asks one that is not among these, not too often; others go by what it said before."""
         now = self.clock.monotonic()
-        if now >= self.apart.get(upstream.name, -math.inf):
+        if now >= self.apart.get(upstream.name, -inf):
             self.apart[upstream.name] = now + self.AGAIN_SECONDS
             await self.ask(loop, upstream)
 
@@ -15953,7 +15956,7 @@ class Pages:
             return getattr(self, self.PAGES[request.path])
         name, path = self.proxy.dialects.split(request.path)
         if path in self.MODELS_PATHS:
-            return functools.partial(self.models, name)
+            return partial(self.models, name)
         return None
 
     def dialect(self, request):
@@ -15974,7 +15977,7 @@ class Pages:
         try:
             proxy.identify(request, entry)
         except Refusal as refusal:
-            with contextlib.suppress(BadRequest):
+            with suppress(BadRequest):
                 if proxy.callers.credential_in(request, request.query):  # it may be guessing
                     entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
@@ -16133,7 +16136,7 @@ class Jobs:
     def __init__(self, threads: int, name: str, most: int = 20):
         self.most = most
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
-        self.owners = collections.Counter()  # whose jobs are waiting or running
+        self.owners = Counter()  # whose jobs are waiting or running
 
     async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
                   *arguments: Any) -> Any:
@@ -16256,7 +16259,7 @@ class Admin:
         """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
         otherwise would drop all locks that this process has on it
         (https://www.sqlite.org/howtocorrupt.html, 2.2)."""
-        with contextlib.closing(connect(self.path, mode)) as connection:
+        with closing(connect(self.path, mode)) as connection:
             return act(KeyStore(connection, self.clock, actor), *arguments, **fields)
 
     async def read_keys(self, ask, act, *arguments):
@@ -16269,7 +16272,7 @@ class Admin:
         after the other. Returns what is told of it, once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
 
-        change = functools.partial(self.work_on_keys, "rw", actor, act, *arguments, **fields)
+        change = partial(self.work_on_keys, "rw", actor, act, *arguments, **fields)
         found = await self.run(self.changing, ask.reply, change)
         await self.until_read(ask.reply.context)
         return found.as_dict() if found else {}
@@ -16279,8 +16282,8 @@ class Admin:
         was changed is changed all the same."""
         told = context.loop.create_future()
         self.proxy.books.ledger.on_read.append(
-            functools.partial(soon, context.loop, Stream.wake, told))
-        with contextlib.suppress(TimeoutError):
+            partial(soon, context.loop, Stream.wake, told))
+        with suppress(TimeoutError):
             await context.wait(told, self.READ_SECONDS, "the ledger")
 
     def pools(self) -> List[concurrent.futures.Executor]:
@@ -16299,7 +16302,7 @@ class Admin:
 
     async def summary(self, ask):
         proxy, sums = self.proxy, {}
-        with contextlib.suppress(BooksAway):
+        with suppress(BooksAway):
             sums = await self.read_books(ask, LedgerReader.today)
         return {"you": self.you(ask), "version": VERSION, "now": proxy.wall(),
                 "keys_are_asked_for": not proxy.callers.is_open,
@@ -16328,7 +16331,7 @@ class Admin:
         running = self.proxy.books.running
         first = max(0, len(running) - self.MAX_SHOWN)
         return [running_call(entry, self.clock)
-                for entry in itertools.islice(running, first, None)]
+                for entry in islice(running, first, None)]
 
     async def events(self, ask):
         """A stream of events that goes on until either side ends it."""
@@ -16409,8 +16412,8 @@ class Admin:
         self.feed.tell("change", {"what": "upstreams"})
         return self.describe(upstream)
 
-    enable = functools.partialmethod(switch, on=True)
-    disable = functools.partialmethod(switch, on=False)
+    enable = partialmethod(switch, on=True)
+    disable = partialmethod(switch, on=False)
 
     async def test(self, ask):
         upstream = copy.copy(self.upstream(ask.name))
@@ -16454,9 +16457,9 @@ class Admin:
     async def change_key(self, act, ask):
         return await self.change_keys(ask, act, ask.name)
 
-    remove_key = functools.partialmethod(change_key, KeyStore.remove)
-    revoke_key = functools.partialmethod(change_key, KeyStore.revoke)
-    restore_key = functools.partialmethod(change_key, KeyStore.restore)
+    remove_key = partialmethod(change_key, KeyStore.remove)
+    revoke_key = partialmethod(change_key, KeyStore.revoke)
+    restore_key = partialmethod(change_key, KeyStore.restore)
 
     async def rotate_key(self, ask):
         return await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
@@ -16548,7 +16551,7 @@ class Admin:
 
     async def callers(self, ask):
         sums = hours = seen = {}
-        with contextlib.suppress(BooksAway):
+        with suppress(BooksAway):
             sums, hours, seen = await self.read_books(ask, LedgerReader.of_callers)
         not_full = self.proxy.limits.not_full()
         rows = []
@@ -16571,7 +16574,7 @@ class Admin:
             raise Overloaded(wait=1)
         ask = Ask(request, reply, caller, "", dict(urllib.parse.parse_qsl(request.query)), {})
         calls = days = []
-        with contextlib.suppress(BooksAway):
+        with suppress(BooksAway):
             calls, days = await self.read_books(
                 ask, LedgerReader.of_one, caller.label, jobs=self.own_use)
         buckets = self.buckets_of(caller, self.proxy.limits.not_full())
@@ -17677,7 +17680,7 @@ class ClientConnection:
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
         else:
-            with contextlib.suppress(QuietEnd, TimeoutError):
+            with suppress(QuietEnd, TimeoutError):
                 while await self.exchange():
                     if self.client.read_buffer:  # requests that never wait would hold the loop
                         await asyncio.sleep(0)
@@ -17836,7 +17839,7 @@ class ClientConnection:
         context.until = self.loop.time() + total
         self.idle = True
         dropped = 0
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             while dropped < self.MAX_LINGER_BYTES and not self.server.draining:
                 dropped += len(client.take_all())
                 if not await client.more(context, seconds, "the client's goodbye"):
@@ -17954,8 +17957,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.reload()
         self.handshakes = Handshakes(proxy.clock)
         self.open = set()  # of ClientConnection
-        self.by_address = collections.Counter()  # how many are open of each
-        self.lingering = collections.OrderedDict()  # those that were let go, oldest first
+        self.by_address = Counter()  # how many are open of each
+        self.lingering = OrderedDict()  # those that were let go, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
         super().__init__(listener.getsockname(), ClientConnection, bind_and_activate=False)
@@ -18051,7 +18054,7 @@ class Server(http.server.ThreadingHTTPServer):
         many."""
         most = self.proxy.config.max_connections_per_address
         if self.proxy.callers.trusts(peer) or (not most and plain_ip(peer).is_loopback):
-            return math.inf
+            return inf
         return most or self.MAX_PER_ADDRESS
 
     def let_go(self, connection):
@@ -18161,7 +18164,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Wait until no connection is open."""
         if self.open and seconds > 0:
             self.emptied = self.loop.create_future()
-            with contextlib.suppress(TimeoutError):
+            with suppress(TimeoutError):
                 await Context(self.loop).wait(self.emptied, seconds, "the end of running calls")
 
 
@@ -18214,7 +18217,7 @@ class Workers:
         self.clock = clock
         self.say = say
         self.running = {}  # process -> its number, when it began
-        self.due = dict.fromkeys(range(count), -math.inf)  # number -> when it is to be started
+        self.due = dict.fromkeys(range(count), -inf)  # number -> when it is to be started
         self.pauses = {}  # before that, of those that were started again
         self.stopping = False
         self.code = 0
@@ -18226,9 +18229,9 @@ class Workers:
         self.signals = catch_signals(self.SIGNALS, self.clock.monotonic)
         while self.running or not self.stopping:
             self.start_due()
-            pause = min(self.due.values(), default=math.inf) - self.clock.monotonic()
-            select.select(self.signals[:1], [], [], None if pause == math.inf else max(0, pause))
-            with contextlib.suppress(BlockingIOError):
+            pause = min(self.due.values(), default=inf) - self.clock.monotonic()
+            select.select(self.signals[:1], [], [], None if pause == inf else max(0, pause))
+            with suppress(BlockingIOError):
                 for number in self.signals[0].recv(64):
                     self.hear(signal.Signals(number), actions)
             self.bury()
@@ -18289,7 +18292,7 @@ class Workers:
 
     def bury(self):
         """Looks who has ended, and has them started again."""
-        with contextlib.suppress(ChildProcessError):
+        with suppress(ChildProcessError):
             while self.running:
                 process, status = os.waitpid(-1, os.WNOHANG)
                 if not process:
@@ -18369,7 +18372,7 @@ class Demo:
     async def converse(self, reader, writer):
         """Answer one request after another, as simply as a proxy lets one."""
         # Who asks hangs up, or asks what no demo understands.
-        with contextlib.closing(writer), contextlib.suppress(Exception):
+        with closing(writer), suppress(Exception):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = re.search(r"(?i)\ncontent-length: *([0-9]+)", head)
@@ -18465,16 +18468,16 @@ class Bench:
     the proxy told of it, `proxy` the rest of the time to the head of the answer, `event` the way
     of an event of the demo's. `statuses` has how often each came, or what went wrong instead."""
     began = ended = failures = 0
-    leave_after = math.inf  # reads, as a caller who hangs up
+    leave_after = inf  # reads, as a caller who hangs up
 
     def __init__(self, upstream: Upstream, path: str, payload: JsonObject):
         lines = ["Content-Type: application/json", "Accept-Encoding: identity"]
         self.upstream = upstream
-        self.head = functools.partial(
+        self.head = partial(
             upstream.head, "POST", path, "", upstream.dialect, upstream.key, lines)
         self.body = json.dumps(payload).encode()
         self.streamed = payload.get("stream")
-        self.statuses = collections.Counter()
+        self.statuses = Counter()
         self.times = {name: array.array("d") for name in (
             "whole", "upstream", "proxy", "first byte", "jitter", "event")}
 
@@ -18489,7 +18492,7 @@ class Bench:
 
     async def work(self, loop, calls):
         context = Context(loop)
-        with contextlib.closing(context):
+        with closing(context):
             for _ in calls:
                 try:
                     status = await self.call(context)
@@ -18564,7 +18567,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
     GOOD = {  # the unit, from where and to where it is good
         "memory of an idle connection": ("KiB", 0, 64),
         "added to the first byte": ("ms", 0, 5),
-        "calls": ("a second", 200, math.inf),
+        "calls": ("a second", 200, inf),
         "added to an event, 10 streams": ("ms", 0, 5),
         "added to an event, 100 streams": ("ms", 0, 10),
         "added to an event, 500 streams": ("ms", 0, 50),
@@ -18599,7 +18602,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 
     def scrape(self, name):
         """Returns the sum of the proxy's metrics of a name. Raises OSError."""
-        with contextlib.closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
+        with closing(http.client.HTTPConnection(*self.place, timeout=5)) as asking:
             asking.request("GET", "/metrics")
             text = asking.getresponse().read().decode()
         return sum(map(float, re.findall(r"(?m)^%s(?:\{.*\})? (\S+)$" % name, text)))
@@ -18614,12 +18617,12 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
     async def measure(self):
         for _ in range(self.START_TRIES):
             await asyncio.sleep(0.1)
-            with contextlib.suppress(ConnectionRefusedError):
+            with suppress(ConnectionRefusedError):
                 self.scrape(self.MEMORY)
                 break
         await self.timed(self.url, self.STREAM, range(self.CALLERS), self.CALLERS)
         before = self.scrape(self.MEMORY)
-        with contextlib.ExitStack() as idle:
+        with ExitStack() as idle:
             for _ in range(self.IDLE):
                 idle.enter_context(socket.create_connection(self.place))
             await asyncio.sleep(self.PAUSE)
@@ -18630,7 +18633,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
             await self.measure_streams(count, before)
         await self.measure_hang_ups()
 
-    async def timed(self, url, payload, calls, concurrency, leave_after=math.inf):
+    async def timed(self, url, payload, calls, concurrency, leave_after=inf):
         """Returns the Bench of these calls. Raises Refusal where one fails."""
         bench = Bench(upstream_at(url, self.key, {}), "/v1/chat/completions", payload)
         bench.leave_after = leave_after
@@ -18732,7 +18735,7 @@ def settings_help():
 
 def ask_at_once(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
-    with contextlib.closing(asyncio.SelectorEventLoop()) as loop:
+    with closing(asyncio.SelectorEventLoop()) as loop:
         try:
             return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
@@ -18795,12 +18798,12 @@ def can_be_written(path):
 def look_at_database(config):
     """Raises DatabaseFault where a service could not use it."""
     path = config.database
-    with contextlib.suppress(FileNotFoundError, sqlite3.Error), (
-            contextlib.closing(Database(path, reading=True))) as database:
+    with suppress(FileNotFoundError, sqlite3.Error), (
+            closing(Database(path, reading=True))) as database:
         if is_closed(database.execute):
             config.note_stored_keys()
     if os.path.exists(lock_name(path)):
-        with lock_for_service(path) or contextlib.nullcontext():
+        with lock_for_service(path) or nullcontext():
             pass
     if not can_be_written(path):
         raise Unwritable(path, OSError("no such folder, or no permission"))
@@ -18817,7 +18820,7 @@ def take_one_cpu(cpu, port, worker=0):
     if cpu is None or not CPUS:
         return
     one = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         os.sched_setaffinity(0, {one})
 
 
@@ -18837,7 +18840,7 @@ def tune_interpreter():
 def raise_descriptor_limit():
     """Takes what the system gives: a call needs two descriptors, and the usual limit is 1024."""
     # Windows has no such module, macOS a lower limit of its own
-    with contextlib.suppress(ImportError, OSError, ValueError):
+    with suppress(ImportError, OSError, ValueError):
         import resource
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -18857,7 +18860,7 @@ def open_database(config, log_stream, remarks):
     if config.database == "off":
         return None
     try:
-        return open_for_service(config.database, functools.partial(open_patiently, log_stream))
+        return open_for_service(config.database, partial(open_patiently, log_stream))
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
@@ -18909,7 +18912,7 @@ def offer_dashboard(config, has_admin, path, at_terminal):
 
 def write_secret(path, secret):
     """Writes a file anew. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         os.remove(path)
     # O_EXCL: not into what somebody else has put there meanwhile, nor through a link
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -18940,7 +18943,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
 
 def remove_admin_key(config):
     """Removes the file of a key that was made, and ends with this process."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if config.admin_key_file:
             os.remove(config.admin_key_file)
 
@@ -18958,7 +18961,7 @@ def run_loop(server, reread, words=(), lifeline=None):
 def run_workers(config, log_stream, remarks, reread):
     """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
     def take_settings():  # for those that are started from now on
-        with contextlib.suppress(ConfigFaults):
+        with suppress(ConfigFaults):
             config.take(reread())
 
     def stop():
@@ -18969,7 +18972,7 @@ def run_workers(config, log_stream, remarks, reread):
         return run_worker(config, log_stream, reread, common._replace(
             number=number, lifeline=lifeline, again=again))
 
-    say = functools.partial(say_at_once, log_stream, config.log_format == "json")
+    say = partial(say_at_once, log_stream, config.log_format == "json")
     try:
         common = prepare_workers(config, log_stream, remarks)
     except OSError as failure:
@@ -18988,7 +18991,7 @@ def run_workers(config, log_stream, remarks, reread):
 def say_at_once(stream, as_json, text):
     """Writes a line to the log without a thread, where somebody reads it."""
     line = visible(message_line(text, as_json, time)) + "\n"
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if select.select([], [stream], [], 0)[1]:
             stream.write(line.encode("ascii", "backslashreplace"))
 
@@ -19054,10 +19057,10 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
     say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
 
-    stop = functools.partial(Stream.wake, stopping)
+    stop = partial(Stream.wake, stopping)
     handle_signals(server.loop, {
-        "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": functools.partial(report_calls, server),
-        "SIGHUP": stop if stops_when_hung_up(config) else functools.partial(
+        "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": partial(report_calls, server),
+        "SIGHUP": stop if stops_when_hung_up(config) else partial(
             reload, server, reread)})
     if lifeline is not None:
         watch_parent(server, lifeline, stop)
@@ -19094,7 +19097,7 @@ def watch_parent(server, lifeline, stop):
 async def probe(server):
     """Says which upstreams are not there at the start, while calls run already."""
     async def one(address):
-        with contextlib.closing(Context(server.loop)) as context:
+        with closing(Context(server.loop)) as context:
             fault = await address.probe(context)
         if fault:
             server.proxy.books.log.say(fault)
@@ -19168,7 +19171,7 @@ def read_usage(path, options, now):
     ledger."""
     since = max(0, now - read_option("--since", age, options.since))
     by = read_option("--by", listed(one_of(*GROUPS)), ",".join(options.by or ["caller"]))
-    with contextlib.closing(Database(path, reading=True).connection) as connection:
+    with closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
             return COLUMN_NAMES, find_call(execute, options.id)
@@ -19268,7 +19271,7 @@ def update_prices(path, url=PRICES_URL):
         require(prices, "holds no price")
         os.replace(part, path)
     except (OSError, ValueError, http.client.HTTPException) as failure:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.remove(part)
         cause = in_ascii(str(failure))  # some are the words of who answered
         raise ConfigFaults(f"{path} was not updated from {url}: {cause}") from None
@@ -19348,12 +19351,12 @@ def run_unless_stopped(work):
     async def run():
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError):  # on Windows
+            with suppress(NotImplementedError):  # on Windows
                 loop.add_signal_handler(number, task.cancel)
         await work
         return True
 
-    with contextlib.suppress(asyncio.CancelledError):
+    with suppress(asyncio.CancelledError):
         return asyncio.run(run())
 
 
@@ -19446,7 +19449,7 @@ def keys_command(options, found, log_stream):
     given = {name: value for name, value in vars(options).items()
              if name not in NOT_OF_KEYS and value not in (None, False)}
     try:
-        with contextlib.closing(database):
+        with closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
             compare_with_settings(options, found, database)
@@ -19487,10 +19490,10 @@ def compare_with_settings(options, found, database):
 
 def require_caller(store, name, found):
     """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
             return
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return read_network(name)
     store.find(name)
 
