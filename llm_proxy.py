@@ -2013,7 +2013,7 @@ class Callers:
         self.known[blinded(one, self.secret)] = one, Caller(
             ("key", one), name, self.secret, name, role)
 
-    def credential_in(self, fields: Fields, query: str) -> Optional[str]:
+    def credential(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
         Its digest decides who calls; itself it is only for an upstream that takes callers' own."""
         scheme, _, token = fields.get("authorization", "").partition(" ")
@@ -2029,11 +2029,6 @@ class Callers:
         if re.search(r"[\x00-\x1f\x7f]", credential):  # an escape in a query may be a line end
             raise BadRequest("The credential holds control characters")
         return credential or None
-
-    def credential(self, fields: Fields, query: str) -> Optional[bytes]:
-        """Returns the digest of the credential of a request, None without one."""
-        credential = self.credential_in(fields, query)
-        return credential and digest(credential)
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
@@ -2067,19 +2062,20 @@ class Callers:
         return Caller(("key", owner.digest()), f"{label}/{name}", key_name=caller.key_name,
                       role=caller.role, stored_key=caller.stored_key, until=caller.until)
 
-    def identify(self, credential: Optional[bytes], address: str, wall: float = 0.0) -> Caller:
+    def identify(self, credential: Optional[str], address: str, wall: float) -> Caller:
         """Returns who calls at the time `wall`. Raises Unauthorized where keys are asked for and
-        `credential`, a digest, is none of them, and for one that was, wherever it comes."""
-        caller = self.known_by(credential) if credential else None
+        `credential` is none of them, and for one that was, wherever it comes."""
+        one = credential and digest(credential)
+        caller = one and self.known_by(one)
         if caller:
             if caller.until is not None and caller.until <= wall:
                 raise Unauthorized(cause=f"key of {caller.label} ended")
             return caller
         if not self.is_open:
             raise Unauthorized
-        if credential is None:
+        if one is None:
             return Caller(("address", address), address)
-        return Caller(("key", credential), None, self.secret)
+        return Caller(("key", one), None, self.secret)
 
     def known_by(self, credential):
         """Returns whose secret has this digest, None where it is nobody's."""
@@ -15545,7 +15541,7 @@ class Proxy:
         lines += self.lines_of_ours(call)
         key = upstream.key
         if key == PASSTHROUGH:
-            key = self.callers.credential_in(request, request.query)
+            key = self.callers.credential(request, request.query)
         head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
         request.cache[address] = call.path, is_json, head
         return head
@@ -15978,7 +15974,7 @@ class Pages:
             proxy.identify(request, entry)
         except Refusal as refusal:
             with suppress(BadRequest):
-                if proxy.callers.credential_in(request, request.query):  # it may be guessing
+                if proxy.callers.credential(request, request.query):  # it may be guessing
                     entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
         found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
