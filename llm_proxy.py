@@ -1139,6 +1139,7 @@ class Config(types.SimpleNamespace):
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
     keys_are_stored = False  # in DATABASE, at the start: nobody else may call
     admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
+    reread: Callable[[], "Config"]  # while a proxy runs: how to read the settings again
 
     def note_stored_keys(self):
         """Keys of callers are stored, so that no stranger spends the operator's key."""
@@ -11597,11 +11598,6 @@ def running_call(entry: Entry, clock: Any) -> JsonObject:
             "started": wall_time(clock) - (clock.monotonic() - entry.started)}
 
 
-def ended_call(entry: Entry) -> JsonObject:
-    """Returns what the page shows of a call that has ended: its row in the ledger."""
-    return {**call_fields(entry.as_fields()), "key": entry.started}
-
-
 class Feed(Watcher):
     """Events, the last ROOM of them, as server-sent ones (WHATWG HTML 9.2), for pages that show
     what happens now. Each has a number, by which a page that was cut off goes on. While nobody
@@ -11639,7 +11635,7 @@ class Feed(Watcher):
 
     def record(self, entry):
         if (self.kept or self.listeners) and entry.call and self.has_room():
-            self.tell("end", ended_call(entry))
+            self.tell("end", {**call_fields(entry.as_fields()), "key": entry.started})
 
     def has_room(self):
         """Returns whether one more is told of in this second."""
@@ -18915,13 +18911,12 @@ def write_secret(path, secret):
         file.write(secret + "\n")
 
 
-def run(config: Config, log_stream: BinaryIO, remarks: List[str],
-        reread: Callable[[], Config]) -> int:
+def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
-    log; `reread` reads the settings again. Raises ConfigFaults and DatabaseFault."""
+    log. Raises ConfigFaults and DatabaseFault."""
     raise_descriptor_limit()
     if config.workers > 1:
-        return run_workers(config, log_stream, remarks, reread)
+        return run_workers(config, log_stream, remarks)
     proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
     log = proxy.books.log
     try:
@@ -18932,7 +18927,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str],
         return 1
     take_one_cpu(config.cpu_affinity, config.port)
     words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
-    code = run_loop(server, reread, words)
+    code = run_loop(server, words)
     remove_admin_key(config)
     return code
 
@@ -18944,28 +18939,28 @@ def remove_admin_key(config):
             os.remove(config.admin_key_file)
 
 
-def run_loop(server, reread, words=(), lifeline=None):
+def run_loop(server, words, lifeline=None):
     """Serve until a signal says stop; returns the exit code."""
     proxy = server.proxy
-    proxy.loop.run_until_complete(serve(server, reread, words, lifeline))
+    proxy.loop.run_until_complete(serve(server, words, lifeline))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
     return 0
 
 
-def run_workers(config, log_stream, remarks, reread):
+def run_workers(config, log_stream, remarks):
     """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
     def take_settings():  # for those that are started from now on
         with suppress(ConfigFaults):
-            config.take(reread())
+            config.take(config.reread())
 
     def stop():
         workers.stop()
         common.listener.close()
 
     def work(number, lifeline, again):
-        return run_worker(config, log_stream, reread, common._replace(
+        return run_worker(config, log_stream, common._replace(
             number=number, lifeline=lifeline, again=again))
 
     say = partial(say_at_once, log_stream, config.log_format == "json")
@@ -19009,7 +19004,7 @@ def prepare_workers(config, log_stream, remarks):
     return Worker(listener, database and database.lock, secret, Tally(config.workers))
 
 
-def run_worker(config, log_stream, reread, worker):
+def run_worker(config, log_stream, worker):
     """Serve as one of several processes; returns the exit code."""
     database = None
     try:
@@ -19025,14 +19020,14 @@ def run_worker(config, log_stream, reread, worker):
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
-    return run_loop(server, reread, ["it serves again"] * worker.again, worker.lifeline)
+    return run_loop(server, ["it serves again"] * worker.again, worker.lifeline)
 
 
-def reload(server: Server, reread: Callable[[], Config]):
+def reload(server: Server):
     """Go by settings, certificates and a usage log that were changed, and say so."""
     proxy, say = server.proxy, server.proxy.books.log.say
     try:
-        config = reread()
+        config = proxy.config.reread()
         server.reload()
         rest = rebuild(proxy, config)
         say("settings and certificates were read again; " + describe_limits(proxy.config))
@@ -19046,8 +19041,7 @@ def reload(server: Server, reread: Callable[[], Config]):
         proxy.books.usage_log.reopen()
 
 
-async def serve(server: Server, reread: Callable[[], Config], words: Sequence[str] = (),
-                lifeline: Optional[int] = None):
+async def serve(server: Server, words: Sequence[str], lifeline: Optional[int]):
     """Accept until a signal says stop, or the parent of a worker ends, then drain. The `words` are
     said when signals are heard."""
     say, config = server.proxy.books.log.say, server.proxy.config
@@ -19056,8 +19050,7 @@ async def serve(server: Server, reread: Callable[[], Config], words: Sequence[st
     stop = partial(Stream.wake, stopping)
     handle_signals(server.loop, {
         "SIGTERM": stop, "SIGINT": stop, "SIGUSR1": partial(report_calls, server),
-        "SIGHUP": stop if stops_when_hung_up(config) else partial(
-            reload, server, reread)})
+        "SIGHUP": stop if stops_when_hung_up(config) else partial(reload, server)})
     if lifeline is not None:
         watch_parent(server, lifeline, stop)
     for line in words:
@@ -19705,7 +19698,8 @@ def run_command(options, environ, log_stream):
         demo.first_seconds = config.demo_first_ms / 1000
         remarks.append(DEMO_HINT % config.origin("127.0.0.1"))
     tune_interpreter()
-    return run(config, log_stream, remarks, lambda: read_config(environ, read_dotenv_file()))
+    config.reread = lambda: read_config(environ, read_dotenv_file())
+    return run(config, log_stream, remarks)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -15001,7 +15001,8 @@ class TlsTest(ServerCase):
         with open(self.file, "w", encoding="ascii") as file:
             file.write("nonsense")
         with mock.patch.object(llm_proxy, "rebuild") as rebuild:
-            self.on_loop(llm_proxy.reload, self.server, lambda: self.proxy.config)
+            self.proxy.config.reread = lambda: self.proxy.config
+            self.on_loop(llm_proxy.reload, self.server)
         self.assertIs(self.server.tls, now)
         self.assertFalse(rebuild.called)
         for one in (client, self.connect_tls()):
