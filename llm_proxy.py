@@ -18671,6 +18671,11 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 # Commands: the command line. `main` comes last: it alone reads the environment and the clock.
 # --------------------------------------------------------------------------------------------------
 
+def tell_user(text):
+    """Says what is no part of a command's answer."""
+    print(visible(str(text)), file=sys.stderr)
+
+
 def describe_upstream(upstream):
     """Returns a line without secrets."""
     urls = " ".join(url.origin + url.path for url in upstream.url)
@@ -18846,20 +18851,20 @@ DEMO_HINT = (
     """"stream":true}'""")
 
 
-def open_database(config, log_stream, remarks):
+def open_database(config, remarks):
     """Returns the database. Where only the default one cannot be written, nothing is remembered,
     and `remarks` say so. Raises DatabaseFault."""
     if config.database == "off":
         return None
     try:
-        return open_for_service(config.database, partial(open_patiently, log_stream))
+        return open_for_service(config.database, open_patiently)
     except Unwritable as fault:
         if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append(IN_MEMORY % fault)
 
 
-def open_patiently(log_stream, path, lock, shared=False):
+def open_patiently(path, lock, shared=False):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
     for left in reversed(range(12)):
@@ -18868,19 +18873,19 @@ def open_patiently(log_stream, path, lock, shared=False):
         except InUse as fault:
             if not left:
                 raise
-            log_stream.write(b"%b, waiting\n" % str(fault).encode("ascii", "backslashreplace"))
+            tell_user(f"{fault}, waiting")
 
 
-def tell_of_dashboard(proxy, at_terminal):
+def tell_of_dashboard(proxy):
     """Returns where the page is, and has an admin's key made where there is none."""
     config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
     path = ledger.path if ledger and ledger.database else None
-    words = offer_dashboard(config, callers.stored.has_admin(proxy.wall()), path, at_terminal)
+    words = offer_dashboard(config, callers.stored.has_admin(proxy.wall()), path)
     proxy.callers = Callers(config, callers.secret, callers.stored)
     return words
 
 
-def offer_dashboard(config, has_admin, path, at_terminal):
+def offer_dashboard(config, has_admin, path):
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
     which its owner alone can read."""
@@ -18889,7 +18894,7 @@ def offer_dashboard(config, has_admin, path, at_terminal):
     if config.admin_key or has_admin:
         return page
     key = place = new_secret()
-    if not at_terminal:
+    if not os.isatty(2):
         if path is None:
             return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
         path = config.admin_key_file = path + ".admin-key"
@@ -18911,13 +18916,14 @@ def write_secret(path, secret):
         file.write(secret + "\n")
 
 
-def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
+def run(config: Config, remarks: List[str]) -> int:
     """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
     log. Raises ConfigFaults and DatabaseFault."""
     raise_descriptor_limit()
+    log_stream = open(2, "wb", buffering=0, closefd=False)
     if config.workers > 1:
         return run_workers(config, log_stream, remarks)
-    proxy = build(config, log_stream, database=open_database(config, log_stream, remarks))
+    proxy = build(config, log_stream, database=open_database(config, remarks))
     log = proxy.books.log
     try:
         server = Server(proxy, listen(config.host, config.port))
@@ -18926,7 +18932,7 @@ def run(config: Config, log_stream: BinaryIO, remarks: List[str]) -> int:
         proxy.books.close(1)
         return 1
     take_one_cpu(config.cpu_affinity, config.port)
-    words = [*greeting(config), *remarks, tell_of_dashboard(proxy, log_stream.isatty())]
+    words = [*greeting(config), *remarks, tell_of_dashboard(proxy)]
     code = run_loop(server, words)
     remove_admin_key(config)
     return code
@@ -18965,7 +18971,7 @@ def run_workers(config, log_stream, remarks):
 
     say = partial(say_at_once, log_stream, config.log_format == "json")
     try:
-        common = prepare_workers(config, log_stream, remarks)
+        common = prepare_workers(config, remarks)
     except OSError as failure:
         say(cannot_listen(config, failure))
         return 1
@@ -18987,17 +18993,17 @@ def say_at_once(stream, as_json, text):
             stream.write(line.encode("ascii", "backslashreplace"))
 
 
-def prepare_workers(config, log_stream, remarks):
+def prepare_workers(config, remarks):
     """Does once what all need. The database is made, or brought up to date, and closed again:
     SQLite's connections must not be carried through a fork
     (https://www.sqlite.org/howtocorrupt.html, 2.6). Raises DatabaseFault; OSError where it cannot
     listen."""
-    database = open_database(config, log_stream, remarks)
+    database = open_database(config, remarks)
     secret = file_secret(database)
     keys = keys_to_go_by(config, database, secret, lambda text: None)
     listener = listen(config.host, config.port)
-    remarks.append(offer_dashboard(config, keys.has_admin(time.time()), database and database.path,
-                                   log_stream.isatty()))
+    has_admin = keys.has_admin(time.time())
+    remarks.append(offer_dashboard(config, has_admin, database and database.path))
     if database:
         database.connection.close()
         let_workers_in(database.lock)
@@ -19009,7 +19015,7 @@ def run_worker(config, log_stream, worker):
     database = None
     try:
         if worker.lock:
-            database = open_patiently(log_stream, config.database, worker.lock, shared=True)
+            database = open_patiently(config.database, worker.lock, shared=True)
         proxy = build(config, log_stream, database=database, worker=worker)
         proxy.tally = worker.tally
         proxy.tally.begin(worker.number)
@@ -19107,11 +19113,6 @@ def handle_signals(loop, actions):
 
     receiver, sender = catch_signals(actions, loop.time)
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
-
-
-def tell_user(text):
-    """Says what is no part of a command's answer."""
-    print(text, file=sys.stderr)
 
 
 USAGE_OPTIONS = """\
@@ -19428,12 +19429,12 @@ CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY
           " (PROXY_API_KEYS=anyone lets all in)")
 
 
-def keys_command(options, found, log_stream):
+def keys_command(options, found):
     """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
     path = found["DATABASE"]
     if not os.path.exists(path):
         tell_user(f"DATABASE {path} is made now: no proxy that runs has it")
-    database = open_patiently(log_stream, path, None)
+    database = open_patiently(path, None)
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in NOT_OF_KEYS and value not in (None, False)}
@@ -19657,7 +19658,7 @@ def read_dotenv_file():
         raise ConfigFaults(f".env cannot be read: {failure}") from None
 
 
-def run_other_command(options, found, log_stream):
+def run_other_command(options, found):
     """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
     DatabaseFault."""
     if options.command == "grafana":
@@ -19669,7 +19670,7 @@ def run_other_command(options, found, log_stream):
     if options.command in ("keys", "usage") and found["DATABASE"] == "off":
         raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
     if options.command == "keys":
-        return keys_command(options, found, log_stream)
+        return keys_command(options, found)
     if options.command == "usage":
         return print_usage(options, found["DATABASE"], time.time())
     tune_interpreter()
@@ -19677,12 +19678,12 @@ def run_other_command(options, found, log_stream):
     return (bench_command if options.command == "bench" else selftest_command)(options, found)
 
 
-def run_command(options, environ, log_stream):
+def run_command(options, environ):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
         found = set_variables(environ, read_dotenv(dotenv)[0])
-        return run_other_command(options, found, log_stream)
+        return run_other_command(options, found)
     demo = Demo() if options.demo else None
     if demo:
         threading.Thread(
@@ -19699,19 +19700,18 @@ def run_command(options, environ, log_stream):
         remarks.append(DEMO_HINT % config.origin("127.0.0.1"))
     tune_interpreter()
     config.reread = lambda: read_config(environ, read_dotenv_file())
-    return run(config, log_stream, remarks)
+    return run(config, remarks)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
     open_standard_files()
     try:
-        log_stream = open(2, "wb", buffering=0, closefd=False)
-        code = run_command(options, dict(os.environ), log_stream)
+        code = run_command(options, dict(os.environ))
         sys.stdout.flush()
         return code
     except (ConfigFaults, DatabaseFault, FileNotFoundError) as fault:
-        tell_user(visible(str(fault)))
+        tell_user(fault)
         return 1 if isinstance(fault, (InUse, FileNotFoundError)) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):

@@ -15386,12 +15386,13 @@ class KeysCommandTest(ProcessCase):
 
     def test_an_admins_key_is_told_on_a_terminal(self):
         config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "81"})
-        told = llm_proxy.offer_dashboard(read_config({**HERE, "HOST": "fd00::1"}), True, None, True)
+        told = llm_proxy.offer_dashboard(read_config({**HERE, "HOST": "fd00::1"}), True, None)
         self.assertEqual(told, "dashboard: http://[fd00::1]:8899/dashboard")
         proxy = build(config, Lines())
         self.addCleanup(proxy.loop.close)
         self.addCleanup(proxy.books.close, PATIENCE)
-        words = llm_proxy.tell_of_dashboard(proxy, at_terminal=True)
+        with mock.patch.object(os, "isatty", lambda descriptor: True):
+            words = llm_proxy.tell_of_dashboard(proxy)
         page = re.escape("dashboard: http://[::1]:81/dashboard with the key ")
         self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
         found = proxy.callers.known_by(llm_proxy.digest(words.split()[-1]))
@@ -15894,12 +15895,13 @@ class CommandsTest(ProcessCase):
     def test_a_locked_database_is_waited_for(self):
         path = new_path(self, "books.db")
         with contextlib.closing(llm_proxy.Database(path).connection) as connection:
-            stream = io.BytesIO()
-            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01):
+            stream = io.StringIO()
+            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01), (
+                    contextlib.redirect_stderr(stream)):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
-                    llm_proxy.open_patiently(stream, path, None)
-                self.assertEqual(stream.getvalue().count(b"locked by another"), 11)
+                    llm_proxy.open_patiently(path, None)
+                self.assertEqual(stream.getvalue().count("locked by another"), 11)
 
     def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
         self.serve()
