@@ -17945,7 +17945,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop = proxy.loop
         self.pages = Pages(proxy)
         self.admin = Admin(proxy, self.pages.catalogue)
-        self.parts = self.make_parts()
+        config = proxy.config
+        memory = MemoryBudget(max(self.BODY_MEMORY, 8 * config.max_body_bytes))
+        origins = Origins(config.cors_origins, socket.gethostname())
+        self.parts = ReplyParts(
+            config, proxy.clock, proxy.dialects, memory, Turns(self.loop), origins)
         self.reload()
         self.handshakes = Handshakes(proxy.clock)
         self.open = set()  # of ClientConnection
@@ -17966,13 +17970,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.beat()
         if self.proxy.redis:
             self.proxy.redis.start()
-
-    def make_parts(self):
-        proxy, config = self.proxy, self.proxy.config
-        memory = max(self.BODY_MEMORY, 8 * config.max_body_bytes)
-        origins = Origins(config.cors_origins, socket.gethostname())
-        return ReplyParts(config, proxy.clock, proxy.dialects, MemoryBudget(memory),
-                          Turns(self.loop), origins)
 
     # -- in the accepting thread
 
