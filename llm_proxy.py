@@ -696,6 +696,7 @@ class LinearPattern:
     MOST_ROUNDS = 64     # what is unlimited takes so many,
     MOST_OF_GROUPS = 16  # and of more than one character so many
     MOST_CHOICES = 3     # whose ways begin alike
+    choices = 0          # that are so
     MOST_OPEN = 200
     MOST_STEPS = 1000    # of all ways to take what could be one's or another one's
 
@@ -712,7 +713,6 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *text}
         self.numbers = {}  # of repetitions, by identity
         self.ways = {}     # of those that can take the same, by number
-        self.choices = 0
         begin = self.beginning(self.tree)
         self.walk(self.tree, set(), False)
         if begin:  # else it would be tried from each character of a long word
@@ -9761,6 +9761,13 @@ class Entry:
     # By how what is awaited begins.
     STATES = (("its turn at", "line"), ("a connection", "connecting"),
               ("the response of", "first byte"), ("the body of", "first byte"))
+    request_id = None
+    outcome = "ok"
+    cause = None
+    gave_up = False     # the caller did not wait for the end
+    queued = None       # milliseconds in line; None where there was none
+    held_up = 0.0       # seconds before the first byte in which others were awaited
+    found = None        # by kind, how much that must not leave; None without any
     caller: Optional[Caller] = None
     method = None
     path = None
@@ -9789,13 +9796,6 @@ class Entry:
         """`peer` is where the connection comes from, `address` who that stands for."""
         self.address = address
         self.peer = peer
-        self.request_id = None
-        self.outcome = "ok"
-        self.cause = None
-        self.gave_up = False  # the caller did not wait for the end
-        self.queued = None    # milliseconds in line; None where there was none
-        self.held_up = 0.0    # seconds before the first byte in which others were awaited
-        self.found = None     # by kind, how much that must not leave; None without any
 
     def __repr__(self) -> str:
         return f"<Entry {self.request_id} {self.method} {self.path} {self.outcome}>"
@@ -9925,11 +9925,11 @@ class Writer:
     waits."""
     ROOM = 10_000
     PAUSE = 0.25  # seconds between two batches: they cost less than one by one
+    dropped = 0   # since the start
 
     def __init__(self, name: str):
         self.queue = deque()
         self.room = self.ROOM
-        self.dropped = 0  # since the start
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
 
@@ -11482,11 +11482,11 @@ class RefusalSums:
     are written like any call; of the others a line a second says how many: nobody can fill a disk
     by being refused."""
     SHOWN = 10
+    until = -inf  # monotonic seconds
+    shown = 0
 
     def __init__(self, log: Log):
         self.log = log
-        self.until = -inf  # monotonic seconds
-        self.shown = 0
         self.counts = Counter()  # by status and address
 
     def counts_only(self, entry):
@@ -11605,16 +11605,16 @@ class Feed(Watcher):
     ROOM = 1000
     KEPT_SECONDS = 60  # for a page that was cut off, after which it begins anew
     PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
+    told = 0          # of calls, in this second
+    listeners = 0     # pages that are open
+    kept = 0          # seconds for which events are kept yet
+    closed = False
 
     def __init__(self, clock: Any):
         self.clock = clock
         self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
         self.events = deque(maxlen=self.ROOM)
-        self.told = 0       # of calls, in this second
-        self.listeners = 0  # pages that are open
-        self.kept = 0       # seconds for which events are kept yet
         self.waiting = set()  # futures of pages
-        self.closed = False
 
     def tell(self, name: str, payload: JsonObject):
         """Adds an event, and wakes who waits for one."""
@@ -11682,6 +11682,7 @@ class Poster(Writer):
     DELAYS = (0, 1, 5)  # seconds before each try
     SECONDS = 10        # to connect, to send and to be answered
     PASSING = "408 429 500 502 503 504".split()  # statuses after which another try may go well
+    bundle = None       # makes one body of many items; without it each goes by itself
 
     def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], log: Log,
                  fields: Optional[Texts] = None):
@@ -11696,7 +11697,6 @@ class Poster(Writer):
         self.log = log
         self.fields = {"Content-Type": "application/json", "User-Agent": "llm_proxy/" + VERSION,
                        **(fields or {})}
-        self.bundle = None  # makes one body of many items; without it each goes by itself
         self.thread.start()
 
     def write_queued(self):
@@ -12322,6 +12322,7 @@ class Warnings(Watcher):
     QUIET_SECONDS = 3600
     KEY_SECONDS = 86400  # before its end, of a key that lives longer
     ROOM = 10_000
+    dropped = 0          # calls that the ledger is said to have lost
 
     def __init__(self, clock: Any, log: Log, feed: Feed, webhook: Optional[Poster]):
         self.clock = clock
@@ -12332,7 +12333,6 @@ class Warnings(Watcher):
         self.once = lambda subject, tell: tell()
         self.quiet_until = {}  # by what was told of what, oldest first
         self.down = set()      # the upstreams that are said to be
-        self.dropped = 0       # calls that the ledger is said to have lost
         self.ending = set()    # keys that are said to expire, and when
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
@@ -15869,13 +15869,13 @@ class Catalogue:
     ASK_SECONDS = 5
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
+    good_until = -inf
+    asking = None  # the task that asks
 
     def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
         self.clock = clock
         self.lists = {one.name: [] for one in self.upstreams}
-        self.good_until = -inf
-        self.asking = None  # the task that asks
         self.apart = {}  # until when those of an upstream beside these are good
 
     async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
@@ -18199,6 +18199,8 @@ class Workers:
     LEAST_SECONDS = 0.2  # who did not, after a pause that doubles each time,
     MOST_SECONDS = 30    # up to this
     SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1", "SIGCHLD")
+    stopping = False
+    code = 0
 
     def __init__(self, count: int, work: Callable[[int, int, bool], int], clock: Any,
                  say: Callable[[str], None]):
@@ -18208,8 +18210,6 @@ class Workers:
         self.running = {}  # process -> its number, when it began
         self.due = dict.fromkeys(range(count), -inf)  # number -> when it is to be started
         self.pauses = {}  # before that, of those that were started again
-        self.stopping = False
-        self.code = 0
 
     def run(self, actions: Dict[str, Callable[[], None]]) -> int:
         """Returns the exit code once all have ended. `actions` are what the parent itself does when
@@ -18551,6 +18551,7 @@ class SelfTest:
 import os, runpy, sys, threading
 threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
 runpy.run_path(sys.argv.pop(), run_name="__main__")"""
+    all_good = True
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
     GOOD = {  # the unit, from where and to where it is good
@@ -18572,7 +18573,6 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
         self.place = self.reserved.getsockname()
         self.url = "http://%s:%d" % self.place
         self.key = new_secret()
-        self.all_good = True
 
     def tell(self, what, value):
         unit, least, most = self.GOOD[what]
