@@ -11791,7 +11791,8 @@ def labels_of(**values):
 class Histogram:
     """How many times fell below each of some bounds. They are sorted in many at once, because that
     costs each next to nothing."""
-    __slots__ = ("bounds", "texts", "times", "counts", "count", "total")
+    count = 0
+    total = 0.0
 
     def __init__(self, bounds: str):
         self.texts = bounds.split()
@@ -11799,8 +11800,6 @@ class Histogram:
         # Those that are yet to be sorted in; as objects they would crowd the processor's cache.
         self.times = array.array("d")
         self.counts = [0] * len(self.bounds)
-        self.count = 0
-        self.total = 0.0
 
     def sort_in(self):
         times = sorted(self.times)
@@ -11819,8 +11818,6 @@ class Histogram:
 
 class Times:
     """The histograms of one upstream, in the order of HISTOGRAMS."""
-    __slots__ = ("histograms", "duration", "first_byte", "token", "queue", "overhead")
-
     def __init__(self):
         self.histograms = [Histogram(bounds) for _, _, bounds in HISTOGRAMS]
         self.duration, self.first_byte, self.token, self.queue, self.overhead = [
@@ -11829,12 +11826,11 @@ class Times:
 
 class Used:
     """What a caller has used of a model at an upstream."""
-    __slots__ = ("labels", "picodollars", "unpriced", "estimated", *TOKEN_KINDS)
+    picodollars = unpriced = estimated = 0
+    input = cached = cache_write = output = reasoning = 0  # TOKEN_KINDS
 
     def __init__(self, *values: str):
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
-        self.picodollars = self.unpriced = self.estimated = 0
-        self.input = self.cached = self.cache_write = self.output = self.reasoning = 0
 
     def add_details(self, usage):
         self.estimated += usage.estimated
@@ -11845,11 +11841,10 @@ class Used:
 
 class Series:
     """How many calls had these labels."""
-    __slots__ = ("labels", "calls", "used", "times")
+    calls = 0
 
     def __init__(self, values: Sequence[str], used: Used, times: Times):
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
-        self.calls = 0
         self.used = used
         self.times = times
 
