@@ -12573,11 +12573,11 @@ class RedisReader:
     LINE_BYTES = 8192
     COUNT = re.compile(rb"0|[1-9][0-9]{0,8}|-1")
     NUMBER = re.compile(rb"[+-]?[0-9]{1,19}")
+    taken = 0              # bytes of the reply that is begun
 
     def __init__(self):
         self.data = bytearray()
-        self.taken = 0                                      # bytes of the reply that is begun
-        self.open: List[Tuple[List[RedisReply], int]] = []  # arrays with how long they will be
+        self.open = []  # arrays with how long they will be
 
     def feed(self, data: bytes) -> List[RedisReply]:
         """Returns the replies that are whole now. Raises RedisFault."""
@@ -12675,11 +12675,11 @@ def redis_command(parts: Sequence[RedisPart]) -> bytes:
 
 class RedisScript:
     """A Lua script. It goes by its digest where the server has taken it, else as a whole."""
+    is_loaded = False
 
     def __init__(self, text: str):
         self.text = text
         self.digest = hashlib.sha1(text.encode()).hexdigest()  # Redis's own choice
-        self.is_loaded = False
 
     def parts(self, keys: Sequence[RedisPart], arguments: Iterable[RedisPart]) -> List[RedisPart]:
         """Returns the command that runs it."""
@@ -12705,13 +12705,13 @@ class ListeningTime:
     STEP_SECONDS = 0.01
     LATE_SECONDS = 0.01  # that a step may be, on a machine that is not so busy
     SLOWNESS = 20        # of the time after that: nobody waits for ever
+    held = 0.0
+    due = inf            # the next step
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.held = 0.0
-        self.due = inf  # the next step
         # Are called at each step; tell whether they go on waiting.
-        self.waits: List[Callable[[], bool]] = []
+        self.waits = []
 
     def now(self) -> float:
         now = self.loop.time()
@@ -12762,16 +12762,16 @@ class Redis(asyncio.Protocol):
         self.loop = loop
         self.name = name
         self.process = os.urandom(8).hex()  # as which others know this one
-        self.scripts: List[RedisScript] = []
+        self.scripts = []
         # Are awaited on each new connection before it is available; they use `ask_first`, and
         # raise RedisFault.
-        self.greetings: List[Callable[[], Awaitable[None]]] = []
-        self.on_return: List[Callable[[], None]] = []
-        self.on_leave: List[Callable[[RedisFault], None]] = []  # also of each try that failed
-        self.on_flush: List[Callable[[], None]] = []  # ask what has waited for the end of a pass
-        self.unsent: List[Asked] = []
-        self.asked: "deque[Asked]" = deque()
-        self.waiting: "deque[bytes]" = deque()
+        self.greetings = []
+        self.on_return = []
+        self.on_leave = []      # are told why, also of each try that failed
+        self.on_flush = []      # ask what has waited for the end of a pass
+        self.unsent = []        # of Asked
+        self.asked = deque()    # of Asked
+        self.waiting = deque()  # commands, as they are sent
         self.listening = ListeningTime(loop)
         self.listening.waits.append(self.look)
 
@@ -13261,13 +13261,13 @@ class Batch:
     def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
         self.number = number
         self.describe = describe
-        self.places: Dict[BucketKey, int] = {}
-        self.rules: List[Rule] = []
-        self.names: List[str] = []
-        self.kinds: List[str] = []
-        self.acts: List[str] = []
-        self.takes: List[Take] = []
-        self.charged: Dict[BucketKey, int] = Counter()
+        self.places = {}  # number by bucket
+        self.rules = []
+        self.names = []
+        self.kinds = []
+        self.acts = []
+        self.takes = []
+        self.charged = Counter()
 
     def place(self, rule, key):
         found = self.places.get(key)
@@ -13353,9 +13353,9 @@ class Charges:
 
     def __init__(self):
         # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
-        self.unsent: Dict[Tuple[BucketKey, float], Tuple[Rule, int]] = {}
-        self.pending: Dict[BucketKey, int] = Counter()
-        self.running: Dict[Tuple[Rule, BucketKey], int] = Counter()
+        self.unsent = {}
+        self.pending = Counter()  # by bucket
+        self.running = Counter()  # by (rule, bucket)
 
     def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
         """Returns whether there was room."""
@@ -13431,13 +13431,13 @@ class RedisBuckets(Buckets):
         self.charges = Charges()
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = deque(maxlen=self.MOST_KEPT)
-        self.fills: Set[CallerKey] = set()
+        self.fills = set()                  # callers whose buckets are to be filled
         self.takes = deque()    # to be sent
         self.waiting = deque()  # calls that wait, or did a moment ago
-        self.batches: "deque[Batch]" = deque()
+        self.batches = deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
-        self.on_change: Callable[[str], None] = lambda change: None
+        self.on_change = lambda change: None
         self.follow(redis)
 
     def follow(self, redis):
@@ -13649,7 +13649,7 @@ class RedisBuckets(Buckets):
     def take_here(self, keyed_rules, costs, one):
         """Does what `take` does by what is known here. Raises LimitsAway."""
         if self.policy == "closed":
-            raise LimitsAway()
+            raise LimitsAway
         if self.policy == "open":
             levels = [found._replace(level=max(0, found.level), amount=costs[found.rule.unit])
                       for found in self.levels_after(keyed_rules, costs, NO_COST)]
@@ -13882,7 +13882,7 @@ class SharedQueue(FairQueue):
         redis.on_return.append(self.begin)
         redis.on_leave.append(lambda fault: self.go_alone())
         self.keys = [name + end for end in ("", ":line", ":asking", ":began")]
-        self.leases: List[str] = []  # one for each slot that this process has
+        self.leases = []  # one for each slot that this process has
 
     def slots(self) -> int:
         return self.all
@@ -14013,8 +14013,8 @@ class SharedKeys:
         self.redis = redis
         self.names = prefix + "keys", prefix + "keys:changes"
         self.heard = ledger.records = deque()
-        self.here: KeyRecords = {}
-        self.there: Dict[str, float] = {}  # when each was changed
+        self.here = {}   # KeyRecords
+        self.there = {}  # when each was changed
         redis.on_return.append(self.look_anew)
         ledger.on_records = self.tell
 
@@ -14081,12 +14081,12 @@ class SharedSums:
     AT_ONCE = 200
     WAIT_SECONDS = 1
     SUM = re.compile(b"([0-9]{1,18}) (.*)", re.DOTALL)
+    after: Optional[str] = None  # where the stream is read from
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
         self.key = prefix + "sums"
         self.box = short_digest(ledger.secret.hex())
-        self.after: Optional[str] = None  # where the stream is read from
         self.script = RedisScript(LUA_SUMS)
         redis.scripts.append(self.script)
         ledger.trade = self.trade
@@ -14135,16 +14135,16 @@ class SharedFeed(Feed):
     # lost.
     COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
     TOLD = "begin", "end", "change", "warning"
+    elsewhere = False              # whether pages are open there
+    last: Optional[bytes] = None   # event that was read
 
     def __init__(self, clock: Any, redis: Redis, prefix: str):
         super().__init__(clock)
         self.redis = redis
         self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
-        self.totals = Counter()       # by COUNTED
-        self.others: Dict[bytes, JsonObject] = {}  # what each told last,
-        self.more = Counter()         # and what all counted meanwhile
-        self.elsewhere = False                  # whether pages are open there
-        self.last: Optional[bytes] = None       # event that was read
+        self.totals = Counter()  # by COUNTED
+        self.others = {}  # what each told last,
+        self.more = Counter()  # and what all counted meanwhile
 
     def tell(self, name, payload):
         super().tell(name, payload)
@@ -14253,16 +14253,16 @@ class SharedStored(Stored):
     LEASE_SECONDS = 60
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
+    limits: Optional[Limits] = None  # whose rules bills go by
 
     def __init__(self, policy: str, redis: Redis, prefix: str, clock: Any):
         super().__init__(policy)
         self.redis = redis
         self.prefix = prefix
         self.clock = clock
-        self.limits: Optional[Limits] = None  # whose rules bills go by
-        self.polls: Dict[Call, str] = {}      # bills that calls which run ask about
+        self.polls = {}  # bills that calls which run ask about
         # Bills that are claimed here; completed when Redis has said whether they are.
-        self.claims: Dict[str, "asyncio.Future[None]"] = {}
+        self.claims = {}
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
