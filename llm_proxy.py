@@ -3971,6 +3971,15 @@ class Call:
     usage_requested_by_us = False  # the caller did not ask for it
     # What it asks for, once that is known:
     limit: Optional[Tuple[Optional[int], int]] = None
+    large = False      # whether its body is,
+    is_plain = False   # and whether it asks for nothing but an answer to messages
+    forgotten = False  # what is large of it
+    length = None      # until it is asked for
+    masked: Optional[JsonObject] = None  # the payload without what must not leave,
+    masks: Optional["Masks"] = None      # and what stands for that
+    on_made = None  # a callback that is told the names of what was made
+    # A call in the background whose usage nobody knows yet, where this asks for its answer
+    owes: Optional["Call"] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
@@ -3981,16 +3990,7 @@ class Call:
         self.path = path
         self.query = query
         self.payload: JsonObject = {}
-        self.large = False      # whether its body is,
-        self.is_plain = False   # and whether it asks for nothing but an answer to messages
-        self.forgotten = False  # what is large of it
-        self.length = None      # until it is asked for
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
-        self.masked: Optional[JsonObject] = None  # the payload without what must not leave,
-        self.masks: Optional["Masks"] = None      # and what stands for that
-        self.on_made = None  # a callback that is told the names of what was made
-        # A call in the background whose usage nobody knows yet, where this asks for its answer
-        self.owes: Optional["Call"] = None
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -6026,6 +6026,14 @@ class UsageReader:
     ended = False         # the model has stopped,
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
+    editor: Optional[Editor] = None
+    size = 0              # of what is kept
+    cut = False           # the beginning of a line or of JSON is gone
+    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    end_is_read = False
+    running = False       # it has not ended, which is told
+    fault = 0             # the status of the error that the response is
+    said_nothing = False  # it is one, or has no end, and had no text and told of none
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = 0.0
@@ -6038,18 +6046,10 @@ class UsageReader:
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
-        self.editor: Optional[Editor] = None
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.editor = Editor(self.dialect.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
-        self.size = 0
         self.compact_above = self.MAX_KEPT
-        self.cut = False  # the beginning of a line or of JSON is gone
-        self.final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
-        self.end_is_read = False
-        self.running = False       # it has not ended, which is told
-        self.fault = 0             # the status of the error that the response is
-        self.said_nothing = False  # it is one, or has no end, and had no text and told of none
 
     def __repr__(self) -> str:
         return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
