@@ -3591,7 +3591,7 @@ class JsonBody:
         try:
             payload = decode_json(self.short, decoder)
         except ValueError as error:
-            raise BadRequest("The request body is %s" % error) from None
+            raise BadRequest(f"The request body is {error}") from None
         if not isinstance(payload, dict):
             raise BadRequest("The request body must be a JSON object")
         return payload
@@ -3616,7 +3616,7 @@ class JsonBody:
         else:
             start = value_start(self.short, key)
             if start < 0:
-                raise BadRequest("The key %s must be spelled plainly" % key)
+                raise BadRequest(f"The key {key} must be spelled plainly")
             # Each byte is a character.
             end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
         return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
@@ -3711,7 +3711,7 @@ def form_fields(body, content_type):
 def query_fields(body):
     """Yields the same of a form that is spelled as a query is."""
     if len(body) > MAX_QUERY:
-        raise BodyTooLarge()
+        raise BodyTooLarge
     for field in re.finditer(b"([^=&]+)=?([^&]*)", body):
         yield (urllib.parse.unquote_plus(field[1].decode("latin-1")), *field.span(2))
 
@@ -4156,7 +4156,7 @@ class Call:
                 if is_integer(value):
                     found.append((name, int(value)))
                 elif value is not None and self.endpoint not in NO_LIMIT_REPLY:
-                    raise BadRequest("%s must be an integer" % name)
+                    raise BadRequest(f"{name} must be an integer")
         return found
 
     def remember(self):
@@ -4999,7 +4999,7 @@ class Dialect:
         for all of them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
         text = data.decode("utf-8", "replace")
-        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if '"%s"' % key in text}
+        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if f'"{key}"' in text}
         # What several keys say in the same words is said once: some mirror reasoning.
         return sum(map(self.weight, said))
 
@@ -5008,7 +5008,7 @@ class Dialect:
         """Returns the weight of a string of JSON."""
         if "\\" in text:
             try:
-                text = json.loads('"%s"' % text)
+                text = json.loads(f'"{text}"')
             except ValueError:
                 pass
         return text_weight(text)
@@ -5478,7 +5478,7 @@ class Gemini(Google):
         """A stream without events is an array."""
         text = super().limit_text(call, values)
         is_array = text and call.stream and not self.is_stream(self.limit_type(call))
-        return "[%s]" % text if is_array else text
+        return f"[{text}]" if is_array else text
 
     def limit_type(self, call):
         events = "alt=sse" in call.query.lower().split("&")
@@ -5716,7 +5716,7 @@ class Dialects:
         metered; and the path to use. Raises BadRequest, Forbidden."""
         folded = fold_path(path)
         if self.is_admin_path(method, self.split(folded)[1]):
-            raise Forbidden()
+            raise Forbidden
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
@@ -5815,14 +5815,14 @@ class Dialects:
         Raises BadRequest."""
         call.json_body = body = JsonBody(call.body)
         if len(body.short) > self.max_text:
-            raise TextTooLarge()
+            raise TextTooLarge
         call.payload = payload = body.parse()
         if PLAIN_CHAT.issuperset(payload):
             call.is_plain = call.endpoint == "chat"
         elif not USUAL_KEYS.issuperset(payload):
             others = payload.keys() - READ_KEYS
             for key in READ_KEYS.intersection(map(str.casefold, others)):
-                raise BadRequest("The key %s must be spelled in lower case" % key)
+                raise BadRequest(f"The key {key} must be spelled in lower case")
         dialect = call.dialect
         if call.endpoint == UNKNOWN:
             dialect = UNKNOWN_DIALECT
@@ -6052,8 +6052,8 @@ class UsageReader:
         self.compact_above = self.MAX_KEPT
 
     def __repr__(self) -> str:
-        return "<UsageReader %s %s, keeps %d bytes, found %s>" % (
-            self.dialect.name, self.endpoint, self.size, self.counts)
+        return (f"<UsageReader {self.dialect.name} {self.endpoint}, keeps {self.size} bytes,"
+                f" found {self.counts}>")
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
@@ -13330,7 +13330,7 @@ def describe_kind(rule: Rule, hour: float) -> str:
     scale = grain(rule)
     capacity = rule.capacity // scale
     if rule.unit == RUNNING:
-        return "running %d" % capacity
+        return f"running {capacity}"
     if rule.zone:
         now = calendar_rule(rule, 3600 * hour)
         ends = now.began + now.interval
@@ -13539,7 +13539,7 @@ class RedisBuckets(Buckets):
         end = self.redis.loop.time() + self.DRAIN_SECONDS
         while self.batches or self.acts or self.charges.unsent:
             if self.redis.loop.time() > end:
-                return say("Redis is not told of all charges: it %s" % self.reason)
+                return say(f"Redis is not told of all charges: it {self.reason}")
             self.redis.flush_soon()
             await asyncio.sleep(0.01)
 
@@ -13719,7 +13719,7 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            await self.put_back(done, self.known_levels(), "last %d" % loss)
+            await self.put_back(done, self.known_levels(), f"last {loss}")
         self.fresh = False
         self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
@@ -13806,7 +13806,7 @@ class RedisBuckets(Buckets):
         """Fills the buckets of callers; what Redis does not do now is done when it is back."""
         with suppress(RedisFault):
             for owner in list(self.fills):
-                pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
+                pattern_of_names = f"{self.prefix}b:*{short_digest(owner)}*:*"
                 cursor = b"0"
                 while True:
                     cursor, names = await self.redis.call(
@@ -13935,7 +13935,7 @@ class SharedQueue(FairQueue):
                 self.part(self.all) - self.running, self.TELL_MS, wanted, *names]
 
     def new_names(self, count):
-        return ["%s:%d" % (self.redis.process, next(self.numbers)) for _ in range(count)]
+        return [f"{self.redis.process}:{next(self.numbers)}" for _ in range(count)]
 
     def take(self, names):
         """Starts calls in these slots; whoever wanted one may have left."""
@@ -14120,7 +14120,7 @@ class SharedSums:
 def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
     """Has one process alone tell what several see; more than one may while Redis is away."""
     redis.ask(lambda reply: reply is None or tell(),
-              "SET", "%stold:%s" % (prefix, short_digest(subject)), 1, "NX", "EX",
+              "SET", f"{prefix}told:{short_digest(subject)}", 1, "NX", "EX",
               Warnings.QUIET_SECONDS)
 
 
