@@ -9858,19 +9858,20 @@ class Entry:
         awaits = self.context.what if self.context else ""
         return next((state for begin, state in self.STATES if awaits.startswith(begin)), "reading")
 
-    def tokens_so_far(self):
-        """Returns about how many tokens have passed: an event holds one, nearly always."""
-        reader = self.reader
-        return reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces) if reader else 0
-
-    def progress(self, clock: Any) -> JsonObject:
-        """Returns what changes while it runs; `key` is no other one's, though callers may choose
-        one id twice."""
+    def as_running(self, clock: Any) -> JsonObject:
+        """Returns what the page shows while it runs; `key` is no other one's, though callers may
+        choose one id twice."""
         self.request_id = self.request_id or new_request_id()
-        place = self.ticket.queue.position(self.ticket) if self.ticket else None
+        call, caller, reader, ticket = self.call, self.caller, self.reader, self.ticket
+        seconds = clock.monotonic() - self.started
         return {"id": self.request_id, "key": self.started, "state": self.state(),
-                "position": place, "upstream": self.upstream, "tokens": self.tokens_so_far(),
-                "seconds": round(clock.monotonic() - self.started, 3)}
+                "position": ticket.queue.position(ticket) if ticket else None,
+                "upstream": self.upstream, "caller": caller.label, "team": caller.team,
+                "model": clean(call.model), "stream": bool(call.stream),
+                # an event holds a token, nearly always
+                "tokens": reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces)
+                if reader else 0,
+                "seconds": round(seconds, 3), "started": wall_time(clock) - seconds}
 
     def charged(self, nothing):
         """Returns what was taken of the tightest bucket, and what it holds."""
@@ -11590,14 +11591,6 @@ class Books:
 # goes out, to addresses that the operator set, goes by threads of their own.
 # --------------------------------------------------------------------------------------------------
 
-def running_call(entry: Entry, clock: Any) -> JsonObject:
-    """Returns what the page shows of a call that runs."""
-    call = entry.call
-    return {**entry.progress(clock), "caller": entry.caller.label, "team": entry.caller.team,
-            "model": clean(call.model), "stream": bool(call.stream),
-            "started": wall_time(clock) - (clock.monotonic() - entry.started)}
-
-
 class Feed(Watcher):
     """Events, the last ROOM of them, as server-sent ones (WHATWG HTML 9.2), for pages that show
     what happens now. Each has a number, by which a page that was cut off goes on. While nobody
@@ -11631,7 +11624,7 @@ class Feed(Watcher):
 
     def begin(self, entry):
         if self.listeners and self.has_room():
-            self.tell("begin", running_call(entry, self.clock))
+            self.tell("begin", entry.as_running(self.clock))
 
     def record(self, entry):
         if (self.kept or self.listeners) and entry.call and self.has_room():
@@ -11869,7 +11862,7 @@ class Metrics(Watcher):
         self.times = {}    # Times by upstream
         self.callers = {}  # labels by key
         self.models = set()
-        self.refused = {}  # counts by rule
+        self.refused = Counter()   # by rule
         self.redacted = Counter()  # by kind
 
     def record(self, entry):
@@ -11910,11 +11903,6 @@ class Metrics(Watcher):
                 if one.times:
                     one.sort_in()
 
-    def note_refusal(self, rule):
-        if rule not in self.refused and len(self.refused) >= self.MAX_NAMES:
-            rule = OTHER
-        self.refused[rule] = self.refused.get(rule, 0) + 1
-
     def find(self, key, entry):
         """Returns the series of such calls, which is known from then on. What a rule refused is
         counted here, too."""
@@ -11930,7 +11918,8 @@ class Metrics(Watcher):
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # these come here each time
-            self.note_refusal(entry.cause)
+            known = entry.cause in self.refused or len(self.refused) < self.MAX_NAMES
+            self.refused[entry.cause if known else OTHER] += 1
         else:
             self.known[key] = self.series[values]
         return self.series[values]
@@ -16317,7 +16306,7 @@ class Admin:
         """Returns the calls that run, the latest last."""
         running = self.proxy.books.running
         first = max(0, len(running) - self.MAX_SHOWN)
-        return [running_call(entry, self.clock)
+        return [entry.as_running(self.clock)
                 for entry in islice(running, first, None)]
 
     async def events(self, ask):
