@@ -18382,13 +18382,16 @@ class Demo:
 
     def words_for(self, call):
         """Returns what to say, word by word, as in strings of JSON."""
+        words = re.findall(r"\s*\S+\s*", self.text_for(call))
+        return [json.dumps(word)[1:-1] for word in words]
+
+    def text_for(self, call):
         said = call.get("prompt")
         if call.get("messages"):
             said = call["messages"][-1].get("content")
         if type(said) is list:
             said = "".join(str(dig(part, "text") or "") for part in said)
-        text = said[5:] if str(said).startswith("say: ") else self.TEXT
-        return [json.dumps(word)[1:-1] for word in re.findall(r"\s*\S+\s*", text)]
+        return said[5:] if str(said).startswith("say: ") else self.TEXT
 
     def frame(self, name, choice, usage="null"):
         sent = asyncio.get_running_loop().time() * 1e9
