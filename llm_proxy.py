@@ -489,7 +489,8 @@ def time_zone(name: str) -> Optional[datetime.tzinfo]:
     return None
 
 
-age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
+age = pattern("[1-9][0-9]{0,5}[sm]|[1-9][0-9]{0,4}h|[1-9][0-9]{0,3}d",
+              "must be such as 15m, 12h or 30d, and at most 9999d",
               lambda match: read_duration(match[0]))
 
 
@@ -12082,6 +12083,7 @@ class Pulse(Watcher):
     PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
     MAX_SHOWN = 100
+    counts_all = True  # who is refused called lately, too
 
     def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
         self.clock = clock

@@ -9105,7 +9105,8 @@ class KeyStoreTest(KeysCase):
         for act, name, fields, said in self.each(self.FAULTS):
             self.fails(said, act, json.loads(name), **json.loads(fields))
         for amount, unit, time in self.each("""[["0", "usd", null], ["1.5", "tokens", null],
-                                             ["1", "running", null], ["1", "usd", "1x"]]"""):
+                                             ["1", "running", null], ["1", "usd", "1x"],
+                                             ["1", "usd", "10000d"]]"""):
             self.fails("must be", "give", "ann", amount, unit, time)
         self.assertEqual([key.name for key in self.keys.list()], ["ann"])
         self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
@@ -13579,6 +13580,7 @@ class AdminBooksTest(AdminCase):
         self.wait_for_rows(1)
         self.on_loop(self.proxy.books.refusals.report)
         self.assert_said("3 more were refused: 404 127.0.0.1 x3")
+        self.assertIn("VIEWER_KEY", [row["name"] for row in self.look("/callers")["callers"]])
 
     def test_a_key_is_made_shown_changed_and_removed(self):
         made = self.add(team="red", limits="5000 tokens per day")
