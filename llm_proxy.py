@@ -19224,7 +19224,7 @@ def handle_signals(loop, actions):
 
 
 USAGE_OPTIONS = """\
---since  7d         99999d only the last minutes (30m), hours (12h) or days (7d)
+--since  7d         9999d  only the last minutes (30m), hours (12h) or days (7d)
 --caller NAME       -      only the calls of this caller
 --id     REQUEST_ID -      all that is known of one call"""
 GROUPS = (*SUM_KEYS, "outcome", "day")

@@ -9401,7 +9401,7 @@ class SumsTest(TableCase):
         self.database.connection.close()
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
-        options = types.SimpleNamespace(since="99999d", by=None, id=None, caller=None)
+        options = types.SimpleNamespace(since="9999d", by=None, id=None, caller=None)
         used = early = None
         for step in range(60):
             with contextlib.suppress(KeyError), mock.patch.object(
