@@ -14073,8 +14073,7 @@ class PageTest(AdminCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        quick = llm_proxy.DASHBOARD.replace("painted + 1000", "painted + 50")
-        quick = quick.replace("resolve, 2000", "resolve, 50")
+        quick = llm_proxy.DASHBOARD.replace("resolve, 2000", "resolve, 50")
         for patch in (mock.patch.object(llm_proxy, "DASHBOARD", quick),
                       mock.patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1)):
             patch.start()
