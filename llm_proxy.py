@@ -16723,13 +16723,13 @@ DASHBOARD = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><titl
 * { box-sizing: border-box; } :is(.tools, p):empty { display: none; }
 body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-small, th, dt, text, button, .choices, .label, .values { font-size: 12px; line-height: 16px; }
-small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400; }
+small, th, dt, text, button, .choices, .label, td::before { font-size: 12px; line-height: 16px; }
+small, th, dt, nav a, .label, .choices a, td::before { color: var(--muted); font-weight: 400; }
 header, .spark { border-bottom: var(--edge); } header { margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
 #bar, .tools, #states, nav, .choices { display: flex; align-items: center; flex-wrap: wrap; }
 #bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
-.tools { gap: 8px 32px; margin-bottom: 16px; } .choices { gap: 0 12px; }
+.tools { gap: 8px 16px; margin-bottom: 16px; } .choices { gap: 0 12px; margin-right: 16px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
 nav a, .choices a { padding: 8px 0; border-bottom: 2px solid transparent; }
 a[aria-current=true] { color: var(--text); border-color: var(--accent); }
@@ -16740,7 +16740,7 @@ button { font-family: inherit; color: var(--text); background: var(--page); curs
   padding: 5px 9px; border: var(--edge); border-radius: 4px; white-space: nowrap; }
 button:hover { border-color: var(--muted); } button.chip { border-radius: 14px; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
-#bar :is(button, select), .notice button { border: 0; background: none; padding: 6px 0; }
+#bar :is(button, select) { border: 0; background: none; padding: 6px 0; font-size: 12px; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
   border: 1px solid var(--muted); border-radius: 4px; max-width: 100%; height: 32px; }
 ::placeholder { color: var(--muted); opacity: 1; } table + button { margin-top: 12px; }
@@ -16757,7 +16757,7 @@ tr[tabindex]:hover, tr.open { background: var(--surface);
   box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); }
 .gone { opacity: 0; transition: opacity 300ms; } .actions button { margin-left: 4px; }
 td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
-.ask { position: absolute; top: 0; right: 0; width: max-content; max-width: 296px; padding: 2px 4px;
+.ask { position: absolute; top: 0; right: 0; width: max-content; max-width: 348px; padding: 2px 4px;
   z-index: 1; display: flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
 .swatch, .mark::before { display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
@@ -16782,7 +16782,7 @@ td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
 .values, .notice, .ask { background: var(--page); border-radius: 4px;
   box-shadow: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
-.values { position: absolute; top: 0; width: auto; pointer-events: none; }
+.values { position: absolute; top: 0; width: auto; font-size: 12px; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
 .timing div { min-width: 2px; flex-basis: 0; } .login { max-width: 360px; margin: 15vh auto 0; }
@@ -16799,7 +16799,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
 @media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
-  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } .tools { gap: 8px 16px; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } #filter { width: 200px; }
   nav { gap: 0 8px; justify-content: space-between; } button { padding: 7px 10px; }
   #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; } #today { flex: auto; }
   #states, #who { order: 1; } .ask { right: auto; justify-content: start; }
@@ -16809,7 +16809,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
     grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .cards td { border: 0; padding: 0; text-align: right; min-width: 0; }
   .cards td:not(.number) { white-space: normal; } .cards td > svg { display: inline-block; }
-  .cards td::before { content: attr(data-label); color: var(--muted); float: left; }
+  .cards td::before { content: attr(data-label); line-height: 20px; float: left; }
   .cards td.whole { grid-column: 1 / -1; text-align: left; }
   .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
