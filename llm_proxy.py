@@ -16738,7 +16738,7 @@ h2 { font-size: 14px; line-height: 20px; margin: 24px 0 8px; } h2:first-child { 
 p, pre { margin: 0 0 8px; max-width: 88ch; } label { display: block; margin-bottom: 12px; }
 button { font-family: inherit; color: var(--text); background: var(--page); cursor: pointer;
   padding: 5px 9px; border: var(--edge); border-radius: 4px; white-space: nowrap; }
-button:hover { border-color: var(--muted); } button.chip { border-radius: 14px; }
+button:hover { border-color: var(--muted); } button.chip { border-radius: 14px; white-space: wrap; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
 #bar :is(button, select) { border: 0; background: none; padding: 6px 0; font-size: 12px; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
