@@ -16788,10 +16788,10 @@ td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
 .timing div { min-width: 2px; flex-basis: 0; } .login { max-width: 360px; margin: 15vh auto 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; align-items: baseline; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
-  font: 13px/20px ui-monospace, monospace; }
+  font: 13px/20px ui-monospace, monospace; } .notice button { align-self: start; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
-.notice { padding: 6px 12px; margin-top: 8px; } .notice button { float: right; }
+.notice { display: flex; justify-content: space-between; padding: 8px 12px; margin-top: 8px; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
 .stale .live, .stale .live * { color: var(--muted); }
@@ -16800,9 +16800,9 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
 @media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
   .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } #filter { width: 200px; }
-  nav { gap: 0 8px; justify-content: space-between; } button { padding: 7px 10px; }
+  nav { gap: 0 6px; font-size: 13px; justify-content: space-between; } button { padding: 7px 10px; }
   #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; } #today { flex: auto; }
-  #states, #who { order: 1; } .ask { right: auto; justify-content: start; }
+  #states, #who { order: 1; } #states { flex: 1 50%; } .ask { right: auto; justify-content: start; }
   .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
@@ -16975,7 +16975,7 @@ const order = (what, name, verb, done) =>
   attempt(title(verb), () => post(what, name, verb), name + done);
 const load = act => attempt("Loading", act).then(paint);
 function notice(text, kind = "good", lasts = 8) {
-  const box = h("div", "notice", button("Close", () => box.remove()), mark(kind, text));
+  const box = h("div", "notice", mark(kind, text), button("Close", () => box.remove()));
   $("notices").replaceChildren(...[...$("notices").children, box].slice(-3));
   setTimeout(() => box.remove(), lasts * 1000); }
 // Events: one stream, read by fetch, because an EventSource sends no key.

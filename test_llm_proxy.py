@@ -14454,6 +14454,16 @@ class PageTest(AdminCase):
         self.see(self.EVIL)
         self.assertEqual(self.browser.run("document.querySelectorAll('main img').length"), 0)
 
+    def test_nothing_that_is_long_makes_the_page_scroll_sideways(self):
+        self.call("ann", model="m" * 200)
+        self.log_in()
+        for place in self.each(("calls?model=%s", "usage?by=model&model=%s")):
+            self.browser.run("location.hash = '#%s'" % (place % ("m" * 200)))
+            self.see("model: " + "m" * 200)
+            self.until(lambda: self.count("tr"))
+            self.assertLessEqual(self.browser.run(
+                "document.documentElement.scrollWidth - innerWidth"), 0)
+
     def test_a_lost_connection_is_told_and_found_again(self):
         self.start()
         self.log_in()
