@@ -492,7 +492,8 @@ def time_zone(name: str) -> Optional[datetime.tzinfo]:
     return None
 
 
-age = pattern("[1-9][0-9]{0,5}[smhd]", "must be such as 15m, 12h or 30d",
+age = pattern("[1-9][0-9]{0,5}[sm]|[1-9][0-9]{0,4}h|[1-9][0-9]{0,3}d",
+              "must be such as 15m, 12h or 30d, and at most 9999d",
               lambda match: read_duration(match[0]))
 
 
@@ -11998,6 +11999,7 @@ class Pulse(Watcher):
     PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
     MAX_SHOWN = 100
+    counts_all = True  # who is refused called lately, too
 
     def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
         self.clock = clock
@@ -16604,49 +16606,46 @@ DASHBOARD = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><titl
   --bad: light-dark(#b3261e, #f2857d);     --s0: light-dark(#8b8a84, #77766f);
   --s1: light-dark(#1f6fb8, #5aa2e8);      --s2: light-dark(#d0700f, #d8832a);
   --s3: light-dark(#12906f, #a8e6cf);      --s4: light-dark(#4a2c86, #8a5cf0);
-  --s5: light-dark(#6b5a12, #e9e3b0);      --edge: 1px solid var(--lines);
-  --box: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
+  --s5: light-dark(#6b5a12, #e9e3b0);      --edge: 1px solid var(--lines); }
 * { box-sizing: border-box; } :is(.tools, p):empty { display: none; }
 body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 14px/20px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-small, th, dt, text, button, .choices a, .label, .values { font-size: 12px; line-height: 16px; }
-small, th, dt, nav a, .label, .choices a { color: var(--muted); font-weight: 400; }
+small, th, dt, text, button, .choices, .label, td::before { font-size: 12px; line-height: 16px; }
+small, th, dt, nav a, .label, .choices a, td::before { color: var(--muted); font-weight: 400; }
 header, .spark { border-bottom: var(--edge); } header { margin-bottom: 24px; }
 .wide, main { max-width: 1248px; margin: 0 auto; padding: 0 24px; } main { padding-bottom: 64px; }
-#bar, .tools, #states, nav { display: flex; align-items: center; flex-wrap: wrap; }
+#bar, .tools, #states, nav, .choices { display: flex; align-items: center; flex-wrap: wrap; }
 #bar { gap: 4px 20px; min-height: 48px; } #states { gap: 0 16px; flex: auto; }
-.tools { gap: 8px 16px; margin-bottom: 16px; } button.chip { border-radius: 14px; }
+.tools { gap: 8px 16px; margin-bottom: 16px; } .choices { gap: 0 12px; margin-right: 16px; }
 nav { gap: 0 24px; flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
-nav a { padding: 8px 0; border-bottom: 2px solid transparent; }
-nav [aria-current=true] { color: var(--text); border-color: var(--accent); }
+nav a, .choices a { padding: 8px 0; border-bottom: 2px solid transparent; }
+a[aria-current=true] { color: var(--text); border-color: var(--accent); }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 h2 { font-size: 14px; line-height: 20px; margin: 24px 0 8px; } h2:first-child { margin-top: 0; }
 p, pre { margin: 0 0 8px; max-width: 88ch; } label { display: block; margin-bottom: 12px; }
-button, .choices a { font-family: inherit; padding: 5px 9px; border: var(--edge); cursor: pointer;
-  background: var(--page); } button { color: var(--text); border-radius: 4px; }
-button:hover, .choices a:hover { border-color: var(--muted); text-decoration: none; }
+button { font-family: inherit; color: var(--text); background: var(--page); cursor: pointer;
+  padding: 5px 9px; border: var(--edge); border-radius: 4px; white-space: nowrap; }
+button:hover { border-color: var(--muted); } button.chip { border-radius: 14px; white-space: wrap; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--page); }
-#bar button, .notice button { border-color: transparent; background: none; padding: 6px 0; }
+#bar :is(button, select) { border: 0; background: none; padding: 6px 0; font-size: 12px; }
 input, select { font: inherit; color: var(--text); background: var(--page); padding: 5px 8px;
   border: 1px solid var(--muted); border-radius: 4px; max-width: 100%; height: 32px; }
-::placeholder { color: var(--muted); opacity: 1; } summary { cursor: pointer; font-weight: 600; }
+::placeholder { color: var(--muted); opacity: 1; } table + button { margin-top: 12px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 label :is(small, input, select) { display: block; width: 100%; margin-bottom: 4px; }
-summary { margin-bottom: 12px; } .choices a { display: inline-block; margin-left: -1px; }
-.choices [aria-current=true] { color: var(--text); background: var(--surface); font-weight: 600; }
+summary { margin-bottom: 12px; cursor: pointer; font-weight: 600; } dd { margin: 0; }
 table { border-collapse: collapse; width: 100%; } .number, td.actions { text-align: right; }
 th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: top;
   text-align: left; } :is(th, td):last-child { padding-right: 0; }
-th, button, nav a, td.number, td.line, .mark, .value, .choices, #today, #who {
-  white-space: nowrap; } .total td { font-weight: 600; border: 0; }
-tr[tabindex] { cursor: pointer; } td:not(.number, .line) { min-width: 104px; }
+th, nav a, td:is(.number, .line), td .mark, .value, #today, #who { white-space: nowrap; }
+td:not(.number, .line) { min-width: 128px; } .total td { font-weight: 600; border: 0; }
+tr[tabindex] { cursor: pointer; } .actions:has(.ask) > button { visibility: hidden; }
 tr[tabindex]:hover, tr.open { background: var(--surface);
-  box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); } table + button { margin-top: 12px; }
-.gone { opacity: 0; transition: opacity 300ms; } td.actions { padding: 3px 0; position:
-  relative; min-width: min(256px, 20vw); } .actions button { margin-left: 4px; }
-.ask { display: flex; flex-wrap: wrap; gap: 4px; width: max-content; max-width: 296px; z-index: 1;
-  justify-content: end; align-items: center; padding: 2px 4px; position: absolute; top: 0;
-  right: 0; } .actions:has(.ask) > button { visibility: hidden; }
+  box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); }
+.gone { opacity: 0; transition: opacity 300ms; } .actions button { margin-left: 4px; }
+td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
+.ask { position: absolute; top: 0; right: 0; width: max-content; max-width: 348px; padding: 2px 4px;
+  z-index: 1; display: flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
 .swatch, .mark::before { display: inline-block; width: 8px; height: 8px; margin-right: 6px; }
 .mark.good::before { background: var(--good); border-radius: 50%; }
 .mark.warn::before { background: var(--warn); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
@@ -16659,29 +16658,27 @@ tr[tabindex]:hover, tr.open { background: var(--surface);
 .chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
 .spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .grid { stroke: var(--lines); }
 .bucket { display: grid; grid-template-columns: 88px 1fr; gap: 0 12px; align-items: center;
-  min-width: min(400px, 27vw); } .track { height: 8px; border-radius: 2px; overflow: hidden;
-  background: var(--surface); box-shadow: inset 0 0 0 1px var(--lines); }
+  min-width: min(400px, 27vw); }
+.track { height: 8px; border-radius: 2px; overflow: hidden; background: var(--lines); }
 .level { height: 100%; background: var(--accent); transform-origin: left;
   transition: transform 900ms linear; } .low .level { background: var(--warn); }
-.big .bucket { margin-top: 8px; grid-template-columns: 480px 1fr; } .big .track { height: 16px; }
 .columns { grid-template-columns: minmax(0, 1fr) 440px; gap: 32px; } .chart { position: relative; }
 .columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart text { fill: var(--muted); }
 .chart svg { width: 100%; height: 300px; touch-action: pan-y; } .cursor { stroke: var(--muted); }
 .chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
-.values, .notice, .ask { background: var(--page); box-shadow: var(--box); border-radius: 4px; }
-.values { position: absolute; top: 0; width: auto; pointer-events: none; }
+.values, .notice, .ask { background: var(--page); border-radius: 4px;
+  box-shadow: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
+.values { position: absolute; top: 0; width: auto; font-size: 12px; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
-.values td:first-child { text-align: left; } .timing div { min-width: 2px; flex-basis: 0; }
 .timing { display: flex; height: 16px; gap: 1px; margin: 4px 0 8px; max-width: 720px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0;
-  align-items: baseline; } dd { margin: 0; }
+.timing div { min-width: 2px; flex-basis: 0; } .login { max-width: 360px; margin: 15vh auto 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; align-items: baseline; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
-  font: 13px/20px ui-monospace, monospace; } .login { max-width: 360px; margin: 15vh auto 0; }
+  font: 13px/20px ui-monospace, monospace; } .notice button { align-self: start; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
-.notice { display: flex; align-items: start; padding: 6px 8px 6px 12px; margin-top: 8px; }
-.notice > .mark { flex: 1; white-space: normal; padding: 2px 0; }
+.notice { display: flex; justify-content: space-between; padding: 8px 12px; margin-top: 8px; }
 #lost:not(:empty) { position: fixed; inset: auto 0 0; margin: 0; padding: 2px; max-width: none;
   text-align: center; background: var(--warn); color: var(--page); }
 .stale .live, .stale .live * { color: var(--muted); }
@@ -16689,28 +16686,27 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 @media (max-width: 1099px) { .figures { grid-template-columns: repeat(3, 1fr); }
   .columns, .columns.form { grid-template-columns: minmax(0, 1fr); } .side { order: -1; } }
 @media (max-width: 959px) { .wide, main { padding-left: 16px; padding-right: 16px; }
-  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; }
-  nav { gap: 0 8px; justify-content: space-between; }
-  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; justify-content: space-between; }
-  #states { order: 1; flex: 0 0 100%; } .tools { gap: 8px; } #filter { width: 216px; }
-  .ask { right: auto; justify-content: start; } .cards td > svg { display: inline-block; }
+  .figures { grid-template-columns: repeat(2, 1fr); gap: 16px; } #filter { width: 200px; }
+  nav { gap: 0 6px; font-size: 13px; justify-content: space-between; } button { padding: 7px 10px; }
+  #bar { padding-top: 8px; gap: 4px 10px; font-size: 12px; } #today { flex: auto; }
+  #states, #who { order: 1; } #states { flex: 1 50%; } .ask { right: auto; justify-content: start; }
+  .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
   .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
     grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-  .cards td { border: 0; padding: 0; text-align: right; white-space: normal; min-width: 0; }
-  .cards td::before { content: attr(data-label); color: var(--muted); font-size: 12px; float: left;
-    margin-right: 8px; } .cards td.whole { grid-column: 1 / -1; text-align: left; }
-  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; }
-  .bucket, .big .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
-  .cards td.number { white-space: nowrap; } button { padding: 7px 10px; } }
+  .cards td { border: 0; padding: 0; text-align: right; min-width: 0; }
+  .cards td:not(.number) { white-space: normal; } .cards td > svg { display: inline-block; }
+  .cards td::before { content: attr(data-label); line-height: 20px; float: left; }
+  .cards td.whole { grid-column: 1 / -1; text-align: left; }
+  .cards td.whole::before { content: none; } .actions button { margin: 4px 4px 0 0; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light !important; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
 </style>
-<body><header id="head" hidden>
-  <div id="bar" class="wide"><strong>llm_proxy</strong><div id="states" class="live"></div>
-    <span id="today" class="live"></span><span id="who"></span>
-    <span><button id="theme"></button>&emsp;<button id="leave">Log out</button></span></div>
+<body><header id="head" hidden><div id="bar" class="wide"><strong>llm_proxy</strong>
+    <div id="states" class="live"></div><span id="today" class="live"></span><span id="who"></span>
+    <select id="theme" aria-label="Theme"><option value="light dark">auto<option>light<option>dark
+    </select><button id="leave">Log out</button></div>
   <nav id="tabs" class="wide" aria-label="Views"></nav></header>
 <main id="main"></main><div id="notices" role="status"></div><p id="lost" role="status"></p>
 <script type="module" nonce="%NONCE%">
@@ -16721,72 +16717,74 @@ const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const shown = children => children.flat(9).filter(child => child || child === 0);
 function fill(element, attributes, children) {
-  for (const [name, value] of Object.entries(attributes ?? {}))
+  const isClass = typeof attributes === "string";
+  for (const [name, value] of Object.entries(isClass ? {class: attributes} : attributes ?? {}))
     if (name === "style") element.style.cssText = value;
-    else if (name.startsWith("on")) [element[name], element.acts] = [value, true];
+    else if (name.startsWith("on")) element[name] = value;
     else if (value != null && value !== false) element.setAttribute(name, value);
   element.append(...shown(children));
-  element.acts ||= [...element.children].some(child => child.acts); return element; }
+  return element; }
 const input = (name, label, more) => h("input", {name, "aria-label": label, ...more});
 const [p, h2, small, pre] = ["p", "h2", "small", "pre"].map(tag => (...all) => h(tag, null, all));
-const mark = (kind, text) => h("span", {class: "mark " + kind}, text);
+const mark = (kind, text) => h("span", "mark " + kind, text);
 const swatch = number => h("span", {class: "swatch", style: `background: var(--s${number})`});
 const link = (tab, query, text, more) => h("a", {href: hashOf(tab, query), ...more}, text);
+const select = (name, options, chosen) => h("select", {name, "aria-label": title(name)},
+  options.map(option => h("option", {selected: option === chosen}, option)));
+const chip = (text, onclick) => button(text, onclick, {class: "chip"});
 const button = (text, onclick, more) => h("button", {type: "button", onclick, ...more}, text);
-const main = text => h("button", {class: "main"}, text);
+const main = text => h("button", "main", text);
 const copyButton = (title, text) => button(title, () => attempt("Copying", () =>
   navigator.clipboard.writeText(text), "Copied."));
 const command = (text, ...more) => [pre(text), p(copyButton("Copy command", text), " ", more)];
-const form = (act, more, ...children) => h("form", {...more, onsubmit(event) {
-  event.preventDefault(); act(Object.fromEntries(new FormData(event.target)));}}, children);
+const form = (act, more, ...children) => h("form", {...more, onsubmit: ({target}) =>
+  act(Object.fromEntries(new FormData(target)))}, children);
 // A button that asks once, in its own place: for what `contents` has fields for, or just again.
-function asking(id, text, contents, act, mine = view) {
-  const submit = async fields => await act(fields) && mine === view && ask(null);
-  return view.asked !== id ? opener(text, id) : form(submit, {class: "ask", "aria-label": id},
-    contents, main(text), button("Cancel", () => ask(null))); }
+const asking = (id, text, contents, act, mine = view) => view.asked !== id ? opener(text, id)
+  : form(async fields => await act(fields) && mine === view && ask(null), {class: "ask",
+    "aria-label": id}, contents, main(text), button("Cancel", () => ask(null)));
 const opener = (text, id) => button(text, () => ask(id), {"data-opens": id});
 function ask(id) { // where it ends, the button that opened it has the focus again
   const before = view.asked ? `[data-opens="${CSS.escape(view.asked)}"]` : ".box button";
-  paint(true, view.asked = id);
+  view.asked = id;
+  paint(true);
   const next = one(id ? ".ask :is(input, .main), .asked" : before);
-  next?.focus(); next?.select?.(); } // what is typed takes the place of what was proposed
+  next?.focus();
+  next?.select?.(); } // what is typed takes the place of what was proposed
 // Columns: the head, what a cell shows of an item, or its name there, and classes. Rows have keys.
 const shownOf = (item, cell, kind) => cell.call ? cell(item)
   : kind === "number" ? count(item[cell]) : item[cell] ?? "–";
 const row = (columns, item, key, more) => h("tr", {"data-key": key, ...more}, columns.map(([head,
   ...cell]) => h("td", {class: cell[1], "data-label": head}, shownOf(item, ...cell))));
-const table = (columns, rows) => h("table", {class: "cards live"}, h("thead", null, h("tr", null,
+const table = (columns, rows) => h("table", "cards live", h("thead", null, h("tr", null,
   columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", null, rows));
 const list = (columns, items, keyOf = ({name}) => name) =>
   table(columns, items.map(item => row(columns, item, keyOf(item))));
-// Painting makes what is shown like what was drawn anew, and touches only what differs: at once
-// where somebody asked for it, else at most once a second. What is pointed at does not move.
+// Painting makes what is shown like what was drawn anew, and touches only what differs: with each
+// pulse, and when somebody did something; else what is pointed at does not move.
 const HANDLERS = "click submit input keydown pointermove pointerleave blur".split(" ");
 const STILL = "tbody:is(:hover, :has(:focus-visible))";
-let isAsked = false, painted = 0, planned = null;
+let isAsked = false;
 function paint(asked) {
-  [isAsked, painted] = [asked, performance.now()];
+  isAsked = asked === true;
   if (model && !isMe) paintBar();
   if (view.draw && !view.isLoading) patchChildren($("main"), shown([view.draw()])); }
-function paintSoon() {
-  planned ??= setTimeout(() => paint(false, planned = null), painted + 1000 - performance.now()); }
 function patch(old, fresh) {
-  if (!fresh.acts && !old.acts && old.isEqualNode(fresh)) return;
-  if (!fresh.attributes) return old.data = fresh.data; old.acts = fresh.acts;
+  if (!fresh.attributes) return old.isEqualNode(fresh) || (old.data = fresh.data);
   const isSet = name => name !== "style" && name !== "open"; // who looks opens and closes
   for (const {name} of [...old.attributes])
     if (isSet(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
   for (const {name, value} of fresh.attributes)
     if (isSet(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
   if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
-  if (fresh.acts) for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
+  for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
   patchChildren(old, [...fresh.childNodes]); }
 function patchChildren(old, children) {
   const isStill = !isAsked && old.matches(STILL);
   const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
   let place = old.firstChild, used = new Set();
   for (const child of children) {
-    while (place && (used.has(place) || place.isLeaving)) place = place.nextSibling;
+    while (place && (used.has(place) || place.className === "gone")) place = place.nextSibling;
     const isAlike = place?.nodeName === child.nodeName && !place.dataset?.key;
     const twin = child.dataset?.key ? keyed.get(child.dataset.key) : isAlike && place;
     if (twin) patch(twin, child);
@@ -16794,8 +16792,10 @@ function patchChildren(old, children) {
     used.add(twin || child); }
   if (!isStill) [...old.childNodes].filter(child => !used.has(child)).forEach(drop); }
 function drop(node) { // rows of lists fade
-  if (!node.dataset?.key || isAsked) return node.isLeaving || node.remove();
-  [node.isLeaving, node.className] = [true, "gone"]; setTimeout(() => node.remove(), 300); }
+  if (node.className === "gone") return;
+  if (!node.dataset?.key || isAsked) return node.remove();
+  node.className = "gone";
+  setTimeout(() => node.remove(), 300); }
 // Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
 const HOUR = 3600, DAY = 24 * HOUR, zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
@@ -16817,7 +16817,7 @@ function seconds(number) {
   const units = [[DAY, "d"], [HOUR, "h"], [60, "min"]];
   const [size, unit] = units.find(([size]) => number >= 1.5 * size) ?? [1, "s"];
   const digits = number < 10 * size && size !== 60 ? 1 : 0;
-  return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")} ${unit}`; }
+  return `${(Math.max(0, number) / size).toFixed(digits).replace(".0", "")}\u00a0${unit}`; }
 function usd(value, digits = Math.abs(value) < 1 && Number(value) ? 4 : 2) {
   if (value > 0 && value < 10 ** -digits) return "<" + (10 ** -digits).toFixed(digits);
   return MONEY[digits].format(value ?? 0).replace("-", "−"); }
@@ -16826,27 +16826,26 @@ const doubts = sum => ["unpriced", "estimated"].filter(word => sum[word]).map(wo
 const below = text => text && [h("br"), small(text)];
 const money = (sum, digits) => [usd(sum.usd, digits), doubts(sum).map(below)];
 // What the page knows, and what it asks.
-const KEY = "llm_proxy.key", isMe = location.pathname.endsWith("/me");
-let session = {}; // from log-in to log-out: how it is `starting`, and the key that was `made`
+const [KEY, FAULT, THEME] = ["key", "fault", "color-scheme"].map(name => "llm_proxy." + name);
+const isMe = location.pathname.endsWith("/me");
+let made = null;  // a key that is to be shown, as long as nobody goes on
 let model = null; // the summary, kept up to date by events
 let view = {};    // the shown tab: `draw`, and what to do on `ended`, `bucket` and `changed`
 let skew = 0;     // seconds by which the proxy's clock is ahead
 const now = () => Date.now() / 1000 + skew, isAdmin = () => model.you.role === "admin";
+const setClock = time => { skew = time - Date.now() / 1000; };
 const timeZone = () => ({zone, offset: -new Date().getTimezoneOffset()});
 const pathOf = (...parts) => parts.map(encodeURIComponent).join("/");
-// What was asked for before a log-out is never answered: who logs in then has nothing of it.
-const send = (path, options = {}, mine = session) => answerOf(path, options).finally(() =>
-  mine === session || new Promise(() => {}));
-async function answerOf(path, {take = response => response.json(), ...options}) {
+async function send(path, {take = response => response.json(), ...options} = {}) {
   const headers = {Authorization: "Bearer " + sessionStorage.getItem(KEY), ...options.headers};
   const response = await fetch(path, {cache: "no-store", ...options, headers}).catch(() => null);
   if (response?.ok) return take(response);
+  if (response?.status === 401) leave("No such key, or not valid.");
   const told = await response?.json().catch(() => null);
   const text = response ? "status " + response.status : "the proxy does not answer; does it run?";
   throw Object.assign(new Error(told?.error?.message ?? text), {status: response?.status}); }
-function queryOf(query) {
-  const asked = Object.entries(query).filter(([, value]) => value || value === 0);
-  return asked.length ? "?" + new URLSearchParams(asked) : ""; }
+const queryOf = query => String(new URLSearchParams(Object.entries(query).filter(([, value]) =>
+  value || value === 0))).replace(/^(?=.)/, "?");
 const read = (path, query = {}) => send(`admin/api/${path}` + queryOf(query));
 const write = (method, path, body = {}) => send("admin/api/" + path, {method,
   headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
@@ -16854,75 +16853,85 @@ const post = (...path) => write("POST", pathOf(...path));
 // Does what was asked for, and says how it went; returns nothing where it failed.
 async function attempt(what, act, done) {
   try {
-    const result = await act(); if (done) notice(done); return result ?? {};
+    const result = await act();
+    if (done) notice(done);
+    return result ?? {};
   } catch (fault) {
-    if (fault.status === 401) leave(FAULTS[401]);
-    else notice(`${what} failed: ${fault.message}`, "bad", 30); }}
-const load = act => attempt("Loading", act).then(() => paint(false));
+    notice(`${what} failed: ${fault.message}`, "bad", 30); }}
+const order = (what, name, verb, done) =>
+  attempt(title(verb), () => post(what, name, verb), name + done);
+const load = act => attempt("Loading", act).then(paint);
 function notice(text, kind = "good", lasts = 8) {
-  const box = h("div", {class: "notice"}, mark(kind, text), button("Close", () => box.remove()));
-  $("notices").append(box); if ($("notices").children.length > 3) $("notices").firstChild.remove();
+  const box = h("div", "notice", mark(kind, text), button("Close", () => box.remove()));
+  $("notices").replaceChildren(...[...$("notices").children, box].slice(-3));
   setTimeout(() => box.remove(), lasts * 1000); }
 // Events: one stream, read by fetch, because an EventSource sends no key.
-let stream = null, lastId = "", heardAt = 0;
+let stream = null, lastId = "";
 async function listen() {
-  stream?.abort(); const mine = stream = new AbortController();
-  while (!mine.signal.aborted) {
-    const fault = await follow(mine.signal).catch(fault => fault);
-    if (mine.signal.aborted) return; if (fault?.status === 401) return leave(FAULTS[401]);
-    showLost(true); await new Promise(resolve => setTimeout(resolve, 2000)); }}
-async function follow(end) {
-  const silence = new AbortController(), signal = AbortSignal.any([end, silence.signal]);
+  stream?.abort();
+  const {signal} = stream = new AbortController();
+  while (!signal.aborted) {
+    await follow(signal).catch(() => {});
+    showLost(!signal.aborted);
+    await new Promise(resolve => setTimeout(resolve, 2000)); }}
+async function follow(signal) {
   const headers = lastId ? {"Last-Event-ID": lastId} : {};
   const body = await send("admin/api/events", {headers, signal, take: ({body}) => body});
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
-    const timer = setTimeout(() => silence.abort(), 10000); // a pulse comes each second
+    const timer = setTimeout(() => reader.cancel(), 10000); // a pulse comes each second
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
     if (done) return;
-    const events = (rest + value).split("\n\n"); rest = events.pop(); events.forEach(takeEvent); }}
+    rest = (rest + value).replace(/(.*?)\n\n/gs, (_, event) => takeEvent(event) ?? ""); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
-  lastId = id ?? lastId; if (!Object.hasOwn(EVENTS, event)) return;
-  EVENTS[event](JSON.parse(data || "{}")); heardAt = now(); showLost(false); paintSoon(); }
+  lastId = id ?? lastId;
+  EVENTS[event]?.(JSON.parse(data));
+  showLost(false); }
 function showLost(isLost) {
   document.body.classList.toggle("stale", isLost);
-  $("lost").textContent = isLost ? "reconnecting, as of " + clock(heardAt) : ""; }
+  $("lost").textContent = isLost ? "reconnecting, as of " + clock(model.now) : ""; }
 const EVENTS = {
-  begin(call) { model.running.set(call.key, call); }, end(call) {
-    const {upstream, key} = call; model.has_calls = true; view.ended?.(call);
-    Object.assign(model.running.get(key) ?? {}, {ended: now(), call, upstream}); }, pulse(pulse) {
-    skew = pulse.now - Date.now() / 1000; model.pulses = [...model.pulses, pulse].slice(-60);
-    model.today.usd = Number(model.today.usd) + Number(pulse.usd); takeRunning(pulse.running);
-    for (const told of pulse.upstreams)
-      Object.assign(model.upstreams.find(({name}) => name === told.name) ?? {}, told);
+  begin: call => model.running.push(call),
+  end(call) {
+    model.has_calls = true;
+    view.ended?.(call);
+    update(model.running, {key: call.key, upstream: call.upstream, call, ended: now()}, "key"); },
+  pulse(pulse) {
+    setClock(pulse.now);
+    Object.assign(model, {now: pulse.now, pulses: [...model.pulses, pulse].slice(-60)});
+    model.today.usd = Number(model.today.usd) + Number(pulse.usd);
+    takeRunning(pulse.running);
+    for (const upstream of pulse.upstreams) update(model.upstreams, upstream, "name");
     for (const bucket of pulse.buckets) {
-      takeBucket(model.near.filter(({caller}) => caller === bucket.caller), bucket);
-      view.bucket?.(bucket); } }, warning({event, ...told}) {
+      update(model.near.filter(({caller}) => caller === bucket.caller), bucket, "rule");
+      view.bucket?.(bucket); }
+    paint(); },
+  warning({event, ...told}) {
     const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean);
-    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60); renew(); }, change({what}) {
+    notice(`${words(event)}: ${about.join(", ")}`, "warn", 60);
+    renew(); },
+  change({what}) {
     if (what === "upstreams") renew();
-    view.changed?.(what); }, lost: () => renew(), };
-const takeBucket = (all, one) => Object.assign(all?.find(({rule}) => rule === one.rule) ?? {}, one);
-// A call that the pulse does not tell of any more has ended unseen.
-function takeRunning(told) {
-  const states = new Map(told.map(call => [call.key, call]));
-  for (const [key, call] of (model.running = new Map([...states, ...model.running]))) {
-    const isUnseen = told.length < 200 && !states.has(key);
-    if (now() - (call.ended ?? (isUnseen ? call.started : now())) > 3) model.running.delete(key);
-    else if (!call.ended) Object.assign(call, states.get(key)); }}
+    if (view.changed) load(view.changed); },
+  lost: () => renew()};
+function update(all, told, name) { // what is known of one, which is found by its name
+  Object.assign(all?.find(one => one[name] === told[name]) ?? {}, told); }
+function takeRunning(told) { // one that nobody tells of any more has ended
+  const since = name => model.running.filter(call => now() - call[name] < 3);
+  const all = [...since("started"), ...told, ...since("ended")].map(call => [call.key, call]);
+  model.running = [...new Map(all).values()]; }
 async function loadSummary() {
-  const summary = await read("summary", timeZone());
-  model = {...summary, running: new Map(summary.running.map(call => [call.key, call]))};
-  heardAt = summary.now; skew = summary.now - Date.now() / 1000; paintSoon(); }
+  model = await read("summary", timeZone());
+  setClock(model.now); }
 const renew = () => load(loadSummary);
 const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
   disabled: ["off", "disabled"]};
 const stateMark = ({state}, name = "") => mark(STATES[state][0], name + STATES[state][1]);
 function paintBar() {
   const all = model.upstreams, ill = all.filter(({state}) => state !== "closed");
-  const up = {name: `${all.length - ill.length} of ${all.length} upstreams`, state: "closed"};
-  const told = all.length > 4 ? [up, ...ill.slice(0, 3)] : all;
+  const rest = {name: `${all.length - ill.length} upstreams`, state: "closed"};
+  const told = all.length > 4 ? [rest, ...ill.slice(0, 3)] : all;
   patchChildren($("states"), told.map(upstream => stateMark(upstream, upstream.name + " ")));
   $("today").textContent = usd(model.today.usd, 2) + " USD today"; }
 // Now: six figures with a minute behind them, the running calls, and who is near a limit.
@@ -16934,15 +16943,14 @@ function rate(pulses, name) { // a second, of the last ten
   const mean = total(pulses.slice(-10), name) / Math.min(10, pulses.length || 1);
   return mean < 10 ? mean.toFixed(1) : short(mean); }
 const failed = pulses => (100 * total(pulses, "failed") / (total(pulses, "calls") || 1)).toFixed(1);
-const FIGURES = [
-  ["Calls per second", "calls", rate, minute], ["Tokens per second", "tokens", rate, minute],
-  ["In flight", "in_flight", last, most], ["In line", "line", last, most],
+const FIGURES = [["Calls per second", "calls", rate, minute],
+  ["Tokens per second", "tokens", rate, minute], ["In flight", "in_flight", last, most],
+  ["In line", "line", last, most],
   ["First byte, ms", "first_p50", last, pulses => "95% within " + last(pulses, "first_p95")],
   ["Errors", "failed", pulses => failed(pulses) + "%", minute]];
-const figure = ([label, name, value, note]) => h("div", {class: "figure live"},
-  h("div", {class: "label"}, label), h("div", {class: "value"}, value(model.pulses, name)),
-  spark(model.pulses.map(pulse => pulse[name]), 60),
-  h("div", {class: "label"}, note(model.pulses, name)));
+const figure = ([label, name, value, note]) => h("div", "figure live", h("div", "label", label),
+  h("div", "value", value(model.pulses, name)), spark(model.pulses.map(pulse => pulse[name]), 60),
+  h("div", "label", note(model.pulses, name)));
 function spark(values, places) { // a line through the last of these; what is null is a gap
   const top = Math.max(...values, 1), first = places - values.length, width = 72 / (places - 1);
   const point = (value, at) => value == null ? "" : (values[at - 1] == null ? "M" : "L")
@@ -16956,9 +16964,9 @@ const outcomeOf = ({outcome, status}) =>
 const stateOf = call => call.ended ? "ended: " + outcomeOf(call.call)
   : WAITS[call.state]?.(call) ?? call.state;
 const callerOf = call => [call.caller, call.team && small(" ", call.team)];
-const RUNNING = [
-  ["Caller", callerOf], ["Model", "model"], ["Upstream", "upstream"], ["State", stateOf],
-  ["Seconds", call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1), "number"],
+const age = call => Math.max(0, (call.ended ?? now()) - call.started).toFixed(1);
+const RUNNING = [["Caller", callerOf], ["Model", "model"], ["Upstream", "upstream"],
+  ["State", stateOf], ["Seconds", age, "number"],
   ["Tokens", call => count(call.call?.output ?? call.tokens), "number"]];
 const opens = act => ({tabindex: 0, onclick: () => String(getSelection()) || act(),
   onkeydown: event => event.key === "Enter" && act()});
@@ -16967,94 +16975,89 @@ const NEAR = [["Caller", ({caller}) => link("callers", {filter: caller}, caller)
   ["Left", bucket => bucketBar(bucket), "whole"]];
 function openNow(view) {
   view.draw = () => {
-    const all = [...model.running.values()].sort((a, b) => b.started - a.started);
+    const all = model.running.toSorted((a, b) => b.started - a.started);
     const gone = all.filter(call => call.ended), since = gone[4]?.started ?? 0;
     const calls = all.filter(call => !call.ended || call.started >= since);
-    const running = plural(all.length - gone.length, "running call");
-    return [h("div", {class: "figures"}, FIGURES.map(figure)), h2(running),
-      calls.length || model.has_calls ? table(RUNNING, calls.slice(0, 50).map(runningRow))
-      : firstCall(), p(calls.length > 50 && `and ${calls.length - 50} more`), model.near.length > 0
+    const known = all.length - gone.length, told = model.pulses.at(-1)?.in_flight ?? 0;
+    const running = plural(told > 200 ? told : known, "running call"); // 200 are told of
+    return [h("div", "figures", FIGURES.map(figure)), h2(running), calls.length || model.has_calls
+      ? table(RUNNING, calls.slice(0, 50).map(runningRow)) : firstCall(),
+      p(calls.length > 50 && "The latest 50 are shown."), model.near.length > 0
       && [h2("Near a limit"), list(NEAR, model.near, near => near.caller + near.rule)]]; }; }
-const firstCall = () => h("div", null, p(model.has_calls ? "There was no call."
-  : "No call has come yet. Make one:"), command(curlLine("YOUR-KEY")));
+const empty = (text, line) => h("div", null, p(text), command(line));
+const firstCall = () => empty(model.has_calls ? "There was no call."
+  : "No call has come yet. Make one:", curlLine("YOUR-KEY"));
 // Buckets: what is in one now follows from what was in it at its last refill.
 function bucketNow(bucket) {
-  const [capacity, refill, told] = [bucket.capacity, bucket.refill ?? 0, bucket.level].map(Number);
-  const interval = bucket.interval ?? 0, age = now() - bucket.refilled;
-  const turns = interval && Math.max(0, Math.floor(age / interval));
+  const [capacity, refill, told] = [bucket.capacity, bucket.refill, bucket.level].map(Number);
+  const {interval} = bucket, age = Math.max(0, now() - bucket.refilled);
+  const turns = interval && Math.floor(age / interval), next = (turns + 1) * interval - age;
   const level = Math.max(told, Math.min(capacity, told + turns * refill));
-  const next = (turns + 1) * interval - age;
-  const full = next + (Math.ceil((capacity - level) / refill) - 1) * interval;
-  return {level, capacity, refill: interval && refill, next, full}; }
+  const full = Math.ceil((capacity - told) / refill) * interval - age;
+  return {level, capacity, refill, next, full}; }
 function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
-  const amount = number => unit === "usd" ? usd(number, capacity < 1 ? 4 : 2) : count(number);
   if (unit === "running") return `${capacity - level} running, room for ${count(level)} more`;
+  const amount = number => unit === "usd" ? usd(number, capacity < 1 ? 4 : 2) : count(number);
   const state = level <= 0 ? "empty: " : level < .2 * capacity ? "low: " : "";
-  const text = `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`;
   const more = full > next && interval > 5 ? `, ${amount(refill)} more in ${seconds(next)}` : "";
-  const end = refill ? `${more}, full in ${seconds(full)}` : "";
-  return text + (level >= capacity ? ", full" : end); }
+  return `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`
+    + (level >= capacity ? ", full" : `${more}, full in ${seconds(full)}`); }
 const isOwn = ({rule}) => /^(each|key|address)/.test(rule); // of one caller alone
 function bucketBar(bucket) {
   const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity));
-  const style = `transform: scaleX(${share.toFixed(4)})`;
+  const style = `transform: scaleX(${share.toFixed(4)})`, [whose] = bucket.rule.split(" ");
   return h("div", {class: "bucket live" + (share < .2 ? " low" : ""), title: bucket.rule},
     h("div", {class: "track", "aria-hidden": true}, h("div", {class: "level", style})),
-    h("span", null, words(bucketText(bucket, found)), !isOwn(bucket) && small(" for ",
-    bucket.rule.split(" ")[0]))); }
+    h("span", null, words(bucketText(bucket, found)), !isOwn(bucket) && small(" for ", whose))); }
 // Callers: their buckets, what they used today, and what may be done about it.
-const CALLERS = [
-  ["Caller", ({name, team}) => [link("calls", {caller: name}, name), team && small(" ", team)],
-    "whole"],
+const nameAndTeam = ({name, team}) => [link("calls", {caller: name}, name), small(" ", team ?? "")];
+const CALLERS = [["Caller", nameAndTeam, "whole"],
   ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar) : small("no limit"), "whole"],
   ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
   ["USD today", ({today}) => money(today, 2), "number"],
   ["Last 24 h", ({hours}) => spark(hours, 24)],
   ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"), "actions whole"]];
 const RULES = [["Rule", "text", "whole"], ["Refused since the start", "refused", "number"]];
-async function openCallers(view, query) {
-  const known = new Map(), used = ({today}) => today.usd * 1e9 + tokensOf(today);
+function openCallers(view, query) {
   let sought = query.get("filter") ?? "", loaded = 0, rules = [];
-  const filter = () => input("text", "Filter callers", {id: "filter", type: "search", value: sought,
-    placeholder: "Filter ( / )", oninput({target}) { paint(true, sought = target.value); }});
+  const known = new Map(), filter = () => input("text", "Filter callers", {value: sought,
+    id: "filter", type: "search", placeholder: "Filter ( / )", oninput({target}) {
+      sought = target.value; }});
   view.draw = () => {
     const found = [...known.values()].filter(({name, team}) =>
       `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase()));
-    const all = plural(known.size, "caller");
-    return [h("div", {class: "tools"}, filter(), sought ? `${found.length} of ${all}` : all),
+    return [h("div", "tools", filter(), plural(found.length, "caller")),
       known.size ? list(CALLERS, found) : firstCall(),
       rules.length > 0 && [h2("Rules"), list(RULES, rules, rule => "rule " + rule.text)]]; };
-  view.bucket = bucket => takeBucket(known.get(bucket.caller)?.buckets, bucket);
+  view.bucket = bucket => update(known.get(bucket.caller)?.buckets, bucket, "rule");
   view.ended = call => {
     if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
-    else if (now() - loaded > 2) view.changed(); };
-  view.changed = () => load(async () => {
+    else if (now() - loaded > 2) load(view.changed); };
+  view.changed = async () => {
     loaded = now();
     ({rules} = await read("limits"));
     const {callers} = await read("callers", timeZone());
-    for (const caller of callers.sort((a, b) => used(b) - used(a)))
-      known.set(caller.name, Object.assign(known.get(caller.name) ?? {}, caller)); });
-  await view.changed(); }
+    for (const caller of callers) known.set(caller.name, caller); }; }
 function addCall(today, call) {
   for (const name of ["input", "output", "estimated", "unpriced", "usd"])
     today[name] = Number(today[name]) + Number(call[name] ?? 0); }
-function callerActions(caller) {
-  const {name, buckets, paused, key} = caller;
+function callerActions({name, buckets, paused, key}) {
   const own = buckets.filter(one => one.unit !== "running" && isOwn(one));
   const units = [...new Set(own.map(({unit}) => unit))];
-  const set = (verb, done) => attempt(title(verb), () => post("keys", name, verb), name + done);
-  const calls = [...model.running.values()].filter(call => call.caller === name && !call.ended);
+  const fields = () => [input("amount", "Amount", {size: 4, required: true, inputmode: "decimal",
+    value: !units[1] && Number(own[0].capacity)}), select("unit", units),
+    input("for", "For", {size: 3, value: "1d"})];
   const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
     fields), `${name} got ${fields.amount} ${fields.unit} more for ${fields.for}.`);
-  const fields = () => [input("amount", "Amount", {size: 4, required: true, inputmode: "decimal",
-    value: !units[1] && Number(own[0].capacity)}), h("select", {name: "unit", "aria-label": "Unit"},
-    units.map(unit => h("option", null, unit))), input("for", "For", {size: 3, value: "1d"})];
-  const reset = () => attempt("Reset", () => post("callers", name, "reset"), name + ": all full.");
-  const told = [plural(calls.length, "running call"), ` of ${name} will go on; new ones get 401.`];
   return [units.length > 0 && asking("give " + name, "Give", fields(), give), buckets.length > 0
-    && button("Reset", reset), key && (paused ? button("Resume", () => set("restore",
-    " may call again.")) : asking("pause " + name, "Pause", small(told), () => set("revoke",
-    " is paused.")))]; }
+    && button("Reset", () => order("callers", name, "reset", ": all full.")),
+    key && pauseButton(name, paused)]; }
+function pauseButton(name, isPaused) {
+  const calls = model.running.filter(call => call.caller === name && !call.ended);
+  const told = `${plural(calls.length, "running call")} of ${name} will go on; new ones get 401.`;
+  return isPaused ? button("Resume", () => order("keys", name, "restore", " may call again."))
+    : asking("pause " + name, "Pause", small(told), () =>
+    order("keys", name, "revoke", " is paused.")); }
 // Usage: what was used, by whom; the chart and the table show the same numbers.
 const RANGES = {__proto__: null, hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"],
   week: ["day", "last 7 days"], month: ["day", "this month"], custom: ["day", "chosen days"]};
@@ -17073,7 +17076,7 @@ const dateOf = time => new Date(time * 1000).toLocaleDateString("sv"); // as fie
 const dayStart = date => Date.parse(date + "T00:00") / 1000;
 const only = (query, names) => Object.fromEntries([...query].filter(([name]) => name in names));
 const changed = (query, change) => ({...Object.fromEntries(query), ...change});
-async function openUsage(view, query) {
+function openUsage(view, query) {
   const pick = (name, values, usual) => query.get(name) in values ? query.get(name) : usual;
   const choices = (name, values, chosen) => h("span", {class: "choices", role: "group",
     "aria-label": name}, Object.keys(values).map(value => link("usage", changed(query,
@@ -17088,33 +17091,31 @@ async function openUsage(view, query) {
   const days = () => form(fields => go("usage", changed(query, fields)), null, date("from", from),
     " to ", date("to", to), " ", main("Show"));
   let usage = null, loaded = 0;
-  const take = async () => {
+  view.changed = async () => {
     loaded = now();
     usage = await read("usage", asked());
     usage.groups.sort((a, b) => valueOf(b) - valueOf(a)); };
-  view.draw = () => [h("div", {class: "tools"}, choices("range", RANGES, range), isCustom && days(),
+  view.draw = () => [h("div", "tools", choices("range", RANGES, range), isCustom && days(),
     choices("by", GROUPS, by), choices("measure", MEASURES, measure), button("CSV", () =>
     attempt("CSV", () => download(asked())))), chips("usage", query, GROUPS), usage.groups.length
     ? usageParts(usage, range, measure, query) : firstCall()];
-  view.ended = () => now() - loaded > 15 && load(take); await take(); }
+  view.ended = () => now() - loaded > 15 && load(view.changed); }
 async function download(asked) {
   const take = response => response.blob(), query = queryOf({...asked, format: "csv"});
   const href = URL.createObjectURL(await send("admin/api/usage" + query, {take}));
-  h("a", {href, download: `usage-by-${asked.by}.csv`}).click(); URL.revokeObjectURL(href); }
+  h("a", {href, download: `usage-by-${asked.by}.csv`}).click();
+  URL.revokeObjectURL(href); }
 function usageParts(usage, range, measure, query) {
   const [name, unit, valueOf] = MEASURES[measure], isMoney = measure === "money";
   const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
-  const valuesAt = ({groups}) => valuesOf(groups, series, valueOf);
-  const until = range === "custom" ? Math.min(usage.to, now()) : now();
-  const steps = stepsOf(usage.step, usage.from, until, usage.series, valuesAt);
+  const steps = stepsOf(usage.step, usage.series, ({groups}) => valuesOf(groups, series, valueOf));
   const all = valueOf(usage.total), length = LENGTHS[usage.step], rule = isMoney && usage.budget;
   const end = isMoney && range === "month" && monthStart(monthStart() + 32 * DAY);
   const pace = end && all / (now() - usage.from), ahead = pace * (end - usage.from);
   const budget = rule && {text: rule.rule, value: rule.usd / rule.seconds * length};
   const label = `${name} by ${usage.by}, ${RANGES[range][1]}${unit}`;
-  return h("div", {class: "columns"}, h("div", null, h2(label),
-    h("div", {class: "value"}, isMoney ? usd(all) : short(all)),
-    chart({label, series, steps, isMoney, budget, end, pace: pace * length}),
+  return h("div", "columns", h("div", null, h2(label), h("div", "value", isMoney ? usd(all)
+    : short(all)), chart({label, series, steps, isMoney, budget, end, pace: pace * length}),
     p(small(`Times in ${zone}.`, end && ` At this pace (dashed) ${usd(ahead, 2)} by its end.`))),
     usageTable(usage, series, query, valueOf)); }
 function valuesOf(groups, series, valueOf) {
@@ -17129,30 +17130,25 @@ function seriesOf(by, names) {
     const isFree = number => !series.some(({colour}) => colour === number);
     colours.set(by + group.name, group.colour ??= [1, 2, 3, 4, 5].find(isFree)); }
   return names.length > 5 ? [...series, {name: null, colour: 0}] : series; }
-function stepsOf(kind, from, until, told, valuesOf) {
-  const next = at => kind === "day" ? midnight(1, at) : at + LENGTHS[kind], steps = [];
-  for (let at = from; at < until; at = next(at)) steps.push({at, end: next(at), kind});
-  for (const part of told)
-    Object.assign(steps.findLast(({at}) => at <= part.at) ?? {}, {values: valuesOf(part)});
-  return steps; }
+const stepEnd = (kind, at) => kind === "day" ? midnight(1, at) : at + LENGTHS[kind];
+const stepsOf = (kind, told, valuesOf) => told.filter(({at}) => at < now()).map((part, number) =>
+  ({...part, kind, end: told[number + 1]?.at ?? stepEnd(kind, part.at), values: valuesOf(part)}));
 function usageTable(usage, series, query, valueOf) {
-  const {total, by, groups} = usage, all = valueOf(total), isCaller = by === "caller";
+  const {total, by, groups} = usage, all = valueOf(total);
   const colour = name => series.find(group => group.name === name)?.colour ?? 0;
-  const next = isCaller ? "model" : "caller";
-  const closer = name => link("usage", changed(query, {[by]: name, by: next}), name);
+  const next = {by: by === "caller" ? "model" : "caller"};
+  const closer = name => link("usage", changed(query, {[by]: name, ...next}), name);
   const numbers = [["Calls", sum => [count(sum.calls), below(sum.failed > 0 && sum.failed
     + " failed")], "number"], ["Tokens", sum => short(tokensOf(sum)), "number"], ["USD", sum =>
-    money(sum, total.usd < 1 ? 4 : 2), "number"], ["%", sum => all
-    ? (100 * valueOf(sum) / all).toFixed(0) : "–", "number"]];
+    money(sum, total.usd < 1 ? 4 : 2), "number"],
+    ["%", sum => all ? usd(100 * valueOf(sum) / all, 0) : "–", "number"]];
   const group = ({name}) => [swatch(colour(name)), name ? closer(name) : "none"];
   const columns = [[title(by), group, "whole"], ...numbers];
   const rows = groups.map(group => row(columns, group, "of " + group.name));
   const last = row([["", () => "Total", "whole"], ...numbers], total, "total", {class: "total"});
-  const told = `Tokens: ${short(total.input)} input, ${short(total.cached)} of them cached; `
-    + `${short(total.output)} output. ${plural(total.limited, "call")} met a limit.`;
-  return h("div", null, table(columns, [rows, last]), h("p", null, small(told))); }
+  return h("div", null, table(columns, [rows, last])); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
-const EDGE = {left: 56, right: 16, top: 16, bottom: 24}, allOf = step => sumOf(step.values ?? []);
+const EDGE = {left: 56, right: 16, top: 16, bottom: 24}, allOf = step => sumOf(step.values);
 function ticks(top) { // round numbers from zero up, three to five of them
   const power = 10 ** Math.floor(Math.log10(top / 4));
   const step = [1, 2, 5, 10].map(number => number * power).find(step => top / step <= 4.5);
@@ -17171,12 +17167,14 @@ function chart(data) {
   const scale = scaleOf(data, seen?.width ? seen : {width: 640, height: 300});
   const {steps, label} = data, at = view.pointed ?? -1;
   const point = to => {
-    if (to === at) return;
-    view.pointed = Math.max(-1, Math.min(steps.length - 1, to)); paint(true); };
+    view.pointed = Math.max(-1, Math.min(steps.length - 1, to));
+    if (view.pointed !== at) paint(true); };
   const onkeydown = event => {
     const to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length}[event.key];
-    if (to === undefined) return; event.preventDefault(); point(to < -1 ? steps.length : to); };
-  return h("div", {class: "chart live"}, svg("svg", {id: "chart", tabindex: 0, role: "img",
+    if (to === undefined) return;
+    event.preventDefault();
+    point(to < -1 ? steps.length : to); };
+  return h("div", "chart live", svg("svg", {id: "chart", tabindex: 0, role: "img",
     "aria-label": label + ". The table has the same numbers.", onkeydown, onblur: () => point(-1),
     onpointermove: ({offsetX}) => point(steps.findIndex(({end}) => offsetX < scale.x(end))),
     onpointerleave: () => point(-1)}, chartParts(data, scale, steps[at])), steps[at]
@@ -17189,8 +17187,8 @@ function chartParts({steps, series, budget, pace}, scale, step) {
   const say = (x, y, end, text, kind) => svg("text", {class: kind, x, y, "text-anchor": end}, text);
   return [scale.lines.map(value => [line("grid", value, EDGE.left), say(EDGE.left - 8,
     scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step => say(x(step),
-    scale.floor + 18, "middle", (step.kind === "day" ? day : hour)(step.at))), steps.filter(step =>
-    step.values).map(step => [bar(step, series, scale), step.end > now() && say(x(step),
+    scale.floor + 18, "middle", (step.kind === "day" ? day : hour)(step.at))),
+    steps.map(step => [bar(step, series, scale), step.end > now() && say(x(step),
     scale.y(allOf(step)) - 5, "middle", "so far", "said")]), pace > 0 && line("ahead", pace,
     scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value, EDGE.left),
     say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text, "said")], step
@@ -17210,27 +17208,26 @@ function bar(step, series, scale) {
 function valueTable({series, isMoney}, step, scale) {
   const format = value => isMoney ? usd(value, allOf(step) < 1 ? 4 : 2) : count(value);
   const when = day(step.at) + (step.kind === "day" ? "" : " " + hour(step.at));
-  const line = (...cells) => h("tr", null, cells.map(cell => h("td", {class: "number"}, cell)));
+  const line = (name, value) => h("tr", null, h("td", null, name), h("td", "number", value));
   const x = scale.middle(step), isLeft = x < scale.width / 2;
   const style = isLeft ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
   return h("table", {class: "values", style}, h("tbody", null, line(when + (step.end > now()
     ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
-    step.values?.[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
-    line(step.values ? "Total" : "no call", format(allOf(step))))); }
+    step.values[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
+    line("Total", format(allOf(step))))); }
 // Calls: the live list; a row opens to where its time and money went.
 const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: null};
 const OUTCOMES = {ok: "good", limited: "warn", refused: "warn", caller_gone: "warn"}; // else "bad"
-const CALLS = [
-  ["Time", ({time}) => moment(time), "line whole"], ["Caller", callerOf], ["Model", "model"],
-  ["Outcome", call => call.outcome ? mark(OUTCOMES[call.outcome] ?? "bad", outcomeOf(call))
-    : mark("off", stateOf(call))],
-  ["Tokens", call => count(tokensOf(call)), "number"],
+const outcomeMark = call => call.outcome ? mark(OUTCOMES[call.outcome] ?? "bad", outcomeOf(call))
+  : mark("off", stateOf(call));
+const CALLS = [["Time", ({time}) => moment(time), "line whole"], ["Caller", callerOf],
+  ["Model", "model"], ["Outcome", outcomeMark], ["Tokens", call => count(tokensOf(call)), "number"],
   ["USD", call => money(call, 4), "number"], ["ms", "ms", "number"]];
 function chips(tab, query, names) { // what narrows a view: a click takes it away
   const texts = {failed: () => "failed", slow: value => "slower than " + seconds(value / 1000)};
-  return h("div", {class: "tools"}, Object.entries(only(query, names)).map(([name, value]) =>
-    button((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () =>
-    go(tab, changed(query, {[name]: ""})), {class: "chip", title: "Remove"}))); }
+  return h("div", "tools", Object.entries(only(query, names)).map(([name, value]) =>
+    chip((texts[name]?.(value) ?? `${name}: ${value}`) + " ×", () =>
+    go(tab, changed(query, {[name]: ""}))))); }
 // What a call is found by, as the sums have it: its model is the one that answered.
 const nameOf = (call, name) => (name === "model" && call.served) || call[name] || "-";
 const keyOf = ({time, id}) => time + " " + id; // callers may choose one id twice
@@ -17245,10 +17242,11 @@ const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
   && Object.entries(same).every(([name, value]) => nameOf(call, name) === value);
 async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
-  const narrow = text => go("calls", {...chosen, ...meaning(text)}); let before = null;
+  const narrow = text => go("calls", {...chosen, ...meaning(text)});
   const older = () => load(async () => {
-    const page = await read("calls", {...chosen, before, limit: 50});
-    calls.push(...page.calls); before = page.next;
+    const page = await read("calls", {...chosen, before: view.before, limit: 50});
+    calls.push(...page.calls);
+    view.before = page.next;
     if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
   const isRead = () => view.open.size || scrollY > 200 || one(STILL);
@@ -17257,25 +17255,25 @@ async function openCalls(view, query) {
     id: "filter", name: "text", type: "search", size: 26, placeholder: "alice or model:gpt-4 ( / )",
       "aria-label": "Filter: a caller, or model:, upstream:, team:, outcome:, slow: and a value"}));
   view.open = new Set();
-  view.ended = call => { if (isLike(call, chosen) && fresh.unshift(call) > 200) fresh.pop(); };
-  const running = () => [...model.running.values()].map(call => ({...call, time: call.started,
+  view.ended = call => isLike(call, chosen) && fresh.unshift(call) > 200 && fresh.pop();
+  const running = () => model.running.map(call => ({...call, time: call.started,
     ms: 1000 * (now() - call.started)})).filter(call => !call.ended && isLike(call, chosen));
   view.draw = () => {
     if (!isRead()) take();
     const live = query.size ? running().map(call => row(CALLS, call, call.key)) : [];
     const known = new Map(calls.map(call => [keyOf(call), callRows(CALLS, call)])); // or told twice
     const rows = [...live, ...known.values()];
-    const none = before == null ? "No such call so far. " : "None among the latest calls so far. ";
-    return [h("div", {class: "tools"}, filter(), ["failed", "slow"].map(word => button(title(word),
-      () => narrow(word), {class: "chip"})), fresh.length > 0 && button(plural(fresh.length,
-      "new call"), () => paint(true, take()))), chips("calls", query, FILTERS), rows.flat().length
-      ? table(CALLS, rows) : query.size ? h("p", null, none, link("calls", {}, "Show all calls"))
-      : firstCall(), before != null && button(calls.length ? "Older calls" : "Look further back",
-      older)]; };
+    const isEnd = view.before == null, further = calls.length ? "Older calls" : "Look further back";
+    const none = isEnd ? "No such call so far. " : "None among the latest calls so far. ";
+    return [h("div", "tools", filter(), chip("Failed", () => narrow("failed")), chip("Slow", () =>
+      narrow("slow")), fresh.length > 0 && button(plural(fresh.length, "new call"), take)),
+      chips("calls", query, FILTERS), rows.length ? table(CALLS, rows) : query.size
+      ? p(none, link("calls", {}, "Show all calls")) : firstCall(), !isEnd
+      && button(further, older)]; };
   await older(); }
 function callRows(columns, call) {
-  const key = keyOf(call), isOpen = view.open.has(key), toggle = () => {
-    view.open[isOpen ? "delete" : "add"](key); paint(true); };
+  const key = keyOf(call), isOpen = view.open.has(key);
+  const toggle = () => view.open[isOpen ? "delete" : "add"](key);
   return [row(columns, call, key, {...opens(toggle), "aria-expanded": String(isOpen),
     class: isOpen && "open"}), isOpen && h("tr", {class: "open", "data-key": "of " + key},
     h("td", {colspan: columns.length, class: "whole"}, callParts(call)))]; }
@@ -17284,10 +17282,10 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
   const line = queue_ms ?? 0, connect = connect_ms ?? 0, name = upstream ?? "it";
   const first = Math.max(0, (first_ms ?? ms) - line - connect);
   const rest = Math.max(0, ms - line - connect - first), pace = count(1000 * output / rest);
-  return [["in line", line, `all places at ${name} were taken`], ["connecting", connect,
-    `${name} was slow to take a connection`], ["to first byte", first,
-    `${name} needed that to begin its answer to ${count(input)} tokens`], ["streaming", rest,
-    `${count(output)} tokens of output, ${pace} a second`]]; }
+  return [["in line", line, `all places at ${name} were taken`],
+    ["connecting", connect, `${name} was slow to take a connection`],
+    ["to first byte", first, `${name} took so long to begin, for ${count(input)} tokens`],
+    ["streaming", rest, `${count(output)} tokens of output, ${pace} a second`]]; }
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
   const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause, Status: call.status,
@@ -17302,7 +17300,7 @@ function callParts(call) {
     && h("div", {style: `background: var(--s${at + 1}); flex-grow: ${ms}`}));
   const all = name => link("calls", {[name]: nameOf(call, name)}, nameOf(call, name));
   return [most > 9 && p(`Mostly ${name}, ${count(most)} of ${count(call.ms)} ms: ${why}.`),
-    most > 0 && h("div", {class: "timing"}, bar), most > 0 && h("div", {class: "tools"},
+    most > 0 && h("div", "timing", bar), most > 0 && h("div", "tools",
     phases.map(([name, ms], at) => h("span", null, swatch(at + 1), `${name} ${count(ms)} ms`))),
     h("dl", null, told.map(([name, value]) => [h("dt", null, name), h("dd", null, value)])),
     !isMe && p("All calls of ", all("caller"), " or ", all("model"))]; }
@@ -17321,33 +17319,25 @@ const KEYS = [
   ["Last used", ({last_used}) => last_used ? moment(last_used) : "never", "line"],
   ["State", ({disabled, expires}) => disabled ? mark("off", "paused")
     : expires && expires < now() ? mark("bad", "expired") : mark("good", "valid"), "line"]];
-async function openKeys(view) {
+function openKeys(view) {
   const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
   let keys = [];
-  view.changed = () => load(async () => {
-    ({keys} = await read("keys")); });
+  view.changed = async () => { ({keys} = await read("keys")); };
   view.draw = () => {
     const stored = keys.length ? list(columns, keys) : noKey();
-    const edited = keys.find(({name}) => view.asked === "edit " + name);
-    [view.made, session.made] = [session.made ?? view.made, null];
-    return [view.made && madeKey(view.made), isAdmin() ? h("div", {class: "columns form"},
-      h("div", null, stored), keyForm(edited)) : stored]; };
-  await view.changed(); }
-const noKey = () => h("div", null, p(model.keys_are_asked_for ? "No key is stored."
-  : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:"),
-  command("python llm_proxy.py keys add alice --limits '1 usd per day'"));
-function keyActions(key) {
-  const act = (verb, done, body) => attempt(title(verb), async () => {
-    const path = pathOf("keys", key.name), isEnd = verb === "remove";
-    const made = await write(isEnd ? "DELETE" : "POST", isEnd ? path : `${path}/${verb}`, body);
-    if (made.key) keep(made); }, done && key.name + done);
-  const ask = (text, told, ...done) =>
-    asking(`${text} ${key.name}`, text, small(told), () => act(...done));
-  return [opener("Edit", "edit " + key.name),
-    ask("Rotate", "The old secret works for one more hour.", "rotate", "", {grace: "1h"}),
-    key.disabled ? button("Resume", () => act("restore", " may call again."))
-    : ask("Pause", "Running calls go on; new ones get 401.", "revoke", " is paused."),
-    ask("Remove", "For ever; its books stay.", "remove", " is removed.")]; }
+    return [made && madeKey(made), isAdmin() ? h("div", "columns form", h("div", null, stored),
+      keyForm(keys.find(({name}) => view.asked === "edit " + name))) : stored]; }; }
+const noKey = () => empty(model.keys_are_asked_for ? "No key is stored."
+  : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:",
+  "python llm_proxy.py keys add alice --limits '1 usd per day'");
+function keyActions({name, disabled}) {
+  const path = pathOf("keys", name);
+  const ask = (text, told, act) => asking(`${text} ${name}`, text, small(told), act);
+  const rotate = () => attempt("Rotate", async () => {
+    keep(await write("POST", path + "/rotate", {grace: "1h"})); });
+  const remove = () => attempt("Remove", () => write("DELETE", path), name + " is removed.");
+  return [opener("Edit", "edit " + name), ask("Rotate", "The old secret works for one more hour.",
+    rotate), pauseButton(name, disabled), ask("Remove", "For ever; its books stay.", remove)]; }
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
     class: name === (key ? "limits" : "name") && (key || innerWidth > 1099) && "asked",
@@ -17356,26 +17346,23 @@ function keyForm(key) {
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
       || (key && name !== "expires")));
-    const made = await attempt(key ? "Change" : "Making a key", () => key ? write("PATCH",
-      pathOf("keys", key.name), body) : write("POST", "keys", body));
-    if (made?.key) keep(made);
-    if (made) ask(null); };
-  const example = text => button(text, ({target: {form}}) => {
-    form.limits.value = [form.limits.value, text].filter(Boolean).join("; "); }, {class: "chip"});
+    const done = await attempt(key ? "Change" : "Making a key", () => key
+      ? write("PATCH", pathOf("keys", key.name), body) : write("POST", "keys", body));
+    if (done?.key) keep(done);
+    if (done) ask(null); };
+  const example = text => chip(text, ({target: {form: {limits}}}) => {
+    limits.value = [limits.value, text].filter(Boolean).join("; "); });
   const [name, limits, ...more] = Object.keys(FIELDS).map(field);
-  const roles = ["caller", "viewer", "admin"].map(role =>
-    h("option", {selected: role === key?.role}, role));
+  const role = select("role", ["caller", "viewer", "admin"], key?.role);
   return h("details", {class: "side", open: key || innerWidth > 1099, "data-key": key?.name
-    + (view.made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
-    form(save, null, name, limits, h("div", {class: "tools"}, EXAMPLES.map(example)),
-    h("details", {open: key}, h("summary", null, "More"), more,
-    h("label", null, small("Role"), h("select", {name: "role"}, roles))),
-    main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => ask(null)))); }
-function keep(made) { // to be shown, with a model that it may call
-  session.made = made;
-  post("upstreams", made.upstream ?? model.upstreams[0].name, "test").then(({models}) => {
-    made.model = models.find(name => name.startsWith((made.models ?? "").split(/[*?[,]/)[0]));
-    paintSoon(); }, () => {}); }
+    + (made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
+    form(save, null, name, limits, h("div", "tools", EXAMPLES.map(example)),
+    h("details", {open: key}, h("summary", null, "More"), more, h("label", null, small("Role"),
+    role)), main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => ask(null)))); }
+async function keep(key) { // to be shown, with a model that it may call
+  made = key;
+  const {models} = await post("upstreams", key.upstream ?? model.upstreams[0].name, "test");
+  key.model = models.find(name => name.startsWith((key.models ?? "").split(/[*?[,]/)[0])); }
 function curlLine(key, name) { // that makes a call here
   const known = model.upstreams.flatMap(({model, models, known}) => model ?? [...models, ...known]);
   const body = JSON.stringify({model: name ?? known.find(name => !/[*?[]/.test(name)) ?? "MODEL",
@@ -17385,111 +17372,126 @@ function curlLine(key, name) { // that makes a call here
     `-d '${body.replaceAll("'", "'\\''")}'`].join(" \\\n  "); }
 const madeKey = ({name, key, role, model}) => h("section", {class: "box", "data-key": key},
   h2(`The key of ${name}, shown only now`), pre(key), p(copyButton("Copy key", key)),
-  role === "caller" && command(curlLine(key, model),
-    link("calls", {caller: name}, `Watch the calls of ${name}`)));
+  role === "caller" && command(curlLine(key, model), link("calls", {caller: name},
+  `Watch the calls of ${name}`)));
 // Upstreams: state, load and latency of each; admins may test one, and take it out.
-const UPSTREAMS = [
-  ["Name", "name", "line whole"], ["State", stateMark, "line"], ["Addresses", "addresses", "line"],
-  ["In flight", ({in_flight, max_concurrency: most}) => in_flight + (most ? " of " + most : ""),
-    "number"], ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
+const loadOf = ({in_flight, max_concurrency: most}) => in_flight + (most ? " of " + most : "");
+const UPSTREAMS = [["Name", "name", "line whole"], ["State", stateMark, "line"],
+  ["Addresses", "addresses", "line"], ["In flight", loadOf, "number"],
+  ["In line", "waiting", "number"], ["Longest wait, ms", "longest_ms", "number"],
   ["First byte, ms", "first_p50", "number"], ["95% within", "first_p95", "number"],
   ["Models", ({model, models}) => model || models?.join(", ") || "all"]];
 function openUpstreams(view) {
   const columns = isAdmin() ? [...UPSTREAMS, ["", upstreamActions, "actions whole"]] : UPSTREAMS;
   view.draw = () => list(columns, model.upstreams); }
 function upstreamActions({name, state}) {
-  const act = (verb, done) => attempt(verb, () => post("upstreams", name, verb), name + done);
   const test = () => attempt("Test", async () => {
     const {ok, ms, models, fault} = await post("upstreams", name, "test");
     const found = () => `ok, ${count(ms)} ms, ${plural(models?.length ?? 0, "model")}`;
     notice(`Test of ${name}: ${ok ? found() : fault}`, ok ? "good" : "bad", 30); });
-  return [button("Test", test), state === "disabled" ? button("Enable", () => act("enable",
-    " takes calls again.")) : asking("disable " + name, "Disable",
-    small("New calls go elsewhere, or get 404."), () => act("disable", " takes no new calls."))]; }
+  const set = (verb, done) => order("upstreams", name, verb, done);
+  return [button("Test", test), state !== "disabled" ? asking("disable " + name, "Disable",
+    small("New calls go elsewhere, or get 404."), () => set("disable", " takes no new calls."))
+    : button("Enable", () => set("enable", " takes calls again."))]; }
 // Audit: who changed what.
 const AUDIT = [
   ["Time", ({time}) => moment(time), "line"], ["Who", ({who, role}) => [who, small(" ", role)]],
   ["What", "what"], ["Target", "target"], ["From", "address"], ["Detail", "detail", "whole"]];
-async function openAudit(view) {
+function openAudit(view) {
   let rows = [], next = null;
-  const take = (known, before) => load(async () => {
+  const take = async (known, before) => {
     const page = await read("audit", {before});
-    [rows, next] = [[...known, ...page.rows], page.next]; });
+    [rows, next] = [[...known, ...page.rows], page.next]; };
   view.changed = () => take([]);
   view.draw = () => [rows.length ? list(AUDIT, rows, ({id}) => String(id))
     : p("Nothing was changed yet. What is changed will be listed here, and by whom."),
-    next != null && button("Older", () => take(rows, next))];
-  await take([]); }
+    next != null && button("Older", () => load(() => take(rows, next)))]; }
 // One's own page: what is left, when there is more, the last calls, a month of days.
 async function openMe(view) {
   const {now: told, caller, role, today, calls, days, buckets, warning} =
     await send("v1/quota" + queryOf(timeZone()));
   const doubt = doubts(today).join(", "), columns = CALLS.filter(([head]) => head !== "Caller");
+  const label = "Tokens by day, last 30 days", series = [{name: "tokens", colour: 1}];
   model = {upstreams: [], you: {name: caller, role}, has_calls: calls.length > 0};
-  skew = told - Date.now() / 1000; view.open = new Set();
+  setClock(told);
+  view.open = new Set();
+  setInterval(paint, 1000);
   view.draw = () => {
-    const steps = stepsOf("day", midnight(-29), now(), days, sum => [tokensOf(sum)]);
-    const series = [{name: "tokens", colour: 1}], label = "Tokens by day, last 30 days";
-    paintSoon();
-    return [h("section", {class: "big"}, h2(`What ${caller} has left`),
-      warning && p(mark("warn", warning)), buckets.map(bucketBar),
-      !buckets.length && p("No limit holds for this key.")), h2("Today"),
+    const steps = stepsOf("day", days, sum => [tokensOf(sum)]);
+    return [h2(`What ${caller} has left`), warning && p(mark("warn", warning)),
+      buckets.map(bucketBar), !buckets.length && p("No limit holds for this key."), h2("Today"),
       p(`${plural(today.calls, "call")}, ${short(tokensOf(today))} tokens, ${usd(today.usd)} USD`,
-      doubt && ` (${doubt})`, `, as of ${clock(told)}, ${zone} `, button("Refresh", show)),
+      doubt && ` (${doubt})`, `, as of ${clock(told)}, ${zone} `, button("Refresh", again)),
       calls.length > 0 && [h2(label), chart({steps, label, series})], h2("Last calls"),
       calls.length ? table(columns, calls.map(call => callRows(columns, call))) : firstCall()]; }; }
 // Where one is: the tab and its filters stand in the address, so Back works and a view has a name.
 const VIEWS = {__proto__: null, now: openNow, callers: openCallers, usage: openUsage,
   calls: openCalls, keys: openKeys, upstreams: openUpstreams, audit: openAudit};
-const FAULTS = {401: "No such key, or not valid.", 403: "This key may call, but not look here."};
 const hashOf = (tab, query = {}) => "#" + tab + queryOf(query);
 const go = (tab, query) => { location.hash = hashOf(tab, query); };
 async function show() {
-  if (!sessionStorage.getItem(KEY)) return showLogin("");
   const [name, query] = location.hash.slice(1).split("?"), mine = view = {isLoading: true};
+  made = null;
   const tab = name in VIEWS ? name : "now";
   try {
-    if (!isMe && !model) await (session.starting ??= start());
+    if (!isMe && !model) await loadSummary();
     if (view !== mine) return; // somebody went on meanwhile
-    for (const each of $("tabs").children) each.ariaCurrent = String(each.dataset.tab === tab);
+    patchChildren($("tabs"), isMe ? [] : Object.keys(VIEWS).map(name =>
+      link(name, {}, title(name), {"aria-current": name === tab})));
     $("main").replaceChildren();
     await (isMe ? openMe : VIEWS[tab])(mine, new URLSearchParams(query));
-    $("head").hidden = false; $("who").textContent = `${model.you.name} (${model.you.role})`;
+    await mine.changed?.();
+    $("head").hidden = false;
+    $("who").textContent = `${model.you.name} (${model.you.role})`;
   } catch (fault) {
-    if (fault.status in FAULTS) return leave(FAULTS[fault.status]);
+    if (fault.status === 403) return leave("This key may call, but not look here.");
     mine.draw = () => [p(mark("bad", "This could not be shown: " + fault.message)),
-      button("Try again", show)]; }
-  mine.isLoading = false; if (view === mine) { paint(true); one("main .asked")?.focus(); }}
-async function start() {
-  await loadSummary().finally(() => { session.starting = null; });
-  const tabs = Object.keys(VIEWS).map(tab => link(tab, {}, title(tab), {"data-tab": tab}));
-  $("tabs").replaceChildren(...tabs); listen(); }
-function showLogin(fault) {
-  const logIn = ({key}) => { sessionStorage.setItem(KEY, key.trim()); show(); };
-  $("main").replaceChildren(form(logIn, {class: "login"}, h2("llm_proxy"), h("label",
-    null, small(isMe ? "Your key" : "Key of an admin or a viewer"), h("input", {type: "password",
-    name: "key", autocomplete: "current-password", required: true})),
-    fault && p(mark("bad", fault)), main("Log in"), " ",
-    !isMe && h("a", {href: "me"}, "What have I left?")));
+      button("Try again", again)]; }
+  mine.isLoading = false;
+  if (view !== mine) return;
+  paint(true);
+  one("main .asked")?.focus(); }
+async function start() { // anew with each log-in and log-out
+  if (!sessionStorage.getItem(KEY)) return showLogin();
+  onhashchange = show;
+  await show();
+  if (model && !isMe) listen(); }
+function showLogin() {
+  const fault = sessionStorage.getItem(FAULT);
+  sessionStorage.removeItem(FAULT);
+  const logIn = ({key}) => {
+    sessionStorage.setItem(KEY, key.trim());
+    again(); };
+  const field = {type: "password", name: "key", autocomplete: "current-password", required: true};
+  $("main").replaceChildren(form(logIn, {class: "login"}, h2("llm_proxy"), h("label", null,
+    small(isMe ? "Your key" : "Key of an admin or a viewer"), h("input", field)),
+    p(fault && mark("bad", fault)), main("Log in"), " ", !isMe && h("a", {href: "me"},
+    "What have I left?")));
   one(".login input").focus(); }
-function leave(fault) {
-  stream?.abort(); [session, model, view, lastId] = [{}, null, {}, ""];
-  sessionStorage.removeItem(KEY); $("head").hidden = true; showLost(false); showLogin(fault); }
-function setTheme(theme) {
-  localStorage.setItem("llm_proxy.theme", theme);
-  document.documentElement.style.colorScheme = theme === "auto" ? "" : theme;
-  const next = {auto: "light", light: "dark", dark: "auto"}[theme];
-  Object.assign($("theme"), {textContent: "Theme: " + theme, onclick: () => setTheme(next)}); }
+const again = () => location.reload();
+function leave(fault) { // who logs in then has nothing of what was shown, or asked for
+  sessionStorage.removeItem(KEY);
+  sessionStorage.setItem(FAULT, fault);
+  again(); }
+function setTheme(theme) { // as CSS has color schemes
+  document.documentElement.style.colorScheme = localStorage[THEME] = $("theme").value = theme; }
 function press(event) {
   if (event.key === "/" && $("filter") && !event.target.matches("input, select")) {
-    event.preventDefault(); $("filter").focus(); }
-  if (event.key !== "Escape" || !model) return; if (view.asked) return ask(null);
-  view.pointed = -1; view.open?.clear(); $("notices").replaceChildren(); paint(true); }
-[$("leave").onclick, onhashchange, onkeydown] = [() => leave(""), show, press];
+    event.preventDefault();
+    $("filter").focus(); }
+  if (event.key !== "Escape" || !model) return;
+  if (view.asked) return ask(null);
+  view.pointed = -1;
+  view.open?.clear();
+  $("notices").replaceChildren(); }
+[$("leave").onclick, onkeydown] = [() => leave(""), press];
+onsubmit = event => event.preventDefault();
+for (const name of ["click", "input", "keydown"]) addEventListener(name, () => paint(true));
 // Without a stream while nobody looks: a browser has but six connections to one host.
 document.onvisibilitychange = () => document.hidden ? stream?.abort() : model && !isMe && listen();
-setTheme(localStorage.getItem("llm_proxy.theme") ?? "auto");
-show();
+$("theme").onchange = () => setTheme($("theme").value);
+setTheme(localStorage[THEME] ?? "light dark");
+start();
 </script>
 """
 PAGE_LINES = """Cache-Control: no-store
@@ -19100,7 +19102,7 @@ def handle_signals(loop, actions):
 
 
 USAGE_OPTIONS = """\
---since  7d         99999d only the last minutes (30m), hours (12h) or days (7d)
+--since  7d         9999d  only the last minutes (30m), hours (12h) or days (7d)
 --caller NAME       -      only the calls of this caller
 --id     REQUEST_ID -      all that is known of one call"""
 GROUPS = (*SUM_KEYS, "outcome", "day")

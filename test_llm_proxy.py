@@ -9107,7 +9107,8 @@ class KeyStoreTest(KeysCase):
         for act, name, fields, said in self.each(self.FAULTS):
             self.fails(said, act, json.loads(name), **json.loads(fields))
         for amount, unit, time in self.each("""[["0", "usd", null], ["1.5", "tokens", null],
-                                             ["1", "running", null], ["1", "usd", "1x"]]"""):
+                                             ["1", "running", null], ["1", "usd", "1x"],
+                                             ["1", "usd", "10000d"]]"""):
             self.fails("must be", "give", "ann", amount, unit, time)
         self.assertEqual([key.name for key in self.keys.list()], ["ann"])
         self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
@@ -9402,7 +9403,7 @@ class SumsTest(TableCase):
         self.database.connection.close()
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
-        options = types.SimpleNamespace(since="99999d", by=None, id=None, caller=None)
+        options = types.SimpleNamespace(since="9999d", by=None, id=None, caller=None)
         used = early = None
         for step in range(60):
             with contextlib.suppress(KeyError), mock.patch.object(
@@ -13582,6 +13583,7 @@ class AdminBooksTest(AdminCase):
         self.wait_for_rows(1)
         self.on_loop(self.proxy.books.refusals.report)
         self.assert_said("3 more were refused: 404 127.0.0.1 x3")
+        self.assertIn("VIEWER_KEY", [row["name"] for row in self.look("/callers")["callers"]])
 
     def test_a_key_is_made_shown_changed_and_removed(self):
         made = self.add(team="red", limits="5000 tokens per day")
@@ -14074,8 +14076,7 @@ class PageTest(AdminCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        quick = llm_proxy.DASHBOARD.replace("painted + 1000", "painted + 50")
-        quick = quick.replace("resolve, 2000", "resolve, 50")
+        quick = llm_proxy.DASHBOARD.replace("resolve, 2000", "resolve, 50")
         for patch in (mock.patch.object(llm_proxy, "DASHBOARD", quick),
                       mock.patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1)):
             patch.start()
@@ -14455,6 +14456,16 @@ class PageTest(AdminCase):
         self.click("Keys")
         self.see(self.EVIL)
         self.assertEqual(self.browser.run("document.querySelectorAll('main img').length"), 0)
+
+    def test_nothing_that_is_long_makes_the_page_scroll_sideways(self):
+        self.call("ann", model="m" * 200)
+        self.log_in()
+        for place in self.each(("calls?model=%s", "usage?by=model&model=%s")):
+            self.browser.run("location.hash = '#%s'" % (place % ("m" * 200)))
+            self.see("model: " + "m" * 200)
+            self.until(lambda: self.count("tr"))
+            self.assertLessEqual(self.browser.run(
+                "document.documentElement.scrollWidth - innerWidth"), 0)
 
     def test_a_lost_connection_is_told_and_found_again(self):
         self.start()
