@@ -383,8 +383,17 @@ NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is 
 UNITS = "requests tokens input_tokens output_tokens usd running estimate".split()
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 ANEW = 1 << 80  # more than ever is missing of a bucket
-DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
-             "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
+DURATIONS = {word: int(seconds) for word, seconds in table_of("""
+    second 1
+    minute 60
+    hour 3600
+    day 86400
+    week 604800
+    month 2592000
+    s 1
+    m 60
+    h 3600
+    d 86400""").items()}
 SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
@@ -532,9 +541,13 @@ def check_rule(text, words, kinds):
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
 # tiers, Anthropic's speed and inference_geo.
-USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in {
-    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
-    "us": "1.1"}.items()}
+USUAL_TIERS = {name: decimal.Decimal(factor) for name, factor in table_of("""
+    flex 0.5
+    batch 0.5
+    priority 2
+    fast 2
+    ultrafast 6
+    us 1.1""").items()}
 
 
 class Price(NamedTuple):
@@ -643,7 +656,7 @@ unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
 
 DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
-DIALECT_NAMES = ("openai", "anthropic", "gemini", "azure", "ollama")
+DIALECT_NAMES = "openai anthropic gemini azure ollama".split()
 VENDORS = table_of("""
     openai https://api.openai.com/v1
     anthropic https://api.anthropic.com/v1
@@ -2837,6 +2850,7 @@ class WrongKeys:
 CHARACTERS_PER_TOKEN = 4
 MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
+SEARCH_COST = PICODOLLARS // 100  # of the web, at OpenAI and Anthropic
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
 
@@ -2949,7 +2963,7 @@ class Usage(NamedTuple):
     of it that stays hidden. `estimated`: nobody reported it, so it was guessed from the text.
     `model` is the one that served, `tiers` are what the response says of how (service_tier, speed,
     inference_geo), `picodollars` what it says that it cost; `others` is what other models did for
-    the same call."""
+    the same call, and `searches` is how often the web was searched for it."""
     input: int = 0
     output: int = 0
     cached: int = 0
@@ -2961,6 +2975,7 @@ class Usage(NamedTuple):
     tiers: Tuple[str, ...] = ()
     picodollars: Optional[int] = None
     others: Tuple["Usage", ...] = ()
+    searches: int = 0
 
     def with_others(self) -> "Usage":
         """Returns the same with what other models did in its counts."""
@@ -3137,7 +3152,7 @@ class Prices:
         """Returns the cost in picodollars, exactly, and whether it is known: what the response says
         that it costs, else what the model that served does, which is `model` where it does not
         say."""
-        prompt, output, cached, written, _, _, hour, served, tiers, told, others = used
+        prompt, output, cached, written, _, _, hour, served, tiers, told, others, searches = used
         if told is not None:
             return min(MAX_COST, told), True
         price = self.find_served(served, model, tiers)
@@ -3150,6 +3165,8 @@ class Prices:
                  + (written - hour) * price.cache_write + output * price.output)
         if hour:
             total += hour * price.hour_write
+        if searches and price.output:  # not by a server of one's own
+            total += searches * SEARCH_COST
         if others:
             costs = [self.cost(other, model) for other in others]
             total += sum([cost for cost, _ in costs])
@@ -3161,7 +3178,7 @@ class Habits:
     """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
     token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
     of the `recent` calls exceeded that do not limit it."""
-    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    __slots__ = "calls input_ratio output_ratio hidden peak recent".split()
     MEMORY = 20
 
     def __init__(self):
@@ -3783,16 +3800,16 @@ def is_count(value):
 
 
 def merged(before, after, join=max):
-    """Returns two reports in one. Counts only grow, so that of the same ones the larger is taken;
-    null says nothing."""
+    """Returns two reports in one. Counts and money only grow, so that of the same ones the larger
+    is taken; null says nothing."""
     found = dict(before)
     for name, value in after.items():
         old = found.get(name)
+        amounts = read_money(old) + read_money(value)
         if type(old) is dict and type(value) is dict:
             found[name] = merged(old, value, join)
-        elif is_count(value) and is_count(old) or (  # money
-                join is operator.add and {type(old), type(value)} <= {int, float}):
-            found[name] = join(old, value)
+        elif amounts[1:]:
+            found[name] = join(*amounts)
         elif value is not None:
             found[name] = value
     return found
@@ -4125,22 +4142,26 @@ class Call:
         return self.limit
 
     def find_output_limit(self):
-        limits, answers, prompts = [], 1, 1
+        limits, answers, prompts = [], 1, self.count_prompts()
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
                 limits.append(math.inf if value < 0 else min(value, MAX_TOKENS_PER_CALL))
             elif value > answers:
                 answers = value
-        names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
-        for name in names.intersection(self.payload):
-            many = self.payload[name]
-            if type(many) is list and many and type(many[0]) in (str, list, dict):
-                prompts *= len(many)
         most = max(limits, default=None)
         if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
             # It may be a batch of calls, each prompt have a limit of its own, or have no output.
             most = max(most or 0, sum(limits) / prompts)
+        elif most is not None:
+            thinking = [dig(self.payload, *path) for path in THINKING_LIMITS]
+            most += max(filter(is_count, thinking), default=0)
         return None if most in (None, math.inf) else math.ceil(most), answers * prompts
+
+    def count_prompts(self):
+        names = {"messages"} if self.endpoint == "batch" else PROMPTS
+        found = [self.payload[name] for name in names.intersection(self.payload)]
+        return math.prod([len(many) for many in found
+                          if type(many) is list and many and type(many[0]) in HOLD_WORDS])
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
@@ -4222,25 +4243,34 @@ OUTPUT_LIMITS = frozenset("""
     num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
     max_tokens_to_generate tokens_to_generate maximum_tokens min_tokens
     min_new_tokens""".split())
-# How many answers there are to one prompt.
-OUTPUT_COUNTS = frozenset("""
+# The same, and how many answers there are to one prompt.
+OUTPUT_NUMBERS = OUTPUT_LIMITS.union("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
     numResults sampleCount""".split())
-OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 # Lists of these are several prompts: each has an output.
 PROMPTS = frozenset("prompt prompts text inputs input_ids instances".split())
-BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
+# Where the most tokens of thinking stand, which some servers add to those of the output: Google's,
+# OpenRouter's and Alibaba's.
+THINKING_LIMITS = [path.split(".") for path in """
+    generationConfig.thinkingConfig.thinkingBudget generationConfig.thinkingConfig.thinking_budget
+    generationConfig.thinking_config.thinkingBudget generationConfig.thinking_config.thinking_budget
+    generation_config.thinkingConfig.thinkingBudget generation_config.thinkingConfig.thinking_budget
+    generation_config.thinking_config.thinkingBudget
+    generation_config.thinking_config.thinking_budget
+    extra_body.google.thinking_config.thinking_budget reasoning.max_tokens thinking_budget
+    parameters.thinking_budget chat_template_kwargs.thinking_budget""".split()]
 # What may say how much comes out of a chat, but for what nearly all say it by.
-UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(PROMPTS, OPTION_HOLDERS)
+UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(
+    PROMPTS, OPTION_HOLDERS, next(zip(*THINKING_LIMITS)))
 MEDIA_TYPES = frozenset("""
     image_url input_image image input_audio audio file input_file document document_url video_url
     input_video video audio_url image_base64 image_embeds audio_embeds
     computer_screenshot""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
-MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_OBJECTS = frozenset("inlineData inline_data fileData file_data".split())
 MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
 IS_TEXT = re.compile("(?:data:)?(?:text/|application/(?:json|xml|yaml|javascript)\\b)")
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
@@ -4498,7 +4528,7 @@ def names_made(payload):
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
-FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
+FAULT_KEYS = "type event_type object status finish_reason".split()
 FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
 AMOUNT = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE]-?[0-9]{1,2})?")
 # Errors by which an upstream says that its own account is to blame, or else the caller
@@ -4540,7 +4570,7 @@ def fault_in(part, payload):
     """Returns the status of the error that a part of a payload is, 0 where it is none."""
     error = part.get("error") or part.get("errors")
     code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
-    if error or code or part.get("success") is False or any(
+    if error or code or (part is payload and part.get("success") is False) or any(
             [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
         return fault_status(*as_list(error)[:1], part, payload.get("error"))
     return 0
@@ -4566,7 +4596,7 @@ def with_iterations(told, parts):
     own = [part for part in parts if not served or fold_model(part.model) == served]
     steps = Usage(others=tuple(own)).with_others()
     if steps.input + steps.output > told.input + told.output:
-        told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
+        told = steps._replace(**dict(zip(told._fields[7:], told[7:])))
     return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
@@ -4648,24 +4678,26 @@ class Dialect:
         inlinedResponses amazon-bedrock-invocationMetrics""".split()
     ANSWERS = ("results", "predictions", "inlinedResponses")  # each to a prompt of its own
     # What a count is, in any of the APIs; the largest of those that are the same counts.
-    COUNTS = {name: kind for kind, names in {
-        "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count promptTokens input_token_count input_length
-            prompt_token_count inputTokenCount inputTextTokenCount""",
-        "tools": "toolUsePromptTokenCount total_tool_use_tokens",
-        "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
-            total_output_tokens candidatesTokenCount completionTokens output_token_count
-            generated_token_count generated_tokens generation_token_count outputTokenCount
-            tokenCount""",
-        "total": "total_tokens totalTokens totalTokenCount token_count",
-        "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
-            cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
-        "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
-            cacheWriteInputTokens""",
-        "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
-        "reasoning": """reasoning_tokens thinking_tokens reasoning_output_tokens
-            thoughtsTokenCount total_thought_tokens""",
-    }.items() for name in names.split()}
+    COUNTS = {name: kind for kind, *names in map(str.split, """\
+        prompt prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
+        prompt total_input_tokens prompt_eval_count promptTokens input_token_count input_length
+        prompt prompt_token_count inputTokenCount inputTextTokenCount
+        tools toolUsePromptTokenCount total_tool_use_tokens
+        audio prompt_audio_seconds
+        searches web_search_requests
+        output completion_tokens output_tokens outputTokens tokens_predicted eval_count
+        output total_output_tokens candidatesTokenCount completionTokens output_token_count
+        output generated_token_count generated_tokens generation_token_count outputTokenCount
+        output tokenCount
+        total total_tokens totalTokens totalTokenCount token_count
+        cached cached_tokens prompt_cache_hit_tokens cache_read_input_tokens num_cached_tokens
+        cached cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens
+        written cache_write_tokens cache_creation_input_tokens cache_creation_tokens
+        written cacheWriteInputTokens
+        minutes ephemeral_5m_input_tokens
+        hour ephemeral_1h_input_tokens
+        reasoning reasoning_tokens thinking_tokens reasoning_output_tokens thoughtsTokenCount
+        reasoning total_thought_tokens""".splitlines()) for name in names}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
@@ -4676,7 +4708,7 @@ class Dialect:
     MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
     # How it was served.
-    TIERS = ("service_tier", "speed", "inference_geo")
+    TIERS = "service_tier speed inference_geo".split()
     # The key of the model that served.
     SERVED = "model"
     # Where a response or an event says why the model stopped,
@@ -4957,7 +4989,8 @@ class Dialect:
         written = min(prompt - cached, found["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), not prompt,
-                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
+                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts), (),
+                     found["searches"])
 
     def found(self, parts):
         """Returns counts by what they are; what is not among them is 0."""
@@ -4986,6 +5019,8 @@ class Dialect:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
         said = max(said, output + reasoning if reasoning > output else 0)
+        if found["audio"]:  # Mistral counts it in the total alone
+            sent = max(sent, total - said)
         sent = sent or max(0, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
@@ -5024,7 +5059,7 @@ class Dialect:
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
-        kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500])
+        kind = self.ERRORS.get(str(status), self.OTHER_ERRORS[status >= 500])
         seconds = refusal.fields.get("Retry-After")
         details = self.RETRY_DETAILS % {"seconds": seconds} if seconds else ""
         return (self.ERROR % {
@@ -5173,24 +5208,32 @@ def model_mark(model):
     return b'"model":"%b"' % model.encode("utf-8", "replace")
 
 
-# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
-FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
-
-
 ANTHROPICS_CACHE = frozenset(("cache_read_input_tokens", "cache_creation_input_tokens"))
 
 
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
-    ENDPOINTS = {
-        "/async/chat/completions": UNKNOWN,                               # Perplexity's
-        "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
-        "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
-        "/edit/completions": "fim", "/apply/completions": "fim",          # Inception's
-        "/completions": "completions", "/responses": "responses",
-        "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
+    # Some are Perplexity's, vLLM's, Mistral's and Inception's. What counts tokens, spells them out
+    # or describes a model costs nothing.
+    ENDPOINTS = table_of("""
+        /async/chat/completions unknown
+        /chat/completions chat
+        /chat/completions/batch batch
+        /fim/completions fim
+        /agents/completions chat
+        /edit/completions fim
+        /apply/completions fim
+        /completions completions
+        /responses responses
+        /responses/compact other
+        /embeddings other
+        /rerank other
+        /generations other
+        /input_tokens count
+        /tokenize count
+        /detokenize count
+        /apply-template count""")
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
     LIST_PATHS = ("/v1/models", "/models")
@@ -5202,8 +5245,8 @@ class OpenAI(Dialect):
         x_groq""".split())
     REASON = ("choices", "finish_reason")
     REASON_KEYS = {"responses": ("reason", "status")}
-    LAST_TYPES = (
-        "response.completed", "response.incomplete", "response.failed", "response.cancelled")
+    LAST_TYPES = """
+        response.completed response.incomplete response.failed response.cancelled""".split()
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
@@ -5226,12 +5269,17 @@ class OpenAI(Dialect):
         choices.delta.tool_calls.custom.input delta.content.text.value
         content token.text delta.message.content.text delta.message.content.thinking
         delta.message.tool_calls.function.arguments"""  # llama.cpp's, TGI's and Cohere's own
-    BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
+    BLOCK_NUMBERS = "output_index content_index summary_index".split()
     BLOCK_END = re.compile(r"\.done$")
 
-    ERRORS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error",
-              500: "server_error", 502: "upstream_error", 503: "server_error",
-              504: "timeout_error"}
+    ERRORS = table_of("""
+        401 authentication_error
+        408 timeout_error
+        429 rate_limit_error
+        500 server_error
+        502 upstream_error
+        503 server_error
+        504 timeout_error""")
     OTHER_ERRORS = ("invalid_request_error", "invalid_request_error")
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
@@ -5272,7 +5320,15 @@ class OpenAI(Dialect):
         if counts or not (type(prompt) is type(output) is type(total) is int and (
                 0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL)):
             return None
-        return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, ()))
+        return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, (), 0))
+
+    def counts_in(self, payload):
+        """Returns searches, too, which stand in the output alone. To open a page is none."""
+        counts = super().counts_in(payload)
+        searches = [one for one in as_list(payload.get("output"))
+                    if dig(one, "type") == "web_search_call"
+                    and dig(one, "action", "type") in (None, "search")]
+        return {**counts, "web_search_requests": len(searches)} if searches else counts
 
     def usage(self, counts, model=None, tier=None):
         if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
@@ -5361,14 +5417,18 @@ class Anthropic(Dialect):
     LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
-    TEXT_KEYS = ("text", "thinking", "partial_json")
+    TEXT_KEYS = "text thinking partial_json".split()
     DELTAS = "delta.text delta.thinking delta.partial_json delta.content"
     BLOCK_NUMBERS = ("index",)
     BLOCK_END = re.compile("_stop$")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
-    ERRORS = {
-        401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-        413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+    ERRORS = table_of("""
+        401 authentication_error
+        403 permission_error
+        404 not_found_error
+        413 request_too_large
+        429 rate_limit_error
+        503 overloaded_error""")
     OTHER_ERRORS = ("invalid_request_error", "api_error")
     ERROR_LINE = b"event: error\n"
     LIMIT_REPLIES = {"messages": (MESSAGE, MESSAGE_EVENTS)}
@@ -5407,16 +5467,21 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
-    TIERS = ("service_tier", "serviceTier", "trafficType")
+    TIERS = "service_tier serviceTier trafficType".split()
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
     # Gemini CLI gives up where this is long (googleQuotaErrors.ts), else asks ten times.
     RETRY_DETAILS = """, "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", \
 "retryDelay": "%(seconds)ss"}]"""
-    ERRORS = {
-        400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-        429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
+    ERRORS = table_of("""
+        400 INVALID_ARGUMENT
+        401 UNAUTHENTICATED
+        403 PERMISSION_DENIED
+        404 NOT_FOUND
+        429 RESOURCE_EXHAUSTED
+        500 INTERNAL
+        504 DEADLINE_EXCEEDED""")
     OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
 
     def model_name(self, model):
@@ -5571,7 +5636,7 @@ class Ollama(Dialect):
     REASON = ("", "done_reason")
     LAST_KEY = "done"
     LAST_TYPES = (True,)
-    TEXT_KEYS = ("content", "response", "thinking")
+    TEXT_KEYS = "content response thinking".split()
     DELTAS = "message.content message.thinking response thinking"
     ERROR = '{"error": %(message)s}'
     LIMIT_REPLIES = OLLAMA_REPLIES
@@ -5855,6 +5920,8 @@ NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 OTHER_DATA = re.compile(rb"\{|(?<![^\r\n])data:(?!\s*(?:\[DONE\]|[\r\n]))")
+# The last event of an answer
+SGLANG_END = re.compile(rb'(?m)^data:.*"finish_reason"\s*:\s*\{.*$')
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
@@ -6136,7 +6203,8 @@ class UsageReader:
                 start, self.listed = begin.end(), (begin[1] or b"results").decode()
             elif LOOKS_LIKE_JSON.match(data) and NEXT_LINE.search(data):
                 # Each line may tell what was used until then.
-                self.listed = "results" if self.call.output_limit()[1] > 1 else "lines"
+                many = self.call.owes or self.call.output_limit()[1] > 1
+                self.listed = "results" if many else "lines"
         if not self.listed or self.cut or is_too_complex(data):
             return 0
         text, at = data[start:].decode("utf-8", "surrogateescape"), 0
@@ -6167,9 +6235,17 @@ class UsageReader:
                 event = data[events.last_end(data, match.start()):]
                 payload = events.payload(events.cut(event)[0])
             self.note(payload)
+        if self.repeats_text(data):
+            for event in SGLANG_END.findall(data):
+                self.note_answer(events.payload(event), adds=True)
         if self.counts and self.final is None:  # what was told before more text is not all of it
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
+
+    def repeats_text(self, data):
+        """Returns whether each event has all of the text, as in SGLang's own streams, which tell
+        what each answer used so far."""
+        return self.streamed and self.endpoint == UNKNOWN and data.find(b'"meta_info"') >= 0
 
     def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
@@ -6246,7 +6322,8 @@ class UsageReader:
 
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
-        small = len(data) <= self.MAX_KEPT and not (self.cut or self.listed)
+        small = not (self.cut or self.listed) and (
+            len(data) <= self.MAX_KEPT or data.find(b'"web_search_call"') >= 0)
         if small and not may_be_fault(data):
             self.usual = self.dialect.usual_usage(data, self.call.upstream_model)
             if self.usual:
@@ -6324,7 +6401,7 @@ class UsageReader:
 
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed) or self.repeats_text(data):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
         is_read = self.readable and (
             self.streamed or self.listed or WHOLE_JSON.fullmatch(data))
@@ -8747,7 +8824,7 @@ class Stored:
         if not (call.stored and self.bills):
             return None
         collection, name, _ = call.stored
-        is_answer = call.path.endswith((name, *CANCEL))
+        is_answer = call.path.endswith((name, *CANCEL, "/results"))
         return self.bills.get(self.full_name(collection, name)) if is_answer else None
 
     def full_name(self, collection, name):
@@ -14380,7 +14457,7 @@ class SharedStored(Stored):
         self.keep(self.key("bill", name), [
             [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
             hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
-            list(call.made), bill.characters])
+            list(call.made), bill.characters, call.endpoint])
 
     async def claim_bill(self, call, name):
         """Waits for the claim that all calls share which ask here for one answer."""
@@ -14412,13 +14489,13 @@ class SharedStored(Stored):
     def release(self, name):
         self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
-    def read_bill(self, keys, costs, taken, dialect, model, made, characters):
+    def read_bill(self, keys, costs, taken, dialect, model, made, characters, endpoint):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
         hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
                     taken - wall_time(self.clock) + self.clock.monotonic())
-        call = Call(DIALECTS[dialect], None, "", "")
+        call = Call(DIALECTS[dialect], endpoint, "", "")
         call.upstream_model, call.made = model, made
         return Bill(hold, call, characters)
 
