@@ -3229,12 +3229,14 @@ class ModelHabits:
 
     def refresh(self):
         """Finds the one in the middle again."""
-        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, math.inf)),
-                             ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
+        for name in "input_ratio", "output_ratio", "hidden", "peak":
             known = sorted([getattr(one, name) for one in self.callers.values()
                             if getattr(one, name) is not None])
             if known:
-                setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
+                usual = known[len(known) // 2]
+                if name.endswith("_ratio"):
+                    usual = clamp(usual, self.OTHERS_RATIOS)
+                setattr(self.usual, name, usual)
 
 
 def clamp(value, bounds):
@@ -4481,7 +4483,7 @@ NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id outp
 # Tools of Anthropic that run in containers, by their versions
 CONTAINED_TOOL = re.compile(rb'"(?:code_execution|web_search|web_fetch)_[0-9]{8}"')
 # These make files when they are done.
-HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
+HAVE_RESULTS = "batches batch/jobs fine_tuning/jobs".split()
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
     results delta content_block""".split()
@@ -4533,7 +4535,7 @@ FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
 AMOUNT = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE]-?[0-9]{1,2})?")
 # Errors by which an upstream says that its own account is to blame, or else the caller
 ACCOUNTS_FAULT = re.compile(
-    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
+    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_?key", re.IGNORECASE)
 CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safety", re.IGNORECASE)
 
 
@@ -4676,13 +4678,13 @@ class Dialect:
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
         meta_info meta tokens billed_units metrics details predictions embeddings statistics
         inlinedResponses amazon-bedrock-invocationMetrics""".split()
-    ANSWERS = ("results", "predictions", "inlinedResponses")  # each to a prompt of its own
+    ANSWERS = "results predictions inlinedResponses".split()  # each to a prompt of its own
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, *names in map(str.split, """\
         prompt prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
         prompt total_input_tokens prompt_eval_count promptTokens input_token_count input_length
         prompt prompt_token_count inputTokenCount inputTextTokenCount
-        tools toolUsePromptTokenCount total_tool_use_tokens
+        tools toolUsePromptTokenCount total_tool_use_tokens connector_tokens
         audio prompt_audio_seconds
         searches web_search_requests
         output completion_tokens output_tokens outputTokens tokens_predicted eval_count
@@ -5019,9 +5021,8 @@ class Dialect:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
         said = max(said, output + reasoning if reasoning > output else 0)
-        if found["audio"]:  # Mistral counts it in the total alone
+        if found["audio"] or not sent:  # Mistral counts sounds in the total alone
             sent = max(sent, total - said)
-        sent = sent or max(0, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
     def picodollars(self, parts):
@@ -5405,7 +5406,9 @@ MESSAGE_EVENTS = """\
 class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
-    ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
+    ENDPOINTS = table_of("""
+        /messages messages
+        /count_tokens count""")
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
@@ -5677,7 +5680,7 @@ def content_never_null(payload):
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
-FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+FREE_METHODS = "GET HEAD OPTIONS DELETE".split()
 # Bodies of these types are relayed as they come: nothing is in them that we could read.
 RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
 LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
@@ -6349,6 +6352,9 @@ class UsageReader:
         self.running = type(state) is str and not self.closed
         if not self.counts or may_be_fault(data):
             self.fault = self.dialect.fault(payload)
+        said = payload.get("message") or payload.get("detail")
+        if type(said) is str and not self.counts and self.endpoint not in NO_LIMIT_REPLY:
+            self.fault = self.fault or fault_status(payload)  # no assistant says it so
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""

@@ -3831,6 +3831,8 @@ class UsageReaderTest(ProxyCase):
             {"picodollars": 6000000000}],
         [{"usage": {"prompt_tokens": 1, "total_tokens": 9, "completion_tokens": 3,
             "prompt_audio_seconds": 2}}, {"input": 6, "output": 3}],
+        [{"usage": {"prompt_tokens": 1, "total_tokens": 9, "completion_tokens": 3,
+            "connector_tokens": 5, "connectors": {"web_search": 1}}}, {"input": 6, "output": 3}],
         [{"usage": {"prompt_tokens": 1, "server_tool_use": {"web_search_requests": 2}}},
             {"searches": 2}],
         [{"output": [{"type": "web_search_call", "action": {"type": "search"}},
@@ -4094,6 +4096,11 @@ class UsageReaderTest(ProxyCase):
         {"status": "FAILED"} -> 502
         {"status": "failed", "error": {"code": "rate_limit_exceeded"}} -> 429
         {"success": true, "result": {}} -> 0
+        {"code": "InvalidApiKey", "message": "x", "request_id": "y"} -> 429
+        {"code": 20012, "message": "no such model", "data": null} -> 502
+        {"detail": "Not Found"} -> 502
+        {"message": {"content": "x"}} -> 0
+        {"message": "x", "usage": {"prompt_tokens": 1, "total_tokens": 1}} -> 0
         {"results": [{"success": false}]} -> 0
         {"results": [{"success": false}, {"success": false}]} -> 0
         {"results": [{"error": "x"}, {"success": true}]} -> 0
