@@ -2123,8 +2123,8 @@ class Origins:
     """Says which web pages may call. A browser tells the page's origin with every POST, whatever
     its page wants, so one that is opened here cannot spend in the name of who looks at it."""
     # What no page of the web can have.
-    SCHEMES = frozenset(("chrome-extension", "moz-extension", "app", "tauri", "capacitor",
-                         "vscode-webview"))
+    SCHEMES = frozenset(
+        "chrome-extension moz-extension app tauri capacitor vscode-webview".split())
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
     LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
 
@@ -3229,7 +3229,7 @@ class ModelHabits:
 
     def refresh(self):
         """Finds the one in the middle again."""
-        for name in "input_ratio", "output_ratio", "hidden", "peak":
+        for name in "input_ratio output_ratio hidden peak".split():
             known = sorted([getattr(one, name) for one in self.callers.values()
                             if getattr(one, name) is not None])
             if known:
@@ -3356,11 +3356,8 @@ class CostEstimator:
 
     def output_seen(self, call, habits, source, whole, held):
         """Returns the tokens of the text that came, and of what its model hides."""
-        if not source:
+        if not source or (source.lost and held):
             return held
-        if source.lost and self.needs_estimate:
-            limit, outputs = call.output_limit()
-            return (self.reserve if limit is None else limit) * outputs
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         output = math.ceil(source.output_characters() / ratio)
         if whole or source.ended:
@@ -4237,7 +4234,7 @@ def is_small(value):
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
 LATER_PATH = re.compile(
-    "/batch(?:es|PredictionJobs)/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
+    "(?i)/(?:batch(?:es|PredictionJobs|/jobs)|evals/[^/]+/runs)/*$|:batchGenerateContent$|/async/")
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
@@ -4561,7 +4558,7 @@ def fault_status(*values):
     """Returns the status of an error in a response: what it says itself, else 429 or 400 where its
     kind is one that speaks of the account or the caller, and 502."""
     words = " ".join([str(dig(value, key)) for value in values
-                      for key in ("code", "status", "status_code", "type")])
+                      for key in "code status status_code type".split()])
     told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
     if told:
         return int(told[0])
@@ -4677,8 +4674,9 @@ class Dialect:
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
         meta_info meta tokens billed_units metrics details predictions embeddings statistics
-        inlinedResponses amazon-bedrock-invocationMetrics""".split()
-    ANSWERS = "results predictions inlinedResponses".split()  # each to a prompt of its own
+        inlinedResponses per_model_usage amazon-bedrock-invocationMetrics""".split()
+    # Those of them that are answers to a prompt each, or sums of some
+    ANSWERS = "results predictions inlinedResponses per_model_usage".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
     COUNTS = {name: kind for kind, *names in map(str.split, """\
         prompt prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
@@ -4723,7 +4721,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = "completed succeeded failed cancelled incomplete expired".split()
+    LAST_STATES = "completed succeeded success failed cancelled canceled incomplete expired".split()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -5209,9 +5207,6 @@ def model_mark(model):
     return b'"model":"%b"' % model.encode("utf-8", "replace")
 
 
-ANTHROPICS_CACHE = frozenset(("cache_read_input_tokens", "cache_creation_input_tokens"))
-
-
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
@@ -5332,8 +5327,9 @@ class OpenAI(Dialect):
         return {**counts, "web_search_requests": len(searches)} if searches else counts
 
     def usage(self, counts, model=None, tier=None):
-        if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
-            return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
+        names = {"cache_read_input_tokens", "cache_creation_input_tokens"}
+        if "input_tokens" in counts and not names.isdisjoint(counts):  # as Anthropic means them
+            return DIALECTS["anthropic"].usage(counts, model, tier)
         return super().usage(counts, model, tier)
 
     def final_error(self, refusal, status, resets_at):
@@ -5698,6 +5694,7 @@ UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions upload list retrieve".split()
 CANCEL = ("/cancel", ":cancel")
+ABOUT_THING = re.compile("[/:](?:cancel|results)$")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
 # credentials: these wherever they stand,
@@ -6248,7 +6245,7 @@ class UsageReader:
     def repeats_text(self, data):
         """Returns whether each event has all of the text, as in SGLang's own streams, which tell
         what each answer used so far."""
-        return self.streamed and self.endpoint == UNKNOWN and data.find(b'"meta_info"') >= 0
+        return self.endpoint == UNKNOWN and data.find(b'"meta_info"') >= 0
 
     def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
@@ -6347,8 +6344,9 @@ class UsageReader:
 
     def note_json(self, payload, data):
         self.note_answer(payload)
-        state = payload.get("status")
-        self.closed = str(state).lower() in self.dialect.LAST_STATES
+        state = payload.get("status") or payload.get("state") or dig(payload, "metadata", "state")
+        # Google says BATCH_STATE_FAILED and the like.
+        self.closed = str(state).lower().rpartition("state_")[2] in self.dialect.LAST_STATES
         self.running = type(state) is str and not self.closed
         if not self.counts or may_be_fault(data):
             self.fault = self.dialect.fault(payload)
@@ -6409,9 +6407,8 @@ class UsageReader:
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
         if self.endpoint in NO_TEXT or (self.cut and not self.streamed) or self.repeats_text(data):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
-        is_read = self.readable and (
-            self.streamed or self.listed or WHOLE_JSON.fullmatch(data))
-        if not is_read:
+        if not (self.readable and (
+                self.streamed or self.listed or WHOLE_JSON.fullmatch(data))):
             return len(data)
         return self.dialect.output_characters(data, self.endpoint, self.streamed)
 
@@ -8830,8 +8827,9 @@ class Stored:
         if not (call.stored and self.bills):
             return None
         collection, name, _ = call.stored
-        is_answer = call.path.endswith((name, *CANCEL, "/results"))
-        return self.bills.get(self.full_name(collection, name)) if is_answer else None
+        _, _, last = ABOUT_THING.sub("", call.path).rpartition("/")
+        is_answer = last == name or collection == "evals"  # whose runs are asked for
+        return self.bills.get(self.full_name(collection, last)) if is_answer else None
 
     def full_name(self, collection, name):
         """Returns the name of a thing as its maker was told it: some begin with the collection."""
@@ -11894,7 +11892,7 @@ NONE = "-"       # and of what there is none of
 CALL_LABELS = ("caller", "model", "upstream", "dialect", "outcome")
 DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
 NO_DETAILS = NO_USAGE[DETAILS]
-TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
+TOKEN_KINDS = "input cached cache_write output reasoning".split()
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 COUNTERS = table_of("""
     requests_total Calls that have ended
@@ -15584,8 +15582,10 @@ class Proxy:
             return
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
-        # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        # Nobody knows how much a call used whose caller did not wait for its end, or whose text is
+        # lost.
+        is_held = entry.gave_up, ending == CallerGone.outcome, reader and reader.lost
+        held = hold.output_tokens if any(is_held) else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):

@@ -11738,6 +11738,10 @@ class SettlingTest(LedgerCase):
         ("/v1beta/models/m:batchGenerateContent", {"batch": {"requests": [
             {"request": {"generationConfig": {"maxOutputTokens": 50}}}] * 10}},
          {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1"),
+        ("/v1/evals/e/runs", {"data_source": {"sampling_params": {"max_completion_tokens": 600}}},
+         {"id": "evalrun_1", "status": "queued"}, "/v1/evals/e/runs/evalrun_1"),
+        ("/v1/batch/jobs", {"requests": [{"body": {"max_tokens": 600}}]},
+         {"id": "j1", "status": "QUEUED"}, "/v1/batch/jobs/j1"),
         ("/async/chat/completions", {"request": {"max_tokens": 600}},
          {"id": "t1", "status": "CREATED"}, "/async/chat/completions/t1")]
 
@@ -11747,8 +11751,9 @@ class SettlingTest(LedgerCase):
             self.ask(request("POST", path, json.dumps(body).encode()))
             self.assertLess(self.left(), 500)
             self.stub.answer = says_json({
-                "usage": {"prompt_tokens": 20, "total_tokens": 25},
-                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
+                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25},
+                "per_model_usage": [{"prompt_tokens": 16, "total_tokens": 20},
+                                    {"prompt_tokens": 4, "total_tokens": 5}]})
             self.ask(request("GET", poll))
             self.assert_left(975)
 
@@ -11766,14 +11771,24 @@ class SettlingTest(LedgerCase):
                 self.assert_left(left)
 
     def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
-        path, body, answered, poll = "/v1/batches", b'{"max_tokens": 600}', {"id": "b"}, "/b"
-        for state, left in self.each((("completed", 400), ("expired", 400), ("cancelled", 400),
-                                      ("in_progress", 400), ("failed", 1000))):
+        batches, job = "/v1/batches", {"name": "projects/p/batchPredictionJobs/b"}
+        jobs = "/v1/projects/p/batchPredictionJobs"
+        error = {"code": 13, "message": "x"}
+        for path, answered, told, left in self.each((
+                *[(batches, {"id": "b"}, {"object": "batch", "status": state}, left)
+                  for state, left in (("completed", 400), ("expired", 400), ("cancelled", 400),
+                                      ("in_progress", 400), ("failed", 1000))],
+                (jobs, job, {"state": "JOB_STATE_SUCCEEDED"}, 400),
+                (jobs, job, {"state": "JOB_STATE_RUNNING", "error": error}, 400),
+                (jobs, job, {"state": "JOB_STATE_FAILED", "error": error}, 1000),
+                ("/v1beta/models/m:batchGenerateContent", {"name": "batches/b"},
+                 {"metadata": {"state": "BATCH_STATE_FAILED"}, "error": error}, 1000))):
             self.start(says_json(answered))
-            self.ask(request("POST", path, body))
-            self.stub.answer = says_json({**answered, "object": "batch", "status": state})
+            self.ask(request("POST", path, b'{"max_tokens": 600}'))
+            self.stub.answer = says_json({**answered, **told})
+            poll = batches if "batches" in answered.get("name", "") else path
             for _ in range(2):
-                self.ask(request("GET", path + poll))
+                self.ask(request("GET", poll + "/b"))
             self.assertEqual(round(self.left(), -2), left)
 
     def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
