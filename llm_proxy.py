@@ -4909,8 +4909,9 @@ class Dialect:
             tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for part in itertools.chain(*self.parts(payload).values()):
-            if self.SERVED in part:
-                return self.served(part)
+            found = self.served(part)
+            if found[0]:
+                return found
         return None, None
 
     def is_finished(self, payload):
@@ -6217,10 +6218,14 @@ class UsageReader:
         return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
     def note_answer(self, payload, adds=False):
+        """What several models used together has no price: then not all is told."""
         if type(payload) is dict:
+            before = self.model
             counts = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, counts, operator.add if adds else max)
             self.note_server(payload)
+            if adds and before not in (None, self.model):
+                self.final = False
 
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
@@ -7372,8 +7377,7 @@ class Head(Fields):
     came; lines of the same name are joined by their line end. `options` are those of Connection.
     `cache` keeps what others derive from this head alone, because heads repeat on a connection.
     `close_after`: the connection cannot carry another message after this one."""
-    __slots__ = ("data", "start", "lines", "options", "around_length", "cache", "chunked", "length",
-                 "close_after")
+    __slots__ = "data start lines options around_length cache chunked length close_after".split()
     MAX_LINE = MAX_HEAD  # bytes of a field's line
     MAX_FIELDS = 500
 
@@ -11940,7 +11944,7 @@ def labels_of(**values):
 class Histogram:
     """How many times fell below each of some bounds. They are sorted in many at once, because that
     costs each next to nothing."""
-    __slots__ = ("bounds", "texts", "times", "counts", "count", "total")
+    __slots__ = "bounds texts times counts count total".split()
 
     def __init__(self, bounds: str):
         self.texts = bounds.split()
@@ -11968,7 +11972,7 @@ class Histogram:
 
 class Times:
     """The histograms of one upstream, in the order of HISTOGRAMS."""
-    __slots__ = ("histograms", "duration", "first_byte", "token", "queue", "overhead")
+    __slots__ = "histograms duration first_byte token queue overhead".split()
 
     def __init__(self):
         self.histograms = [Histogram(bounds) for _, _, bounds in HISTOGRAMS]
@@ -14460,7 +14464,7 @@ class SharedStored(Stored):
         ago = self.clock.monotonic() - hold.taken_at
         self.keep(self.key("bill", name), [
             [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
-            hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
+            hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.models,
             list(call.made), bill.characters, call.endpoint])
 
     async def claim_bill(self, call, name):
@@ -14493,14 +14497,14 @@ class SharedStored(Stored):
     def release(self, name):
         self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
-    def read_bill(self, keys, costs, taken, dialect, model, made, characters, endpoint):
+    def read_bill(self, keys, costs, taken, dialect, models, made, characters, endpoint):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
         hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
                     taken - wall_time(self.clock) + self.clock.monotonic())
         call = Call(DIALECTS[dialect], endpoint, "", "")
-        call.upstream_model, call.made = model, made
+        call.upstream_model, call.models, call.made = models[0], models, made
         return Bill(hold, call, characters)
 
     def record(self, entry):
@@ -14585,7 +14589,7 @@ def status_line(status, reason):
 
 class ReplyParts:
     """What all replies share."""
-    __slots__ = ("config", "clock", "dialects", "budget", "turns", "origins", "max_body", "warn_at")
+    __slots__ = "config clock dialects budget turns origins max_body warn_at".split()
 
     def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
                  turns: Turns, origins: Origins):
@@ -15663,7 +15667,9 @@ class Proxy:
     def charge_bill(self, entry, bill, usage):
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
-        entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
+        # Where nobody knows who served, it was the dearest.
+        entry.picodollars, entry.priced = max([
+            self.prices.cost(usage, name) for name in bill.call.models])
         costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)

@@ -11762,13 +11762,29 @@ class SettlingTest(LedgerCase):
         line = {"custom_id": "x", "result": {"type": "succeeded", "message": {
             "content": [{"text": "x" * 9000}], "usage": {"input_tokens": 20, "output_tokens": 5}}}}
         failed = {"custom_id": "y", "result": {"type": "errored", "error": {"type": "error"}}}
-        for told, left in self.each((([line], 975), ([line, failed, line, line], 925))):
+        one, other = [{**line, "result": {"message": {**line["result"]["message"], "model": model}}}
+                      for model in ("cheap", "dear")]
+        for told, left in self.each((
+                ([line], 975), ([line, failed, line, line], 925), ([one, line, one], 925),
+                ([other, one], 477))):  # as it was held
             self.start(says_json(answered))
             self.ask(request("POST", path, json.dumps(body).encode()))
             self.stub.answer = says(lines_of(*told), "200 OK", "Content-Type: application/x-jsonl")
             for _ in range(2):
                 self.ask(request("GET", poll + "/results"))
                 self.assert_left(left)
+
+    def test_a_batch_costs_what_its_model_does_or_the_dearest_that_it_names(self):
+        path, _, answered, poll = self.BATCHES[0]
+        body = {"requests": [{"params": {"max_tokens": 50, "model": model}}
+                             for model in ("claude-haiku-4.5", "claude-opus-4.5")]}
+        message = {"usage": {"input_tokens": 1000, "output_tokens": 1000}}
+        for model, usd in self.each((("claude-haiku-4.5", 0.006), (None, 0.03))):
+            self.start(says_json(answered), LIMITS="each 1 usd per day")
+            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.stub.answer = says_json({"result": {"message": {**message, "model": model}}})
+            self.ask(request("GET", poll + "/results"))
+            self.assertAlmostEqual(float(self.left()), 1 - usd, 5)
 
     def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
         batches, job = "/v1/batches", {"name": "projects/p/batchPredictionJobs/b"}
