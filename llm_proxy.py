@@ -389,8 +389,17 @@ NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is 
 UNITS = "requests tokens input_tokens output_tokens usd running estimate".split()
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
 ANEW = 1 << 80  # more than ever is missing of a bucket
-DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800,
-             "month": 2592000, "s": 1, "m": 60, "h": 3600, "d": 86400}
+DURATIONS = {word: int(seconds) for word, seconds in table_of("""
+    second 1
+    minute 60
+    hour 3600
+    day 86400
+    week 604800
+    month 2592000
+    s 1
+    m 60
+    h 3600
+    d 86400""").items()}
 SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
@@ -2830,6 +2839,7 @@ class WrongKeys:
 CHARACTERS_PER_TOKEN = 4
 MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
+SEARCH_COST = PICODOLLARS // 100  # of the web, at OpenAI and Anthropic
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
 
@@ -2942,7 +2952,7 @@ class Usage(NamedTuple):
     of it that stays hidden. `estimated`: nobody reported it, so it was guessed from the text.
     `model` is the one that served, `tiers` are what the response says of how (service_tier, speed,
     inference_geo), `picodollars` what it says that it cost; `others` is what other models did for
-    the same call."""
+    the same call, and `searches` is how often the web was searched for it."""
     input: int = 0
     output: int = 0
     cached: int = 0
@@ -2954,6 +2964,7 @@ class Usage(NamedTuple):
     tiers: Tuple[str, ...] = ()
     picodollars: Optional[int] = None
     others: Tuple["Usage", ...] = ()
+    searches: int = 0
 
     def with_others(self) -> "Usage":
         """Returns the same with what other models did in its counts."""
@@ -3130,7 +3141,7 @@ class Prices:
         """Returns the cost in picodollars, exactly, and whether it is known: what the response says
         that it costs, else what the model that served does, which is `model` where it does not
         say."""
-        prompt, output, cached, written, _, _, hour, served, tiers, told, others = used
+        prompt, output, cached, written, _, _, hour, served, tiers, told, others, searches = used
         if told is not None:
             return min(MAX_COST, told), True
         price = self.find_served(served, model, tiers)
@@ -3143,6 +3154,8 @@ class Prices:
                  + (written - hour) * price.cache_write + output * price.output)
         if hour:
             total += hour * price.hour_write
+        if searches and price.output:  # not by a server of one's own
+            total += searches * SEARCH_COST
         if others:
             costs = [self.cost(other, model) for other in others]
             total += sum([cost for cost, _ in costs])
@@ -3154,7 +3167,7 @@ class Habits:
     """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
     token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
     of the `recent` calls exceeded that do not limit it."""
-    __slots__ = ("calls", "input_ratio", "output_ratio", "hidden", "peak", "recent")
+    __slots__ = "calls input_ratio output_ratio hidden peak recent".split()
     MEMORY = 20
 
     def __init__(self):
@@ -3205,12 +3218,14 @@ class ModelHabits:
 
     def refresh(self):
         """Finds the one in the middle again."""
-        for name, bounds in (("input_ratio", self.OTHERS_RATIOS), ("peak", (0, inf)),
-                             ("output_ratio", self.OTHERS_RATIOS), ("hidden", (0, 1))):
+        for name in "input_ratio output_ratio hidden peak".split():
             known = sorted([getattr(one, name) for one in self.callers.values()
                             if getattr(one, name) is not None])
             if known:
-                setattr(self.usual, name, clamp(known[len(known) // 2], bounds))
+                usual = known[len(known) // 2]
+                if name.endswith("_ratio"):
+                    usual = clamp(usual, self.OTHERS_RATIOS)
+                setattr(self.usual, name, usual)
 
 
 def clamp(value, bounds):
@@ -3329,11 +3344,8 @@ class CostEstimator:
 
     def output_seen(self, call, habits, source, whole, held):
         """Returns the tokens of the text that came, and of what its model hides."""
-        if not source:
+        if not source or (source.lost and held):
             return held
-        if source.lost and self.needs_estimate:
-            limit, outputs = call.output_limit()
-            return (self.reserve if limit is None else limit) * outputs
         ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
         output = ceil(source.output_characters() / ratio)
         if whole or source.ended:
@@ -3775,16 +3787,16 @@ def is_count(value):
 
 
 def merged(before, after, join=max):
-    """Returns two reports in one. Counts only grow, so that of the same ones the larger is taken;
-    null says nothing."""
+    """Returns two reports in one. Counts and money only grow, so that of the same ones the larger
+    is taken; null says nothing."""
     found = dict(before)
     for name, value in after.items():
         old = found.get(name)
+        amounts = read_money(old) + read_money(value)
         if type(old) is dict and type(value) is dict:
             found[name] = merged(old, value, join)
-        elif is_count(value) and is_count(old) or (  # money
-                join is operator.add and {type(old), type(value)} <= {int, float}):
-            found[name] = join(old, value)
+        elif amounts[1:]:
+            found[name] = join(*amounts)
         elif value is not None:
             found[name] = value
     return found
@@ -4117,22 +4129,26 @@ class Call:
         return self.limit
 
     def find_output_limit(self):
-        limits, answers, prompts = [], 1, 1
+        limits, answers, prompts = [], 1, self.count_prompts()
         for name, value in self.numbers():
             if name in OUTPUT_LIMITS:
                 limits.append(inf if value < 0 else min(value, MAX_TOKENS_PER_CALL))
             elif value > answers:
                 answers = value
-        names = BATCH_PROMPTS if self.endpoint == "batch" else PROMPTS
-        for name in names.intersection(self.payload):
-            many = self.payload[name]
-            if type(many) is list and many and type(many[0]) in (str, list, dict):
-                prompts *= len(many)
         most = max(limits, default=None)
         if self.endpoint in UNNAMED and (limits or not self.runs_in_background()):
             # It may be a batch of calls, each prompt have a limit of its own, or have no output.
             most = max(most or 0, sum(limits) / prompts)
+        elif most is not None:
+            thinking = [dig(self.payload, *path) for path in THINKING_LIMITS]
+            most += max(filter(is_count, thinking), default=0)
         return None if most in (None, inf) else ceil(most), answers * prompts
+
+    def count_prompts(self):
+        names = {"messages"} if self.endpoint == "batch" else PROMPTS
+        found = [self.payload[name] for name in names.intersection(self.payload)]
+        return math.prod([len(many) for many in found
+                          if type(many) is list and many and type(many[0]) in HOLD_WORDS])
 
     def tiers(self) -> Tuple[str, ...]:
         """Returns how it asks to be served."""
@@ -4206,7 +4222,7 @@ def is_small(value):
 LATER = ("background", "deferred")
 KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
 LATER_PATH = re.compile(
-    "/batch(?:es|PredictionJobs)/*$|:batchGenerateContent$|/async/", re.IGNORECASE)
+    "(?i)/(?:batch(?:es|PredictionJobs|/jobs)|evals/[^/]+/runs)/*$|:batchGenerateContent$|/async/")
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
 OUTPUT_LIMITS = frozenset("""
@@ -4214,25 +4230,34 @@ OUTPUT_LIMITS = frozenset("""
     num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
     max_tokens_to_generate tokens_to_generate maximum_tokens min_tokens
     min_new_tokens""".split())
-# How many answers there are to one prompt.
-OUTPUT_COUNTS = frozenset("""
+# The same, and how many answers there are to one prompt.
+OUTPUT_NUMBERS = OUTPUT_LIMITS.union("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
     numResults sampleCount""".split())
-OUTPUT_NUMBERS = OUTPUT_LIMITS | OUTPUT_COUNTS
 # Lists of these are several prompts: each has an output.
 PROMPTS = frozenset("prompt prompts text inputs input_ids instances".split())
-BATCH_PROMPTS = frozenset(("messages",))
 # The objects in which either may stand.
 OPTION_HOLDERS = frozenset(
     "generationConfig generation_config options parameters inferenceConfig".split())
+# Where the most tokens of thinking stand, which some servers add to those of the output: Google's,
+# OpenRouter's and Alibaba's.
+THINKING_LIMITS = [path.split(".") for path in """
+    generationConfig.thinkingConfig.thinkingBudget generationConfig.thinkingConfig.thinking_budget
+    generationConfig.thinking_config.thinkingBudget generationConfig.thinking_config.thinking_budget
+    generation_config.thinkingConfig.thinkingBudget generation_config.thinkingConfig.thinking_budget
+    generation_config.thinking_config.thinkingBudget
+    generation_config.thinking_config.thinking_budget
+    extra_body.google.thinking_config.thinking_budget reasoning.max_tokens thinking_budget
+    parameters.thinking_budget chat_template_kwargs.thinking_budget""".split()]
 # What may say how much comes out of a chat, but for what nearly all say it by.
-UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(PROMPTS, OPTION_HOLDERS)
+UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(
+    PROMPTS, OPTION_HOLDERS, next(zip(*THINKING_LIMITS)))
 MEDIA_TYPES = frozenset("""
     image_url input_image image input_audio audio file input_file document document_url video_url
     input_video video audio_url image_base64 image_embeds audio_embeds
     computer_screenshot""".split())  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
-MEDIA_OBJECTS = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+MEDIA_OBJECTS = frozenset("inlineData inline_data fileData file_data".split())
 MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
 IS_TEXT = re.compile("(?:data:)?(?:text/|application/(?:json|xml|yaml|javascript)\\b)")
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
@@ -4443,7 +4468,7 @@ NAME_KEYS = """id request_id task_id thread_id output_file_id error_file_id outp
 # Tools of Anthropic that run in containers, by their versions
 CONTAINED_TOOL = re.compile(rb'"(?:code_execution|web_search|web_fetch)_[0-9]{8}"')
 # These make files when they are done.
-HAVE_RESULTS = ("batches", "batch/jobs", "fine_tuning/jobs")
+HAVE_RESULTS = "batches batch/jobs fine_tuning/jobs".split()
 # What an answer says was made may stand in these objects, too.
 MADE_IN = """response interaction conversation container file output content annotations
     results delta content_block""".split()
@@ -4490,12 +4515,12 @@ def names_made(payload):
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
 # An answer or an event with one of these at one of these keys is an error.
-FAULT_KEYS = ("type", "event_type", "object", "status", "finish_reason")
+FAULT_KEYS = "type event_type object status finish_reason".split()
 FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
 AMOUNT = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE]-?[0-9]{1,2})?")
 # Errors by which an upstream says that its own account is to blame, or else the caller
 ACCOUNTS_FAULT = re.compile(
-    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_key", re.IGNORECASE)
+    "rate_limit|quota|exhaust|throttl|balance|permission|authentic|api_?key", re.IGNORECASE)
 CALLERS_FAULT = re.compile("invalid|not_found|exceed|too_large|filter|polic|safety", re.IGNORECASE)
 
 
@@ -4521,7 +4546,7 @@ def fault_status(*values):
     """Returns the status of an error in a response: what it says itself, else 429 or 400 where its
     kind is one that speaks of the account or the caller, and 502."""
     words = " ".join([str(dig(value, key)) for value in values
-                      for key in ("code", "status", "status_code", "type")])
+                      for key in "code status status_code type".split()])
     told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
     if told:
         return int(told[0])
@@ -4532,7 +4557,7 @@ def fault_in(part, payload):
     """Returns the status of the error that a part of a payload is, 0 where it is none."""
     error = part.get("error") or part.get("errors")
     code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
-    if error or code or part.get("success") is False or any(
+    if error or code or (part is payload and part.get("success") is False) or any(
             [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
         return fault_status(*as_list(error)[:1], part, payload.get("error"))
     return 0
@@ -4558,7 +4583,7 @@ def with_iterations(told, parts):
     own = [part for part in parts if not served or fold_model(part.model) == served]
     steps = Usage(others=tuple(own)).with_others()
     if steps.input + steps.output > told.input + told.output:
-        told = steps._replace(model=told.model, tiers=told.tiers, picodollars=told.picodollars)
+        told = steps._replace(**dict(zip(told._fields[7:], told[7:])))
     return told._replace(others=tuple([part for part in parts if part not in own]))
 
 
@@ -4637,27 +4662,30 @@ class Dialect:
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
         meta_info meta tokens billed_units metrics details predictions embeddings statistics
-        inlinedResponses amazon-bedrock-invocationMetrics""".split()
-    ANSWERS = ("results", "predictions", "inlinedResponses")  # each to a prompt of its own
+        inlinedResponses per_model_usage amazon-bedrock-invocationMetrics""".split()
+    # Those of them that are answers to a prompt each, or sums of some
+    ANSWERS = "results predictions inlinedResponses per_model_usage".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
-    COUNTS = {name: kind for kind, names in {
-        "prompt": """prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
-            total_input_tokens prompt_eval_count promptTokens input_token_count input_length
-            prompt_token_count inputTokenCount inputTextTokenCount""",
-        "tools": "toolUsePromptTokenCount total_tool_use_tokens",
-        "output": """completion_tokens output_tokens outputTokens tokens_predicted eval_count
-            total_output_tokens candidatesTokenCount completionTokens output_token_count
-            generated_token_count generated_tokens generation_token_count outputTokenCount
-            tokenCount""",
-        "total": "total_tokens totalTokens totalTokenCount token_count",
-        "cached": """cached_tokens prompt_cache_hit_tokens cache_read_input_tokens
-            cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens""",
-        "written": """cache_write_tokens cache_creation_input_tokens cache_creation_tokens
-            cacheWriteInputTokens""",
-        "minutes": "ephemeral_5m_input_tokens", "hour": "ephemeral_1h_input_tokens",
-        "reasoning": """reasoning_tokens thinking_tokens reasoning_output_tokens
-            thoughtsTokenCount total_thought_tokens""",
-    }.items() for name in names.split()}
+    COUNTS = {name: kind for kind, *names in map(str.split, """\
+        prompt prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
+        prompt total_input_tokens prompt_eval_count promptTokens input_token_count input_length
+        prompt prompt_token_count inputTokenCount inputTextTokenCount
+        tools toolUsePromptTokenCount total_tool_use_tokens connector_tokens
+        audio prompt_audio_seconds
+        searches web_search_requests
+        output completion_tokens output_tokens outputTokens tokens_predicted eval_count
+        output total_output_tokens candidatesTokenCount completionTokens output_token_count
+        output generated_token_count generated_tokens generation_token_count outputTokenCount
+        output tokenCount
+        total total_tokens totalTokens totalTokenCount token_count
+        cached cached_tokens prompt_cache_hit_tokens cache_read_input_tokens num_cached_tokens
+        cached cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens
+        written cache_write_tokens cache_creation_input_tokens cache_creation_tokens
+        written cacheWriteInputTokens
+        minutes ephemeral_5m_input_tokens
+        hour ephemeral_1h_input_tokens
+        reasoning reasoning_tokens thinking_tokens reasoning_output_tokens thoughtsTokenCount
+        reasoning total_thought_tokens""".splitlines()) for name in names}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
@@ -4668,7 +4696,7 @@ class Dialect:
     MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
     # How it was served.
-    TIERS = ("service_tier", "speed", "inference_geo")
+    TIERS = "service_tier speed inference_geo".split()
     # The key of the model that served.
     SERVED = "model"
     # Where a response or an event says why the model stopped,
@@ -4681,7 +4709,7 @@ class Dialect:
     # The one that begins it, where that tells of usage.
     FIRST_TYPE = ""
     # The states of a call in the background that has ended.
-    LAST_STATES = "completed succeeded failed cancelled incomplete expired".split()
+    LAST_STATES = "completed succeeded success failed cancelled canceled incomplete expired".split()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED: Dict[str, Sequence[Any]] = {}
     # The keys of what the model says, in JSON and in streams ...
@@ -4869,8 +4897,9 @@ class Dialect:
             tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for part in chain(*self.parts(payload).values()):
-            if self.SERVED in part:
-                return self.served(part)
+            found = self.served(part)
+            if found[0]:
+                return found
         return None, None
 
     def is_finished(self, payload):
@@ -4949,7 +4978,8 @@ class Dialect:
         written = min(prompt - cached, found["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]), not prompt,
-                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts))
+                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts), (),
+                     found["searches"])
 
     def found(self, parts):
         """Returns counts by what they are; what is not among them is 0."""
@@ -4978,7 +5008,8 @@ class Dialect:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
         said = max(said, output + reasoning if reasoning > output else 0)
-        sent = sent or max(0, total - said)
+        if found["audio"] or not sent:  # Mistral counts sounds in the total alone
+            sent = max(sent, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
     def picodollars(self, parts):
@@ -5016,7 +5047,7 @@ class Dialect:
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
-        kind = self.ERRORS.get(status, self.OTHER_ERRORS[status >= 500])
+        kind = self.ERRORS.get(str(status), self.OTHER_ERRORS[status >= 500])
         seconds = refusal.fields.get("Retry-After")
         details = self.RETRY_DETAILS % {"seconds": seconds} if seconds else ""
         return (self.ERROR % {
@@ -5165,24 +5196,29 @@ def model_mark(model):
     return b'"model":"%b"' % model.encode("utf-8", "replace")
 
 
-# POSTs that cost nothing: they count tokens, spell them out, or describe a model.
-FREE_PATHS = ("/input_tokens", "/tokenize", "/detokenize", "/apply-template")
-
-
-ANTHROPICS_CACHE = frozenset(("cache_read_input_tokens", "cache_creation_input_tokens"))
-
-
 class OpenAI(Dialect):
     """The OpenAI API and all that resembles it (https://platform.openai.com/docs/api-reference)."""
     name = "openai"
-    ENDPOINTS = {
-        "/async/chat/completions": UNKNOWN,                               # Perplexity's
-        "/chat/completions": "chat", "/chat/completions/batch": "batch",  # vLLM's
-        "/fim/completions": "fim", "/agents/completions": "chat",         # Mistral's
-        "/edit/completions": "fim", "/apply/completions": "fim",          # Inception's
-        "/completions": "completions", "/responses": "responses",
-        "/responses/compact": "other", "/embeddings": "other", "/rerank": "other",
-        "/generations": "other", **dict.fromkeys(FREE_PATHS, "count")}
+    # Some are Perplexity's, vLLM's, Mistral's and Inception's. What counts tokens, spells them out
+    # or describes a model costs nothing.
+    ENDPOINTS = table_of("""
+        /async/chat/completions unknown
+        /chat/completions chat
+        /chat/completions/batch batch
+        /fim/completions fim
+        /agents/completions chat
+        /edit/completions fim
+        /apply/completions fim
+        /completions completions
+        /responses responses
+        /responses/compact other
+        /embeddings other
+        /rerank other
+        /generations other
+        /input_tokens count
+        /tokenize count
+        /detokenize count
+        /apply-template count""")
     # Azure's: https://learn.microsoft.com/azure/ai-services/openai/reference
     MODEL_IN_PATH = re.compile("(/openai/deployments/)([^/]+)(/.+)", re.IGNORECASE)
     LIST_PATHS = ("/v1/models", "/models")
@@ -5194,8 +5230,8 @@ class OpenAI(Dialect):
         x_groq""".split())
     REASON = ("choices", "finish_reason")
     REASON_KEYS = {"responses": ("reason", "status")}
-    LAST_TYPES = (
-        "response.completed", "response.incomplete", "response.failed", "response.cancelled")
+    LAST_TYPES = """
+        response.completed response.incomplete response.failed response.cancelled""".split()
     PARSED = {
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
@@ -5218,12 +5254,17 @@ class OpenAI(Dialect):
         choices.delta.tool_calls.custom.input delta.content.text.value
         content token.text delta.message.content.text delta.message.content.thinking
         delta.message.tool_calls.function.arguments"""  # llama.cpp's, TGI's and Cohere's own
-    BLOCK_NUMBERS = ("output_index", "content_index", "summary_index")
+    BLOCK_NUMBERS = "output_index content_index summary_index".split()
     BLOCK_END = re.compile(r"\.done$")
 
-    ERRORS = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error",
-              500: "server_error", 502: "upstream_error", 503: "server_error",
-              504: "timeout_error"}
+    ERRORS = table_of("""
+        401 authentication_error
+        408 timeout_error
+        429 rate_limit_error
+        500 server_error
+        502 upstream_error
+        503 server_error
+        504 timeout_error""")
     OTHER_ERRORS = ("invalid_request_error", "invalid_request_error")
     ERROR = """{"error": {"message": %(message)s, "type": "%(kind)s", "param": null, \
 "code": %(code)s}}"""
@@ -5264,11 +5305,20 @@ class OpenAI(Dialect):
         if counts or not (type(prompt) is type(output) is type(total) is int and (
                 0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL)):
             return None
-        return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, ()))
+        return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, (), 0))
+
+    def counts_in(self, payload):
+        """Returns searches, too, which stand in the output alone. To open a page is none."""
+        counts = super().counts_in(payload)
+        searches = [one for one in as_list(payload.get("output"))
+                    if dig(one, "type") == "web_search_call"
+                    and dig(one, "action", "type") in (None, "search")]
+        return {**counts, "web_search_requests": len(searches)} if searches else counts
 
     def usage(self, counts, model=None, tier=None):
-        if "input_tokens" in counts and not ANTHROPICS_CACHE.isdisjoint(counts):
-            return DIALECTS["anthropic"].usage(counts, model, tier)  # by its names, and as it means
+        names = {"cache_read_input_tokens", "cache_creation_input_tokens"}
+        if "input_tokens" in counts and not names.isdisjoint(counts):  # as Anthropic means them
+            return DIALECTS["anthropic"].usage(counts, model, tier)
         return super().usage(counts, model, tier)
 
     def final_error(self, refusal, status, resets_at):
@@ -5341,7 +5391,9 @@ MESSAGE_EVENTS = """\
 class Anthropic(Dialect):
     """The Anthropic messages API (https://docs.anthropic.com/en/api/messages)."""
     name = "anthropic"
-    ENDPOINTS = {"/messages": "messages", "/count_tokens": "count"}
+    ENDPOINTS = table_of("""
+        /messages messages
+        /count_tokens count""")
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
@@ -5353,14 +5405,18 @@ class Anthropic(Dialect):
     LAST_TYPES = ("message_stop",)
     PARSED = {"tool_choice": FREE_CHOICE, "output_format": FREE_FORMAT,
               "output_config.format": FREE_FORMAT}
-    TEXT_KEYS = ("text", "thinking", "partial_json")
+    TEXT_KEYS = "text thinking partial_json".split()
     DELTAS = "delta.text delta.thinking delta.partial_json delta.content"
     BLOCK_NUMBERS = ("index",)
     BLOCK_END = re.compile("_stop$")
     ERROR = '{"type": "error", "error": {"type": "%(kind)s", "message": %(message)s}}'
-    ERRORS = {
-        401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-        413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+    ERRORS = table_of("""
+        401 authentication_error
+        403 permission_error
+        404 not_found_error
+        413 request_too_large
+        429 rate_limit_error
+        503 overloaded_error""")
     OTHER_ERRORS = ("invalid_request_error", "api_error")
     ERROR_LINE = b"event: error\n"
     LIMIT_REPLIES = {"messages": (MESSAGE, MESSAGE_EVENTS)}
@@ -5399,16 +5455,21 @@ class Google(Dialect):
     """What the two APIs of Gemini have in common."""
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
-    TIERS = ("service_tier", "serviceTier", "trafficType")
+    TIERS = "service_tier serviceTier trafficType".split()
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
     # Gemini CLI gives up where this is long (googleQuotaErrors.ts), else asks ten times.
     RETRY_DETAILS = """, "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", \
 "retryDelay": "%(seconds)ss"}]"""
-    ERRORS = {
-        400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-        429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 504: "DEADLINE_EXCEEDED"}
+    ERRORS = table_of("""
+        400 INVALID_ARGUMENT
+        401 UNAUTHENTICATED
+        403 PERMISSION_DENIED
+        404 NOT_FOUND
+        429 RESOURCE_EXHAUSTED
+        500 INTERNAL
+        504 DEADLINE_EXCEEDED""")
     OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
 
     def model_name(self, model):
@@ -5563,7 +5624,7 @@ class Ollama(Dialect):
     REASON = ("", "done_reason")
     LAST_KEY = "done"
     LAST_TYPES = (True,)
-    TEXT_KEYS = ("content", "response", "thinking")
+    TEXT_KEYS = "content response thinking".split()
     DELTAS = "message.content message.thinking response thinking"
     ERROR = '{"error": %(message)s}'
     LIMIT_REPLIES = OLLAMA_REPLIES
@@ -5604,7 +5665,7 @@ def content_never_null(payload):
 
 QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
-FREE_METHODS = ("GET", "HEAD", "OPTIONS", "DELETE")
+FREE_METHODS = "GET HEAD OPTIONS DELETE".split()
 # Bodies of these types are relayed as they come: nothing is in them that we could read.
 RELAYED_TYPES = re.compile(r"(?:audio|image|video)/|application/(?:octet-stream|pdf|zip)\b")
 LOOKS_LIKE_JSON = re.compile(rb"[\s\0\xef\xbb\xbf\xfe\xff]*[{\[]")  # in any Unicode encoding
@@ -5622,6 +5683,7 @@ UPLOADED = ("files", "uploads")
 # These are no names of stored things.
 VERBS = "input_tokens compact runs generations edits extensions upload list retrieve".split()
 CANCEL = ("/cancel", ":cancel")
+ABOUT_THING = re.compile("[/:](?:cancel|results)$")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
 # credentials: these wherever they stand,
@@ -5844,6 +5906,8 @@ NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 OTHER_DATA = re.compile(rb"\{|(?<![^\r\n])data:(?!\s*(?:\[DONE\]|[\r\n]))")
+# The last event of an answer
+SGLANG_END = re.compile(rb'(?m)^data:.*"finish_reason"\s*:\s*\{.*$')
 NAMED_FAULT = re.compile(rb"(?<![^\r\n])(?:event: ?error\s*(?![^\r\n])|error:)")
 
 
@@ -6125,7 +6189,8 @@ class UsageReader:
                 start, self.listed = begin.end(), (begin[1] or b"results").decode()
             elif LOOKS_LIKE_JSON.match(data) and NEXT_LINE.search(data):
                 # Each line may tell what was used until then.
-                self.listed = "results" if self.call.output_limit()[1] > 1 else "lines"
+                many = self.call.owes or self.call.output_limit()[1] > 1
+                self.listed = "results" if many else "lines"
         if not self.listed or self.cut or is_too_complex(data):
             return 0
         text, at = data[start:].decode("utf-8", "surrogateescape"), 0
@@ -6138,10 +6203,14 @@ class UsageReader:
         return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
     def note_answer(self, payload, adds=False):
+        """What several models used together has no price: then not all is told."""
         if type(payload) is dict:
+            before = self.model
             counts = self.dialect.counts_in(payload)
             self.counts = merged(self.counts, counts, operator.add if adds else max)
             self.note_server(payload)
+            if adds and before not in (None, self.model):
+                self.final = False
 
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
@@ -6156,9 +6225,17 @@ class UsageReader:
                 event = data[events.last_end(data, match.start()):]
                 payload = events.payload(events.cut(event)[0])
             self.note(payload)
+        if self.repeats_text(data):
+            for event in SGLANG_END.findall(data):
+                self.note_answer(events.payload(event), adds=True)
         if self.counts and self.final is None:  # what was told before more text is not all of it
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
+
+    def repeats_text(self, data):
+        """Returns whether each event has all of the text, as in SGLang's own streams, which tell
+        what each answer used so far."""
+        return self.endpoint == UNKNOWN and data.find(b'"meta_info"') >= 0
 
     def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
@@ -6235,7 +6312,8 @@ class UsageReader:
 
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
-        small = len(data) <= self.MAX_KEPT and not (self.cut or self.listed)
+        small = not (self.cut or self.listed) and (
+            len(data) <= self.MAX_KEPT or data.find(b'"web_search_call"') >= 0)
         if small and not may_be_fault(data):
             self.usual = self.dialect.usual_usage(data, self.call.upstream_model)
             if self.usual:
@@ -6256,11 +6334,15 @@ class UsageReader:
 
     def note_json(self, payload, data):
         self.note_answer(payload)
-        state = payload.get("status")
-        self.closed = str(state).lower() in self.dialect.LAST_STATES
+        state = payload.get("status") or payload.get("state") or dig(payload, "metadata", "state")
+        # Google says BATCH_STATE_FAILED and the like.
+        self.closed = str(state).lower().rpartition("state_")[2] in self.dialect.LAST_STATES
         self.running = type(state) is str and not self.closed
         if not self.counts or may_be_fault(data):
             self.fault = self.dialect.fault(payload)
+        said = payload.get("message") or payload.get("detail")
+        if type(said) is str and not self.counts and self.endpoint not in NO_LIMIT_REPLY:
+            self.fault = self.fault or fault_status(payload)  # no assistant says it so
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
@@ -6313,11 +6395,10 @@ class UsageReader:
 
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
-        if self.endpoint in NO_TEXT or (self.cut and not self.streamed):
+        if self.endpoint in NO_TEXT or (self.cut and not self.streamed) or self.repeats_text(data):
             return 0  # numbers and pictures are no text, nor is any JSON that is so large
-        is_read = self.readable and (
-            self.streamed or self.listed or WHOLE_JSON.fullmatch(data))
-        if not is_read:
+        if not (self.readable and (
+                self.streamed or self.listed or WHOLE_JSON.fullmatch(data))):
             return len(data)
         return self.dialect.output_characters(data, self.endpoint, self.streamed)
 
@@ -7281,8 +7362,7 @@ class Head(Fields):
     came; lines of the same name are joined by their line end. `options` are those of Connection.
     `cache` keeps what others derive from this head alone, because heads repeat on a connection.
     `close_after`: the connection cannot carry another message after this one."""
-    __slots__ = ("data", "start", "lines", "options", "around_length", "cache", "chunked", "length",
-                 "close_after")
+    __slots__ = "data start lines options around_length cache chunked length close_after".split()
     MAX_LINE = MAX_HEAD  # bytes of a field's line
     MAX_FIELDS = 500
 
@@ -8735,8 +8815,9 @@ class Stored:
         if not (call.stored and self.bills):
             return None
         collection, name, _ = call.stored
-        is_answer = call.path.endswith((name, *CANCEL))
-        return self.bills.get(self.full_name(collection, name)) if is_answer else None
+        _, _, last = ABOUT_THING.sub("", call.path).rpartition("/")
+        is_answer = last == name or collection == "evals"  # whose runs are asked for
+        return self.bills.get(self.full_name(collection, last)) if is_answer else None
 
     def full_name(self, collection, name):
         """Returns the name of a thing as its maker was told it: some begin with the collection."""
@@ -14295,8 +14376,8 @@ class SharedStored(Stored):
         ago = self.clock.monotonic() - hold.taken_at
         self.keep(self.key("bill", name), [
             [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
-            hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.upstream_model,
-            list(call.made), bill.characters])
+            hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.models,
+            list(call.made), bill.characters, call.endpoint])
 
     async def claim_bill(self, call, name):
         """Waits for the claim that all calls share which ask here for one answer."""
@@ -14328,14 +14409,14 @@ class SharedStored(Stored):
     def release(self, name):
         self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
-    def read_bill(self, keys, costs, taken, dialect, model, made, characters):
+    def read_bill(self, keys, costs, taken, dialect, models, made, characters, endpoint):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
         pairs = [(rules[text], (text, *Database.read_owners(owners)))
                  for text, owners in keys if text in rules]
         hold = Hold(self.limits.buckets, pairs, tuple(costs), None,
                     taken - wall_time(self.clock) + self.clock.monotonic())
-        call = Call(DIALECTS[dialect], None, "", "")
-        call.upstream_model, call.made = model, made
+        call = Call(DIALECTS[dialect], endpoint, "", "")
+        call.upstream_model, call.models, call.made = models[0], models, made
         return Bill(hold, call, characters)
 
     def record(self, entry):
@@ -14420,7 +14501,7 @@ def status_line(status, reason):
 
 class ReplyParts:
     """What all replies share."""
-    __slots__ = ("config", "clock", "dialects", "budget", "turns", "origins", "max_body", "warn_at")
+    __slots__ = "config clock dialects budget turns origins max_body warn_at".split()
 
     def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
                  turns: Turns, origins: Origins):
@@ -15417,8 +15498,10 @@ class Proxy:
             return
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
-        # Nobody knows how much a call used whose caller did not wait for its end.
-        held = hold.output_tokens if entry.gave_up or ending == CallerGone.outcome else 0
+        # Nobody knows how much a call used whose caller did not wait for its end, or whose text is
+        # lost.
+        is_held = entry.gave_up, ending == CallerGone.outcome, reader and reader.lost
+        held = hold.output_tokens if any(is_held) else 0
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
         if (usage.estimated or reader.running) and (
                 call.runs_in_background() and self.may_run(entry, usage, ending)):
@@ -15496,7 +15579,9 @@ class Proxy:
     def charge_bill(self, entry, bill, usage):
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
-        entry.picodollars, entry.priced = self.prices.cost(usage, bill.call.upstream_model)
+        # Where nobody knows who served, it was the dearest.
+        entry.picodollars, entry.priced = max([
+            self.prices.cost(usage, name) for name in bill.call.models])
         costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)

@@ -2672,6 +2672,12 @@ class UsageTest(ProxyCase):
             /v1/images/generations -> {"prompt": "four", "n": 3} -> 769
             /v1/images/generations -> {"prompt": "four", "n": "x", "options": []} -> 258
             GEMINI -> {"contents": "four", "generationConfig": {"candidateCount": 3}} -> 769
+            GEMINI -> {"contents": "four", "generationConfig": THINKING} -> 916
+            {"messages": HELLO, "max_tokens": 7, "reasoning": {"max_tokens": 500}} -> 510
+            {"messages": HELLO, "max_tokens": 7, "reasoning": {"max_tokens": -1}} -> 10
+            {"messages": HELLO, "max_tokens": 7, "thinking_budget": 500} -> 510
+            {"messages": HELLO, "thinking_budget": 500} -> 259
+            /v1/messages -> {"messages": HELLO, "max_tokens": 7, "thinking": BUDGET} -> 10
             /v1/chat/completions/batch -> {"messages": [HELLO, HELLO], "max_tokens": 7} -> 20
             /api/chat -> {"messages": HELLO, "options": {"num_predict": 100}} -> 103
             /api/generate -> {"prompt": "user hello", "options": {"num_predict": -1}} -> 259
@@ -2685,6 +2691,8 @@ class UsageTest(ProxyCase):
             {"messages": "xxxxxxxxx", "max_tokens": 1} -> 4
             {"messages": [], "max_tokens": 0} -> 1
             """, HELLO=[{"role": "user", "content": "hello"}],  # 'user hello' is 3 tokens
+            THINKING={"maxOutputTokens": 7, "thinking_config": {"thinkingBudget": 900}},
+            BUDGET={"budget_tokens": 6},
             PROMPTS=["four"] * 80)  # a hundred tokens, with the spaces between
 
     def test_images_and_the_like_count_a_fixed_number_and_never_their_length(self):
@@ -3104,6 +3112,11 @@ class PricesTest(TableCase):
         self.assertEqual(cost, (llm_proxy.MAX_COST, True))
         cost = prices.cost(llm_proxy.Usage(1 << 39, 1 << 39, model="b"), "b")
         self.assertEqual(cost, (llm_proxy.MAX_COST, True))
+
+    def test_a_search_of_the_web_costs_a_cent_but_at_a_server_that_costs_nothing(self):
+        for model, usd in self.each("""[["gpt-4o", 0.0300025], ["gpt-4o:free", 0]]"""):
+            cost, _ = llm_proxy.Prices(None).cost(llm_proxy.Usage(1, searches=3), model)
+            self.assertEqual(cost / llm_proxy.PICODOLLARS, usd)
 
     def test_invented_models_do_not_fill_the_memory(self):
         prices = llm_proxy.Prices(None)
@@ -3818,6 +3831,16 @@ class UsageReaderTest(ProxyCase):
             "cost_details": {"upstream_inference_cost": 0.2}}}, {"picodollars": 210000000000}],
         [{"usage": {"prompt_tokens": 1, "cost": {"total_cost": 0.006}}},
             {"picodollars": 6000000000}],
+        [{"usage": {"prompt_tokens": 1, "total_tokens": 9, "completion_tokens": 3,
+            "prompt_audio_seconds": 2}}, {"input": 6, "output": 3}],
+        [{"usage": {"prompt_tokens": 1, "total_tokens": 9, "completion_tokens": 3,
+            "connector_tokens": 5, "connectors": {"web_search": 1}}}, {"input": 6, "output": 3}],
+        [{"usage": {"prompt_tokens": 1, "server_tool_use": {"web_search_requests": 2}}},
+            {"searches": 2}],
+        [{"output": [{"type": "web_search_call", "action": {"type": "search"}},
+                {"type": "web_search_call", "action": {"type": "open_page"}},
+                {"type": "web_search_call"}, {"type": "message"}, null],
+            "usage": {"input_tokens": 1, "total_tokens": 1}}, {"searches": 2}],
         [{"usage": {"prompt_tokens": 1, "cost_in_usd_ticks": 37756000}},
             {"picodollars": 3775600000}],
         [{"type": "message", "usage": {"input_tokens": 1,
@@ -3894,6 +3917,7 @@ class UsageReaderTest(ProxyCase):
         one = '{"usage":{"prompt_tokens":5,"completion_tokens":2,"cost":%s}}'
         for text, tokens, usd in self.each((
                 ("[%s,%s]" % (one % 0.5, one % 0.3), (10, 4), 0.8),
+                ("[%s,%s]" % (one % '"0.5"', one % 0.3), (10, 4), 0.8),
                 ('{"data":%s,"results":[%s]}' % (one % 0.5, one % 0.5), (5, 2), 0.5))):
             self.hear(text.encode(), streamed=False)
             used, _ = self.reader.reported_usage(True)
@@ -3929,6 +3953,28 @@ class UsageReaderTest(ProxyCase):
         self.hear(events(payload))
         self.assertIsNone(self.reader.reported_usage(True)[0])
 
+    def test_an_answer_with_searches_of_the_web_is_read_whole_though_it_is_large(self):
+        told = {"output": [{"type": "web_search_call"}, {"text": "x" * 20_000}],
+                "usage": {"input_tokens": 1, "output_tokens": 1}}
+        self.hear(json.dumps(told).encode(), 16384, endpoint="responses", streamed=False)
+        self.assertEqual(self.reader.reported_usage(True)[0].searches, 1)
+
+    SGLANG = [  # number and tokens of each event's answer, whether it is the last; tokens of all
+        ([(0, 1, False), (0, 9, True)], (5, 9)),
+        ([(0, 1, False), (1, 1, False), (0, 9, True), (1, 2, False), (1, 4, True)], (10, 13)),
+        ([(0, 1, False), (0, 2, False)], (5, 2))]
+
+    def test_a_stream_of_sglangs_own_repeats_the_text_and_tells_of_each_answer(self):
+        for told, usage in self.each(self.SGLANG):
+            sent = events(*[
+                {"index": number, "text": '"finish_reason":{' + "words " * 999, "meta_info": {
+                    "finish_reason": {"type": "stop"} if last else None,
+                    "prompt_tokens": 5, "completion_tokens": tokens}}
+                for number, tokens, last in told], *["[DONE]"] * told[-1][2])
+            for step in (None, 7000):
+                found = self.hear(sent, step, endpoint="unknown", whole=False)
+                self.assertEqual((found[1], found[3]), (usage, 0))
+
     def test_what_comes_later_erases_nothing(self):
         start, _, text, *_ = ANTHROPIC_EVENTS
         nothing = {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
@@ -3945,6 +3991,12 @@ class UsageReaderTest(ProxyCase):
             found = reader.reported_usage(ending == "ok")
             self.assertEqual((found[0][:3], found[1]), ((25, output, 5), final))
             self.assertEqual(reader.output_characters(), 1800)
+
+    def test_money_that_was_told_is_not_erased(self):
+        told = [{"usage": {"prompt_tokens": 1, "total_tokens": 2, "cost": cost}, "choices": []}
+                for cost in ("0.5", 0.25, 0)]
+        self.hear(events(delta("a"), *told, "[DONE]"))
+        self.assertEqual(self.reader.reported_usage(True)[0].picodollars, 5 * 10 ** 11)
 
     def test_a_count_among_words_is_final_where_few_words_follow(self):
         early = {**delta("a"), "usage": {"prompt_tokens": 20, "completion_tokens": 1}}
@@ -4046,8 +4098,15 @@ class UsageReaderTest(ProxyCase):
         {"status": "FAILED"} -> 502
         {"status": "failed", "error": {"code": "rate_limit_exceeded"}} -> 429
         {"success": true, "result": {}} -> 0
-        {"results": [{"success": false}, {"success": true}]} -> 0
-        {"results": [{"success": false}, {"success": false}]} -> 502
+        {"code": "InvalidApiKey", "message": "x", "request_id": "y"} -> 429
+        {"code": 20012, "message": "no such model", "data": null} -> 502
+        {"detail": "Not Found"} -> 502
+        {"message": {"content": "x"}} -> 0
+        {"message": "x", "usage": {"prompt_tokens": 1, "total_tokens": 1}} -> 0
+        {"results": [{"success": false}]} -> 0
+        {"results": [{"success": false}, {"success": false}]} -> 0
+        {"results": [{"error": "x"}, {"success": true}]} -> 0
+        {"results": [{"error": "x"}, {"error": "x"}]} -> 502
         [{"x": 1}, {"error": "x"}] -> 0
         {"type": "error", "error": {"type": "overloaded_error"}} -> 502
         {"object": "error", "message": "no", "code": 404} -> 404
@@ -11553,6 +11612,16 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
         wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
 
+    def test_a_batch_that_ends_without_usage_costs_what_was_held_here_too(self):
+        redis = self.start_two(LIMITS="each 100000 tokens per day")
+        self.stub.answer = says_json({"id": "b"})
+        self.ask_at(0, "POST", "/v1/batches", b'{"max_tokens": 600}', key="sk-a")
+        wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
+        self.stub.answer = says_json({"id": "b", "object": "batch", "status": "completed"})
+        self.ask_at(1, "GET", "/v1/batches/b", key="sk-a")
+        wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+        self.assertEqual(self.left(redis), [b"99400"])
+
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told, in self.each((
                 ((0, 0), (1, 0), [0]), ((0, 0), (0, 1), [1]), ((0, 0), (1, 0), [0, 1]),
@@ -11673,6 +11742,10 @@ class SettlingTest(LedgerCase):
         ("/v1beta/models/m:batchGenerateContent", {"batch": {"requests": [
             {"request": {"generationConfig": {"maxOutputTokens": 50}}}] * 10}},
          {"name": "batches/b1", "metadata": {}}, "/v1beta/batches/b1"),
+        ("/v1/evals/e/runs", {"data_source": {"sampling_params": {"max_completion_tokens": 600}}},
+         {"id": "evalrun_1", "status": "queued"}, "/v1/evals/e/runs/evalrun_1"),
+        ("/v1/batch/jobs", {"requests": [{"body": {"max_tokens": 600}}]},
+         {"id": "j1", "status": "QUEUED"}, "/v1/batch/jobs/j1"),
         ("/async/chat/completions", {"request": {"max_tokens": 600}},
          {"id": "t1", "status": "CREATED"}, "/async/chat/completions/t1")]
 
@@ -11682,20 +11755,60 @@ class SettlingTest(LedgerCase):
             self.ask(request("POST", path, json.dumps(body).encode()))
             self.assertLess(self.left(), 500)
             self.stub.answer = says_json({
-                "usage": {"prompt_tokens": 20, "total_tokens": 25},
-                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25}})
+                "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25},
+                "per_model_usage": [{"prompt_tokens": 16, "total_tokens": 20},
+                                    {"prompt_tokens": 4, "total_tokens": 5}]})
             self.ask(request("GET", poll))
             self.assert_left(975)
 
-    def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
-        path, body, answered, poll = "/v1/batches", b'{"max_tokens": 600}', {"id": "b"}, "/b"
-        for state, left in self.each((("completed", 400), ("expired", 400), ("cancelled", 400),
-                                      ("in_progress", 400), ("failed", 1000))):
+    def test_a_batch_is_charged_what_its_results_tell_together(self):
+        path, body, answered, poll = self.BATCHES[0]
+        line = {"custom_id": "x", "result": {"type": "succeeded", "message": {
+            "content": [{"text": "x" * 9000}], "usage": {"input_tokens": 20, "output_tokens": 5}}}}
+        failed = {"custom_id": "y", "result": {"type": "errored", "error": {"type": "error"}}}
+        one, other = [{**line, "result": {"message": {**line["result"]["message"], "model": model}}}
+                      for model in ("cheap", "dear")]
+        for told, left in self.each((
+                ([line], 975), ([line, failed, line, line], 925), ([one, line, one], 925),
+                ([other, one], 477))):  # as it was held
             self.start(says_json(answered))
-            self.ask(request("POST", path, body))
-            self.stub.answer = says_json({**answered, "object": "batch", "status": state})
+            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.stub.answer = says(lines_of(*told), "200 OK", "Content-Type: application/x-jsonl")
             for _ in range(2):
-                self.ask(request("GET", path + poll))
+                self.ask(request("GET", poll + "/results"))
+                self.assert_left(left)
+
+    def test_a_batch_costs_what_its_model_does_or_the_dearest_that_it_names(self):
+        path, _, answered, poll = self.BATCHES[0]
+        body = {"requests": [{"params": {"max_tokens": 50, "model": model}}
+                             for model in ("claude-haiku-4.5", "claude-opus-4.5")]}
+        message = {"usage": {"input_tokens": 1000, "output_tokens": 1000}}
+        for model, usd in self.each((("claude-haiku-4.5", 0.006), (None, 0.03))):
+            self.start(says_json(answered), LIMITS="each 1 usd per day")
+            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.stub.answer = says_json({"result": {"message": {**message, "model": model}}})
+            self.ask(request("GET", poll + "/results"))
+            self.assertAlmostEqual(float(self.left()), 1 - usd, 5)
+
+    def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
+        batches, job = "/v1/batches", {"name": "projects/p/batchPredictionJobs/b"}
+        jobs = "/v1/projects/p/batchPredictionJobs"
+        error = {"code": 13, "message": "x"}
+        for path, answered, told, left in self.each((
+                *[(batches, {"id": "b"}, {"object": "batch", "status": state}, left)
+                  for state, left in (("completed", 400), ("expired", 400), ("cancelled", 400),
+                                      ("in_progress", 400), ("failed", 1000))],
+                (jobs, job, {"state": "JOB_STATE_SUCCEEDED"}, 400),
+                (jobs, job, {"state": "JOB_STATE_RUNNING", "error": error}, 400),
+                (jobs, job, {"state": "JOB_STATE_FAILED", "error": error}, 1000),
+                ("/v1beta/models/m:batchGenerateContent", {"name": "batches/b"},
+                 {"metadata": {"state": "BATCH_STATE_FAILED"}, "error": error}, 1000))):
+            self.start(says_json(answered))
+            self.ask(request("POST", path, b'{"max_tokens": 600}'))
+            self.stub.answer = says_json({**answered, **told})
+            poll = batches if "batches" in answered.get("name", "") else path
+            for _ in range(2):
+                self.ask(request("GET", poll + "/b"))
             self.assertEqual(round(self.left(), -2), left)
 
     def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
