@@ -10117,6 +10117,10 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
+class NothingRecorded(DatabaseFault):
+    """There is nothing to read yet."""
+
+
 def exact_total(name):
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
@@ -10280,15 +10284,14 @@ class Database:
     def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False,
                  shared: bool = False):
         """`lock` as `lock_for_service` has it. `shared`: other processes write calls, too, and the
-        levels of buckets are not here. Raises DatabaseFault; FileNotFoundError where there is
-        nothing to read."""
+        levels of buckets are not here. Raises DatabaseFault."""
         self.path = path
         self.lock = lock
         self.shared = shared
         self.names = SumNames()
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
-            raise FileNotFoundError("no calls are recorded in %s (DATABASE)" % path)
+            raise NothingRecorded("no calls are recorded in %s (DATABASE)" % path)
         try:
             if not is_new:
                 self.check()
@@ -16330,7 +16333,7 @@ class Admin:
             raise BooksAway("Nothing is kept: DATABASE is off")
         try:
             return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
-        except (sqlite3.Error, DatabaseFault, FileNotFoundError):
+        except (sqlite3.Error, DatabaseFault):
             raise BooksAway() from None
 
     async def read_books(self, ask, act, *arguments, jobs=None):
@@ -18899,7 +18902,7 @@ def can_be_written(path):
 def look_at_database(config):
     """Raises DatabaseFault where a service could not use it."""
     path = config.database
-    with contextlib.suppress(FileNotFoundError, sqlite3.Error), (
+    with contextlib.suppress(NothingRecorded, sqlite3.Error), (
             contextlib.closing(Database(path, reading=True))) as database:
         if is_closed(database.connection.execute):
             config.note_stored_keys()
@@ -19273,8 +19276,7 @@ def usage_query(execute, by, since):
 
 def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
-    the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
-    ledger."""
+    the one row of that call. Raises DatabaseFault."""
     since = max(0, now - read_option("--since", age, options.since))
     by = read_option("--by", listed(one_of(*GROUPS)), ",".join(options.by or ["caller"]))
     with contextlib.closing(Database(path, reading=True).connection) as connection:
@@ -19827,9 +19829,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         code = run_command(options, dict(os.environ), log_stream)
         sys.stdout.flush()
         return code
-    except (ConfigFaults, DatabaseFault, FileNotFoundError) as fault:
+    except (ConfigFaults, DatabaseFault) as fault:
         print(visible(str(fault)), file=sys.stderr)
-        return 1 if isinstance(fault, (InUse, FileNotFoundError)) else 2
+        return 1 if isinstance(fault, (InUse, NothingRecorded)) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
