@@ -342,8 +342,9 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?![\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty or in quotes; one with = in it needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|].*=)|(?=[A-Za-z0-9._~+/-]*$))((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty or in quotes; one with other signs than"
+    " letters, digits and ._~+/- needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -504,6 +505,8 @@ def read_amount(text, unit):
 def rules_of_one(text):
     """'60 requests per minute; 2 usd per day' -> rules of one caller, which has no need of scopes.
     """
+    require(not re.search(r"(^|[;\n])\s*" + SCOPE_SHAPE, text), "must be rules such as '60 requests"
+            " per minute', without each or whom else they are for: they are this caller's")
     parts = [part.strip() for part in re.split("[;\n]", text) if part.strip()]
     return tuple(rules("; ".join(["each " + part for part in parts])))
 

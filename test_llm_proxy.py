@@ -1149,6 +1149,7 @@ class ConfigTest(TableCase):
         CPU_AFFINITY  none  -1  10000
         UNPRICED  free  -1  1e3  1000000  .5
         PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
+        PROXY_API_KEYS  alice:sk-1  sk-1;sk-2  sk-1|sk-2  ["sk-1"]  alice=sk-1;bob=sk-2
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
         UPSTREAM_CA_FILE  /nowhere.pem  FILE
@@ -9087,7 +9088,7 @@ class KeyStoreTest(KeysCase):
         add -> "ben" -> {"role": "root"} -> role must
         add -> "ben" -> {"expires": "soon"} -> expires must be such as
         add -> "ben" -> {"expires": 7} -> expires must be text
-        add -> "ben" -> {"limits": "each 1 usd per day"} -> limits must be rules
+        add -> "ben" -> {"limits": "each 1 usd per day"} -> limits must be .*, without each or whom
         add -> "ben" -> {"models": "a,,b"} -> models must be
         add -> "ben" -> {"note": "a\nb"} -> note must be one line
         add -> "ben" -> {"tag": "web app"} -> tag must be 1 to 64
