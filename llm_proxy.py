@@ -1613,6 +1613,13 @@ class NothingStored(Refusal):
     message = "Nothing of this name is stored here for this caller"
 
 
+class AskedElsewhere(Refusal):
+    """Of several that ask for the answer of one call in the background one settles it."""
+    status = 409
+    message = "Another call asks for this answer now, try again in a moment"
+    fields = {"Retry-After": 1}
+
+
 class NoSuchPage(Refusal):
     status = 404
     message = "There is no such page: GET /admin/api lists them all"
@@ -14318,11 +14325,11 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-# Returns a bill that nobody is about to charge: KEYS are the bill and who is from now on, ARGV that
-# process and for how many seconds.
+# Returns a bill, 0 where another process is about to charge it: KEYS are the bill and who is from
+# now on, ARGV that process and for how many seconds.
 LUA_CLAIM = """
-return redis.call('EXISTS', KEYS[1]) == 1
-       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and redis.call('GET', KEYS[1])
+local bill = redis.call('GET', KEYS[1])
+return bill and (redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and bill or 0)
 """
 LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
@@ -14330,8 +14337,9 @@ LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL'
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
     there until it is charged, and is claimed while calls of one process run that ask for its
-    answer: nobody charges it twice. A claim is a lease, so that of a process that died ends."""
-    LEASE_SECONDS = 60
+    answer; those that ask another process meanwhile are refused, or they would be told what nobody
+    charges. A claim is a lease, so that of a process that died ends."""
+    LEASE_SECONDS = 30
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
 
@@ -14343,7 +14351,7 @@ class SharedStored(Stored):
         self.limits: Optional[Limits] = None  # whose rules bills go by
         self.polls: Dict[Call, str] = {}      # bills that calls which run ask about
         # Bills that are claimed here; completed when Redis has said whether they are.
-        self.claims: Dict[str, "asyncio.Future[None]"] = {}
+        self.claims: Dict[str, "asyncio.Future[RedisReply]"] = {}
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14389,7 +14397,8 @@ class SharedStored(Stored):
             list(call.made), bill.characters])
 
     async def claim_bill(self, call, name):
-        """Waits for the claim that all calls share which ask here for one answer."""
+        """Waits for the claim that all calls share which ask here for one answer. Raises
+        AskedElsewhere."""
         self.polls[call] = name
         claim = self.claims.get(name)
         if claim is None:
@@ -14399,7 +14408,9 @@ class SharedStored(Stored):
                            self.redis.process, self.LEASE_SECONDS)
         try:
             await asyncio.wait([claim], timeout=self.redis.ANSWER_SECONDS)
-        except asyncio.CancelledError:
+            if claim.done() and claim.result() == 0:
+                raise AskedElsewhere()
+        except (asyncio.CancelledError, AskedElsewhere):
             self.end_poll(call)
             raise
 
@@ -14407,10 +14418,10 @@ class SharedStored(Stored):
         """Keeps a bill that is claimed now, though the calls that asked may have ended."""
         with contextlib.suppress(ValueError, TypeError, LookupError):
             self.bills[name] = self.read_bill(*json.loads(reply))
-        self.claims[name].set_result(None)
-        if name not in self.bills:  # there is none, or another process has claimed it
+        self.claims[name].set_result(reply)
+        if name not in self.bills:
             del self.claims[name]
-            if reply is not None:
+            if reply:
                 self.release(name)
         elif name not in self.polls.values():
             self.end_claim(name)
