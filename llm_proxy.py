@@ -13061,16 +13061,19 @@ class Redis(asyncio.Protocol):
             self.asked.extend(unsent)
             self.transport.write(b"".join([one.data for one in unsent]))
 
+    def waited(self) -> float:
+        """Returns for how many seconds the oldest command has been on its way."""
+        return self.listening.now() - self.asked[0].sent
+
     def note_lateness(self):
-        """Looks at how long the oldest command was on its way."""
-        is_late = self.listening.now() - self.asked[0].sent > self.LATE_SECONDS
+        is_late = self.waited() > self.LATE_SECONDS
         self.late_times = self.late_times + 1 if is_late else 0
         if self.late_times >= self.LATE_TIMES:
             self.leave(RedisFault("answers late"))
 
     def look(self):
         """Ends a connection that is silent."""
-        if self.asked and self.listening.now() - self.asked[0].sent > self.SILENT_SECONDS:
+        if self.asked and self.waited() > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
         return bool(self.asked)
 
