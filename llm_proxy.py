@@ -13303,7 +13303,7 @@ return answer
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[3])
 redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 5000000))
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 2500000))
 redis.call('PEXPIRE', KEYS[1], 86400000)
 local last = redis.call('HGET', KEYS[1], 'last') or '0'
 local loss = redis.call('GET', KEYS[2]) or '0'
@@ -13514,7 +13514,7 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
-        self.counts = collections.deque([peers], maxlen=10)
+        self.counts = collections.deque([peers], maxlen=4)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)

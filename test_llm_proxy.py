@@ -10625,6 +10625,18 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
             stale = stale or self.server.ask("GET", name)
 
+    def test_who_has_died_is_counted_for_less_than_five_seconds(self):
+        self.start()
+        store, counted = self.buckets, []
+        for process in ["dead"] + 9 * ["a"]:
+            with mock.patch.object(self.redis, "process", process):
+                store.read_beat(self.redis.loop.run_until_complete(
+                    self.redis.call(*store.beat_parts())))
+            counted.append(store.processes)
+            self.clock.now += 0.5
+            self.set_time()
+        self.assertEqual((min(counted[1:5]), counted[9]), (3, 1))
+
     def test_one_loss_has_one_number_for_all_also_for_who_has_missed_some(self):
         self.start()
         self.server.ask("DEL", "{test}:lost")
