@@ -10896,25 +10896,49 @@ class SharedLimitsTest(ProxyCase):
             self.assertEqual(self.admitted(11), 10)
             self.assertEqual(buckets.state, "returning")
 
+    def start_with_replica(self):
+        """Returns a name of a server, its replica, which has six of ten, and two that use it."""
+        old, new = self.redis, _ = [RedisServer(self, port="--port") for _ in range(2)]
+        link = new_path(self, "link")
+        os.symlink(old.path, link)
+        new.ask("REPLICAOF", "127.0.0.1", old.port)
+        both = [self.start_here(REDIS_URL="unix://" + link) for _ in range(2)]
+        wait_for(lambda: [one.processes for one in both] == [2, 2])
+        self.assert_admitted(4, 4)
+        self.redis = new
+        wait_for(lambda: self.stored() == [6], "the replica")
+        return old, new, link, both
+
+    @staticmethod
+    def move(link, server):
+        os.symlink(server.path, link + ".new")
+        os.replace(link + ".new", link)
+
+    def test_a_server_that_is_lost_is_replaced_by_its_replica(self):
+        old, new, link, both = self.start_with_replica()
+        old.kill()
+        for one in both:
+            self.is_away(one)
+        self.move(link, new)
+        for one in both:
+            wait_for(lambda: one.reason == "is read-only")
+        self.assert_admitted(3, 9)
+        new.ask("REPLICAOF", "NO", "ONE")
+        for one in both:
+            self.is_back(one)
+        self.assertEqual(self.stored(), [3])
+        self.assert_admitted(3, 9)
+
     def test_a_replica_that_takes_over_knows_all_or_is_told(self):
         for lost, left in self.each("""[[0, 6], [2, 4]]"""):
-            old, new = self.redis, _ = [RedisServer(self, port="--port") for _ in range(2)]
-            link = new_path(self, "link")
-            os.symlink(old.path, link)
-            new.ask("REPLICAOF", "127.0.0.1", old.port)
-            both = [self.start_here(REDIS_URL="unix://" + link) for _ in range(2)]
-            wait_for(lambda: [one.processes for one in both] == [2, 2])
-            self.assert_admitted(4, 4)
-            self.redis = new
-            wait_for(lambda: self.stored() == [6], "the replica")
+            old, new, link, both = self.start_with_replica()
             new.ask("REPLICAOF", "NO", "ONE")
             self.assert_admitted(lost, lost)  # as the old one knows alone
             old.ask("REPLICAOF", "127.0.0.1", new.port)
             for one in both:
                 wait_for(lambda: one.reason == "is read-only")
             self.assert_admitted(left // 2, 9)
-            os.symlink(new.path, link + ".new")
-            os.replace(link + ".new", link)
+            self.move(link, new)
             for one in both:
                 self.is_back(one)
             self.assertEqual(self.stored(), [left - left // 2])
