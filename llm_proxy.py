@@ -12616,7 +12616,7 @@ class Worker(NamedTuple):
 
 
 # What errors of Redis mean, by their first word, for people.
-REDIS_ERRORS = dict(row.split(" ", 1) for row in """\
+REDIS_ERRORS = table_of("""
 OOM is out of memory
 READONLY is read-only
 LOADING is loading its data
@@ -12629,7 +12629,7 @@ WRONGPASS does not take the user and password
 NOPERM does not permit what it is asked for
 NOREPLICAS has too few replicas
 MISCONF cannot write to its disk
-BUSY is busy with a script""".splitlines())
+BUSY is busy with a script""")
 
 
 class RedisFault(Exception):
@@ -12777,12 +12777,11 @@ class RedisScript:
 class Asked:
     """A command on its way. `answer` is told the reply, or a RedisFault. Without `answer` the
     command is sent again where it may be lost."""
-    __slots__ = ("data", "answer", "sent")
+    sent = 0.0
 
     def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
         self.data = data
         self.answer = answer
-        self.sent = 0.0
 
 
 class ListeningTime:
@@ -12987,7 +12986,7 @@ class Redis(asyncio.Protocol):
             connecting.result()
         except ssl.SSLCertVerificationError:
             raise RedisFault("has a certificate that is not trusted") from None
-        except (ConnectionError, OSError, ValueError) as failure:
+        except (OSError, ValueError) as failure:
             is_tls = isinstance(failure, ssl.SSLError)
             raise RedisFault("does not speak TLS" if is_tls else "is not there") from None
         finally:
@@ -13108,10 +13107,13 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # of running calls '(process count until)...'. No key is a full bucket.
 #
 # The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
-# of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
-# saw it last, and charges again what it had no answer for. So that who comes second does not take
-# these charges of the first for some that it has seen, a text also tells what was charged 'since'
-# a loss, whose number is kept as long as Redis remembers.
+# of the loss and of the one that the process knew before, or 'start' where the process is new. What
+# Redis has lost each process puts back as it saw it last, and charges again what it had no answer
+# for. So that who comes second does not take these charges of the first for some that it has seen,
+# a text also tells what was charged 'since' a loss, whose number is kept while Redis remembers. It
+# may lose all again before each has put back its levels: those that have tell what was charged
+# since the loss before, of which the most that any saw is part of 'since' then: a text has that,
+# and when that loss was, too.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
@@ -13119,9 +13121,11 @@ local sequence, mode = number(), words()
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
 local unpack = unpack or table.unpack
 local found = redis.call('MGET', unpack(KEYS, 2))
-local loss = found[1]
+local loss, before, is_again = found[1], 0, false
 if mode == 'put' or mode == 'last' then
   local told = words()
+  before = number()
+  is_again = told - before < 5000000
   if tonumber(told) > (tonumber(loss) or 0) then
     loss = told
     redis.call('SET', KEYS[2], loss)
@@ -13137,12 +13141,14 @@ function pass.bucket(b)  -- it is refilled by whole intervals
     b.level = b.level + steps * b.refill
     b.stamp = b.stamp + steps * b.interval
   end
-  if b.level >= b.room then b.level, b.stamp, b.since = b.room, now, b.since and 0 end
+  if b.level >= b.room then
+    b.level, b.stamp, b.since, b.told = b.room, now, b.since and 0, nil
+  end
   b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
 end
 local function begin(b, stamp)
   b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
-  b.since = b.since and 0
+  b.since, b.told = b.since and 0, nil
 end
 function pass.window(b)  -- it begins with its first call
   if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
@@ -13177,8 +13183,14 @@ local function read(text)
     if now >= ends then began, ends = ends, after end
     b.began, b.ends = began, ends
   end
-  local plain, since, of = string.match(text, '^(.*) since (%S+) (%S+)$')
-  if loss then b.since = of == loss and tonumber(since) or 0 end
+  local shape = '^(.*) since (%S+) (%S+) (%S+) (%S+)$'
+  local plain, since, told, first, of = string.match(text, shape)
+  if loss then b.since = 0 end
+  if loss and of == loss then
+    b.since, b.told, b.before = tonumber(since) or 0, tonumber(told), tonumber(first)
+  elseif is_again and tonumber(of) == before then  -- not all is lost
+    b.since, b.told, b.before = tonumber(since) or 0, tonumber(since), before
+  end
   local numbers = {}
   for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   for i = 3, #numbers, 2 do
@@ -13237,6 +13249,7 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
+  local told = number()
   local given, extra = {}, 0
   for i = 1, number() do
     given[i] = {number(), now + number()}
@@ -13248,9 +13261,20 @@ function act.put()
     b.given, b.extra, b.changed = given, extra, true
   end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
-               began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
+               began = b.began, ends = b.ends, stamp = now - age}
   if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
+  local is_over = put.began and put.stamp ~= put.began
+                  or b.kind == 'window' and age + 2 >= put.interval
+  if is_over or not is_again or before < (b.before or 0) then told = 0 end
+  put.level = math.min(b.room, level + told)
   pass[b.kind](put)
+  if told ~= 0 and before > (b.before or 0) then
+    b.since, b.told, b.before = b.since - (b.told or 0), nil, before
+  end
+  if told ~= 0 and told > (b.told or -math.huge) then
+    local more = told - (b.told or 0)
+    b.told, b.since, b.level, b.changed = told, b.since + more, b.level - more, true
+  end
   put.level = put.level - (b.since or 0)
   if put.level < b.level then
     b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
@@ -13273,7 +13297,11 @@ local function save(b, key)
       parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
       length = math.max(length, one[2] - now)
     end
-    if b.since then parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. loss end
+    if b.since then
+      local told = b.told and text(b.told) or '-'
+      local words = {'since', text(b.since), told, text(b.before or 0), loss}
+      parts[#parts + 1] = table.concat(words, ' ')
+    end
   else
     parts = {}
   end
@@ -13282,10 +13310,12 @@ local function save(b, key)
   redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
 end
 local answer, gifts = {table.concat(flags) .. '.'}, {}
+local is_recent = loss and now - (tonumber(loss) or 0) < 5000000
 for i, b in ipairs(buckets) do
   if b.changed then save(b, KEYS[i + 2]) end
   local given = b.given or {}
-  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given}, ' ')
+  local since = is_recent and b.since and text(b.since) or 0
+  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given, since}, ' ')
   for _, one in ipairs(given) do
     gifts[#gifts + 1] = ' ' .. text(one[1]) .. ' ' .. text(one[2] - now)
   end
@@ -13315,9 +13345,11 @@ return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 """
 
 
-# Fills buckets; what was given beyond the rule stays.
+# Fills some buckets, and goes on where SCAN does: ARGV are where, and what their names are like.
+# What was given beyond the rule stays.
 LUA_FILL = """
-for _, key in ipairs(KEYS) do
+local cursor, keys = unpack(redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 1000))
+for _, key in ipairs(keys) do
   local stamp, given = string.match(redis.call('GET', key) or '', '^%S+ (%S+)( %d.*)$')
   if given then
     local length = math.max(1, redis.call('PTTL', key))
@@ -13326,6 +13358,7 @@ for _, key in ipairs(KEYS) do
     redis.call('DEL', key)
   end
 end
+return cursor
 """
 
 
@@ -13333,15 +13366,14 @@ class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
     `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
     decided here, where it was sent: Redis may have taken it."""
-    __slots__ = ("keyed_rules", "costs", "future", "until", "levels", "sent", "admitted")
+    levels: Optional[List[Level]] = None
+    sent = admitted = False
 
     def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup, until: float):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
         self.until = until
-        self.levels: Optional[List[Level]] = None
-        self.sent = self.admitted = False
 
 
 class Batch:
@@ -13522,6 +13554,8 @@ class RedisBuckets(Buckets):
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = collections.deque(maxlen=self.MOST_KEPT)
         self.fills: Set[CallerKey] = set()
+        # What was charged since a loss, which may come again before all have put back their levels
+        self.since: Dict[BucketKey, int] = {}
         self.takes = collections.deque()    # to be sent
         self.waiting = collections.deque()  # calls that wait, or did a moment ago
         self.batches: "collections.deque[Batch]" = collections.deque()
@@ -13588,7 +13622,7 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
@@ -13682,10 +13716,12 @@ class RedisBuckets(Buckets):
     def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
-        end = 3 * len(batch.rules)
+        end = 4 * len(batch.rules)
         gifts = numbers[end:]
-        for rule, key, level, age, count in zip(
-                batch.rules, batch.places, *[numbers[place:end:3] for place in range(3)]):
+        for rule, key, level, age, count, since in zip(
+                batch.rules, batch.places, *[numbers[place:end:4] for place in range(4)]):
+            if since:
+                self.since[key] = since
             given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
             found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
@@ -13809,7 +13845,8 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            await self.put_back(done, self.known_levels(), "last %d" % loss)
+            await self.put_back(done, self.known_levels(), "last %d %d" % (loss, self.loss))
+            self.since.clear()
         self.fresh = False
         self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
@@ -13825,9 +13862,10 @@ class RedisBuckets(Buckets):
             given = self.given.get(key, ())
             if rule.unit != RUNNING and (given or level < rule.capacity):
                 amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
-                yield ("put", rule, key, amount, microseconds(now - refilled), 1, len(given),
-                       *itertools.chain(*[(stored_amount(rule, more), microseconds(until - now))
-                                          for more, until in given]))
+                yield ("put", rule, key, amount, microseconds(now - refilled), 1,
+                       self.since.get(key, 0), len(given), *itertools.chain(*[
+                           (stored_amount(rule, more), microseconds(until - now))
+                           for more, until in given]))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
@@ -13897,14 +13935,10 @@ class RedisBuckets(Buckets):
         with contextlib.suppress(RedisFault):
             for owner in list(self.fills):
                 pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
-                cursor = b"0"
-                while True:
-                    cursor, names = await self.redis.call(
-                        "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
-                    if names:
-                        await self.redis.call("EVAL", LUA_FILL, len(names), *names)
-                    if cursor == b"0":
-                        break
+                cursor = 0
+                while cursor != b"0":
+                    cursor = await self.redis.call(
+                        "EVAL", LUA_FILL, 1, self.prefix, cursor, pattern_of_names)
                 self.fills.discard(owner)
 
 

@@ -10592,7 +10592,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         later = llm_proxy.Batch(store.number + 3, store.describe)
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
-        self.assertEqual(answers, [b"1. 1 0 0", b"1. 1 0 0", b"gap", b"1. 1 0 0"])
+        self.assertEqual(answers, [b"1. 1 0 0 9", b"1. 1 0 0 9", b"gap", b"1. 1 0 0 9"])
 
     def test_levels_that_are_put_back_take_no_charges_of_another_process_for_their_own(self):
         """At first c knew nothing; to a's second charge nobody had an answer; what is lost again is
@@ -10603,22 +10603,22 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.server.ask("DEL", "{test}:lost")
         stale = None
         for process, mode, act, level in self.each("""[
-                ["c", "last 1", null, null], ["c", "-", ["charge", 1, 0], 9],
-                ["a", "put 1", ["put", 8, 0, 1], 7], ["a", "last 1", null, null],
+                ["c", "last 1 0", null, null], ["c", "-", ["charge", 1, 0], 9],
+                ["a", "put 1 0", ["put", 8, 0, 1], 7], ["a", "last 1 0", null, null],
                 ["a", "-", ["charge", 2, 0], 5],
                 ["new", "start", null, null], ["new", "-", ["charge", 1, 0], 4],
-                ["b", "put 1", ["put", 7, 0, 1], 3], ["b", "put 1", ["put", 9, 0, 1], 3],
+                ["b", "put 1 0", ["put", 7, 0, 1], 3], ["b", "put 1 0", ["put", 9, 0, 1], 3],
                 ["lost again", null, null, null],
-                ["b", "put 2", ["put", 3, 0, 1], 3], ["b", "last 2", null, null],
-                ["b", "-", ["charge", 1, 0], 2], ["c", "put 2", ["put", 4, 0, 1], 2],
-                ["a", "put 2", ["put", 3, 0, 1], 2]]"""):
+                ["b", "put 2 0", ["put", 3, 0, 1], 3], ["b", "last 2 0", null, null],
+                ["b", "-", ["charge", 1, 0], 2], ["c", "put 2 0", ["put", 4, 0, 1], 2],
+                ["a", "put 2 0", ["put", 3, 0, 1], 2]]"""):
             if not mode:
                 self.server.ask("SET", name, stale)
                 self.server.ask("DEL", *["{test}:p:" + one for one in ("a", "b", "c", "new")])
                 continue
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
-                batch.act(act[0], *pair, *act[1:], *[0] * (act[0] == "put"))
+                batch.act(act[0], *pair, *act[1:], *[0, 0] * (act[0] == "put"))
             with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
                 parts = store.batch_parts(batch, mode)
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
@@ -11015,9 +11015,8 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(3, 3)
-        loop = two.redis.loop
         with mock.patch.object(two, "BEAT_SECONDS", PATIENCE):
-            wait_for(lambda: two.beat_timer.when() > loop.time() + 1)
+            self.wait_for_no_beat(two)
             self.redis.ask("FLUSHALL")
             self.is_back(one)
             self.address = self.proxies[0]
@@ -11026,10 +11025,43 @@ class SharedLimitsTest(ProxyCase):
             one.redis.loop.call_soon_threadsafe(
                 one.give, seen.rule, seen.key, 5, time.monotonic() + 60)
             wait_for(lambda: max(self.stored(), default=0) >= 5)
-            loop.call_soon_threadsafe(two.beat_timer.cancel)
-            loop.call_soon_threadsafe(two.beat)
-            wait_for(lambda: two.loss == one.loss > 0 and is_done(two))
+            self.notice_loss(two)
+            self.assertEqual(two.loss, one.loss)
         self.assertEqual(self.stored(), [11])
+
+    def test_what_is_charged_between_two_losses_is_not_forgotten_when_others_put_back(self):
+        """The second proxy does not notice the first loss."""
+        for order in self.each(((0, 1), (1, 0))):
+            self.proxies = []
+            both = one, two = self.start_here(), self.start_here()
+            one.LOOKS = 0  # it knows nothing of what the second one lets in
+            self.assert_admitted(3, 3)
+            self.address = self.proxies[0]
+            with mock.patch.object(one, "BEAT_SECONDS", PATIENCE), mock.patch.object(
+                    two, "BEAT_SECONDS", PATIENCE):
+                for buckets in both:
+                    self.wait_for_no_beat(buckets)
+                self.redis.ask("FLUSHALL")
+                self.notice_loss(one)
+                self.assert_admitted(1, 1)
+                self.is_back(one)
+                self.redis.ask("FLUSHALL")
+                for place in order:
+                    self.notice_loss(both[place])
+                self.assert_admitted(1, 1)
+                self.is_back(one)
+            self.assertEqual(self.stored(), [5])
+            self.redis.ask("FLUSHALL")
+
+    def wait_for_no_beat(self, buckets):
+        loop = buckets.redis.loop
+        wait_for(lambda: buckets.beat_timer.when() > loop.time() + 1)
+
+    def notice_loss(self, buckets):
+        before, loop = buckets.loss, buckets.redis.loop
+        loop.call_soon_threadsafe(buckets.beat_timer.cancel)
+        loop.call_soon_threadsafe(buckets.beat)
+        wait_for(lambda: buckets.loss > before and is_done(buckets))
 
     def test_each_gift_is_put_back_once_with_its_own_end(self):
         key = "sk-1"
