@@ -15676,6 +15676,11 @@ class CommandsTest(ProcessCase):
         self.assertEqual((found, out, len(err.splitlines())), (code, "", number), err)
         self.assertIn(text, err)
 
+    def test_a_file_that_is_missing_anywhere_is_not_taken_for_an_absent_ledger(self):
+        with mock.patch.object(llm_proxy, "run_command", side_effect=FileNotFoundError(2, "x")):
+            with self.assertRaises(FileNotFoundError):
+                llm_proxy.main(["--check"])
+
     def test_help_names_every_setting_with_its_default_in_brackets(self):
         code, out, err = self.finish("--help")
         self.assertEqual((code, err), (0, ""))
