@@ -12624,6 +12624,7 @@ MASTERDOWN has lost its master
 CLUSTERDOWN is a cluster that is down
 MOVED is a cluster whose keys have moved
 TRYAGAIN is a cluster whose keys move
+ASK is a cluster whose keys move
 NOAUTH asks for a password
 WRONGPASS does not take the user and password
 NOPERM does not permit what it is asked for
@@ -12954,8 +12955,8 @@ class Redis(asyncio.Protocol):
                     await self.lost
             for act in self.on_leave:
                 act(self.reason)
-            place = self.reason.moved_to
             is_steady = self.loop.time() - began > self.STEADY_SECONDS
+            place = self.reason.moved_to or is_steady and place
             pause = 0 if is_steady else min(self.LONGEST_PAUSE, 2 * pause + 0.05)
             await asyncio.sleep(pause)
 
@@ -13824,12 +13825,13 @@ class RedisBuckets(Buckets):
                 one.future.wake()
 
     def on_leave(self, fault):
-        """A connection was lost: Redis is away when the next one cannot be had."""
+        """A connection was lost: Redis is away when the next one cannot be had, there or where a
+        cluster sends us."""
         self.reason = str(fault)
         if self.state == "here":
             self.state = "returning"
             self.beat_timer.cancel()
-        elif self.state == "returning":
+        elif self.state == "returning" and not fault.moved_to:
             self.state = "away"
             self.on_change("away")
             self.decide()

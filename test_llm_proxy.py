@@ -11131,8 +11131,16 @@ class SharedLimitsTest(ProxyCase):
                              and b"known_nodes:3" in node.ask("CLUSTER", "INFO")
                              for node in self.nodes), "the cluster")
         for node, admitted in zip(self.nodes, (4, 4, 2)):
-            self.start_here(REDIS_URL=node.url)
+            buckets = self.start_here(REDIS_URL=node.url)
+            buckets.redis.STEADY_SECONDS = 0
             self.assert_admitted(admitted, 4)
+            places = []
+            for place in self.nodes:
+                place.ask("CLIENT", "KILL", "TYPE", "normal")
+                self.is_back(buckets)
+                places.append(buckets.redis.transport.get_extra_info("peername"))
+            self.assertEqual(len(set(places)), 1)
+            self.assertNotIn("goes by its share", self.lines.text())
 
 
 @NEEDS_REDIS
