@@ -12672,11 +12672,7 @@ class RedisReader:
         self.data += data
         replies = []
         place = 0
-        while True:
-            found = self.read_one(place)
-            if found is None:
-                break
-            value, end = found
+        for value, end in iter(lambda: self.read_one(place), None):
             self.taken += end - place
             place = end
             is_begun = self.open and value is self.open[-1][0]
@@ -18598,10 +18594,9 @@ SHARES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
     """Returns the mean and the percentiles of what is not empty."""
-    found = sorted(seconds)
-    last = len(found) - 1
-    return {"mean": round(1000 * sum(found) / len(found), 3), **{
-        name: round(1000 * found[min(last, len(found) * share // 100)], 3)
+    found = sorted([round(1000 * one, 3) for one in seconds])
+    return {"mean": round(sum(found) / len(found), 3), **{
+        name: found[min(len(found) - 1, len(found) * share // 100)]
         for name, share in SHARES.items()}}
 
 
