@@ -13186,7 +13186,8 @@ local function read(text)
   if loss and of == loss then
     b.since, b.told, b.before = tonumber(since) or 0, tonumber(told), tonumber(first)
   elseif is_again and tonumber(of) == before then  -- not all is lost
-    b.since, b.told, b.before = tonumber(since) or 0, tonumber(since), before
+    b.told, b.before = (tonumber(since) or 0) - (tonumber(told) or 0), before
+    b.since = b.told
   end
   local numbers = {}
   for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
@@ -13265,7 +13266,7 @@ function act.put()
   if is_over or not is_again or before < (b.before or 0) then told = 0 end
   put.level = math.min(b.room, level + told)
   pass[b.kind](put)
-  if told ~= 0 and before > (b.before or 0) then
+  if is_again and before > (b.before or 0) then  -- whoever knows more has seen that
     b.since, b.told, b.before = b.since - (b.told or 0), nil, before
   end
   if told ~= 0 and told > (b.told or -math.huge) then
@@ -13311,7 +13312,7 @@ local is_recent = loss and now - (tonumber(loss) or 0) < 5000000
 for i, b in ipairs(buckets) do
   if b.changed then save(b, KEYS[i + 2]) end
   local given = b.given or {}
-  local since = is_recent and b.since and text(b.since) or 0
+  local since = is_recent and b.since and text(b.since - (b.told or 0)) or 0
   answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given, since}, ' ')
   for _, one in ipairs(given) do
     gifts[#gifts + 1] = ' ' .. text(one[1]) .. ' ' .. text(one[2] - now)
