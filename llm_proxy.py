@@ -12737,7 +12737,7 @@ class RedisReader:
 
     def begin_array(self, size):
         if size <= 0:
-            return [] if size == 0 else None
+            return None if size else []
         if len(self.open) >= self.MOST_DEPTH:
             raise RedisFault("sends too deep a reply")
         self.open.append(([], size))
@@ -13184,7 +13184,8 @@ local function read(text)
   local plain, since, told, first, of = string.match(text, shape)
   if loss then b.since = 0 end
   if loss and of == loss then
-    b.since, b.told, b.before = tonumber(since) or 0, tonumber(told), tonumber(first)
+    b.since, b.before = tonumber(since) or 0, tonumber(first)
+    b.told = told ~= '0' and tonumber(told) or nil
   elseif is_again and tonumber(of) == before then  -- not all is lost
     b.told, b.before = (tonumber(since) or 0) - (tonumber(told) or 0), before
     b.since = b.told
@@ -13296,8 +13297,7 @@ local function save(b, key)
       length = math.max(length, one[2] - now)
     end
     if b.since then
-      local told = b.told and text(b.told) or '-'
-      local words = {'since', text(b.since), told, text(b.before or 0), loss}
+      local words = {'since', text(b.since), text(b.told or 0), text(b.before or 0), loss}
       parts[#parts + 1] = table.concat(words, ' ')
     end
   else
@@ -14405,7 +14405,7 @@ class SharedStored(Stored):
     async def recall(self, call: Call):
         """Finds out what is not known here of the things that a call speaks of."""
         names, path = call.references(), call.stored
-        is_named = path is not None and path.name
+        is_named = path and path.name
         if is_named:
             names += path.name, "%s/%s" % path[:2]
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
