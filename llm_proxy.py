@@ -348,8 +348,9 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?![\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty or in quotes; one with = in it needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|].*=)|(?=[A-Za-z0-9._~+/-]*$))((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty or in quotes; one with other signs than"
+    " letters, digits and ._~+/- needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -455,6 +456,9 @@ def rules(text, scope=""):
     """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
     PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines; `scope` is that of all
     where none is said."""
+    require(not (scope and re.search(rf"(^|[;\n])\s*{SCOPE_SHAPE}", text)), "must be rules such as"
+            " '60 requests per minute', without each or whom else they are for: they are this"
+            " caller's")
     rows = [scope + " ".join(row.split()) for row in re.split("[;\n]", text) if row.strip()]
     found = list(map(read_rule, rows))
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
@@ -1618,6 +1622,13 @@ class CannotBeRead(Refusal):
 class NothingStored(Refusal):
     status = 404
     message = "Nothing of this name is stored here for this caller"
+
+
+class AskedElsewhere(Refusal):
+    """Of several that ask for the answer of one call in the background one settles it."""
+    status = 409
+    message = "Another call asks for this answer now, try again in a moment"
+    fields = {"Retry-After": 1}
 
 
 class NoSuchPage(Refusal):
@@ -10196,6 +10207,10 @@ class InUse(DatabaseFault):
     """Another process has it, now or for all its life; a later try may do."""
 
 
+class NothingRecorded(DatabaseFault):
+    """There is nothing to read yet."""
+
+
 def exact_total(name):
     """Returns an expression for the sum of a column, as an integer: SQLite's sum() fails where it
     is too large, and its total() rounds; money needs more digits than counts."""
@@ -10357,15 +10372,14 @@ class Database:
     def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False,
                  shared: bool = False):
         """`lock` as `lock_for_service` has it. `shared`: other processes write calls, too, and the
-        levels of buckets are not here. Raises DatabaseFault; FileNotFoundError where there is
-        nothing to read."""
+        levels of buckets are not here. Raises DatabaseFault."""
         self.path = path
         self.lock = lock
         self.shared = shared
         self.names = SumNames()
         is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
-            raise FileNotFoundError(f"no calls are recorded in {path} (DATABASE)")
+            raise NothingRecorded(f"no calls are recorded in {path} (DATABASE)")
         try:
             if not is_new:
                 self.check()
@@ -12601,7 +12615,7 @@ class Worker(NamedTuple):
 
 
 # What errors of Redis mean, by their first word, for people.
-REDIS_ERRORS = dict(row.split(" ", 1) for row in """\
+REDIS_ERRORS = table_of("""
 OOM is out of memory
 READONLY is read-only
 LOADING is loading its data
@@ -12609,12 +12623,13 @@ MASTERDOWN has lost its master
 CLUSTERDOWN is a cluster that is down
 MOVED is a cluster whose keys have moved
 TRYAGAIN is a cluster whose keys move
+ASK is a cluster whose keys move
 NOAUTH asks for a password
 WRONGPASS does not take the user and password
 NOPERM does not permit what it is asked for
 NOREPLICAS has too few replicas
 MISCONF cannot write to its disk
-BUSY is busy with a script""".splitlines())
+BUSY is busy with a script""")
 
 
 class RedisFault(Exception):
@@ -12656,11 +12671,7 @@ class RedisReader:
         self.data += data
         replies = []
         place = 0
-        while True:
-            found = self.read_one(place)
-            if found is None:
-                break
-            value, end = found
+        for value, end in iter(lambda: self.read_one(place), None):
             self.taken += end - place
             place = end
             is_begun = self.open and value is self.open[-1][0]
@@ -12725,7 +12736,7 @@ class RedisReader:
 
     def begin_array(self, size):
         if size <= 0:
-            return [] if size == 0 else None
+            return None if size else []
         if len(self.open) >= self.MOST_DEPTH:
             raise RedisFault("sends too deep a reply")
         self.open.append(([], size))
@@ -12762,12 +12773,11 @@ class RedisScript:
 class Asked:
     """A command on its way. `answer` is told the reply, or a RedisFault. Without `answer` the
     command is sent again where it may be lost."""
-    __slots__ = ("data", "answer", "sent")
+    sent = 0.0
 
     def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
         self.data = data
         self.answer = answer
-        self.sent = 0.0
 
 
 class ListeningTime:
@@ -12940,8 +12950,8 @@ class Redis(asyncio.Protocol):
                     await self.lost
             for act in self.on_leave:
                 act(self.reason)
-            place = self.reason.moved_to
             is_steady = self.loop.time() - began > self.STEADY_SECONDS
+            place = self.reason.moved_to or is_steady and place
             pause = 0 if is_steady else min(self.LONGEST_PAUSE, 2 * pause + 0.05)
             await asyncio.sleep(pause)
 
@@ -12972,7 +12982,7 @@ class Redis(asyncio.Protocol):
             connecting.result()
         except ssl.SSLCertVerificationError:
             raise RedisFault("has a certificate that is not trusted") from None
-        except (ConnectionError, OSError, ValueError) as failure:
+        except (OSError, ValueError) as failure:
             is_tls = isinstance(failure, ssl.SSLError)
             raise RedisFault("does not speak TLS" if is_tls else "is not there") from None
         finally:
@@ -13046,16 +13056,19 @@ class Redis(asyncio.Protocol):
             self.asked.extend(unsent)
             self.transport.write(b"".join([one.data for one in unsent]))
 
+    def waited(self) -> float:
+        """Returns for how many seconds the oldest command has been on its way."""
+        return self.listening.now() - self.asked[0].sent
+
     def note_lateness(self):
-        """Looks at how long the oldest command was on its way."""
-        is_late = self.listening.now() - self.asked[0].sent > self.LATE_SECONDS
+        is_late = self.waited() > self.LATE_SECONDS
         self.late_times = self.late_times + 1 if is_late else 0
         if self.late_times >= self.LATE_TIMES:
             self.leave(RedisFault("answers late"))
 
     def look(self):
         """Ends a connection that is silent."""
-        if self.asked and self.listening.now() - self.asked[0].sent > self.SILENT_SECONDS:
+        if self.asked and self.waited() > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
         return bool(self.asked)
 
@@ -13090,10 +13103,13 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # of running calls '(process count until)...'. No key is a full bucket.
 #
 # The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
-# of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
-# saw it last, and charges again what it had no answer for. So that who comes second does not take
-# these charges of the first for some that it has seen, a text also tells what was charged 'since'
-# a loss, whose number is kept as long as Redis remembers.
+# of the loss and of the one that the process knew before, or 'start' where the process is new. What
+# Redis has lost each process puts back as it saw it last, and charges again what it had no answer
+# for. So that who comes second does not take these charges of the first for some that it has seen,
+# a text also tells what was charged 'since' a loss, whose number is kept while Redis remembers. It
+# may lose all again before each has put back its levels: those that have tell what was charged
+# since the loss before, of which the most that any saw is part of 'since' then: a text has that,
+# and when that loss was, too.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
@@ -13101,9 +13117,11 @@ local sequence, mode = number(), words()
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
 local unpack = unpack or table.unpack
 local found = redis.call('MGET', unpack(KEYS, 2))
-local loss = found[1]
+local loss, before, is_again = found[1], 0, false
 if mode == 'put' or mode == 'last' then
   local told = words()
+  before = number()
+  is_again = told - before < 5000000
   if tonumber(told) > (tonumber(loss) or 0) then
     loss = told
     redis.call('SET', KEYS[2], loss)
@@ -13119,12 +13137,14 @@ function pass.bucket(b)  -- it is refilled by whole intervals
     b.level = b.level + steps * b.refill
     b.stamp = b.stamp + steps * b.interval
   end
-  if b.level >= b.room then b.level, b.stamp, b.since = b.room, now, b.since and 0 end
+  if b.level >= b.room then
+    b.level, b.stamp, b.since, b.told = b.room, now, b.since and 0, nil
+  end
   b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
 end
 local function begin(b, stamp)
   b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
-  b.since = b.since and 0
+  b.since, b.told = b.since and 0, nil
 end
 function pass.window(b)  -- it begins with its first call
   if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
@@ -13159,8 +13179,16 @@ local function read(text)
     if now >= ends then began, ends = ends, after end
     b.began, b.ends = began, ends
   end
-  local plain, since, of = string.match(text, '^(.*) since (%S+) (%S+)$')
-  if loss then b.since = of == loss and tonumber(since) or 0 end
+  local shape = '^(.*) since (%S+) (%S+) (%S+) (%S+)$'
+  local plain, since, told, first, of = string.match(text, shape)
+  if loss then b.since = 0 end
+  if loss and of == loss then
+    b.since, b.before = tonumber(since) or 0, tonumber(first)
+    b.told = told ~= '0' and tonumber(told) or nil
+  elseif is_again and tonumber(of) == before then  -- not all is lost
+    b.told, b.before = (tonumber(since) or 0) - (tonumber(told) or 0), before
+    b.since = b.told
+  end
   local numbers = {}
   for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   for i = 3, #numbers, 2 do
@@ -13219,6 +13247,7 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
+  local told = number()
   local given, extra = {}, 0
   for i = 1, number() do
     given[i] = {number(), now + number()}
@@ -13230,9 +13259,20 @@ function act.put()
     b.given, b.extra, b.changed = given, extra, true
   end
   local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
-               began = b.began, ends = b.ends, level = math.min(b.room, level), stamp = now - age}
+               began = b.began, ends = b.ends, stamp = now - age}
   if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
+  local is_over = put.began and put.stamp ~= put.began
+                  or b.kind == 'window' and age + 2 >= put.interval
+  if is_over or not is_again or before < (b.before or 0) then told = 0 end
+  put.level = math.min(b.room, level + told)
   pass[b.kind](put)
+  if is_again and before > (b.before or 0) then  -- whoever knows more has seen that
+    b.since, b.told, b.before = b.since - (b.told or 0), nil, before
+  end
+  if told ~= 0 and told > (b.told or -math.huge) then
+    local more = told - (b.told or 0)
+    b.told, b.since, b.level, b.changed = told, b.since + more, b.level - more, true
+  end
   put.level = put.level - (b.since or 0)
   if put.level < b.level then
     b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
@@ -13255,7 +13295,10 @@ local function save(b, key)
       parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
       length = math.max(length, one[2] - now)
     end
-    if b.since then parts[#parts + 1] = 'since ' .. text(b.since) .. ' ' .. loss end
+    if b.since then
+      local words = {'since', text(b.since), text(b.told or 0), text(b.before or 0), loss}
+      parts[#parts + 1] = table.concat(words, ' ')
+    end
   else
     parts = {}
   end
@@ -13264,10 +13307,12 @@ local function save(b, key)
   redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
 end
 local answer, gifts = {table.concat(flags) .. '.'}, {}
+local is_recent = loss and now - (tonumber(loss) or 0) < 5000000
 for i, b in ipairs(buckets) do
   if b.changed then save(b, KEYS[i + 2]) end
   local given = b.given or {}
-  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given}, ' ')
+  local since = is_recent and b.since and text(b.since - (b.told or 0)) or 0
+  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given, since}, ' ')
   for _, one in ipairs(given) do
     gifts[#gifts + 1] = ' ' .. text(one[1]) .. ' ' .. text(one[2] - now)
   end
@@ -13285,7 +13330,7 @@ return answer
 LUA_BEAT = LUA_TIME + """
 local existed = redis.call('EXISTS', KEYS[3])
 redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 5000000))
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 2500000))
 redis.call('PEXPIRE', KEYS[1], 86400000)
 local last = redis.call('HGET', KEYS[1], 'last') or '0'
 local loss = redis.call('GET', KEYS[2]) or '0'
@@ -13297,9 +13342,11 @@ return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 """
 
 
-# Fills buckets; what was given beyond the rule stays.
+# Fills some buckets, and goes on where SCAN does: ARGV are where, and what their names are like.
+# What was given beyond the rule stays.
 LUA_FILL = """
-for _, key in ipairs(KEYS) do
+local cursor, keys = unpack(redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 1000))
+for _, key in ipairs(keys) do
   local stamp, given = string.match(redis.call('GET', key) or '', '^%S+ (%S+)( %d.*)$')
   if given then
     local length = math.max(1, redis.call('PTTL', key))
@@ -13308,6 +13355,7 @@ for _, key in ipairs(KEYS) do
     redis.call('DEL', key)
   end
 end
+return cursor
 """
 
 
@@ -13315,15 +13363,14 @@ class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
     `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
     decided here, where it was sent: Redis may have taken it."""
-    __slots__ = ("keyed_rules", "costs", "future", "until", "levels", "sent", "admitted")
+    levels: Optional[List[Level]] = None
+    sent = admitted = False
 
     def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup, until: float):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
         self.until = until
-        self.levels: Optional[List[Level]] = None
-        self.sent = self.admitted = False
 
 
 class Batch:
@@ -13496,7 +13543,7 @@ class RedisBuckets(Buckets):
         self.redis = redis
         self.policy = policy
         self.processes = peers
-        self.counts = deque([peers], maxlen=10)
+        self.counts = deque([peers], maxlen=4)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
         self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
@@ -13504,6 +13551,8 @@ class RedisBuckets(Buckets):
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = deque(maxlen=self.MOST_KEPT)
         self.fills = set()                  # callers whose buckets are to be filled
+        # What was charged since a loss, which may come again before all have put back their levels
+        self.since = {}
         self.takes = deque()    # to be sent
         self.waiting = deque()  # calls that wait, or did a moment ago
         self.batches = deque()
@@ -13570,7 +13619,7 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
@@ -13664,10 +13713,12 @@ class RedisBuckets(Buckets):
     def read_answer(self, batch, flags, numbers):
         now = self.clock.monotonic()
         found = {}
-        end = 3 * len(batch.rules)
+        end = 4 * len(batch.rules)
         gifts = numbers[end:]
-        for rule, key, level, age, count in zip(
-                batch.rules, batch.places, *[numbers[place:end:3] for place in range(3)]):
+        for rule, key, level, age, count, since in zip(
+                batch.rules, batch.places, *[numbers[place:end:4] for place in range(4)]):
+            if since:
+                self.since[key] = since
             given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
             found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
@@ -13770,12 +13821,13 @@ class RedisBuckets(Buckets):
                 one.future.wake()
 
     def on_leave(self, fault):
-        """A connection was lost: Redis is away when the next one cannot be had."""
+        """A connection was lost: Redis is away when the next one cannot be had, there or where a
+        cluster sends us."""
         self.reason = str(fault)
         if self.state == "here":
             self.state = "returning"
             self.beat_timer.cancel()
-        elif self.state == "returning":
+        elif self.state == "returning" and not fault.moved_to:
             self.state = "away"
             self.on_change("away")
             self.decide()
@@ -13791,7 +13843,8 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            await self.put_back(done, self.known_levels(), f"last {loss}")
+            await self.put_back(done, self.known_levels(), f"last {loss} {self.loss}")
+            self.since.clear()
         self.fresh = False
         self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
@@ -13807,9 +13860,10 @@ class RedisBuckets(Buckets):
             given = self.given.get(key, ())
             if rule.unit != RUNNING and (given or level < rule.capacity):
                 amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
-                yield ("put", rule, key, amount, microseconds(now - refilled), 1, len(given),
-                       *chain(*[(stored_amount(rule, more), microseconds(until - now))
-                                for more, until in given]))
+                yield ("put", rule, key, amount, microseconds(now - refilled), 1,
+                       self.since.get(key, 0), len(given), *chain(*[
+                           (stored_amount(rule, more), microseconds(until - now))
+                           for more, until in given]))
 
     async def put_back(self, number, acts, end):
         """Puts levels back, and has Redis know that batches up to this number were done."""
@@ -13878,15 +13932,11 @@ class RedisBuckets(Buckets):
         """Fills the buckets of callers; what Redis does not do now is done when it is back."""
         with suppress(RedisFault):
             for owner in list(self.fills):
-                pattern_of_names = f"{self.prefix}b:*{short_digest(owner)}*:*"
-                cursor = b"0"
-                while True:
-                    cursor, names = await self.redis.call(
-                        "SCAN", cursor, "MATCH", pattern_of_names, "COUNT", 1000)
-                    if names:
-                        await self.redis.call("EVAL", LUA_FILL, len(names), *names)
-                    if cursor == b"0":
-                        break
+                pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
+                cursor = 0
+                while cursor != b"0":
+                    cursor = await self.redis.call(
+                        "EVAL", LUA_FILL, 1, self.prefix, cursor, pattern_of_names)
                 self.fills.discard(owner)
 
 
@@ -14309,11 +14359,11 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-# Returns a bill that nobody is about to charge: KEYS are the bill and who is from now on, ARGV that
-# process and for how many seconds.
+# Returns a bill, 0 where another process is about to charge it: KEYS are the bill and who is from
+# now on, ARGV that process and for how many seconds.
 LUA_CLAIM = """
-return redis.call('EXISTS', KEYS[1]) == 1
-       and redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and redis.call('GET', KEYS[1])
+local bill = redis.call('GET', KEYS[1])
+return bill and (redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and bill or 0)
 """
 LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
@@ -14321,8 +14371,9 @@ LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL'
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
     there until it is charged, and is claimed while calls of one process run that ask for its
-    answer: nobody charges it twice. A claim is a lease, so that of a process that died ends."""
-    LEASE_SECONDS = 60
+    answer; those that ask another process meanwhile are refused, or they would be told what nobody
+    charges. A claim is a lease, so that of a process that died ends."""
+    LEASE_SECONDS = 30
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
     limits: Optional[Limits] = None  # whose rules bills go by
@@ -14352,7 +14403,7 @@ class SharedStored(Stored):
     async def recall(self, call: Call):
         """Finds out what is not known here of the things that a call speaks of."""
         names, path = call.references(), call.stored
-        is_named = path is not None and path.name
+        is_named = path and path.name
         if is_named:
             names += path.name, "%s/%s" % path[:2]
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
@@ -14380,7 +14431,8 @@ class SharedStored(Stored):
             list(call.made), bill.characters, call.endpoint])
 
     async def claim_bill(self, call, name):
-        """Waits for the claim that all calls share which ask here for one answer."""
+        """Waits for the claim that all calls share which ask here for one answer. Raises
+        AskedElsewhere."""
         self.polls[call] = name
         claim = self.claims.get(name)
         if claim is None:
@@ -14390,7 +14442,9 @@ class SharedStored(Stored):
                            self.redis.process, self.LEASE_SECONDS)
         try:
             await asyncio.wait([claim], timeout=self.redis.ANSWER_SECONDS)
-        except asyncio.CancelledError:
+            if claim.done() and claim.result() == 0:
+                raise AskedElsewhere()
+        except (asyncio.CancelledError, AskedElsewhere):
             self.end_poll(call)
             raise
 
@@ -14398,10 +14452,10 @@ class SharedStored(Stored):
         """Keeps a bill that is claimed now, though the calls that asked may have ended."""
         with suppress(ValueError, TypeError, LookupError):
             self.bills[name] = self.read_bill(*json.loads(reply))
-        self.claims[name].set_result(None)
-        if name not in self.bills:  # there is none, or another process has claimed it
+        self.claims[name].set_result(reply)
+        if name not in self.bills:
             del self.claims[name]
-            if reply is not None:
+            if reply:
                 self.release(name)
         elif name not in self.polls.values():
             self.end_claim(name)
@@ -16309,7 +16363,7 @@ class Admin:
             raise BooksAway("Nothing is kept: DATABASE is off")
         try:
             return await jobs.run(reply.context, reply.entry.caller.key, act, *arguments)
-        except (sqlite3.Error, DatabaseFault, FileNotFoundError):
+        except (sqlite3.Error, DatabaseFault):
             raise BooksAway from None
 
     async def read_books(self, ask, act, *arguments, jobs=None):
@@ -18507,10 +18561,9 @@ SHARES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
     """Returns the mean and the percentiles of what is not empty."""
-    found = sorted(seconds)
-    last = len(found) - 1
-    return {"mean": round(1000 * sum(found) / len(found), 3), **{
-        name: round(1000 * found[min(last, len(found) * share // 100)], 3)
+    found = sorted([round(1000 * one, 3) for one in seconds])
+    return {"mean": round(sum(found) / len(found), 3), **{
+        name: found[min(len(found) - 1, len(found) * share // 100)]
         for name, share in SHARES.items()}}
 
 
@@ -18866,7 +18919,7 @@ def can_be_written(path):
 def look_at_database(config):
     """Raises DatabaseFault where a service could not use it."""
     path = config.database
-    with suppress(FileNotFoundError, sqlite3.Error), (
+    with suppress(NothingRecorded, sqlite3.Error), (
             closing(Database(path, reading=True))) as database:
         if is_closed(database.execute):
             config.note_stored_keys()
@@ -19228,8 +19281,7 @@ def usage_query(execute, by, since):
 
 def read_usage(path, options, now):
     """Returns the names of columns, and a row for each group, the most expensive first; with --id
-    the one row of that call. Raises DatabaseFault, and FileNotFoundError where there is no
-    ledger."""
+    the one row of that call. Raises DatabaseFault."""
     since = max(0, now - read_option("--since", age, options.since))
     by = read_option("--by", listed(one_of(*GROUPS)), ",".join(options.by or ["caller"]))
     with closing(Database(path, reading=True).connection) as connection:
@@ -19781,9 +19833,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         code = run_command(options, dict(os.environ))
         sys.stdout.flush()
         return code
-    except (ConfigFaults, DatabaseFault, FileNotFoundError) as fault:
+    except (ConfigFaults, DatabaseFault) as fault:
         tell_user(fault)
-        return 1 if isinstance(fault, (InUse, FileNotFoundError)) else 2
+        return 1 if isinstance(fault, (InUse, NothingRecorded)) else 2
     except OSError as failure:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

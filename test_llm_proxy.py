@@ -1149,6 +1149,7 @@ class ConfigTest(TableCase):
         CPU_AFFINITY  none  -1  10000
         UNPRICED  free  -1  1e3  1000000  .5
         PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
+        PROXY_API_KEYS  alice:sk-1  sk-1;sk-2  sk-1|sk-2  ["sk-1"]  alice=sk-1;bob=sk-2
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
         UPSTREAM_CA_FILE  /nowhere.pem  FILE
@@ -9148,7 +9149,7 @@ class KeyStoreTest(KeysCase):
         add -> "ben" -> {"role": "root"} -> role must
         add -> "ben" -> {"expires": "soon"} -> expires must be such as
         add -> "ben" -> {"expires": 7} -> expires must be text
-        add -> "ben" -> {"limits": "each 1 usd per day"} -> limits must be rules
+        add -> "ben" -> {"limits": "each 1 usd per day"} -> limits must be .*, without each or whom
         add -> "ben" -> {"models": "a,,b"} -> models must be
         add -> "ben" -> {"note": "a\nb"} -> note must be one line
         add -> "ben" -> {"tag": "web app"} -> tag must be 1 to 64
@@ -10654,7 +10655,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         later = llm_proxy.Batch(store.number + 3, store.describe)
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
-        self.assertEqual(answers, [b"1. 1 0 0", b"1. 1 0 0", b"gap", b"1. 1 0 0"])
+        self.assertEqual(answers, [b"1. 1 0 0 9", b"1. 1 0 0 9", b"gap", b"1. 1 0 0 9"])
 
     def test_levels_that_are_put_back_take_no_charges_of_another_process_for_their_own(self):
         """At first c knew nothing; to a's second charge nobody had an answer; what is lost again is
@@ -10665,27 +10666,39 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.server.ask("DEL", "{test}:lost")
         stale = None
         for process, mode, act, level in self.each("""[
-                ["c", "last 1", null, null], ["c", "-", ["charge", 1, 0], 9],
-                ["a", "put 1", ["put", 8, 0, 1], 7], ["a", "last 1", null, null],
+                ["c", "last 1 0", null, null], ["c", "-", ["charge", 1, 0], 9],
+                ["a", "put 1 0", ["put", 8, 0, 1], 7], ["a", "last 1 0", null, null],
                 ["a", "-", ["charge", 2, 0], 5],
                 ["new", "start", null, null], ["new", "-", ["charge", 1, 0], 4],
-                ["b", "put 1", ["put", 7, 0, 1], 3], ["b", "put 1", ["put", 9, 0, 1], 3],
+                ["b", "put 1 0", ["put", 7, 0, 1], 3], ["b", "put 1 0", ["put", 9, 0, 1], 3],
                 ["lost again", null, null, null],
-                ["b", "put 2", ["put", 3, 0, 1], 3], ["b", "last 2", null, null],
-                ["b", "-", ["charge", 1, 0], 2], ["c", "put 2", ["put", 4, 0, 1], 2],
-                ["a", "put 2", ["put", 3, 0, 1], 2]]"""):
+                ["b", "put 2 0", ["put", 3, 0, 1], 3], ["b", "last 2 0", null, null],
+                ["b", "-", ["charge", 1, 0], 2], ["c", "put 2 0", ["put", 4, 0, 1], 2],
+                ["a", "put 2 0", ["put", 3, 0, 1], 2]]"""):
             if not mode:
                 self.server.ask("SET", name, stale)
                 self.server.ask("DEL", *["{test}:p:" + one for one in ("a", "b", "c", "new")])
                 continue
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
-                batch.act(act[0], *pair, *act[1:], *[0] * (act[0] == "put"))
+                batch.act(act[0], *pair, *act[1:], *[0, 0] * (act[0] == "put"))
             with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
                 parts = store.batch_parts(batch, mode)
             answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
             stale = stale or self.server.ask("GET", name)
+
+    def test_who_has_died_is_counted_for_less_than_five_seconds(self):
+        self.start()
+        store, counted = self.buckets, []
+        for process in ["dead"] + 9 * ["a"]:
+            with mock.patch.object(self.redis, "process", process):
+                store.read_beat(self.redis.loop.run_until_complete(
+                    self.redis.call(*store.beat_parts())))
+            counted.append(store.processes)
+            self.clock.now += 0.5
+            self.set_time()
+        self.assertEqual((min(counted[1:5]), counted[9]), (3, 1))
 
     def test_one_loss_has_one_number_for_all_also_for_who_has_missed_some(self):
         self.start()
@@ -10946,25 +10959,49 @@ class SharedLimitsTest(ProxyCase):
             self.assertEqual(self.admitted(11), 10)
             self.assertEqual(buckets.state, "returning")
 
+    def start_with_replica(self):
+        """Returns a name of a server, its replica, which has six of ten, and two that use it."""
+        old, new = self.redis, _ = [RedisServer(self, port="--port") for _ in range(2)]
+        link = new_path(self, "link")
+        os.symlink(old.path, link)
+        new.ask("REPLICAOF", "127.0.0.1", old.port)
+        both = [self.start_here(REDIS_URL="unix://" + link) for _ in range(2)]
+        wait_for(lambda: [one.processes for one in both] == [2, 2])
+        self.assert_admitted(4, 4)
+        self.redis = new
+        wait_for(lambda: self.stored() == [6], "the replica")
+        return old, new, link, both
+
+    @staticmethod
+    def move(link, server):
+        os.symlink(server.path, link + ".new")
+        os.replace(link + ".new", link)
+
+    def test_a_server_that_is_lost_is_replaced_by_its_replica(self):
+        old, new, link, both = self.start_with_replica()
+        old.kill()
+        for one in both:
+            self.is_away(one)
+        self.move(link, new)
+        for one in both:
+            wait_for(lambda: one.reason == "is read-only")
+        self.assert_admitted(3, 9)
+        new.ask("REPLICAOF", "NO", "ONE")
+        for one in both:
+            self.is_back(one)
+        self.assertEqual(self.stored(), [3])
+        self.assert_admitted(3, 9)
+
     def test_a_replica_that_takes_over_knows_all_or_is_told(self):
         for lost, left in self.each("""[[0, 6], [2, 4]]"""):
-            old, new = self.redis, _ = [RedisServer(self, port="--port") for _ in range(2)]
-            link = new_path(self, "link")
-            os.symlink(old.path, link)
-            new.ask("REPLICAOF", "127.0.0.1", old.port)
-            both = [self.start_here(REDIS_URL="unix://" + link) for _ in range(2)]
-            wait_for(lambda: [one.processes for one in both] == [2, 2])
-            self.assert_admitted(4, 4)
-            self.redis = new
-            wait_for(lambda: self.stored() == [6], "the replica")
+            old, new, link, both = self.start_with_replica()
             new.ask("REPLICAOF", "NO", "ONE")
             self.assert_admitted(lost, lost)  # as the old one knows alone
             old.ask("REPLICAOF", "127.0.0.1", new.port)
             for one in both:
                 wait_for(lambda: one.reason == "is read-only")
             self.assert_admitted(left // 2, 9)
-            os.symlink(new.path, link + ".new")
-            os.replace(link + ".new", link)
+            self.move(link, new)
             for one in both:
                 self.is_back(one)
             self.assertEqual(self.stored(), [left - left // 2])
@@ -11041,9 +11078,8 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(3, 3)
-        loop = two.redis.loop
         with mock.patch.object(two, "BEAT_SECONDS", PATIENCE):
-            wait_for(lambda: two.beat_timer.when() > loop.time() + 1)
+            self.wait_for_no_beat(two)
             self.redis.ask("FLUSHALL")
             self.is_back(one)
             self.address = self.proxies[0]
@@ -11052,10 +11088,43 @@ class SharedLimitsTest(ProxyCase):
             one.redis.loop.call_soon_threadsafe(
                 one.give, seen.rule, seen.key, 5, time.monotonic() + 60)
             wait_for(lambda: max(self.stored(), default=0) >= 5)
-            loop.call_soon_threadsafe(two.beat_timer.cancel)
-            loop.call_soon_threadsafe(two.beat)
-            wait_for(lambda: two.loss == one.loss > 0 and is_done(two))
+            self.notice_loss(two)
+            self.assertEqual(two.loss, one.loss)
         self.assertEqual(self.stored(), [11])
+
+    def test_what_is_charged_between_two_losses_is_not_forgotten_when_others_put_back(self):
+        """The second proxy does not notice the first loss."""
+        for order in self.each(((0, 1), (1, 0))):
+            self.proxies = []
+            both = one, two = self.start_here(), self.start_here()
+            one.LOOKS = 0  # it knows nothing of what the second one lets in
+            self.assert_admitted(3, 3)
+            self.address = self.proxies[0]
+            with mock.patch.object(one, "BEAT_SECONDS", PATIENCE), mock.patch.object(
+                    two, "BEAT_SECONDS", PATIENCE):
+                for buckets in both:
+                    self.wait_for_no_beat(buckets)
+                self.redis.ask("FLUSHALL")
+                self.notice_loss(one)
+                self.assert_admitted(1, 1)
+                self.is_back(one)
+                self.redis.ask("FLUSHALL")
+                for place in order:
+                    self.notice_loss(both[place])
+                self.assert_admitted(1, 1)
+                self.is_back(one)
+            self.assertEqual(self.stored(), [5])
+            self.redis.ask("FLUSHALL")
+
+    def wait_for_no_beat(self, buckets):
+        loop = buckets.redis.loop
+        wait_for(lambda: buckets.beat_timer.when() > loop.time() + 1)
+
+    def notice_loss(self, buckets):
+        before, loop = buckets.loss, buckets.redis.loop
+        loop.call_soon_threadsafe(buckets.beat_timer.cancel)
+        loop.call_soon_threadsafe(buckets.beat)
+        wait_for(lambda: buckets.loss > before and is_done(buckets))
 
     def test_each_gift_is_put_back_once_with_its_own_end(self):
         key = "sk-1"
@@ -11125,8 +11194,15 @@ class SharedLimitsTest(ProxyCase):
                              and b"known_nodes:3" in node.ask("CLUSTER", "INFO")
                              for node in self.nodes), "the cluster")
         for node, admitted in zip(self.nodes, (4, 4, 2)):
-            self.start_here(REDIS_URL=node.url)
+            buckets = self.start_here(REDIS_URL=node.url)
+            buckets.redis.STEADY_SECONDS = 0
             self.assert_admitted(admitted, 4)
+            lost = buckets.redis.lost
+            for one in self.nodes:
+                one.ask("CLIENT", "KILL", "TYPE", "normal")
+            wait_for(lambda: buckets.redis.lost is not lost)
+            self.is_back(buckets)
+            self.assertNotIn("goes by its share", self.lines.text())
 
 
 @NEEDS_REDIS
@@ -11625,7 +11701,7 @@ class SharedStoredTest(ProxyCase):
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told, in self.each((
                 ((0, 0), (1, 0), [0]), ((0, 0), (0, 1), [1]), ((0, 0), (1, 0), [0, 1]),
-                ((0, 1), (0, 1), [0, 1]), ((0, 0, 1), (1, 2, 0), [0, 2]))):
+                ((0, 0, 0), (1, 2, 0), [0, 2]))):
             redis, polls = self.start_owing(), []
             self.stub.answer = None
             for place in places:
@@ -11641,6 +11717,21 @@ class SharedStoredTest(ProxyCase):
                 wait_for(lambda: is_done(proxy.limits.buckets))
             self.assertEqual(self.left(redis), [b"96980"])
 
+    def test_who_asks_another_process_meanwhile_is_to_ask_again(self):
+        redis = self.start_owing()
+        self.stub.answer = None
+        self.address = self.addresses[0]
+        client, asked = self.ask_stub(self.POLL)
+        refused = self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
+        self.assertEqual((refused.status, refused.get("retry-after")), (409, "1"))
+        asked.answer(b'{"status": "queued"}')
+        client.head()
+        wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
+        self.stub.answer = says_json(self.USED)
+        self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
+        wait_for(lambda: self.left(redis) == [b"96980"])
+        wait_for(lambda: not any(proxy.stored.polls for proxy in self.proxies))
+
     def test_a_claim_is_renewed_while_a_call_asks_and_ends_with_the_process(self):
         redis = self.start_owing()
         self.stub.answer = None
@@ -11648,7 +11739,7 @@ class SharedStoredTest(ProxyCase):
         claim, = redis.ask("KEYS", "*:claim:*")
         redis.ask("EXPIRE", claim, 5)
         self.proxy.redis.loop.call_soon_threadsafe(self.proxy.stored.beat)
-        wait_for(lambda: 50 < redis.ask("TTL", claim) <= 60)
+        wait_for(lambda: 20 < redis.ask("TTL", claim) <= 30)
         asked.answer()
         client.head()
 
@@ -15721,6 +15812,11 @@ class CommandsTest(ProcessCase):
         self.assertEqual((found, out, len(err.splitlines())), (code, "", number), err)
         self.assertIn(text, err)
 
+    def test_a_file_that_is_missing_anywhere_is_not_taken_for_an_absent_ledger(self):
+        with mock.patch.object(llm_proxy, "run_command", side_effect=FileNotFoundError(2, "x")):
+            with self.assertRaises(FileNotFoundError):
+                llm_proxy.main(["--check"])
+
     def test_help_names_every_setting_with_its_default_in_brackets(self):
         code, out, err = self.finish("--help")
         self.assertEqual((code, err), (0, ""))
@@ -16680,16 +16776,21 @@ class DoorTest(EnduranceCase):
 
     def drip(self, starts, deadline):
         """Sends each of `starts` on a connection of its own, and then single bytes, until each
-        connection was closed with a 408, which must be at the deadline."""
+        connection was closed with a 408, which must be at the deadline: once a request that came
+        after it is answered, none is open."""
         began = time.monotonic()
         waiting = clients = [self.connect().send(start) for start in starts]
+        self.ask(HEALTH)  # they were accepted before it
+        late = time.monotonic() + deadline + 0.1
         while waiting:
-            self.assertLess(time.monotonic(), began + deadline + self.size(PATIENCE, 1))
+            is_late = time.monotonic() > late
             for client in waiting:
                 with contextlib.suppress(OSError):
                     client.send(b"x")
             time.sleep(0.05)
+            self.ask(HEALTH)
             waiting = [client for client in waiting if not client.is_readable()]
+            self.assertFalse(is_late and waiting)
             if waiting != clients:
                 self.assertGreater(time.monotonic(), began + deadline - 0.05)
         for client in clients:
