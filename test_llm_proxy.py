@@ -4933,9 +4933,17 @@ class RedactionTest(ProxyCase):
             lambda: str(draw.randrange(10 ** 9, 2 * 10 ** 9) * 10 ** draw.choice((0, 3, 6, 9))),
             lambda: "%d.%d.%d+%d" % tuple(draw.choices(range(40), k=3) + [draw.getrandbits(40)]),
             lambda: "SKU-%08d-%04d" % (draw.getrandbits(26), draw.getrandbits(13)),
+            lambda: self.product(draw.randrange(2 * 10 ** 11, 10 ** 12)),
             lambda: base64.b64encode(draw.getrandbits(512).to_bytes(64, "big")).decode())
         for sort in self.each(sorts):
             self.assertEqual(self.found("\n".join([sort() for _ in range(10_000)])), [])
+
+    @staticmethod
+    def product(number):
+        """The 13 digits of an EAN."""
+        digits = "%012d" % number
+        total = sum(map(int, digits[::2])) + 3 * sum(map(int, digits[1::2]))
+        return digits + str(-total % 10)
 
     def test_a_search_in_slices_finds_what_lies_across_them(self):
         value = "bob@example.com"
@@ -5188,7 +5196,8 @@ def spelled(value):
 class UnmaskingTest(ProxyCase):
     """What comes back for placeholders, in whatever pieces they come."""
     RANDOM_STREAMS = 300
-    DIALECTS = {**UsageReaderTest.DIALECTS, "array": llm_proxy.Gemini()}
+    DIALECTS = {**UsageReaderTest.DIALECTS, "array": llm_proxy.Gemini(),
+                "chat": llm_proxy.OpenAI()}
     VALUES = {"[[EMAIL_1]]": "ann@example.com", "[[SECRETS_12]]": 'a"b\\c\nd\u00e9'}
     TEXTS = ["hi [[EMAIL_1]] x", "a[b[[SECRETS_12]][", "\u20ac[[EMAIL_2]]\U0001f600[["]
     JSON_TEXTS = ['{"a":"[[EMAIL_1]]","b":["[[SECRETS_12]]"]}', '{"k":[["x"]]}']
@@ -5521,6 +5530,18 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(set(self.said(found).values()), {shown})
             self.assertEqual([one["created"] for one in found[:len(said)]],
                              [one["created"] for one in said])
+
+    def test_what_events_look_like_is_learned_once_for_all_streams(self):
+        """It takes each half a millisecond, and hundreds may begin at once."""
+        masks, learn = self.masks(), mock.Mock(wraps=llm_proxy.usual_event)
+        opening = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+        with mock.patch.object(llm_proxy, "usual_event", learn):
+            for times in self.each((2, 1)):
+                learn.reset_mock()
+                found = self.unmask("chat", events(opening, delta("bob@x.org "), delta("x ")),
+                                    answers=True, masks=masks)
+                self.assertIn(b'"[[EMAIL]] "', found)
+                self.assertEqual(learn.call_count, times)
 
     def test_no_probabilities_tell_what_is_masked(self):
         choice = {"logprobs": {"content": [{"token": "bob@", "top_logprobs": []}]}}
