@@ -4401,8 +4401,8 @@ def is_whole_json(text: str) -> bool:
     return True
 
 
-# A string of JSON, which may be anywhere
-JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# A string of JSON, which may be anywhere, or have no end: else each quote would be tried in vain
+JSON_STRING = re.compile(r'"([^"\\]*(?:\\.?[^"\\]*)*)"?', re.DOTALL)
 
 
 class Model(NamedTuple):
@@ -5889,6 +5889,11 @@ class Edit:
         """Returns what is still to go on when no more events come."""
         return b""
 
+    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
+        """Returns what goes on of JSON that is too large to be awaited whole, and what waits for
+        more of it."""
+        return self.apply(data), b""
+
 
 class HiddenKey(Edit):
     """Writes stars over a key of ours, which an error may quote."""
@@ -5903,7 +5908,6 @@ class HiddenKey(Edit):
         return event.replace(self.key, b"*" * len(self.key))
 
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
-        """As that of Unmasking."""
         shown, most = self.apply(data), len(self.key) - 1
         return shown[:-most], shown[-most:]
 
@@ -5966,11 +5970,14 @@ class Editor:
             return self.edited(data)
         begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
-        if events and len(events[-1]) <= self.most_held and not self.is_over(events[-1]):
-            self.held = events.pop()
-        if events or len(self.held) <= self.LARGE:
+        rest = events.pop() if events and not self.is_over(events[-1]) else b""
+        if events or len(rest) <= self.LARGE:
             self.looks = self.next_look = 0
-        return data[:begin] + b"".join(map(self.edited, events))
+        goes = data[:begin] + b"".join(map(self.edited, events))
+        if len(rest) > self.most_held:
+            return goes + self.feed_slice(rest)
+        self.held = rest
+        return goes
 
     def must_wait(self, data, start):
         """Returns whether a large event goes on, or was looked at so often that this may wait."""
@@ -6745,8 +6752,8 @@ class Masks:
         pieces = []
         last = 0
         for match in JSON_STRING.finditer(text):
-            pieces += text[last:match.start()], (yield from self.mask(match[0], True))
-            last = match.end()
+            pieces += text[last:match.start(1)], (yield from self.mask(match[1], True))
+            last = match.end(1)
         return "".join((*pieces, text[last:]))
 
     def mask_words(self, words: Words) -> Iterator[None]:
@@ -6897,9 +6904,16 @@ class Restorer:
         """Returns JSON, or a part of it, of which no string has what must not be seen."""
         if not self.redactor:
             return data
-        text = JSON_STRING.sub(lambda string: self.without_values(string[0], True),
-                               data.decode("utf-8", "surrogateescape"))
-        return text.encode("utf-8", "surrogateescape")
+        text = data.decode("utf-8", "surrogateescape")
+        strings = JSON_STRING.findall(text)
+        # All at once: there may be thousands.
+        masked = self.without_values("\n".join(strings), True).split("\n")
+        if len(masked) != len(strings):  # something goes over several
+            masked = [self.without_values(one, True) for one in strings]
+        shown = iter(masked)
+        return JSON_STRING.sub(
+            lambda match: '"' + next(shown) + match[0][1 + len(match[1]):], text).encode(
+            "utf-8", "surrogateescape")
 
     def waiting(self, text: str, held: int = 0) -> int:
         """Returns where the end of a text begins that may become something else with what
@@ -6999,6 +7013,21 @@ def varied(data, fixed):
     return b"".join((*pieces, re.escape(data[last:])))
 
 
+CLOSING = {b"{": b"}", b"[": b"]"}
+EVENT_HEAD = re.compile(rb"(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
+
+
+def closing(plain: bytes) -> bytes:
+    """Returns what is missing of JSON that is cut off, and has no escapes."""
+    ends = []
+    for step in JSON_STEP.finditer(plain):
+        if step[0] in CLOSING:
+            ends.append(CLOSING[step[0]])
+        elif step[0] in b"]}":
+            del ends[-1:]
+    return b"".join((b'"' * (plain.count(b'"') % 2), *reversed(ends)))
+
+
 SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
 
 
@@ -7016,13 +7045,12 @@ def is_beside(block: Block, other: Block) -> bool:
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
-    MAX_HELD = 1 << 20
+    MAX_SLICE = MAX_HELD = 1 << 14  # bytes of JSON in which all words are looked at, at once
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once,
     MAX_EVENT = 1 << 16   # each with an event of so many bytes
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
-    MAX_SLICE = 1 << 15   # bytes of JSON in which all words are looked at, at once
     # An escape, or a character, of which the rest is to come
     BEGUN_ESCAPE = re.compile(
         r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?|[\udc80-\udcff]{1,3})\Z")
@@ -7036,6 +7064,8 @@ class Unmasking(Edit):
         """`events` is None where the response is no stream."""
         self.dialect = dialect
         self.events = events
+        if type(events) is ArrayFraming:  # which cuts nothing that does not begin with an object
+            self.MAX_HELD = 1 << 20
         self.restorer = restorer
         # Values may be spelled otherwise in JSON, as which a text begins.
         self.reads_all = restorer.redactor or SPELLED_OTHERWISE.search(
@@ -7049,7 +7079,7 @@ class Unmasking(Edit):
         self.begun: Dict[Block, bool] = {}  # whether these are JSON
 
     def find(self, data: bytes) -> int:
-        if self.blocks or self.reads_all:
+        if self.blocks or self.reads_all or self.sliced:
             return 0
         size = len(data)
         return min([data.find(mark) % (size + 1) for mark in self.MARKS])  # -1 is the end then
@@ -7066,10 +7096,10 @@ class Unmasking(Edit):
         return b"".join((event[:start], spell_string(goes).encode(), event[end:]))
 
     def apply_any(self, event):
-        if self.is_text:
-            return self.apply_opaque(event)
         if self.sliced:
-            return self.apply_slice(event, b"")
+            goes = self.apply_slice(event, b"")
+            self.sliced = self.is_text = False
+            return goes
         payload = self.payload(event)
         if not payload:
             return self.apply_other(event)
@@ -7111,9 +7141,7 @@ class Unmasking(Edit):
         """Does so with what cannot be read, or with a part of it."""
         masks = self.restorer.masks
         masks.counts["opaque"] += not self.is_text
-        goes_on = self.is_text or len(event) > self.MAX_HELD
-        self.is_text = not self.events or bool(
-            goes_on and event.strip() and not self.events.at_boundary(event))
+        self.is_text = self.sliced
         return b"" if masks.opaque == "refuse" else self.restorer.restore_text(event, may_be_json)
 
     def mask_lines(self, event):
@@ -7125,13 +7153,25 @@ class Unmasking(Edit):
                          for line in event.splitlines(keepends=True)])
 
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
-        """Returns what goes on of a body that is no stream, while more of it is to come, and what
-        waits for that."""
         if len(data) <= self.MAX_SLICE:
             return b"", data
-        self.sliced = True
         end, prefix = self.end_of_slice(data)
-        return self.apply_slice(data[:end], prefix), data[end:]
+        begins = self.events and not self.sliced
+        self.sliced = True
+        goes = (self.begin_event if begins else self.apply_slice)(data[:end], prefix)
+        return goes, data[end:]
+
+    def begin_event(self, event, prefix):
+        """Does so with the first slice of an event, which nearly always ends within a string."""
+        shown = self.without_logprobs(event) if self.restorer.redactor else event
+        ends = closing(without_escapes(shown))
+        payload = self.payload(shown + ends)
+        if payload:
+            self.prefix = prefix
+            shown = self.apply_object(shown + ends, payload).rstrip(b"\r\n")
+            return shown[:len(shown) - len(ends)]
+        self.depth = 0
+        return self.end() + self.apply_slice(event, prefix)
 
     def end_of_slice(self, data):
         """Returns where a slice ends, in which no value goes on, and the prefix of the next one."""
@@ -7156,8 +7196,10 @@ class Unmasking(Edit):
         """Does so with a slice of JSON; `prefix` is that of the next one."""
         before, self.prefix = self.prefix, prefix
         strings = without_escapes(before + data).split(b'"')
-        said = self.restorer.redactor and b"".join(strings[::2])
-        if self.is_text or said and said.translate(None, self.IN_NO_STRING):
+        said = b"".join(strings[::2]) if self.restorer.redactor else b""
+        if self.events:
+            said = EVENT_HEAD.sub(b"", said, 1)
+        if self.is_text or said.translate(None, self.IN_NO_STRING):
             return self.apply_opaque(data)
         end = b'"' * (len(strings) % 2 == 0)
         begin = 0 if self.depth else len(before)
@@ -7226,7 +7268,8 @@ class Unmasking(Edit):
         """Puts what goes on of a text into its event; returns whether that is another."""
         holder, key = way[-1]
         came = holder[key]
-        is_end = len(event) > self.MAX_EVENT or self.dialect.ends_block(payload, block)
+        is_end = self.sliced or len(event) > self.MAX_EVENT or (
+            self.dialect.ends_block(payload, block))
         holder[key] = Said(self.feed(block, came, event, is_end))
         return holder[key] != came
 

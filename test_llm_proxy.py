@@ -5019,6 +5019,15 @@ class RedactionTest(ProxyCase):
             got = sent and sent["messages"][0]["tool_calls"][0]["function"]["arguments"]
             self.assertEqual(got or before, after)
 
+    def test_a_pattern_of_ones_own_takes_no_quote_of_a_string_with_it(self):
+        pattern = llm_proxy.LinearPattern(r"[^@\s]+@corp\.example").compiled
+        own = [llm_proxy.Shape("corp", "", pattern, llm_proxy.re.Match.end, 1 << 13)]
+        masks = llm_proxy.Masks(llm_proxy.Redactor([], own))
+        told, shown = '{"to":"bob@corp.example","n":1}', '{"to":"[[CORP_1]]","n":1}'
+        self.assertEqual(finish(masks.mask_strings(told)), shown)
+        restorer = llm_proxy.Restorer(llm_proxy.Masks(masks.redactor), (), masks.redactor)
+        self.assertEqual(restorer.mask_json(told.encode()), shown.replace("_1", "").encode())
+
     def test_escapes_in_a_text_hide_nothing_and_stay(self):
         for before, after in self.each(r"""
                 {"out": "Ann\na@x.org\t4111111111111111"} -> {"out": "Ann\n[[EMAIL_1]]\t[[CARD_1]]"}
@@ -5640,6 +5649,40 @@ class UnmaskingTest(ProxyCase):
                                  {shown[:-2] % (size * "x "), ""})
                 self.assertEqual(masks.counts["opaque"], 0)
 
+    def test_of_an_event_of_any_size_a_slice_is_looked_at_at_once(self):
+        """Of a text in it that goes on, too; and nothing of it is passed over."""
+        seen, find = [], llm_proxy.Redactor.find
+        unit = 'to bob@x.org, [[EMAIL_1]] \u00e9 4111 1111 1111 1111 "q"\n'
+        shown = unit.replace("bob@x.org", "[[EMAIL]]").replace(
+            "[[EMAIL_1]]", "ann@example.com").replace("4111 1111 1111 1111", "[[CARD]]")
+        times = 100_000 // len(unit)
+
+        def look(redactor, text):
+            seen.append(len(text))
+            return find(redactor, text)
+        patch = mock.patch.object(llm_proxy.Redactor, "find", look)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for endpoint, event, step in self.each((
+                *[(row[0], row[1].replace("N", "0", 1), 16384) for row in TEXT_STREAMS
+                  if row[0] != "array" and not self.is_json(row)],
+                ("chat", '{"choices": [{"delta": {"content": TEXT}, "index": 0}]}', 1448),
+                ("responses", '{"type": "response.completed", "response": {"output": [{"content": '
+                 '[{"type": "output_text", "text": TEXT}]}], "user": null}}', 16384),
+                ("messages", '{"type": "message_start", "logprobs": [["bob@", "x.org"], {}],'
+                 ' "message": {"content": [{"text": TEXT}]}}', 16384))):
+            said = "at b" if "delta" in event else "x"
+            small, large = [event.replace("TEXT", json.dumps(one)) for one in (said, times * unit)]
+            masks = self.masks()
+            masks.redactor = llm_proxy.Redactor(KINDS)
+            line = "%s\n" if endpoint == "ollama" else "event: x\ndata: %s\n\n"
+            data = "".join([line % one for one in (small, large, small)]).encode()
+            found = self.unmask(endpoint, data, step, answers=True, masks=masks)
+            texts = "".join(self.said(self.payloads(endpoint, found)).values())
+            self.assertEqual(texts.replace(shown, ""), said + said)
+            self.assertEqual((texts.count(shown), masks.counts["opaque"]), (times, 0))
+            self.assertLess(max(seen), 1 << 16)
+
     def test_what_is_no_json_is_masked_as_text_and_counted(self):
         said = b": bob@x.org\nevent: x\ndata: bob@x.org [[EMAIL_1]]\n\n"
         shown = b": [[EMAIL]]\nevent: x\ndata: [[EMAIL]] ann@example.com\n\n"
@@ -5654,9 +5697,8 @@ class UnmaskingTest(ProxyCase):
                              + b": [[EMAIL]]\n\n" + events("[DONE]"))
 
     def test_much_that_is_no_json_is_masked_as_text_or_left_out(self):
-        said = b"mail bob@x.org {\"%b\" ssn 123-45-6789" % (40_000 * b"word ")
+        said = b"mail bob@x.org {\"%b\" ssn 123-45-6789" % (9_000 * b"word bob@x.org 'x', ")
         shown = said.replace(b"bob@x.org", b"[[EMAIL]]").replace(b"123-45-6789", b"[[SSN]]")
-        self.patch_seconds(Unmasking_MAX_HELD=100_000)
         for is_stream, step in self.each(itertools.product((True, False), (1448, 16384))):
             data = b"data: %b\n\n" % said if is_stream else said
             for opaque in ("pass", "refuse"):
