@@ -5895,6 +5895,12 @@ class Edit:
         return self.apply(data), b""
 
 
+def inflater_for(data: bytes) -> "zlib._Decompress":
+    """Returns what unpacks what begins so: deflate has a header (RFC 1950 2.2), which some leave
+    out; nothing else begins so."""
+    return zlib.decompressobj(47 if data[0] == 0x1f or data[0] & 15 == 8 else -15)
+
+
 class HiddenKey(Edit):
     """Writes stars over a key of ours, which an error may quote."""
 
@@ -5910,6 +5916,29 @@ class HiddenKey(Edit):
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
         shown, most = self.apply(data), len(self.key) - 1
         return shown[:-most], shown[-most:]
+
+
+class Unpacking:
+    """Has an error edited that comes packed, and passed on as it is then."""
+    MOST = 1 << 20  # bytes that a piece may be
+
+    def __init__(self, editor: "Editor"):
+        self.editor = editor
+        self.inflater = None
+
+    def feed(self, payload: bytes) -> bytes:
+        """Raises Malformed."""
+        self.inflater = self.inflater or inflater_for(payload)
+        try:
+            unpacked = self.inflater.decompress(payload, self.MOST)
+        except zlib.error:
+            raise Malformed() from None
+        if self.inflater.unconsumed_tail:
+            raise Malformed()
+        return self.editor.feed(unpacked)
+
+    def flush(self) -> bytes:
+        return self.editor.flush()
 
 
 class HiddenUsage(Edit):
@@ -6086,10 +6115,7 @@ class UsageReader:
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
         that fails, or is so much that it would hold the loop."""
-        if self.inflater is None:
-            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
-            headed = payload[0] == 0x1f or payload[0] & 15 == 8
-            self.inflater = zlib.decompressobj(47 if headed else -15)
+        self.inflater = self.inflater or inflater_for(payload)
         with contextlib.suppress(zlib.error):
             unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
             if not self.inflater.unconsumed_tail:
@@ -9431,6 +9457,8 @@ class Upstream:
         operator should know."""
         self.name = config.name
         self.key = config.key
+        is_told = self.key in (None, PASSTHROUGH) or len(self.key) < SHORTEST_KEY
+        self.hidden = "" if is_told else self.key
         self.globs = config.models
         self.model = config.model
         self.dialect = DIALECTS.get(config.dialect, UNKNOWN_DIALECT)
@@ -9503,12 +9531,9 @@ class Upstream:
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
     def guard_key(self, response: Response):
-        """Has an error not tell of our own key. Raises KeyRefused where a 401 is about that. The
-        operator is told, once a minute."""
-        if self.key in (None, PASSTHROUGH):
-            return
-        response.secret = self.key if len(self.key) >= SHORTEST_KEY else ""
-        if response.status != 401:
+        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
+        minute."""
+        if response.status != 401 or self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
         if now >= self.complain_at:
@@ -14762,9 +14787,12 @@ class Reply:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
-        if response.secret and not response.bodiless:
+        if response.secret and response.status >= 400 and not response.bodiless:
             reader = Editor(reader and reader.events, [
                 HiddenKey(response.secret), *(reader.edits if reader else ())])
+            if encoding == UNREADABLE:
+                raise UpstreamFailed("its error cannot be read")
+            reader = Unpacking(reader) if encoding == PACKED else reader
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14910,6 +14938,9 @@ class Reply:
                       f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
+        key = response.secret.encode()
+        if key and key in self.first:  # an error inside a 200
+            self.first = self.first.replace(key, b"*" * len(key))
         self.client.write(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
@@ -14919,6 +14950,8 @@ class Reply:
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
         replaced = REPLACED if self.parts.origins.none else REPLACED_WITH_CORS
+        if response.secret and response.status >= 400:  # its body is not packed any more
+            replaced = replaced.union(["content-encoding"])
         unbuffered = []
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced = replaced.union(["x-accel-buffering"])
@@ -15210,6 +15243,7 @@ class Proxy:
                 call.forget()
             try:
                 with await self.forward(upstream, reply, call) as response:         # forward
+                    response.secret = upstream.hidden
                     if response.status >= 400:
                         upstream.guard_key(response)
                     ending = await self.pass_on(response, reply, entry)

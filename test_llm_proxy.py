@@ -8027,6 +8027,17 @@ class BreakerTest(CallCase):
             answered = self.ask(call(system="a@x.org"))
             self.assertEqual(answered.body, said.replace(key.encode(), b"*" * len(key)))
             self.assertNotIn(key, str(answered.fields) + self.lines.text())
+        shown = answered.body
+        for status, pack, coding in self.each((
+                ("403 No", gzip.compress, "gzip"), ("500 No", zlib.compress, "deflate"),
+                ("200 OK", bytes, "identity"))):
+            self.start(says(pack(said), status, "Content-Encoding: " + coding), BASE_API_KEY=key)
+            for data in (call(), request("GET", "/v1/files/1")):
+                answered = self.ask(data)
+                self.assertEqual((answered.body, answered.status), (shown, int(status[:3])))
+                self.assertIn(answered.get("content-encoding"), (None, "identity"))
+        self.start(says(said, "403 No", "Content-Encoding: br"), BASE_API_KEY=key)
+        self.assert_status(502)
         editor = llm_proxy.Editor(None, [llm_proxy.HiddenKey(key)])
         pieces = [editor.feed(said[at:at + 7]) for at in range(0, len(said), 7)]
         self.assertEqual(b"".join(pieces) + editor.flush(), answered.body)
