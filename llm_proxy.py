@@ -7759,6 +7759,7 @@ BLOCK = 16384
 MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is running
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
+IS_PYPY = sys.implementation.name == "pypy"
 READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
@@ -7972,6 +7973,7 @@ class Stream:
         if not self.ended:
             self.ended = True
             self.failure = failure
+            self.forget_failures()
             self.pause_reading()
             if not self.tell_end() and self.on_end:
                 self.on_end()
@@ -8104,6 +8106,7 @@ class Stream:
     def fail_writing(self, data=b''):
         """The peer takes no more, which does not say that it has said its last."""
         self.write_failed = True
+        self.forget_failures()
         self.unsent = bytes(self.write_buffer) + data
         self.write_buffer.clear()
         self.has_room()
@@ -8150,12 +8153,23 @@ class Stream:
                 add, remove = self.loop.add_reader, self.loop.remove_reader
             except ssl.SSLWantWriteError:
                 add, remove = self.loop.add_writer, self.loop.remove_writer
+            except OSError:
+                self.forget_failures()
+                raise
             ready = self.loop.create_future()
             add(self.descriptor, self.wake, ready)
             try:
                 await context.wait(ready, deadline - self.loop.time(), "the TLS handshake")
             finally:
                 remove(self.descriptor)
+
+    def forget_failures(self):
+        """PyPy takes what one connection's failure left in OpenSSL for the next one's, unless
+        another is begun in between."""
+        if self.encrypted and IS_PYPY:
+            sock = self.sock
+            sock.context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), sock.server_side,
+                                  sock.server_hostname)
 
     def give_up_tls(self):
         """Go on in plain text: the handshake failed because the client speaks that."""

@@ -6260,6 +6260,43 @@ class StreamTest(ProxyCase):
         with self.assertRaises(asyncio.CancelledError):
             loop.run_until_complete(task)
 
+    def test_what_fails_on_one_tls_connection_is_not_taken_for_anothers_failure(self):
+        """OpenSSL keeps failures by thread, and PyPy does not clear them."""
+        loop, file = asyncio.SelectorEventLoop(), pem_file(self)
+        self.addCleanup(loop.close)
+        ours, theirs = ssl.create_default_context(cafile=file), ssl.create_default_context(
+            ssl.Purpose.CLIENT_AUTH)
+        theirs.load_cert_chain(file)
+
+        def pair():
+            sides = socket.socketpair()
+            stream = llm_proxy.Stream(loop, theirs.wrap_socket(
+                sides[0], server_side=True, do_handshake_on_connect=False))
+            self.addCleanup(stream.sock.close)
+            self.addCleanup(sides[1].close)
+            return stream, sides[1]
+
+        def shake():
+            stream, sock = pair()
+            with threads([lambda: peers.append(ours.wrap_socket(
+                    sock, server_hostname="127.0.0.1"))]):
+                loop.run_until_complete(stream.handshake(llm_proxy.Context(loop), PATIENCE))
+            return stream
+
+        peers = []
+        healthy = shake()
+        for bad in self.each((b"GET / HTTP/1.1\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x28")):
+            stream, sock = pair()
+            sock.send(bad)
+            with self.assertRaises(OSError):
+                loop.run_until_complete(stream.handshake(llm_proxy.Context(loop), PATIENCE))
+            broken = shake()
+            os.write(peers[-1].fileno(), bad)
+            healthy.on_readable()
+            broken.on_readable()
+            healthy.on_readable()
+            self.assertEqual((healthy.ended, broken.ended), (False, True))
+
     def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
         loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
         self.addCleanup(loop.close)
