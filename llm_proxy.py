@@ -5895,12 +5895,6 @@ class Edit:
         return self.apply(data), b""
 
 
-def inflater_for(data: bytes) -> "zlib._Decompress":
-    """Returns what unpacks what begins so: deflate has a header (RFC 1950 2.2), which some leave
-    out; nothing else begins so."""
-    return zlib.decompressobj(47 if data[0] == 0x1f or data[0] & 15 == 8 else -15)
-
-
 class HiddenKey(Edit):
     """Writes stars over a key of ours, which an error may quote."""
 
@@ -5916,29 +5910,6 @@ class HiddenKey(Edit):
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
         shown, most = self.apply(data), len(self.key) - 1
         return shown[:-most], shown[-most:]
-
-
-class Unpacking:
-    """Has an error edited that comes packed, and passed on as it is then."""
-    MOST = 1 << 20  # bytes that a piece may be
-
-    def __init__(self, editor: "Editor"):
-        self.editor = editor
-        self.inflater = None
-
-    def feed(self, payload: bytes) -> bytes:
-        """Raises Malformed."""
-        self.inflater = self.inflater or inflater_for(payload)
-        try:
-            unpacked = self.inflater.decompress(payload, self.MOST)
-        except zlib.error:
-            raise Malformed() from None
-        if self.inflater.unconsumed_tail:
-            raise Malformed()
-        return self.editor.feed(unpacked)
-
-    def flush(self) -> bytes:
-        return self.editor.flush()
 
 
 class HiddenUsage(Edit):
@@ -6003,10 +5974,8 @@ class Editor:
         if events or len(rest) <= self.LARGE:
             self.looks = self.next_look = 0
         goes = data[:begin] + b"".join(map(self.edited, events))
-        if len(rest) > self.most_held:
-            return goes + self.feed_slice(rest)
         self.held = rest
-        return goes
+        return goes + self.feed_slice(rest) if len(rest) > self.most_held else goes
 
     def must_wait(self, data, start):
         """Returns whether a large event goes on, or was looked at so often that this may wait."""
@@ -6110,16 +6079,22 @@ class UsageReader:
         self.size = size = self.size + len(piece)
         if size > self.compact_above:
             self.compact()
-        return self.editor.feed(payload) if self.editor else payload
+        return self.editor.feed(piece) if self.editor else payload
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
-        that fails, or is so much that it would hold the loop."""
-        self.inflater = self.inflater or inflater_for(payload)
+        that fails, or is so much that it would hold the loop. Raises Malformed where it must not go
+        on as it is."""
+        if self.inflater is None:
+            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
+            headed = payload[0] == 0x1f or payload[0] & 15 == 8
+            self.inflater = zlib.decompressobj(47 if headed else -15)
         with contextlib.suppress(zlib.error):
             unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
             if not self.inflater.unconsumed_tail:
                 return unpacked
+        if self.editor:
+            raise Malformed()
         self.packed = self.readable = False
         return payload
 
@@ -6858,6 +6833,9 @@ class Redaction:
             raise MustNotLeave(masks.describe())
 
 
+AFTER_KEY = re.compile(r'"\s{0,9}:\s{0,9}\Z')
+
+
 class Restorer:
     """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
     model itself says of what must not be seen is masked for good."""
@@ -6893,10 +6871,11 @@ class Restorer:
         self.before_json = re.compile(
             b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
 
-    def restore(self, text: str, is_json: bool = False) -> str:
-        """Returns a text with values in it, which are spelled as in JSON where it is that."""
+    def restore(self, text: str, is_json: bool = False, before: str = "") -> str:
+        """Returns a text with values in it, which are spelled as in JSON where it is that; `before`
+        is what stands before it."""
         if self.redactor and self.redactor.may_hold(text):
-            text = self.without_values(text, is_json)
+            text = self.without_values(text, is_json, before)
         return self.with_values(text, is_json)
 
     def restore_text(self, data: bytes, is_json: bool = False) -> bytes:
@@ -6915,12 +6894,16 @@ class Restorer:
         self.room -= len(value)
         return json.dumps(value, ensure_ascii=False)[1:-1] if is_json else value
 
-    def without_values(self, text, is_json):
-        """Returns a text without what must not be seen, and the caller did not say."""
+    def without_values(self, text, is_json, before=""):
+        """Returns a text without what must not be seen, and the caller did not say; in JSON no
+        number is that."""
         pieces = []
         last = 0
         for start, end, kind in self.redactor.find(text):
-            if self.masks.value_in(text[start:end], is_json) not in self.masks.placeholders:
+            value = self.masks.value_in(text[start:end], is_json)
+            is_number = is_json and value.isdigit() and AFTER_KEY.search(
+                before + text[max(0, start - 20):start])
+            if not (is_number or value in self.masks.placeholders):
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
                 self.masks.counts[kind] += 1
@@ -7102,7 +7085,8 @@ class Unmasking(Edit):
         # How most events are spelled, and of what they have text, as in the streams before
         known = restorer.redactor.usual if restorer.redactor else {}
         self.usual, self.usual_block = known.get(dialect, (None, ()))
-        self.begun: Dict[Block, bool] = {}  # whether these are JSON
+        self.begun: Dict[Block, bool] = {}  # whether these are JSON,
+        self.said: Dict[Block, str] = {}    # and the last characters of those that are
 
     def find(self, data: bytes) -> int:
         if self.blocks or self.reads_all or self.sliced:
@@ -7308,7 +7292,10 @@ class Unmasking(Edit):
         begin = len(text) if is_end else self.restorer.waiting(text, len(held))
         if begin < len(text):
             self.blocks[block] = text[begin:], event
-        return self.restorer.restore(text[:begin], self.is_json(block, text))
+        goes, is_json, before = text[:begin], self.is_json(block, text), self.said.get(block, "")
+        if is_json:
+            self.said[block] = (before + goes)[-20:]
+        return self.restorer.restore(goes, is_json, before)
 
     def is_json(self, block, text):
         """Returns whether a text is JSON: where its API says so, or where it begins as such."""
@@ -8956,7 +8943,8 @@ class Response:
     after."""
     streamed = False  # whether its body is a stream of events
     released = False
-    secret = ""       # what it must not tell
+    secret = ""       # what it must not tell,
+    hides = frozenset()  # and which fields
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
                  request_was_sent):
@@ -9545,8 +9533,11 @@ class Upstream:
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
     def guard_key(self, response: Response):
-        """Raises KeyRefused where a 401 is about our own key. The operator is told, once a
-        minute."""
+        """Has a response not tell of our own key. Raises KeyRefused where a 401 is about that. The
+        operator is told, once a minute."""
+        response.secret = self.hidden
+        if self.hidden and response.status >= 400:
+            response.hides = {"content-encoding"}  # it is unpacked
         if response.status != 401 or self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
@@ -14802,11 +14793,7 @@ class Reply:
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
         if response.secret and response.status >= 400 and not response.bodiless:
-            reader = Editor(reader and reader.events, [
-                HiddenKey(response.secret), *(reader.edits if reader else ())])
-            if encoding == UNREADABLE:
-                raise UpstreamFailed("its error cannot be read")
-            reader = Unpacking(reader) if encoding == PACKED else reader
+            reader = self.hiding_key(response.secret, reader, encoding)
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14817,6 +14804,15 @@ class Reply:
         except Malformed as failure:
             raise UpstreamFailed(failure) from None
         return adapter
+
+    def hiding_key(self, key, editor, encoding):
+        """Returns what passes an error on without a key, and not packed. Raises UpstreamFailed."""
+        if encoding == UNREADABLE:
+            raise UpstreamFailed("its error cannot be read")
+        edits = [HiddenKey(key), *(editor.edits if editor else ())]
+        reader = UsageReader(self.call, False, True, encoding == PACKED)
+        reader.editor = Editor(editor and editor.events, edits)
+        return reader
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, how its body is encoded, and whether it
@@ -14964,17 +14960,15 @@ class Reply:
         if "response_lines" in head.cache:
             return head.cache["response_lines"]
         replaced = REPLACED if self.parts.origins.none else REPLACED_WITH_CORS
-        if response.secret and response.status >= 400:  # its body is not packed any more
-            replaced = replaced.union(["content-encoding"])
         unbuffered = []
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
-            replaced = replaced.union(["x-accel-buffering"])
+            replaced |= {"x-accel-buffering"}
             unbuffered = [UNBUFFERED]
-        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced)]
-        lines += unbuffered
+        replaced |= response.hides
+        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced), *unbuffered]
         redirects = [name for name in ("location", "content-location") if name in head]
-        prefix = "/" + self.call.prefix if self.call.prefix else ""
         for name in redirects:
+            prefix = "/" + self.call.prefix if self.call.prefix else ""
             where = response.address.location(head.get(name), prefix)
             lines.append("%s: %s" % (name.title(), where))
         if "x-request-id" in head:
@@ -15257,9 +15251,7 @@ class Proxy:
                 call.forget()
             try:
                 with await self.forward(upstream, reply, call) as response:         # forward
-                    response.secret = upstream.hidden
-                    if response.status >= 400:
-                        upstream.guard_key(response)
+                    upstream.guard_key(response)
                     ending = await self.pass_on(response, reply, entry)
                     if ending != "ok" or response.address.breakers.troubled:
                         upstream.judge(

@@ -5552,6 +5552,20 @@ class UnmaskingTest(ProxyCase):
                 self.assertIn(b'"[[EMAIL]] "', found)
                 self.assertEqual(learn.call_count, times)
 
+    def test_numbers_of_json_in_an_answer_stay(self):
+        said = '{"n": %s, "s": "%s", "m":%s}' % (3 * ("4111111111111111",))
+        shown = {"n": 4111111111111111, "s": "[[CARD]]", "m": 4111111111111111}
+        for row in self.each([row for row in TEXT_STREAMS if self.is_json(row)]):
+            for at in range(len(said)):
+                masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
+                data = self.stream(row, [(0, said[:at]), (0, said[at:])])
+                found = self.unmask(row[0], data, answers=True, masks=masks)
+                text, = self.said(self.payloads(row[0], found)).values()
+                self.assertEqual(json.loads(text), shown)
+            whole = json.dumps({"arguments": said, "card": "4111111111111111"}).encode()
+            found = json.loads(self.unmask("chat", whole, answers=True, events=False, masks=masks))
+            self.assertEqual((json.loads(found["arguments"]), found["card"]), (shown, "[[CARD]]"))
+
     def test_no_probabilities_tell_what_is_masked(self):
         choice = {"logprobs": {"content": [{"token": "bob@", "top_logprobs": []}]}}
         for events_of in self.each((events, lambda one: json.dumps(one).encode())):
