@@ -5552,6 +5552,13 @@ class UnmaskingTest(ProxyCase):
                 self.assertIn(b'"[[EMAIL]] "', found)
                 self.assertEqual(learn.call_count, times)
 
+    def test_quotes_without_an_end_and_thousands_of_strings_are_looked_at_once(self):
+        """The former took half a minute."""
+        for seed in self.each((b'\\" ', b'"', b'"abcdefgh",', b'{"a":"', b'"\\')):
+            began = cpu_seconds()
+            self.assertEqual(self.unmask("chat", seed * 20_000, 16384, True, False), seed * 20_000)
+            self.assertLess(cpu_seconds() - began, 5)
+
     def test_numbers_of_json_in_an_answer_stay(self):
         said = '{"n": %s, "s": "%s", "m":%s}' % (3 * ("4111111111111111",))
         shown = {"n": 4111111111111111, "s": "[[CARD]]", "m": 4111111111111111}
@@ -6295,6 +6302,7 @@ class StreamTest(ProxyCase):
             with threads([lambda: peers.append(ours.wrap_socket(
                     sock, server_hostname="127.0.0.1"))]):
                 loop.run_until_complete(stream.handshake(llm_proxy.Context(loop), PATIENCE))
+            self.addCleanup(peers[-1].close)
             return stream
 
         peers = []
