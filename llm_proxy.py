@@ -6158,7 +6158,7 @@ class UsageReader:
             if not self.inflater.unconsumed_tail:
                 return unpacked
         if self.editor:
-            raise Malformed()
+            raise Malformed
         self.packed = self.readable = False
         return payload
 
@@ -7452,7 +7452,7 @@ class Head(Fields):
         self.cache = {}
         self.start, _, block = data[:-2].decode("latin-1").partition("\r\n")
         if not FIELD_LINES.fullmatch(block):
-            raise Malformed()
+            raise Malformed
         lines = block.split("\r\n")
         lines.pop()
         if len(self.start) > MAX_START_LINE:
@@ -7478,7 +7478,7 @@ class Head(Fields):
             name = line[:line.index(":")].lower()
             if name in self.lines:
                 if name in SINGLE:
-                    raise Malformed()
+                    raise Malformed
                 line = self.lines[name] + "\r\n" + line
             self.lines[name] = line
 
@@ -7533,11 +7533,11 @@ class Head(Fields):
         if text is not None:
             # isdigit alone takes superscripts.
             if len(text) > 15 or not (text.isascii() and text.isdigit()):
-                raise Malformed()
+                raise Malformed
             self.length = int(text)
         if self.chunked:
             if text is not None or not version:
-                raise Malformed()
+                raise Malformed
             if coding.lower() != "chunked":
                 raise Malformed("Only the chunked transfer coding is understood", status=501)
 
@@ -7569,7 +7569,7 @@ class HeadScanner:
                                     and len(data) > MAX_START_LINE):
             raise HeadTooLarge(status=431 if self.checked else 414)
         if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
-            raise Malformed()
+            raise Malformed
         self.scanned = len(data)
         if line_end < 0:
             return
@@ -7577,9 +7577,9 @@ class HeadScanner:
         if not self.checked:
             start, _, fields = fields.partition("\r\n")
             if not self.start_line.fullmatch(start):
-                raise Malformed()
+                raise Malformed
         if not FIELD_LINES.fullmatch(fields):
-            raise Malformed()
+            raise Malformed
         self.checked = line_end + 2
 
 
@@ -7601,7 +7601,7 @@ class Request(Head):
         self.version = int(match[3])
         host = self.get("host")
         if (host is None and self.version) or not HOST.fullmatch(host or ""):
-            raise Malformed()
+            raise Malformed
         target = match[2]
         if target[0] != "/" or "#" in target:
             target = self.origin_form(target, host)
@@ -7631,7 +7631,7 @@ class ResponseHead(Head):
         super().__init__(data)
         match = STATUS_LINE.fullmatch(self.start)
         if not match:
-            raise Malformed()
+            raise Malformed
         self.status = int(match[2])
         self.reason = match[3] or ""
         self.read_framing(match[1] == "1")
@@ -7705,7 +7705,7 @@ class Chunked:
                 if not match:  # no size line yet, and refused where it can no longer become one
                     if (size - position > MAX_CHUNK_LINE
                             or not CHUNK_LINE_START.fullmatch(data, position)):
-                        raise Malformed()
+                        raise Malformed
                     break
                 remaining = int(match[1], 16)
                 if not remaining:
@@ -7722,7 +7722,7 @@ class Chunked:
             line_end = data[position:position + 2]
             if line_end != b"\r\n":
                 if not b"\r\n".startswith(line_end):
-                    raise Malformed()
+                    raise Malformed
                 break
             position += 2
             remaining = 0
@@ -7740,7 +7740,7 @@ class Chunked:
         lines = max(end, data.rfind(b"\r\n") + 2)
         if (len(data) - end > MAX_TRAILERS or not TRAILER_LINES.fullmatch(data, end, lines)
                 or BARE_LINE_END.search(data, lines - 1)):
-            raise Malformed()
+            raise Malformed
         self.held = data[position:]
         return data[:position], payload
 
@@ -8084,7 +8084,7 @@ class Stream:
                 scanner.check(self.read_buffer)
             if not await self.more(context, deadline - self.loop.time(), what):
                 if self.read_buffer:
-                    raise Malformed()
+                    raise Malformed
                 return None
 
     def take_head(self) -> Optional[bytes]:
@@ -8399,7 +8399,7 @@ class MemoryBudget:
     def take(self, size: int, owner: Optional[CallerKey]):
         """Raises Overloaded where there is not so much."""
         if size > min(self.free, self.share - self.held[owner]):
-            raise Overloaded()
+            raise Overloaded
         self.free -= size
         self.held[owner] += size
 
@@ -8469,7 +8469,7 @@ class RequestBody:
         self.coding = (request.get("content-encoding") or "identity").lower()
         self.continue_awaited = "expect" in request.lines and request.version == 1
         if self.continue_awaited and request.get("expect").lower() != "100-continue":
-            raise UnsupportedExpectation()
+            raise UnsupportedExpectation
         self.came_at = client.loop.time()
         self.behind_at = self.came_at + self.FREE_SECONDS
 
@@ -8497,9 +8497,9 @@ class RequestBody:
         """Returns the body of a metered call, of at most `most` bytes. Raises UnsupportedEncoding,
         BodyTooLarge, BrokenBody, BadRequest, RequestTimeout, Overloaded, CallerGone."""
         if self.coding != "identity" and self.coding not in WINDOW_BITS:
-            raise UnsupportedEncoding()
+            raise UnsupportedEncoding
         if self.length is not None and self.length > most:
-            raise BodyTooLarge()
+            raise BodyTooLarge
         self.invite()
         pieces = []
         while not self.ended:
@@ -8507,14 +8507,14 @@ class RequestBody:
             try:
                 if not (self.client.read_buffer or await self.client.more(
                         context, seconds, "the request's body")):
-                    raise CallerGone()
+                    raise CallerGone
             except TimeoutError:
-                raise RequestTimeout() from None
+                raise RequestTimeout from None
             except OSError:
-                raise CallerGone() from None
+                raise CallerGone from None
             pieces.append(self.unwrap())
             if self.received > most:
-                raise BodyTooLarge()
+                raise BodyTooLarge
             self.hold(self.received)
         body = b"".join(pieces)
         return body if self.coding == "identity" else await self.inflate(body, most)
@@ -8542,7 +8542,7 @@ class RequestBody:
             if not piece and not data and not inflater.eof:
                 raise BadRequest("The request body is not whole")
             if size > most:
-                raise BodyTooLarge()
+                raise BodyTooLarge
             self.hold(self.received + size)
             pieces.append(piece)
             await asyncio.sleep(0)
@@ -8555,7 +8555,7 @@ class RequestBody:
         try:
             _, payload = self.framing.feed(self.client.take_all())
         except Malformed:
-            raise BrokenBody() from None
+            raise BrokenBody from None
         self.count(len(payload))
         if self.ended:
             self.client.read_buffer = self.framing.trailing
@@ -9087,7 +9087,7 @@ class Response:
                         return body
                     break
         except TimeoutError:
-            raise UpstreamTimeout() from None
+            raise UpstreamTimeout from None
         except (OSError, Malformed) as failure:
             raise UpstreamFailed(failure) from None
         raise UpstreamFailed("answer was cut or too long")
@@ -9338,7 +9338,7 @@ class Address:
             else:
                 stream.close()
             if isinstance(failure, TimeoutError):
-                raise UpstreamTimeout() from None
+                raise UpstreamTimeout from None
             if isinstance(failure, (OSError, Malformed)):
                 raise UpstreamFailed(failure) from None
             raise
@@ -9510,7 +9510,7 @@ class Address:
             self.helpers.submit(connect)
         except RuntimeError:  # can't start new thread; an old one may still come to it
             opened.cancel()
-            raise Overloaded() from None
+            raise Overloaded from None
         return await context.wait(opened, seconds, "a connection to %s" % self.endpoint.origin)
 
     def location(self, value: str, prefix: str) -> str:
@@ -9582,7 +9582,7 @@ class Upstream:
         that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
         response."""
         if context.expired():
-            raise UpstreamTimeout()
+            raise UpstreamTimeout
         address = self.addresses[0]
         if failed or len(self.addresses) > 1 or address.breakers.troubled:
             address = self.least_busy(failed, context.subject)
@@ -9624,7 +9624,7 @@ class Upstream:
         if now >= self.complain_at:
             self.complain_at = now + 60
             self.say("UPSTREAM %s REFUSES ITS KEY (status 401): nobody can call it" % self.name)
-        raise KeyRefused()
+        raise KeyRefused
 
     def breaker_open(self, subject: Optional[Subject]) -> Optional[BreakerOpen]:
         """Returns why no address may be asked yet, None where one may."""
@@ -14528,7 +14528,7 @@ class SharedStored(Stored):
         try:
             await asyncio.wait([claim], timeout=self.redis.ANSWER_SECONDS)
             if claim.done() and claim.result() == 0:
-                raise AskedElsewhere()
+                raise AskedElsewhere
         except (asyncio.CancelledError, AskedElsewhere):
             self.end_poll(call)
             raise
@@ -14723,10 +14723,10 @@ class Reply:
                 try:
                     await self.parts.turns.take(owner, self.context)
                 except TimeoutError:  # its own time is over
-                    raise Overloaded() from None
+                    raise Overloaded from None
             return content
         if len(self.content) > most:
-            raise BodyTooLarge()
+            raise BodyTooLarge
         return self.content
 
     def body_is_taken(self) -> bool:
@@ -14808,7 +14808,7 @@ class Reply:
             await self.drain()
 
         if self.request.method == "HEAD":
-            raise MethodNotAllowed()
+            raise MethodNotAllowed
         self.client.write(self.stream_head(content_type))
         self.close_after = True
         try:
@@ -15046,7 +15046,7 @@ class Reply:
             except TimeoutError:  # the call's own deadline
                 ending = Transfer.SILENT
         if ending == Transfer.SLOW:
-            raise CallerGone()
+            raise CallerGone
         self.entry.gave_up = ending == Transfer.SILENT and self.is_impatient()
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
@@ -15074,7 +15074,7 @@ class Reply:
         except TimeoutError:
             taken = False
         if not taken:
-            raise CallerGone()
+            raise CallerGone
 
     def missed_nothing(self) -> bool:
         """Returns whether a caller who left had all of a stream, up to its own end: what could not
@@ -15399,7 +15399,7 @@ class Proxy:
         rules = self.limits.matching(entry.caller, entry.address, call.upstream_model,
                                      entry.upstream, call.models[1:])
         if any([rule.unit == USD for rule, _ in rules]):
-            raise NoPrice()
+            raise NoPrice
 
     def identify(self, request: Request, entry: Entry):
         """Finds out who asks, which is decided once for each head that a connection repeats, until
@@ -15433,7 +15433,7 @@ class Proxy:
             raise (self.wrong_keys.refusal(entry.address) if entry.caller.key[0] == "key"
                    else Unauthorized())
         if ROLES.index(has) < ROLES.index(role):
-            raise RoleTooLow()
+            raise RoleTooLow
 
     def wall(self) -> float:
         return wall_time(self.clock)
@@ -15445,7 +15445,7 @@ class Proxy:
     def bind(self, call, name):
         """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
         if call.prefix not in (None, name) or name not in self.routes.by_name:
-            raise UpstreamNotAllowed()
+            raise UpstreamNotAllowed
         call.prefix = name
 
     @staticmethod
@@ -15454,7 +15454,7 @@ class Proxy:
         ours. Raises UpstreamNotAllowed."""
         found = [one for one in upstreams if one.key != PASSTHROUGH]
         if not found:
-            raise UpstreamNotAllowed()
+            raise UpstreamNotAllowed
         return found
 
     def check_models(self, call, method, globs):
@@ -15463,12 +15463,12 @@ class Proxy:
         names = [name for name in call.models if name]
         if call.endpoint is None:  # what is not read
             if method not in FREE_METHODS and self.config.unknown_calls == "pass":
-                raise ModelNotAllowed()
+                raise ModelNotAllowed
             return
         if call.model in self.dialects.aliases and may_use(globs, call.model):
             names[:1] = [call.model]
         if not names or not all([may_use(globs, name) for name in names]):
-            raise ModelNotAllowed()
+            raise ModelNotAllowed
 
     def take_keys(self, keys: StoredKeys, orders: Sequence[Order]):
         """Goes by keys, and by what an admin has switched off, as they are now, and does what was
@@ -15522,7 +15522,7 @@ class Proxy:
     def new_call(self, request, reply):
         """Returns a call as its head tells of it, which is read once, too. Raises NotForCalls."""
         if reply.entry.caller.role in STEERING:
-            raise NotForCalls()
+            raise NotForCalls
         if self.traces:
             reply.entry.trace = Trace.join(request)
         if self.has_deadlines or TIMEOUT_FIELD in request.lines:
@@ -15592,7 +15592,7 @@ class Proxy:
             if ticket.left:
                 raise QueueRefused("queue full")
             if not ticket.running:
-                raise Stopped()  # the queue is closed
+                raise Stopped  # the queue is closed
             return ticket
         except BaseException as failure:
             ticket.leave()
