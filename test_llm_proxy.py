@@ -78,7 +78,7 @@ CPU_SECONDS = 0.05 if CPYTHON else 0.5  # for a callback
 # What hangs on Redis, a browser or chance is the same everywhere: PyPy leaves it out, and so does
 # each interpreter that CI starts after its first. TESTED_BEFORE=no has it tested nevertheless.
 IS_FIRST = os.environ.get("TESTED_BEFORE", "no" if CPYTHON else "yes") == "no"
-ONCE = unittest.skipUnless(IS_FIRST, "one interpreter is enough for this")
+tested_once = unittest.skipUnless(IS_FIRST, "one interpreter is enough for this")
 CHAT = "/v1/chat/completions"
 # Where files wait for no disk
 QUICK = "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) and (
@@ -5306,6 +5306,7 @@ class UnmaskingTest(ProxyCase):
             texts[block] = texts[block][size:]
         return pieces
 
+    @tested_once
     def test_texts_at_random_in_streams_at_random_leak_nothing_and_come_back(self):
         chance = random.Random(17)
         redactor = llm_proxy.Redactor(llm_proxy.REDACTED)
@@ -9497,6 +9498,7 @@ class SumsTest(TableCase):
             self.assertEqual(execute("SELECT count(*) FROM " + query).fetchone(), (count,))
 
 
+@tested_once
 class BalanceTest(LedgerCase):
     """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
@@ -10432,7 +10434,7 @@ HAS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no redis
 
 def needs_redis(tests):
     """Marks tests of what is done in Redis; those of the way there run everywhere."""
-    return ONCE(HAS_REDIS(tests))
+    return tested_once(HAS_REDIS(tests))
 
 
 @HAS_REDIS
@@ -14076,7 +14078,7 @@ class DashboardTest(AdminCase):
 
 
 @unittest.skipUnless(Browser.PROGRAM and Browser.DRIVER, "there is no chromium and chromedriver")
-@ONCE
+@tested_once
 class PageTest(AdminCase):
     KEY = "//main//tr[td[1]//*[.='ann']]"
 
@@ -16729,6 +16731,7 @@ class DoorTest(EnduranceCase):
             self.assertRegex(answered, rb"\AHTTP/1\.1 (100|20[04]) ")
         self.assertEqual(self.stub.faults, [])
 
+    @tested_once
     def test_requests_with_random_faults_are_answered_or_closed_and_go_on_only_sound(self):
         self.start_strictly(self.size(0.3, 0.6))
         before, chance, statuses = self.left_open(), random.Random(20240229), collections.Counter()
@@ -16800,6 +16803,7 @@ class DoorTest(EnduranceCase):
             self.skipTest("%s is not installed" % name)
         return os.path.dirname(self.write_application(Fuzz.APPLICATION, "echo_all.py"))
 
+    @tested_once
     def test_nothing_is_smuggled_to_uvicorn(self):
         folder = self.python_server("uvicorn")
         for parser in self.each(filter(importlib.util.find_spec, ("h11", "httptools"))):
@@ -16807,11 +16811,13 @@ class DoorTest(EnduranceCase):
                 sys.executable, "-m", "uvicorn", "echo_all:asgi", "--port", "%(port)d",
                 "--http", parser, PYTHONPATH=folder)
 
+    @tested_once
     def test_nothing_is_smuggled_to_gunicorn(self):
         self.assert_sound_before(
             sys.executable, "-m", "gunicorn", "echo_all:wsgi", "-b", "127.0.0.1:%(port)d",
             "-k", "gthread", "--threads", "8", PYTHONPATH=self.python_server("gunicorn"))
 
+    @tested_once
     def test_nothing_is_smuggled_to_node(self):
         if not shutil.which("node"):
             self.skipTest("node is not installed")
@@ -17673,6 +17679,7 @@ class FaultsTest(EnduranceCase):
                      lambda: sizes.append(self.resident()))
         return seen, sizes
 
+    @tested_once
     def test_a_tenth_of_faults_spoils_no_other_call_and_leaves_nothing_behind(self):
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))  # and does not listen
