@@ -1,6 +1,7 @@
 """Tests of llm_proxy.py, in the order of its sections.
 
-    python -m unittest                      # all of them, in a minute and a half
+    python -m unittest                      # all of them, in less than 90 seconds
+    TESTED_BEFORE=yes python -m unittest    # without what one interpreter is enough for
     python -m unittest -k limit_reply       # those with this in their name
     python test_llm_proxy.py --soak         # those of the last section for minutes, with figures
     python test_llm_proxy.py --soak long    # attacks at random beside honest callers: half an hour
@@ -76,7 +77,7 @@ PATIENCE = 20  # seconds after which what has not happened never will
 CPYTHON = sys.implementation.name == "cpython"
 CPU_SECONDS = 0.05 if CPYTHON else 0.5  # for a callback
 # What hangs on Redis, a browser or chance is the same everywhere: PyPy leaves it out, and so does
-# each interpreter that CI starts after its first. TESTED_BEFORE=no has it tested nevertheless.
+# each interpreter that CI starts after its first. TESTED_BEFORE=no has PyPy test it, too.
 IS_FIRST = os.environ.get("TESTED_BEFORE", "no" if CPYTHON else "yes") == "no"
 tested_once = unittest.skipUnless(IS_FIRST, "one interpreter is enough for this")
 CHAT = "/v1/chat/completions"
@@ -2019,7 +2020,7 @@ class LimitsTest(LimitsCase):
                 each 10 requests per second"""):
             self.start(text)
             rule, = self.limits.rules
-            for _ in range(200):
+            for _ in range(self.STEPS):
                 self.clock.now += choose.random() * rule.interval * 3
                 cost = choose.randint(1, rule.capacity)
                 seconds = self.peek(cost)[1]
@@ -3351,16 +3352,6 @@ class PathsTest(ManyCase):
         POST /tools, POST /v1/internal/model/load, GET /v1/organization/admin_api_keys""".replace(
             "\n", ",")
     MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
-
-    def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
-        """Each is limited, in the assistant's words, or refused."""
-        self.start(MAX_TOKENS=1)
-        self.ask()
-        for path in self.each(self.SAME_ENDPOINT):
-            answered = self.ask(request("POST", path, chat(prompt="x")))
-            said = {200: b"limit reached", 400: b'"error"'}[answered.status]
-            self.assertIn(said, answered.body)
-            self.assert_calls(1)
 
     def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
         for path, plain in self.each(self.PLAIN_NAMES):
@@ -10479,25 +10470,6 @@ class RedisTest(RedisCase):
         self.assertTrue(script.is_loaded)
         self.assertEqual(self.run_loop(redis.call(*script.parts(["a"], ["b"]))), b"ab")
 
-    def test_a_server_that_stands_still_holds_nobody_for_long(self):
-        self.patch_seconds(Redis_SILENT_SECONDS=0.15)
-        self.SECONDS = {}
-        server = RedisServer(self)
-        redis = self.client(server.url)
-        self.wait_for(lambda: redis.available)
-        stop, go_on = [functools.partial(server.process.send_signal, number)
-                       for number in (signal.SIGSTOP, signal.SIGCONT)]
-        for stand_still, wake in self.each([
-                (stop, go_on), (lambda: server.ask("CLIENT", "PAUSE", "300"), lambda: None)]):
-            self.left.clear()
-            stand_still()
-            for _ in range(3):
-                self.assertLess(self.faults(redis, "INCR", "a")[1], 2000)
-            self.wait_for(lambda: self.left)
-            self.assertEqual(set(self.left), {"does not answer"})
-            wake()
-            self.wait_for(lambda: redis.available)
-
     def test_certificates_are_checked(self):
         path = pem_file(self)
         server = RedisServer(self, "--tls-cert-file", path, "--tls-key-file", path,
@@ -11205,18 +11177,15 @@ class SharedQueueTest(RedisCase):
         self.wait_until(2)
 
     def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
-        for patch in ({"LEASE_MS": 300}, {"RENEW_SECONDS": 0}):
-            mock.patch.multiple(llm_proxy.SharedQueue, **patch).start()
-        self.addCleanup(mock.patch.stopall)
+        self.patch_seconds(SharedQueue_LEASE_MS=200, SharedQueue_RENEW_SECONDS=0)
         first, second = self.queue(2), self.queue(2)
         tickets = [one.enter("a", 1) for one in (first, second)]
         self.wait_until(1, 1)
         tickets.append(second.enter("b", 1))
-        for _ in range(5):
-            second.beat()  # and the first does not
-            self.run_loop(asyncio.sleep(0.1))
-        self.assertEqual(self.running(), [1, 2])
+        # The second beats meanwhile, and the first does not.
+        self.wait_for(lambda: second.beat() or self.running() == [1, 2])
         first.beat()  # it was not dead but slow: nobody is cut
+        self.wait_for(lambda: self.taken() == 3)
         tickets[1].leave()
         second.enter("c", 1)
         self.rest()
@@ -16275,7 +16244,7 @@ class WorkersTest(ProcessCase):
         path = "/v1/" + 30 * "\u20ac"
         target = urllib.parse.quote(path)
         threads = [threading.Thread(target=lambda: [
-            self.ask(request("POST", target, b"{}", key="k")) for _ in range(50)])
+            self.ask(request("POST", target, b"{}", key="k")) for _ in range(25)])
             for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -16283,7 +16252,7 @@ class WorkersTest(ProcessCase):
             thread.join()
         process.stop().wait()
         rows = [json.loads(row) for row in process.rows]
-        self.assertEqual(sum("outcome" in row for row in rows), 400)
+        self.assertEqual(sum("outcome" in row for row in rows), 200)
 
     def test_who_cannot_start_is_not_tried_for_ever(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -17525,14 +17494,16 @@ class FaultsTest(EnduranceCase):
         self.assertEqual(len(self.proxy.limits.buckets.levels), 1)
 
     def test_no_spelling_of_a_path_gets_more_than_the_rule_allows(self):
+        """Each is limited, in the assistant's words, or refused."""
         self.start(LIMITS="address 1 requests per hour")
         self.ask()
         body = chat(prompt="x", input="x", contents=[{"parts": [{"text": "x"}]}])
         forged = "X-Forwarded-For: 10.9.9.9"
         for path, version in self.each(itertools.product(self.SPELLINGS, ("1.1", "1.0"))):
             answered = self.ask(request("POST", path, body, forged, key="k", version=version))
-            expected = "limit reached" if answered.status == 200 else '"error"'
-            self.assertIn(expected, answered.body.decode())
+            self.assertIn(answered.status, (200, 400, 404, 429))
+            said = b"limit reached" if answered.status == 200 else b'"error"'
+            self.assertIn(said, answered.body)
             self.assert_calls(1)
 
     def test_nobody_touches_the_bucket_of_a_caller_whose_address_is_spelled_as_a_key(self):
