@@ -3411,18 +3411,20 @@ class PathsTest(ManyCase):
             self.assert_left(expected[1] - 1 - (batch.status == 200))
 
     def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
-        told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
-        for mode, answered, cost, more in self.each((
-                ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
-                ("estimate", {}, 311, {"sampling_params": {"max_new_tokens": 50, "n": 3},
-                                       "text": ["a", "b"]}),
-                ("estimate", {}, 252, {"sampling_params": [{"max_new_tokens": 10, "n": 3},
-                                                           {"max_new_tokens": 40, "n": 3}],
-                                       "input_ids": [[1], [2]]}),
-                ("estimate", {}, 84, {"requests": [{"params": {"max_tokens": 35}}] * 2}),
-                ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
-                ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
-            self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
+        for mode, answered, cost, more in self.each("""[
+                ["estimate", {}, 10, {}], ["estimate", {}, 60, {"n_predict": 50}],
+                ["estimate", {}, 311,
+                 {"sampling_params": {"max_new_tokens": 50, "n": 3}, "text": ["a", "b"]}],
+                ["estimate", {}, 252,
+                 {"sampling_params": [{"max_new_tokens": 10, "n": 3},
+                                      {"max_new_tokens": 40, "n": 3}], "input_ids": [[1], [2]]}],
+                ["estimate", {}, 84,
+                 {"requests": [{"params": {"max_tokens": 35}}, {"params": {"max_tokens": 35}}]}],
+                ["usage", {}, 11, {"options": 1, "n": "x", "stream": 1}],
+                ["usage", {"text": "ten tokens, as they are counted: 40 long"}, 20, {}],
+                ["usage", {"text": "ten tokens, as they are counted: 40 long",
+                           "usage": {"prompt_tokens": 30, "completion_tokens": 5}}, 35, {}]]"""):
+            self.start(says_json(answered), TOKEN_COST_MODE=mode)
             body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
             self.ask(request("POST", "/v1/score", body))
             self.assertEqual(1000 - self.left(), cost)
@@ -11320,15 +11322,20 @@ class SharedKeysTest(KeysCase):
     def test_what_nobody_of_us_has_written_is_no_key(self):
         proxy, _, path = self.box()
         wait_for(lambda: proxy.redis.available)
-        good = [9e9, "a", "b", "c", "add key", "ann", ""]
-        row = {"name": "ann", "created": 1.0, "disabled": 0, "role": "caller", "subject": "00" * 32}
-        for record in self.each((
-                "", "{", "[]", "[[],[],[]]", json.dumps([good, ["ann"], []]),
-                json.dumps([[*good[:4], "give", "ann", ""], [row], []]),
-                json.dumps([good, [{**row, "subject": "00"}], []]),
-                json.dumps([good, [{**row, "name": "a b"}], []]),
-                json.dumps([good, [row], [["xx", None]]]),
-                json.dumps([[[], *good[1:]], [row], []]))):
+        row = '"created": 1.0, "disabled": 0, "role": "caller", "subject": "%s"' % ("00" * 32)
+        for record, in self.each("""
+                NOTHING
+                {
+                []
+                [[], [], []]
+                [[9e9, GOOD], ["ann"], []]
+                [[9e9, "a", "b", "c", "give", "ann", ""], [{"name": "ann", ROW}], []]
+                [[9e9, GOOD], [{"name": "ann", ROW, "subject": "00"}], []]
+                [[9e9, GOOD], [{"name": "a b", ROW}], []]
+                [[9e9, GOOD], [{"name": "ann", ROW}], [["xx", null]]]
+                [[[], GOOD], [{"name": "ann", ROW}], []]""".replace(
+                    "GOOD", '"a", "b", "c", "add key", "ann", ""').replace("ROW", row)):
+            record = record.replace("NOTHING", "")
             self.redis.ask("HSET", "{llm_proxy}:keys", "ann", "9000000000.0 " + record)
             self.redis.ask("INCR", "{llm_proxy}:keys:changes")
         self.keys(path, "add", "ben")
@@ -11533,9 +11540,9 @@ class SharedStoredTest(ProxyCase):
         wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
 
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
-        for places, order, told, in self.each((
-                ((0, 0), (1, 0), [0]), ((0, 0), (0, 1), [1]), ((0, 0), (1, 0), [0, 1]),
-                ((0, 1), (0, 1), [0, 1]), ((0, 0, 1), (1, 2, 0), [0, 2]))):
+        for places, order, told, in self.each("""[
+                [[0, 0], [1, 0], [0]], [[0, 0], [0, 1], [1]], [[0, 0], [1, 0], [0, 1]],
+                [[0, 1], [0, 1], [0, 1]], [[0, 0, 1], [1, 2, 0], [0, 2]]]"""):
             redis, polls = self.start_owing(), []
             self.stub.answer = None
             for place in places:
@@ -15726,25 +15733,25 @@ class CommandsTest(ProcessCase):
         none, text = os.path.join(folder, "none"), os.path.join(folder, "text")
         with open(text, "w", encoding="utf-8") as file:
             file.write("hello")
-        here = {"BASE_API_URL": self.NOWHERE}
-        not_ours = "%s is not a database of llm_proxy; it was left as it is\n" % text
-        unwritable = "DATABASE must be a file that can be written, or off (got '/nonexistent/x.db'"
-        unrecorded = "no calls are recorded in %s (DATABASE)\n" % none
-        off = "calls and keys are kept in DATABASE, and that is off\n"
-        for code, number, said, arguments, settings in self.each((
-                (2, 3, "BASE_API_URL=http://", (), {"PORT": "99999", "MAX_TOKENS": "x"}),
-                (2, 1, not_ours, (), {**here, "DATABASE": text}),
-                (2, 1, unwritable, (), {**here, "DATABASE": "/nonexistent/x.db"}),
-                (2, 1, r"the word '\x1b[2J'", (), {**here, "LIMITS": "\x1b[2J 1"}),
-                (2, 1, "USAGE_LOG must be", (), {**here, "USAGE_LOG": "/nonexistent/x"}),
-                (2, 1, "--requests must be", ("bench", self.NOWHERE, "--requests", "0"), {}),
-                (2, 1, off, ("usage",), {}),
-                (2, 1, off, ("keys", "list"), {}),
-                (1, 1, unrecorded, ("usage",), {"DATABASE": none}),
-                (2, 1, not_ours, ("usage",), {"DATABASE": text}),
-                (2, 1, "--by must be caller or", ("usage", "--by", "day,x"), {"DATABASE": none}),
-                (2, 1, "--since", ("usage", "--since", "soon"), {"DATABASE": none}))):
-            self.assert_fails(code, number, said, *arguments, **settings)
+        for code, number, said, arguments, settings in self.each(r"""[
+                [2, 3, "BASE_API_URL=http://", "", {"PORT": "99999", "MAX_TOKENS": "x"}],
+                [2, 1, "TEXT is not a database of llm_proxy; it was left as it is\n", "",
+                 {A_URL, "DATABASE": "TEXT"}],
+                [2, 1, "DATABASE must be a file that can be written, or off (got '/nonexistent/x'",
+                 "", {A_URL, "DATABASE": "/nonexistent/x"}],
+                [2, 1, "the word '\\x1b[2J'", "", {A_URL, "LIMITS": "\u001b[2J 1"}],
+                [2, 1, "USAGE_LOG must be", "", {A_URL, "USAGE_LOG": "/nonexistent/x"}],
+                [2, 1, "--requests must be", "bench NOWHERE --requests 0", {}],
+                [2, 1, "calls and keys are kept in DATABASE, and that is off\n", "usage", {}],
+                [2, 1, "calls and keys are kept in DATABASE, and that is off\n", "keys list", {}],
+                [1, 1, "no calls are recorded in NONE (DATABASE)\n", "usage", {"DATABASE": "NONE"}],
+                [2, 1, "TEXT is not a database of llm_proxy; it was left as it is\n", "usage",
+                 {"DATABASE": "TEXT"}],
+                [2, 1, "--by must be caller or", "usage --by day,x", {"DATABASE": "NONE"}],
+                [2, 1, "--since", "usage --since soon", {"DATABASE": "NONE"}]]""".replace(
+                    "A_URL", '"BASE_API_URL": "NOWHERE"').replace("NOWHERE", self.NOWHERE).replace(
+                        "TEXT", text).replace("NONE", none)):
+            self.assert_fails(code, number, said, *arguments.split(), **settings)
 
     def test_arguments_are_utf_8(self):
         for arguments in self.each((("usage", "--caller"), ("keys", "show"), ("bench",))):
