@@ -12254,10 +12254,10 @@ class KeysTest(KeysCase):
         self.assert_left(1005, ann)
 
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
-        for column, value in self.each((
-                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
-                ("expires", "soon"), ("subject", "x" * 32), ("disabled", "no"), ("created", None),
-                ("team", "a b"))):
+        for column, value in self.each("""[
+                ["role", "root"], ["role", null], ["limits", "x"], ["models", "a,,b"],
+                ["expires", "soon"], ["subject", "x, but 32 characters as of bytes"],
+                ["disabled", "no"], ["created", null], ["team", "a b"]]"""):
             self.start(PROXY_API_KEYS="anyone")
             ann, ben = self.add(), self.add("ben")
             before = self.proxy.callers
@@ -15306,17 +15306,17 @@ class KeysCommandTest(ProcessCase):
         here = {"LIMITS": "each 1 usd per day", "UPSTREAM_BOX_URL": "http://127.0.0.1:1",
                 "PROXY_API_KEYS": "old=a-key-of-16-chars-or-more"}
         self.keys("add", "ann", "--limits", "9 tokens per day")
-        for settings, code, said, *arguments in self.each((
-                (here, 1, "no rule counts requests", "give", "ann", "2", "requests"),
-                (here, 0, "done", "give", "ann", "2", "usd"),
-                (here, 0, "done", "give", "ann", "2", "tokens"),
-                (here, 1, "no rule counts tokens", "give", "old", "2", "tokens"),
-                (here, 0, "done", "give", "192.0.2.1", "2", "usd"),
-                ({}, 0, "done", "give", "ann", "2", "requests"),
-                (here, 0, "there is no upstream 'nope'", "add", "b", "--upstream", "nope"),
-                (here, 0, "done", "add", "c", "--upstream", "box"),
-                ({}, 0, "done", "add", "d", "--upstream", "nope"))):
-            found = self.keys(*arguments, **settings)
+        for are_here, code, said, arguments in self.each("""[
+                [true, 1, "no rule counts requests", "give ann 2 requests"],
+                [true, 0, "done", "give ann 2 usd"],
+                [true, 0, "done", "give ann 2 tokens"],
+                [true, 1, "no rule counts tokens", "give old 2 tokens"],
+                [true, 0, "done", "give 192.0.2.1 2 usd"],
+                [false, 0, "done", "give ann 2 requests"],
+                [true, 0, "there is no upstream 'nope'", "add b --upstream nope"],
+                [true, 0, "done", "add c --upstream box"],
+                [false, 0, "done", "add d --upstream nope"]]"""):
+            found = self.keys(*arguments.split(), **here if are_here else {})
             self.assertEqual((found[0], found[2].startswith(said)), (code, True), found)
 
     def test_the_audit_has_who_gave_the_command_though_the_environment_has_no_name(self):
@@ -15457,12 +15457,13 @@ class BenchTest(ProcessCase):
     def test_what_is_asked_is_as_the_options_say(self):
         url, listed = self.new_stub(), b'{"data": [{"id": "first"}, {"id": "second"}]}'
         self.stub.answer = says(listed)
-        for options, model, target in self.each((
-                (["--model", "m"], "m", CHAT), ([], "first", CHAT),
-                (["--payload", '{"model": "own", "input": "x"}', "--endpoint", "/v1/embeddings"],
-                 "own", "/v1/embeddings"),
-                (["--payload", '{"model": "own"}', "--model", "m"], "m", CHAT))):
-            self.bench("--key", "sk-1", "--requests", "1", *options, url=url)
+        for options, model, target in self.each("""
+                --model m -> m -> /v1/chat/completions
+                --output json -> first -> /v1/chat/completions
+                --payload {"model":"own","input":"x"} --endpoint /v1/embeddings -> """
+                """own -> /v1/embeddings
+                --payload {"model":"own"} --model m -> m -> /v1/chat/completions"""):
+            self.bench("--key", "sk-1", "--requests", "1", *options.split(), url=url)
             asked = self.stub.last
             self.assertEqual((asked.json()["model"], asked.target), (model, target))
             self.assertEqual(asked.get("authorization"), "Bearer sk-1")
@@ -15485,12 +15486,16 @@ class BenchTest(ProcessCase):
 
     def test_what_is_wrong_with_the_options_is_told(self):
         url = self.new_stub()
-        for arguments, said in self.each((
-                (["ftp://x"], "BASE_API_URL"), ([url, "--requests", "0"], "between 1 and"),
-                ([url, "--concurrency", "many"], "between 1 and"),
-                ([url, "--payload", "[]"], "a JSON object"), ([url, "--payload", "{"], "line 1"),
-                ([url], "no list of models"), (["http://127.0.0.1:1"], "could not be reached"))):
-            code, out, err = self.finish("bench", *arguments)
+        for arguments, said in self.each("""
+                ftp://x -> BASE_API_URL
+                URL --requests 0 -> between 1 and
+                URL --concurrency many -> between 1 and
+                URL --payload [] -> a JSON object
+                URL --payload { -> line 1
+                URL -> no list of models
+                http://127.0.0.1:1 -> could not be reached"""):
+            code, out, err = self.finish("bench", *[
+                url if one == "URL" else one for one in arguments.split()])
             self.assertEqual((code, out), (2, ""))
             self.assertIn(said, err)
 
