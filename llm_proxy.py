@@ -7107,7 +7107,7 @@ CLOSING = {b"{": b"}", b"[": b"]"}
 EVENT_HEAD = re.compile(rb"(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
 
 
-def closing(plain: bytes) -> bytes:
+def what_closes(plain: bytes) -> bytes:
     """Returns what is missing of JSON that is cut off, and has no escapes."""
     ends = []
     for step in JSON_STEP.finditer(plain):
@@ -7255,7 +7255,7 @@ class Unmasking(Edit):
     def begin_event(self, event, prefix):
         """Does so with the first slice of an event, which nearly always ends within a string."""
         shown = self.without_logprobs(event) if self.restorer.redactor else event
-        ends = closing(without_escapes(shown))
+        ends = what_closes(without_escapes(shown))
         payload = self.payload(shown + ends)
         if payload:
             self.prefix = prefix

@@ -1,6 +1,7 @@
 """Tests of llm_proxy.py, in the order of its sections.
 
-    python -m unittest                      # all of them, in a minute and a half
+    python -m unittest                      # all of them, in less than 90 seconds
+    TESTED_BEFORE=yes python -m unittest    # without what one interpreter is enough for
     python -m unittest -k limit_reply       # those with this in their name
     python test_llm_proxy.py --soak         # those of the last section for minutes, with figures
     python test_llm_proxy.py --soak long    # attacks at random beside honest callers: half an hour
@@ -75,6 +76,10 @@ FOLDER = os.path.dirname(FILE)
 PATIENCE = 20  # seconds after which what has not happened never will
 CPYTHON = sys.implementation.name == "cpython"
 CPU_SECONDS = 0.05 if CPYTHON else 0.5  # for a callback
+# What hangs on Redis, a browser or chance is the same everywhere: PyPy leaves it out, and so does
+# each interpreter that CI starts after its first. TESTED_BEFORE=no has PyPy test it, too.
+IS_FIRST = os.environ.get("TESTED_BEFORE", "no" if CPYTHON else "yes") == "no"
+tested_once = unittest.skipUnless(IS_FIRST, "one interpreter is enough for this")
 CHAT = "/v1/chat/completions"
 # Where files wait for no disk
 QUICK = "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) and (
@@ -724,6 +729,7 @@ class ProxyCase(TableCase):
                       mock.patch.object(llm_proxy.Admin, "BEAT_SECONDS", 0.01),
                       mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.02),
                       mock.patch.object(llm_proxy.RedisBuckets, "DRAIN_SECONDS", 0.05),
+                      mock.patch.object(llm_proxy.Redis, "LONGEST_PAUSE", 0.05),
                       mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
             patch.start()
             cls.addClassCleanup(patch.stop)
@@ -2016,7 +2022,7 @@ class LimitsTest(LimitsCase):
                 each 10 requests per second"""):
             self.start(text)
             rule, = self.limits.rules
-            for _ in range(200):
+            for _ in range(self.STEPS):
                 self.clock.now += choose.random() * rule.interval * 3
                 cost = choose.randint(1, rule.capacity)
                 seconds = self.peek(cost)[1]
@@ -3363,16 +3369,6 @@ class PathsTest(ManyCase):
             "\n", ",")
     MANAGED_AND_FREE = "GET /props, GET /lora-adapters, GET /v1/models, GET /v1/models/sleepy-1"
 
-    def test_no_spelling_of_a_metered_path_gets_past_an_empty_bucket(self):
-        """Each is limited, in the assistant's words, or refused."""
-        self.start(MAX_TOKENS=1)
-        self.ask()
-        for path in self.each(self.SAME_ENDPOINT):
-            answered = self.ask(request("POST", path, chat(prompt="x")))
-            said = {200: b"limit reached", 400: b'"error"'}[answered.status]
-            self.assertIn(said, answered.body)
-            self.assert_calls(1)
-
     def test_a_spelled_out_path_goes_upstream_under_its_plain_name(self):
         for path, plain in self.each(self.PLAIN_NAMES):
             self.assert_status(200, request("POST", path, chat()))
@@ -3431,18 +3427,20 @@ class PathsTest(ManyCase):
             self.assert_left(expected[1] - 1 - (batch.status == 200))
 
     def test_an_unknown_call_is_estimated_by_its_json_and_settled_by_what_is_told(self):
-        told = {"text": "x" * 40, "usage": {"prompt_tokens": 30, "completion_tokens": 5}}
-        for mode, answered, cost, more in self.each((
-                ("estimate", {}, 10, {}), ("estimate", {}, 60, {"n_predict": 50}),
-                ("estimate", {}, 311, {"sampling_params": {"max_new_tokens": 50, "n": 3},
-                                       "text": ["a", "b"]}),
-                ("estimate", {}, 252, {"sampling_params": [{"max_new_tokens": 10, "n": 3},
-                                                           {"max_new_tokens": 40, "n": 3}],
-                                       "input_ids": [[1], [2]]}),
-                ("estimate", {}, 84, {"requests": [{"params": {"max_tokens": 35}}] * 2}),
-                ("usage", {}, 11, {"options": 1, "n": "x", "stream": 1}),
-                ("usage", {"text": "x" * 40}, 20, {}), ("usage", told, 35, {}))):
-            self.start(says(json.dumps(answered).encode()), TOKEN_COST_MODE=mode)
+        for mode, answered, cost, more in self.each("""[
+                ["estimate", {}, 10, {}], ["estimate", {}, 60, {"n_predict": 50}],
+                ["estimate", {}, 311,
+                 {"sampling_params": {"max_new_tokens": 50, "n": 3}, "text": ["a", "b"]}],
+                ["estimate", {}, 252,
+                 {"sampling_params": [{"max_new_tokens": 10, "n": 3},
+                                      {"max_new_tokens": 40, "n": 3}], "input_ids": [[1], [2]]}],
+                ["estimate", {}, 84,
+                 {"requests": [{"params": {"max_tokens": 35}}, {"params": {"max_tokens": 35}}]}],
+                ["usage", {}, 11, {"options": 1, "n": "x", "stream": 1}],
+                ["usage", {"text": "ten tokens, as they are counted: 40 long"}, 20, {}],
+                ["usage", {"text": "ten tokens, as they are counted: 40 long",
+                           "usage": {"prompt_tokens": 30, "completion_tokens": 5}}, 35, {}]]"""):
+            self.start(says_json(answered), TOKEN_COST_MODE=mode)
             body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
             self.ask(request("POST", "/v1/score", body))
             self.assertEqual(1000 - self.left(), cost)
@@ -5381,6 +5379,7 @@ class UnmaskingTest(ProxyCase):
             texts[block] = texts[block][size:]
         return pieces
 
+    @tested_once
     def test_texts_at_random_in_streams_at_random_leak_nothing_and_come_back(self):
         chance = random.Random(17)
         redactor = llm_proxy.Redactor(llm_proxy.REDACTED)
@@ -9688,6 +9687,7 @@ class SumsTest(TableCase):
             self.assertEqual(execute("SELECT count(*) FROM " + query).fetchone(), (count,))
 
 
+@tested_once
 class BalanceTest(LedgerCase):
     """The books balance: each bucket lacks exactly what the ledger says was charged to it."""
     RULES = ("each 1000000 requests per day; each 1000000000 tokens per day;"
@@ -10402,7 +10402,7 @@ class RedisServer:
     def start(self):
         self.process = subprocess.Popen(
             ["redis-server", "--bind", "127.0.0.1", "--unixsocket", self.path, "--save", "",
-             "--dir", os.path.dirname(self.path), "--repl-diskless-sync-delay", "0",
+             "--dir", os.path.dirname(self.path), "--repl-diskless-sync", "no", "--hz", "100",
              *self.options],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: self.process.poll() is not None or self.answers(), "redis-server")
@@ -10474,6 +10474,7 @@ class RedisCase(TableCase):
     PATIENT = dict.fromkeys(("ANSWER_SECONDS", "LATE_SECONDS", "SILENT_SECONDS"), PATIENCE)
 
     def setUp(self):
+        self.patch_seconds(Redis_LONGEST_PAUSE=0.05)
         self.loop = asyncio.new_event_loop()
         self.addCleanup(self.loop.close)
         self.left = []
@@ -10618,10 +10619,15 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
 
 
-NEEDS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+HAS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
 
 
-@NEEDS_REDIS
+def needs_redis(tests):
+    """Marks tests of what is done in Redis; those of the way there run everywhere."""
+    return tested_once(HAS_REDIS(tests))
+
+
+@HAS_REDIS
 class RedisTest(RedisCase):
     SECONDS = RedisCase.PATIENT
 
@@ -10662,25 +10668,6 @@ class RedisTest(RedisCase):
         self.wait_for(lambda: redis.available)
         self.assertTrue(script.is_loaded)
         self.assertEqual(self.run_loop(redis.call(*script.parts(["a"], ["b"]))), b"ab")
-
-    def test_a_server_that_stands_still_holds_nobody_for_long(self):
-        self.patch_seconds(Redis_SILENT_SECONDS=0.15)
-        self.SECONDS = {}
-        server = RedisServer(self)
-        redis = self.client(server.url)
-        self.wait_for(lambda: redis.available)
-        stop, go_on = [functools.partial(server.process.send_signal, number)
-                       for number in (signal.SIGSTOP, signal.SIGCONT)]
-        for stand_still, wake in self.each([
-                (stop, go_on), (lambda: server.ask("CLIENT", "PAUSE", "300"), lambda: None)]):
-            self.left.clear()
-            stand_still()
-            for _ in range(3):
-                self.assertLess(self.faults(redis, "INCR", "a")[1], 2000)
-            self.wait_for(lambda: self.left)
-            self.assertEqual(set(self.left), {"does not answer"})
-            wake()
-            self.wait_for(lambda: redis.available)
 
     def test_certificates_are_checked(self):
         path = pem_file(self)
@@ -10774,7 +10761,7 @@ class InRedis:
         return self.redis.loop.run_until_complete(coroutine)
 
 
-@NEEDS_REDIS
+@needs_redis
 class LimitsInRedisTest(InRedis, LimitsTest):
     test_any_number_of_keys_fits_into_a_bounded_table = None  # it is the same table
 
@@ -10855,23 +10842,23 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             self.assertEqual((last, loss), (0, told[number]))
 
 
-@NEEDS_REDIS
+@needs_redis
 class RulesInRedisTest(InRedis, RulesTogetherTest):
     pass
 
 
-@NEEDS_REDIS
+@needs_redis
 class KeysRulesInRedisTest(InRedis, KeysRulesTest):
     # What was given stays with the old rule's bucket.
     test_what_was_given_goes_along_when_the_rule_is_changed = None
 
 
-@NEEDS_REDIS
+@needs_redis
 class WindowsInRedisTest(InRedis, WindowsTest):
     pass
 
 
-@NEEDS_REDIS
+@needs_redis
 class SharedLimitsTest(ProxyCase):
     """Proxies of one process, or of several, that share their limits."""
     RULE = "each 10 requests per hour"
@@ -11066,16 +11053,16 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.stored(), [8])
 
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
-        buckets = self.start_here()
+        buckets = self.start_here(limits="each 5 requests per hour")
         self.assertLess(buckets.WAIT_SECONDS + llm_proxy.ListeningTime.STEP_SECONDS, 0.1)
         self.assertEqual(self.admitted(1), 1)
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
-        for _ in range(9):
+        for _ in range(4):
             began = time.monotonic()
             self.assert_admitted(1, 1)
             seconds.append(time.monotonic() - began)
-        self.assertLess(min(seconds[:5]), 0.1 + 0.05)  # 50 ms are this machine's,
+        self.assertLess(min(seconds), 0.1 + 0.05)  # 50 ms are this machine's,
         self.assertLess(max(seconds), PATIENCE / 4)    # which may have much to do
         self.is_away(buckets)
         self.redis.process.send_signal(signal.SIGCONT)
@@ -11088,8 +11075,9 @@ class SharedLimitsTest(ProxyCase):
     def test_no_call_waits_for_longer_whatever_redis_and_its_connection_do(self):
         self.patch_seconds(Redis_SILENT_SECONDS=PATIENCE)
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            buckets = self.start(REDIS_URL="redis://127.0.0.1:%d" % silent.getsockname()[1])
-            self.assertEqual(self.admitted(11), 10)
+            buckets = self.start(REDIS_URL="redis://127.0.0.1:%d" % silent.getsockname()[1],
+                                 limits="each 3 requests per hour")
+            self.assertEqual(self.admitted(4), 3)
             self.assertEqual(buckets.state, "returning")
 
     def start_with_replica(self):
@@ -11338,7 +11326,7 @@ class SharedLimitsTest(ProxyCase):
             self.assertNotIn("goes by its share", self.lines.text())
 
 
-@NEEDS_REDIS
+@needs_redis
 class BalanceInRedisTest(BalanceTest):
     """The same with three proxies, while their connections to Redis are cut again and again: what
     Redis has is, to the unit, what all ledgers say."""
@@ -11394,7 +11382,7 @@ class BalanceInRedisTest(BalanceTest):
                             sorted(self.missing()))
 
 
-@NEEDS_REDIS
+@needs_redis
 class SharedQueueTest(RedisCase):
     """Lines of several processes before slots that they share."""
 
@@ -11463,18 +11451,15 @@ class SharedQueueTest(RedisCase):
         self.wait_until(2)
 
     def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
-        for patch in ({"LEASE_MS": 300}, {"RENEW_SECONDS": 0}):
-            mock.patch.multiple(llm_proxy.SharedQueue, **patch).start()
-        self.addCleanup(mock.patch.stopall)
+        self.patch_seconds(SharedQueue_LEASE_MS=200, SharedQueue_RENEW_SECONDS=0)
         first, second = self.queue(2), self.queue(2)
         tickets = [one.enter("a", 1) for one in (first, second)]
         self.wait_until(1, 1)
         tickets.append(second.enter("b", 1))
-        for _ in range(5):
-            second.beat()  # and the first does not
-            self.run_loop(asyncio.sleep(0.1))
-        self.assertEqual(self.running(), [1, 2])
+        # The second beats meanwhile, and the first does not.
+        self.wait_for(lambda: second.beat() or self.running() == [1, 2])
         first.beat()  # it was not dead but slow: nobody is cut
+        self.wait_for(lambda: self.taken() == 3)
         tickets[1].leave()
         second.enter("c", 1)
         self.rest()
@@ -11546,7 +11531,7 @@ class SharedQueueTest(RedisCase):
         self.assertEqual((self.taken(), self.running(), queue.leases), (0, [0], []))
 
 
-@NEEDS_REDIS
+@needs_redis
 class SharedKeysTest(KeysCase):
     """Keys of several boxes, each with a DATABASE of its own."""
 
@@ -11609,15 +11594,20 @@ class SharedKeysTest(KeysCase):
     def test_what_nobody_of_us_has_written_is_no_key(self):
         proxy, _, path = self.box()
         wait_for(lambda: proxy.redis.available)
-        good = [9e9, "a", "b", "c", "add key", "ann", ""]
-        row = {"name": "ann", "created": 1.0, "disabled": 0, "role": "caller", "subject": "00" * 32}
-        for record in self.each((
-                "", "{", "[]", "[[],[],[]]", json.dumps([good, ["ann"], []]),
-                json.dumps([[*good[:4], "give", "ann", ""], [row], []]),
-                json.dumps([good, [{**row, "subject": "00"}], []]),
-                json.dumps([good, [{**row, "name": "a b"}], []]),
-                json.dumps([good, [row], [["xx", None]]]),
-                json.dumps([[[], *good[1:]], [row], []]))):
+        row = '"created": 1.0, "disabled": 0, "role": "caller", "subject": "%s"' % ("00" * 32)
+        for record, in self.each("""
+                NOTHING
+                {
+                []
+                [[], [], []]
+                [[9e9, GOOD], ["ann"], []]
+                [[9e9, "a", "b", "c", "give", "ann", ""], [{"name": "ann", ROW}], []]
+                [[9e9, GOOD], [{"name": "ann", ROW, "subject": "00"}], []]
+                [[9e9, GOOD], [{"name": "a b", ROW}], []]
+                [[9e9, GOOD], [{"name": "ann", ROW}], [["xx", null]]]
+                [[[], GOOD], [{"name": "ann", ROW}], []]""".replace(
+                    "GOOD", '"a", "b", "c", "add key", "ann", ""').replace("ROW", row)):
+            record = record.replace("NOTHING", "")
             self.redis.ask("HSET", "{llm_proxy}:keys", "ann", "9000000000.0 " + record)
             self.redis.ask("INCR", "{llm_proxy}:keys:changes")
         self.keys(path, "add", "ben")
@@ -11625,7 +11615,7 @@ class SharedKeysTest(KeysCase):
         self.assertEqual([key.name for key in self.keys(path, "list")], ["ben"])
 
 
-@NEEDS_REDIS
+@needs_redis
 class SharedSumsTest(ProxyCase):
     """Books of several boxes, each with a DATABASE of its own."""
 
@@ -11735,7 +11725,7 @@ class SharedSumsTest(ProxyCase):
         wait_for(lambda: self.totals(one[1]) == [("a", 1, 2)], lambda: self.totals(one[1]))
 
 
-@unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
+@needs_redis
 class SharedStoredTest(ProxyCase):
     """What one process has noted, another one finds."""
     KEYS = {"PROXY_API_KEYS": "ann=sk-a,ben=sk-b"}
@@ -11832,9 +11822,9 @@ class SharedStoredTest(ProxyCase):
         self.assertEqual(self.left(redis), [b"99400"])
 
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
-        for places, order, told, in self.each((
-                ((0, 0), (1, 0), [0]), ((0, 0), (0, 1), [1]), ((0, 0), (1, 0), [0, 1]),
-                ((0, 0, 0), (1, 2, 0), [0, 2]))):
+        for places, order, told in self.each("""[
+                [[0, 0], [1, 0], [0]], [[0, 0], [0, 1], [1]], [[0, 0], [1, 0], [0, 1]],
+                [[0, 0, 0], [1, 2, 0], [0, 2]]]"""):
             redis, polls = self.start_owing(), []
             self.stub.answer = None
             for place in places:
@@ -11871,7 +11861,8 @@ class SharedStoredTest(ProxyCase):
         client, asked = self.ask_stub(self.POLL)
         claim, = redis.ask("KEYS", "*:claim:*")
         redis.ask("EXPIRE", claim, 5)
-        self.proxy.redis.loop.call_soon_threadsafe(self.proxy.stored.beat)
+        asking = self.proxies[0]
+        asking.redis.loop.call_soon_threadsafe(asking.stored.beat)
         wait_for(lambda: 20 < redis.ask("TTL", claim) <= 30)
         asked.answer()
         client.head()
@@ -12604,10 +12595,10 @@ class KeysTest(KeysCase):
         self.assert_left(1005, ann)
 
     def test_a_key_that_somebody_edited_into_nonsense_lets_nobody_in(self):
-        for column, value in self.each((
-                ("role", "root"), ("role", None), ("limits", "x"), ("models", "a,,b"),
-                ("expires", "soon"), ("subject", "x" * 32), ("disabled", "no"), ("created", None),
-                ("team", "a b"))):
+        for column, value in self.each("""[
+                ["role", "root"], ["role", null], ["limits", "x"], ["models", "a,,b"],
+                ["expires", "soon"], ["subject", "x, but 32 characters as of bytes"],
+                ["disabled", "no"], ["created", null], ["team", "a b"]]"""):
             self.start(PROXY_API_KEYS="anyone")
             ann, ben = self.add(), self.add("ben")
             before = self.proxy.callers
@@ -13202,24 +13193,28 @@ class EveryAwaitTest(WaitingCase):
             wait_for(lambda: self.what_is_held(seen)["endings"], outcome)
         self.may_connect.set()
         self.client.close()
-        if self.proxy.routes.base.queue:
+        is_in_line = self.proxy.routes.base.queue is not None
+        if is_in_line:
             self.end_busy()
-            for asked in self.stub.requests:  # it has noticed who left, and its slot is free
-                asked.over.set()
         expected = dict.fromkeys(self.what_is_held(seen), 0)
         expected["endings"] = [outcome] if outcome != "-" else []
         expected["spares"] = int(kept != "")
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: self.what_is_held(seen) == expected)
+            # Slots are free when the upstream has noticed who left, which may hear of it late.
+            wait_for(lambda: is_in_line and self.end_all() or self.what_is_held(seen) == expected)
         self.assertEqual(self.what_is_held(seen), expected, self.lines.entries()[seen:])
         self.on_loop(self.proxy.routes.close_stale, True)
         wait_for(self.is_closed, "the end of sockets")
 
+    def end_all(self):
+        """Has the upstream go on with what it was asked so far: it sees who left."""
+        for asked in self.stub.requests:
+            asked.over.set()
+
     def is_closed(self):
         """Whether the proxy has closed all that it opened, and the upstream has seen it: else the
         next call would be taken for this one."""
-        for asked in self.stub.requests:
-            asked.over.set()
+        self.end_all()
         unseen, *_ = select.select([self.stub.listener], [], [], 0)
         return not unseen and len(os.listdir("/dev/fd")) <= self.descriptors
 
@@ -14209,7 +14204,7 @@ class EventsTest(AdminCase):
         self.assertLess(time.monotonic() - began, PATIENCE)
 
 
-@NEEDS_REDIS
+@needs_redis
 class SharedEventsTest(AdminCase):
     """What the page of one process shows of all."""
     listen, hear = EventsTest.listen, staticmethod(EventsTest.hear)
@@ -14405,8 +14400,7 @@ class DashboardTest(AdminCase):
 
 
 @unittest.skipUnless(Browser.PROGRAM and Browser.DRIVER, "there is no chromium and chromedriver")
-@unittest.skipUnless(CPYTHON and sys.version_info >= (3, 11) or "BROWSER" in os.environ,
-                     "one interpreter is enough for the page")
+@tested_once
 class PageTest(AdminCase):
     KEY = "//main//tr[td[1]//*[.='ann']]"
 
@@ -15404,6 +15398,8 @@ class Forked:
         llm_proxy = sys.modules["llm_proxy"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(llm_proxy)
         llm_proxy.Log.PAUSE = llm_proxy.Server.LOOK_SECONDS = 0.005
+        llm_proxy.RedisBuckets.BEAT_SECONDS = 0.1
+        llm_proxy.Redis.LONGEST_PAUSE = 0.05
         llm_proxy.parse_arguments([])  # for what is compiled and kept once
         llm_proxy.read_config({"BASE_API_URL": "http://127.0.0.1:1"})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -15662,17 +15658,17 @@ class KeysCommandTest(ProcessCase):
         here = {"LIMITS": "each 1 usd per day", "UPSTREAM_BOX_URL": "http://127.0.0.1:1",
                 "PROXY_API_KEYS": "old=a-key-of-16-chars-or-more"}
         self.keys("add", "ann", "--limits", "9 tokens per day")
-        for settings, code, said, *arguments in self.each((
-                (here, 1, "no rule counts requests", "give", "ann", "2", "requests"),
-                (here, 0, "done", "give", "ann", "2", "usd"),
-                (here, 0, "done", "give", "ann", "2", "tokens"),
-                (here, 1, "no rule counts tokens", "give", "old", "2", "tokens"),
-                (here, 0, "done", "give", "192.0.2.1", "2", "usd"),
-                ({}, 0, "done", "give", "ann", "2", "requests"),
-                (here, 0, "there is no upstream 'nope'", "add", "b", "--upstream", "nope"),
-                (here, 0, "done", "add", "c", "--upstream", "box"),
-                ({}, 0, "done", "add", "d", "--upstream", "nope"))):
-            found = self.keys(*arguments, **settings)
+        for are_here, code, said, arguments in self.each("""[
+                [true, 1, "no rule counts requests", "give ann 2 requests"],
+                [true, 0, "done", "give ann 2 usd"],
+                [true, 0, "done", "give ann 2 tokens"],
+                [true, 1, "no rule counts tokens", "give old 2 tokens"],
+                [true, 0, "done", "give 192.0.2.1 2 usd"],
+                [false, 0, "done", "give ann 2 requests"],
+                [true, 0, "there is no upstream 'nope'", "add b --upstream nope"],
+                [true, 0, "done", "add c --upstream box"],
+                [false, 0, "done", "add d --upstream nope"]]"""):
+            found = self.keys(*arguments.split(), **here if are_here else {})
             self.assertEqual((found[0], found[2].startswith(said)), (code, True), found)
 
     def test_the_audit_has_who_gave_the_command_though_the_environment_has_no_name(self):
@@ -15814,12 +15810,13 @@ class BenchTest(ProcessCase):
     def test_what_is_asked_is_as_the_options_say(self):
         url, listed = self.new_stub(), b'{"data": [{"id": "first"}, {"id": "second"}]}'
         self.stub.answer = says(listed)
-        for options, model, target in self.each((
-                (["--model", "m"], "m", CHAT), ([], "first", CHAT),
-                (["--payload", '{"model": "own", "input": "x"}', "--endpoint", "/v1/embeddings"],
-                 "own", "/v1/embeddings"),
-                (["--payload", '{"model": "own"}', "--model", "m"], "m", CHAT))):
-            self.bench("--key", "sk-1", "--requests", "1", *options, url=url)
+        for options, model, target in self.each("""
+                --model m -> m -> /v1/chat/completions
+                --output json -> first -> /v1/chat/completions
+                --payload {"model":"own","input":"x"} --endpoint /v1/embeddings -> """
+                """own -> /v1/embeddings
+                --payload {"model":"own"} --model m -> m -> /v1/chat/completions"""):
+            self.bench("--key", "sk-1", "--requests", "1", *options.split(), url=url)
             asked = self.stub.last
             self.assertEqual((asked.json()["model"], asked.target), (model, target))
             self.assertEqual(asked.get("authorization"), "Bearer sk-1")
@@ -15842,12 +15839,16 @@ class BenchTest(ProcessCase):
 
     def test_what_is_wrong_with_the_options_is_told(self):
         url = self.new_stub()
-        for arguments, said in self.each((
-                (["ftp://x"], "BASE_API_URL"), ([url, "--requests", "0"], "between 1 and"),
-                ([url, "--concurrency", "many"], "between 1 and"),
-                ([url, "--payload", "[]"], "a JSON object"), ([url, "--payload", "{"], "line 1"),
-                ([url], "no list of models"), (["http://127.0.0.1:1"], "could not be reached"))):
-            code, out, err = self.finish("bench", *arguments)
+        for arguments, said in self.each("""
+                ftp://x -> BASE_API_URL
+                URL --requests 0 -> between 1 and
+                URL --concurrency many -> between 1 and
+                URL --payload [] -> a JSON object
+                URL --payload { -> line 1
+                URL -> no list of models
+                http://127.0.0.1:1 -> could not be reached"""):
+            code, out, err = self.finish("bench", *[
+                url if one == "URL" else one for one in arguments.split()])
             self.assertEqual((code, out), (2, ""))
             self.assertIn(said, err)
 
@@ -16095,25 +16096,25 @@ class CommandsTest(ProcessCase):
         none, text = os.path.join(folder, "none"), os.path.join(folder, "text")
         with open(text, "w", encoding="utf-8") as file:
             file.write("hello")
-        here = {"BASE_API_URL": self.NOWHERE}
-        not_ours = "%s is not a database of llm_proxy; it was left as it is\n" % text
-        unwritable = "DATABASE must be a file that can be written, or off (got '/nonexistent/x.db'"
-        unrecorded = "no calls are recorded in %s (DATABASE)\n" % none
-        off = "calls and keys are kept in DATABASE, and that is off\n"
-        for code, number, said, arguments, settings in self.each((
-                (2, 3, "BASE_API_URL=http://", (), {"PORT": "99999", "MAX_TOKENS": "x"}),
-                (2, 1, not_ours, (), {**here, "DATABASE": text}),
-                (2, 1, unwritable, (), {**here, "DATABASE": "/nonexistent/x.db"}),
-                (2, 1, r"the word '\x1b[2J'", (), {**here, "LIMITS": "\x1b[2J 1"}),
-                (2, 1, "USAGE_LOG must be", (), {**here, "USAGE_LOG": "/nonexistent/x"}),
-                (2, 1, "--requests must be", ("bench", self.NOWHERE, "--requests", "0"), {}),
-                (2, 1, off, ("usage",), {}),
-                (2, 1, off, ("keys", "list"), {}),
-                (1, 1, unrecorded, ("usage",), {"DATABASE": none}),
-                (2, 1, not_ours, ("usage",), {"DATABASE": text}),
-                (2, 1, "--by must be caller or", ("usage", "--by", "day,x"), {"DATABASE": none}),
-                (2, 1, "--since", ("usage", "--since", "soon"), {"DATABASE": none}))):
-            self.assert_fails(code, number, said, *arguments, **settings)
+        for code, number, said, arguments, settings in self.each(r"""[
+                [2, 3, "BASE_API_URL=http://", "", {"PORT": "99999", "MAX_TOKENS": "x"}],
+                [2, 1, "TEXT is not a database of llm_proxy; it was left as it is\n", "",
+                 {A_URL, "DATABASE": "TEXT"}],
+                [2, 1, "DATABASE must be a file that can be written, or off (got '/nonexistent/x'",
+                 "", {A_URL, "DATABASE": "/nonexistent/x"}],
+                [2, 1, "the word '\\x1b[2J'", "", {A_URL, "LIMITS": "\u001b[2J 1"}],
+                [2, 1, "USAGE_LOG must be", "", {A_URL, "USAGE_LOG": "/nonexistent/x"}],
+                [2, 1, "--requests must be", "bench NOWHERE --requests 0", {}],
+                [2, 1, "calls and keys are kept in DATABASE, and that is off\n", "usage", {}],
+                [2, 1, "calls and keys are kept in DATABASE, and that is off\n", "keys list", {}],
+                [1, 1, "no calls are recorded in NONE (DATABASE)\n", "usage", {"DATABASE": "NONE"}],
+                [2, 1, "TEXT is not a database of llm_proxy; it was left as it is\n", "usage",
+                 {"DATABASE": "TEXT"}],
+                [2, 1, "--by must be caller or", "usage --by day,x", {"DATABASE": "NONE"}],
+                [2, 1, "--since", "usage --since soon", {"DATABASE": "NONE"}]]""".replace(
+                    "A_URL", '"BASE_API_URL": "NOWHERE"').replace("NOWHERE", self.NOWHERE).replace(
+                        "TEXT", text).replace("NONE", none)):
+            self.assert_fails(code, number, said, *arguments.split(), **settings)
 
     def test_arguments_are_utf_8(self):
         for arguments in self.each((("usage", "--caller"), ("keys", "show"), ("bench",))):
@@ -16618,7 +16619,7 @@ class WorkersTest(ProcessCase):
         path = "/v1/" + 30 * "\u20ac"
         target = urllib.parse.quote(path)
         threads = [threading.Thread(target=lambda: [
-            self.ask(request("POST", target, b"{}", key="k")) for _ in range(50)])
+            self.ask(request("POST", target, b"{}", key="k")) for _ in range(25)])
             for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -16626,7 +16627,7 @@ class WorkersTest(ProcessCase):
             thread.join()
         process.stop().wait()
         rows = [json.loads(row) for row in process.rows]
-        self.assertEqual(sum("outcome" in row for row in rows), 400)
+        self.assertEqual(sum("outcome" in row for row in rows), 200)
 
     def test_who_cannot_start_is_not_tried_for_ever(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -17079,6 +17080,7 @@ class DoorTest(EnduranceCase):
             self.assertRegex(answered, rb"\AHTTP/1\.1 (100|20[04]) ")
         self.assertEqual(self.stub.faults, [])
 
+    @tested_once
     def test_requests_with_random_faults_are_answered_or_closed_and_go_on_only_sound(self):
         self.start_strictly(self.size(0.3, 0.6))
         before, chance, statuses = self.left_open(), random.Random(20240229), collections.Counter()
@@ -17150,6 +17152,7 @@ class DoorTest(EnduranceCase):
             self.skipTest("%s is not installed" % name)
         return os.path.dirname(self.write_application(Fuzz.APPLICATION, "echo_all.py"))
 
+    @tested_once
     def test_nothing_is_smuggled_to_uvicorn(self):
         folder = self.python_server("uvicorn")
         for parser in self.each(filter(importlib.util.find_spec, ("h11", "httptools"))):
@@ -17157,11 +17160,13 @@ class DoorTest(EnduranceCase):
                 sys.executable, "-m", "uvicorn", "echo_all:asgi", "--port", "%(port)d",
                 "--http", parser, PYTHONPATH=folder)
 
+    @tested_once
     def test_nothing_is_smuggled_to_gunicorn(self):
         self.assert_sound_before(
             sys.executable, "-m", "gunicorn", "echo_all:wsgi", "-b", "127.0.0.1:%(port)d",
             "-k", "gthread", "--threads", "8", PYTHONPATH=self.python_server("gunicorn"))
 
+    @tested_once
     def test_nothing_is_smuggled_to_node(self):
         if not shutil.which("node"):
             self.skipTest("node is not installed")
@@ -17203,7 +17208,7 @@ class DoorTest(EnduranceCase):
                 self.assert_last_answer(client, 413)
 
 
-@NEEDS_REDIS
+@needs_redis
 class ProcessesTest(EnduranceCase):
     """Several processes whose limits are in one Redis."""
     RULES = ("all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000;"
@@ -17869,14 +17874,16 @@ class FaultsTest(EnduranceCase):
         self.assertEqual(len(self.proxy.limits.buckets.levels), 1)
 
     def test_no_spelling_of_a_path_gets_more_than_the_rule_allows(self):
+        """Each is limited, in the assistant's words, or refused."""
         self.start(LIMITS="address 1 requests per hour")
         self.ask()
         body = chat(prompt="x", input="x", contents=[{"parts": [{"text": "x"}]}])
         forged = "X-Forwarded-For: 10.9.9.9"
         for path, version in self.each(itertools.product(self.SPELLINGS, ("1.1", "1.0"))):
             answered = self.ask(request("POST", path, body, forged, key="k", version=version))
-            expected = "limit reached" if answered.status == 200 else '"error"'
-            self.assertIn(expected, answered.body.decode())
+            self.assertIn(answered.status, (200, 400, 404, 429))
+            said = b"limit reached" if answered.status == 200 else b'"error"'
+            self.assertIn(said, answered.body)
             self.assert_calls(1)
 
     def test_nobody_touches_the_bucket_of_a_caller_whose_address_is_spelled_as_a_key(self):
@@ -18023,6 +18030,7 @@ class FaultsTest(EnduranceCase):
                      lambda: sizes.append(self.resident()))
         return seen, sizes
 
+    @tested_once
     def test_a_tenth_of_faults_spoils_no_other_call_and_leaves_nothing_behind(self):
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))  # and does not listen
