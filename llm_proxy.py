@@ -7857,8 +7857,9 @@ class Stream:
             self.loop.remove_reader(self.descriptor)
 
     def on_readable(self):
-        try:
-            data = self.sock.recv(BLOCK)
+        sock = self.sock
+        try:  # `recv` of TLS comes to `read` by two more calls
+            data = sock.read(BLOCK) if self.encrypted else sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -8088,6 +8089,7 @@ class Stream:
         with contextlib.suppress(OSError, ValueError):
             if self.encrypted:
                 self.sock.unwrap()  # close_notify; nobody waits for that of the other side
+                self.encrypted = False
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
@@ -15876,10 +15878,12 @@ def build_watchers(config, clock, log, limits):
 
 def build_tls(config):
     """Returns the context of connections that go out."""
-    tls = ssl.create_default_context(cafile=config.upstream_ca_file)
-    if config.upstream_tls_verify == "off":
-        tls.check_hostname = False
-        tls.verify_mode = ssl.CERT_NONE
+    if config.upstream_tls_verify == "on":
+        return ssl.create_default_context(cafile=config.upstream_ca_file)
+    # Without authorities, of which OpenSSL would read the folder for each connection
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    tls.verify_mode = ssl.CERT_NONE
     return tls
 
 
