@@ -3669,7 +3669,7 @@ def object_in(data: bytes) -> JsonObject:
     """Returns a JSON object of an upstream, an array of several as its results, {} where there is
     none."""
     try:
-        found = parse_response(data)
+        found = decode_json(data.lstrip(BYTE_ORDER_MARK))
     except ValueError:
         return {}
     if type(found) is list and found:
@@ -3794,12 +3794,14 @@ def is_integer(value):
 
 def is_count(value):
     """Returns whether a value of JSON can be a number of tokens."""
-    return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
+    return (type(value) is int or is_integer(value)) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
 def merged(before, after, join=max):
     """Returns two reports in one. Counts and money only grow, so that of the same ones the larger
     is taken; null says nothing."""
+    if not before:  # as nearly always
+        return after
     found = dict(before)
     for name, value in after.items():
         old = found.get(name)
@@ -3865,8 +3867,9 @@ class EventFraming(NamedTuple):
 
     def all_data(self, event):
         """Returns the JSON of an event or its line."""
-        lines = event.lstrip(BYTE_ORDER_MARK).splitlines()
-        return b"\n".join([data for data in map(self.data, lines) if data is not None])
+        prefix = self.prefix.rstrip()
+        return b"\n".join([line[len(prefix):] for line in event.lstrip(BYTE_ORDER_MARK).splitlines()
+                           if line.startswith(prefix)])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -4025,7 +4028,8 @@ class Call:
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        self.remember()
+        if self.forgotten:
+            self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
@@ -4189,9 +4193,8 @@ class Call:
 
     def remember(self):
         """Undoes `forget`."""
-        if self.forgotten:
-            self.payload = self.json_body.parse()
-            self.forgotten = False
+        self.payload = self.json_body.parse()
+        self.forgotten = False
 
     def is_opaque(self) -> bool:
         """Returns whether a call with a body holds or continues what cannot be read in it, or has
@@ -4739,6 +4742,7 @@ class Dialect:
     def __init__(self):
         self.deltas = tree_of(self.DELTAS)
         self.usage_key = self.USAGE_MARK[1:-1].decode()
+        self.usage_begin = re.compile(self.USAGE_MARK + rb"\s*:\s*[{\d]")
 
     # -- requests
 
@@ -4877,7 +4881,8 @@ class Dialect:
         counts = self.counts_in(payload)
         if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
             return counts, False  # what it tells of the output is no count
-        return counts, self.is_finished(payload) or bool(  # some tell of the prompt first
+        ended = self.has_reason(payload) or self.is_last(payload)
+        return counts, ended or bool(  # some tell of the prompt first
             not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
 
     def parts(self, payload):
@@ -4913,11 +4918,8 @@ class Dialect:
                 return found
         return None, None
 
-    def is_finished(self, payload):
-        """Returns whether a response or an event says that the model has stopped."""
-        return self.has_reason(payload) or self.is_last(payload)
-
     def has_reason(self, payload):
+        """Returns whether a response or an event says why the model has stopped."""
         holder, reason = self.REASON
         return any([dig(one, reason) for one in as_list(payload.get(holder))])
 
@@ -5009,12 +5011,12 @@ class Dialect:
         as usual in this API, but for parts that are larger than the whole."""
         prompt, output, total = found["prompt"], found["output"], found["total"]
         caches, reasoning = found["cached"] + found["written"], found["reasoning"]
-        sent = sum([found[name] for name in self.INPUT])
-        said = sum([found[name] for name in self.OUTPUT])
+        sent = sum(map(found.__getitem__, self.INPUT))
+        said = sum(map(found.__getitem__, self.OUTPUT))
         pairs = itertools.product(
             (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
             (said, output, output + reasoning))
-        for pair in ((sent, said), *pairs):  # the first as nearly always
+        for pair in chain([(sent, said)], pairs):  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -5026,7 +5028,7 @@ class Dialect:
     def picodollars(self, parts):
         """Returns what a call cost, where the counts or their details say so."""
         told = [unit * amount for part in parts for name, unit in self.MONEY.items()
-                for amount in read_money(part.get(name))]
+                if name in part for amount in read_money(part[name])]
         if told and parts[0].get("is_byok") is True:  # OpenRouter, by one's own key
             own = read_money(dig(parts[0], "cost_details", "upstream_inference_cost"))
             told = [max(told) + PICODOLLARS * sum(own)]
@@ -5197,14 +5199,17 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_cursor|cursor)")
 
 
-# The names of three counts, as most servers tell no more
-USUAL_COUNTS = "prompt_tokens", "completion_tokens", "total_tokens"
+# Three counts, as most servers tell no more, and the end of the JSON
+USUAL_COUNTS = b"prompt", b"completion", b"total"
+USUAL_END = re.compile(rb'"usage":\s*\{%b\}\s*\}\s*' % rb",\s*".join(
+    3 * [rb'"(prompt|completion|total)_tokens":\s*([0-9]{1,15})']))
 
 
 @lru_cache(KNOWN_MODELS)
-def model_mark(model):
+def model_marks(model):
     """Returns how most servers spell in JSON which model served."""
-    return b'"model":"%b"' % model.encode("utf-8", "replace")
+    name = model.encode("utf-8", "replace")
+    return b'"model":"%b"' % name, b'"model": "%b"' % name
 
 
 class OpenAI(Dialect):
@@ -5303,18 +5308,16 @@ class OpenAI(Dialect):
     def usual_usage(self, data, model):
         """Finds three counts in what ends the response."""
         find = data.find
-        start, named = data.rfind(self.USAGE_MARK), find(model_mark(model))
-        if find(b"_tokens", 0, start) >= 0 or (
-                named < 0 or find(b'"model"') != named or find(b'"model"', named + 1) >= 0
+        start, named = data.rfind(self.USAGE_MARK), find(b'"model"')
+        if (find(b"_tokens", 0, start) >= 0 or not data.startswith(model_marks(model), named)
+                or find(b'"model"', named + 1) >= 0
                 or find(b'"service_tier"') >= 0 or find(b'"status"') >= 0):
             return None
-        try:
-            [counts] = decode_json(b"{" + data[start:]).values()
-            prompt, output, total = map(counts.pop, USUAL_COUNTS)
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return None
-        if counts or not (type(prompt) is type(output) is type(total) is int and (
-                0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL)):
+        end = USUAL_END.fullmatch(data, start)
+        told = end.groups() if end else ()
+        counts = dict(zip(told[::2], map(int, told[1::2])))
+        prompt, output, total = [counts.get(name, -1) for name in USUAL_COUNTS]
+        if not 0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
             return None
         return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, (), 0))
 
@@ -5836,7 +5839,7 @@ class Dialects:
             if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
         call.large = bool(call.body) and len(call.body) > LARGE_BODY
 
     def resolve(self, model: str) -> str:
@@ -5982,7 +5985,7 @@ class HiddenUsage(Edit):
     def __init__(self, dialect: Dialect):
         self.dialect = dialect
         self.mark = dialect.USAGE_MARK
-        self.search = re.compile(self.mark + rb"\s*:\s*\{").search
+        self.search = dialect.usage_begin.search
 
     def find(self, data: bytes) -> int:
         found = None
@@ -6090,7 +6093,7 @@ class UsageReader:
     caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
     for the last events; of a line or JSON above MAX_LINE only the end is kept, and in a list of an
     answer above MAX_UNPACKED."""
-    MAX_KEPT = 1 << 14
+    MAX_KEPT = 3 << 12
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
     LAST_EVENTS = 1 << 12
@@ -6236,7 +6239,7 @@ class UsageReader:
         parts or more than once."""
         found, events = [], self.dialect.events
         if data.find(self.dialect.USAGE_MARK) >= 0:  # far sooner known than by an expression
-            found = list(re.finditer(self.dialect.USAGE_MARK + rb"\s*:\s*[{\d]", data))
+            found = list(self.dialect.usage_begin.finditer(data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
             payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
@@ -6259,8 +6262,8 @@ class UsageReader:
     def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
         counts, final = self.dialect.usage_counts(payload)
-        if type(counts) is dict and counts:
-            self.counts = merged(self.counts, counts) if self.counts else counts
+        if counts:
+            self.counts = merged(self.counts, counts)
             if final is not None or not self.final:
                 self.final = final
         self.note_server(payload)
@@ -6286,17 +6289,13 @@ class UsageReader:
             self.read_json(data)
 
     def read_events(self, data):
+        """Notes what events report, and what the last three say of their stream's end."""
         self.scan_for_usage(data)
-        self.read_last_events(data)
-        self.ended = self.ended or self.closed or bool(self.final)
-
-    def read_last_events(self, data):
-        """Notes what the last three events say of their stream's end."""
         framing = self.dialect.events
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 last.find(b"{") >= 0 and not may_be_fault(last)):
-            self.closed = True  # as nearly always
+            self.closed = self.ended = True  # as nearly always
             return
         events = 0
         for event in reversed(framing.cut(last)):
@@ -6313,11 +6312,12 @@ class UsageReader:
             events += 1
             if events == 3:
                 break
+        self.ended = self.ended or self.closed or bool(self.final)
 
     def note_end(self, payload, data):
         """Notes what one of the last events says of its stream's end."""
         self.closed = self.closed or self.dialect.is_last(payload)
-        self.ended = self.ended or self.closed or self.dialect.is_finished(payload)
+        self.ended = self.ended or self.closed or self.dialect.has_reason(payload)
         on_made = self.call.on_made
         names = on_made and self.closed and names_made(payload)
         if names:
@@ -7944,10 +7944,11 @@ class Wakeup(asyncio.Future):
     read, where any other future has it go on in the loop's next pass: that costs more than all else
     of a wait, above all on PyPy."""
     __slots__ = ("go_on",)  # the task's callback, once it waits
+    watch = asyncio.Future.add_done_callback  # super() would look for it each time
 
     def add_done_callback(self, callback, *, context=None):
         self.go_on = callback
-        super().add_done_callback(callback, context=context)
+        self.watch(callback, context=context)
 
     def wake(self):
         """Complete it with True."""
@@ -8006,8 +8007,9 @@ class Stream:
             self.loop.remove_reader(self.descriptor)
 
     def on_readable(self):
-        try:
-            data = self.sock.recv(BLOCK)
+        sock = self.sock
+        try:  # `recv` of TLS comes to `read` by two more calls
+            data = sock.read(BLOCK) if self.encrypted else sock.recv(BLOCK)
         except WOULD_BLOCK:
             if self.encrypted:
                 self.wake(self.waiter)  # a part of a record: something has begun to come
@@ -8098,11 +8100,6 @@ class Stream:
             return None
         self.read_buffer = rest
         return head + blank_line
-
-    def take(self, size):
-        data = self.read_buffer
-        self.read_buffer = data[size:]
-        return data[:size]
 
     def take_all(self) -> bytes:
         taken = self.read_buffer
@@ -8250,6 +8247,7 @@ class Stream:
         with suppress(OSError, ValueError):
             if self.encrypted:
                 self.sock.unwrap()  # close_notify; nobody waits for that of the other side
+                self.encrypted = False
         with suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
@@ -9769,15 +9767,14 @@ class Routes:
         self.all = ([base] if base else []) + named
         self.by_name = {upstream.name: upstream for upstream in self.all}
         self.known = {}
-        self.some_are_disabled = False
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
-        found = self.candidates(call, thing)
-        if self.some_are_disabled:
-            found = [one for one in found if not one.disabled]
-            if not found:
-                raise NoRoute(call.model, cause="upstream disabled")
+        if not (self.named or thing or self.base.disabled):  # there is no choice
+            return self.all
+        found = [one for one in self.candidates(call, thing) if not one.disabled]
+        if not found:
+            raise NoRoute(call.model, cause="upstream disabled")
         return found
 
     def switch(self, name: str, on: bool):
@@ -9789,12 +9786,9 @@ class Routes:
         """Disables these upstreams, and enables the others."""
         for one in self.all:
             one.disabled = one.name in names
-        self.some_are_disabled = any(one.disabled for one in self.all)
         self.known.clear()  # the next one of the model's serves it
 
     def candidates(self, call, thing):
-        if self.base and not (self.named or thing):  # there is no choice
-            return self.all
         for upstream in self.all if thing else ():
             if thing.upstream == upstream.name and call.prefix in (None, upstream.name):
                 return [upstream.only(thing.address)]
@@ -10057,7 +10051,8 @@ class Entry:
         if not tightest:
             return nothing, nothing
         level, _, rule, _, amount, _ = tightest
-        return format_amount(rule, amount), format_amount(rule, max(0, level))
+        left = max(0, level)
+        return (format_usd(amount), format_usd(left)) if rule.unit == USD else (amount, left)
 
     def as_dict(self):
         """Returns LOG_FIELDS: the row, but with None where nothing was counted."""
@@ -14706,7 +14701,8 @@ class Reply:
         self.entry.path = request.path
         client = self.client
         if request.plain and request.length <= len(client.read_buffer):
-            self.content = client.take(request.length)
+            self.content = client.read_buffer[:request.length]
+            client.read_buffer = client.read_buffer[request.length:]
         else:
             self.body = RequestBody(client, request, self.parts.budget)
 
@@ -14876,8 +14872,7 @@ class Reply:
         kind = head.get("content-type", "")
         encoding = read_codings(head.get("content-encoding", ""))
         streamed = self.call.dialect.is_stream(kind)
-        found = streamed, encoding, self.may_tell_usage(kind, streamed)
-        head.cache[key] = found
+        found = head.cache[key] = streamed, encoding, self.may_tell_usage(kind, streamed)
         return found
 
     def may_tell_usage(self, kind, streamed):
@@ -14915,9 +14910,8 @@ class Reply:
         framing, events, style = response.framing, None, AS_IS
         editor = reader.editor if type(reader) is UsageReader else reader
         drops = editor is not None and not framing.ended
-        if has_events:
-            if self.early or self.comment_seconds() < inf:
-                events = self.call.dialect.events
+        if has_events and (self.early or self.comment_seconds() < inf):
+            events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
             length = response.head.length
             if length is not None and response.status != 204:
@@ -15329,7 +15323,8 @@ class Proxy:
         if reply.request.length != 0 and call.is_opaque():
             masks.pass_opaque(CannotBeRead())
         if call.json_body:
-            call.remember()
+            if call.forgotten:
+                call.remember()
             call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
             self.redaction.judge(call)
 
@@ -16009,10 +16004,12 @@ def build_watchers(config, clock, log, limits):
 
 def build_tls(config):
     """Returns the context of connections that go out."""
-    tls = ssl.create_default_context(cafile=config.upstream_ca_file)
-    if config.upstream_tls_verify == "off":
-        tls.check_hostname = False
-        tls.verify_mode = ssl.CERT_NONE
+    if config.upstream_tls_verify == "on":
+        return ssl.create_default_context(cafile=config.upstream_ca_file)
+    # Without authorities, of which OpenSSL would read the folder for each connection
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    tls.verify_mode = ssl.CERT_NONE
     return tls
 
 
@@ -17912,14 +17909,19 @@ class ClientConnection:
         return self.reply
 
     async def exchange(self) -> bool:
-        """Answer one request; returns whether another one may follow."""
+        """Answer one request, once its first byte has come; returns whether another one may follow.
+        Raises TimeoutError where none comes."""
         self.context.renew()
         self.reply = None
         self.idle = True
-        if not self.client.read_buffer and not await self.await_request():
-            return False
-        reply = self.new_reply()
         client = self.client
+        if not client.read_buffer:
+            if self.server.draining:
+                self.end_if_idle()
+            seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
+            if not await client.more(self.context, seconds, "a request"):
+                return False
+        reply = self.new_reply()
         try:
             try:
                 await self.answer(reply)
@@ -17933,14 +17935,6 @@ class ClientConnection:
             if reply.request or reply.begun:
                 self.record(reply)
         return not reply.close_after
-
-    def await_request(self):
-        """Wait for the first byte of a request; the result is False at the end. Raises
-        TimeoutError."""
-        if self.server.draining:
-            self.end_if_idle()
-        seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-        return self.client.more(self.context, seconds, "a request")
 
     async def answer(self, reply):
         """Read a request and answer it. Raises whatever is to be said instead."""

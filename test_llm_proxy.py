@@ -8579,6 +8579,30 @@ class HttpsTest(CallCase):
             self.assert_status(status)
             self.assert_entry("cause", cause)
 
+    def test_authorities_are_not_read_where_nothing_is_checked(self):
+        """OpenSSL would read their folder again for each connection."""
+        with mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
+            self.start(UPSTREAM_TLS_VERIFY="off")
+            self.assert_status(200)
+        read.assert_not_called()
+
+    def test_a_stream_is_read_to_its_end_after_both_sides_have_said_goodbye(self):
+        loop, pair = asyncio.SelectorEventLoop(), socket.socketpair()
+        trusting = ssl.create_default_context(cafile=self.file)
+        with concurrent.futures.ThreadPoolExecutor(1) as helper:
+            connecting = helper.submit(trusting.wrap_socket, pair[0], server_hostname="127.0.0.1")
+            stream = llm_proxy.Stream(loop, self.tls.wrap_socket(pair[1], server_side=True))
+            theirs = connecting.result()
+        for one in (loop, theirs, stream):
+            self.addCleanup(one.close)
+        theirs.setblocking(False)
+        with self.assertRaises(ssl.SSLWantReadError):
+            theirs.unwrap()
+        stream.shut_down_writing()
+        theirs.close()
+        stream.on_readable()
+        self.assertTrue(stream.ended)
+
     def test_a_stream_comes_through_and_a_caller_who_leaves_closes_it(self):
         self.box.answer = None
         self.start(UPSTREAM_CA_FILE=self.file)
