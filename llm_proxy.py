@@ -7939,27 +7939,6 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
-class Wakeup(asyncio.Future):
-    """What one task awaits of a socket. `wake` has the task go on at once, within the callback that
-    read, where any other future has it go on in the loop's next pass: that costs more than all else
-    of a wait, above all on PyPy."""
-    __slots__ = ("go_on",)  # the task's callback, once it waits
-    watch = asyncio.Future.add_done_callback  # super() would look for it each time
-
-    def add_done_callback(self, callback, *, context=None):
-        self.go_on = callback
-        self.watch(callback, context=context)
-
-    def wake(self):
-        """Complete it with True."""
-        go_on = getattr(self, "go_on", None)
-        if go_on is None or asyncio.current_task(self.get_loop()):  # one runs within no other
-            return self.set_result(True)
-        self.remove_done_callback(go_on)
-        self.set_result(True)
-        go_on(self)
-
-
 class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
@@ -7967,7 +7946,7 @@ class Stream:
     failure: Optional[OSError] = None
     wrote_at = 0.0  # when a slow peer last took something
     unsent = b""    # what was dropped when writing failed
-    write_waiter: Optional[Wakeup] = None  # of who awaits that something goes
+    write_waiter: Optional[asyncio.Future] = None  # of who awaits that something goes
     source: Optional["Stream"] = None      # the stream to pause while this one is slow
     poller = None   # for what can be read
     # Callbacks. `on_full`: so much was read ahead that reading was paused.
@@ -7986,7 +7965,7 @@ class Stream:
         self.ended = False
         self.write_failed = False            # what is written is dropped
         self.discarding = False              # nobody will use what comes: a refused body's rest
-        self.waiter = None                   # a Wakeup of who awaits that more comes
+        self.waiter = None                   # a future of who awaits that more comes
         self.sink = None                     # a callback that is given what comes
 
     def __repr__(self) -> str:
@@ -8031,7 +8010,7 @@ class Stream:
             self.read_buffer += data
         waiter = self.waiter
         if waiter and not waiter.done():
-            waiter.wake()
+            waiter.set_result(True)
         elif len(self.read_buffer) >= MAX_READ_AHEAD:
             self.pause_reading()
             if self.on_full:
@@ -8065,7 +8044,7 @@ class Stream:
     def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
         """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
-        self.waiter = context.wait(Wakeup(loop=self.loop), seconds, what)
+        self.waiter = context.wait(self.loop.create_future(), seconds, what)
         if self.ended:
             self.tell_end()
         elif not self.reading:
@@ -8199,7 +8178,7 @@ class Stream:
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
-            self.write_waiter = Wakeup(loop=self.loop)
+            self.write_waiter = self.loop.create_future()
             if or_answer:
                 self.waiter = self.write_waiter
             await context.wait(self.write_waiter, seconds, what)
@@ -10144,8 +10123,8 @@ def message_line(text: str, as_json: bool, clock: Any) -> str:
 
 
 def whole_lines(data):
-    """Returns how much to write at once, so that lines of several processes are not mixed where the
-    log is a pipe."""
+    """Returns how much several processes may write at once, so that their lines are not mixed where
+    the log is a pipe."""
     if len(data) <= PIPE_BUF:
         return len(data)
     return bytes(data[:PIPE_BUF]).rfind(b"\n") + 1 or bytes(data).index(b"\n") + 1
@@ -10154,7 +10133,7 @@ def whole_lines(data):
 class Log(Writer):
     """Lines on stderr."""
     PAUSE = 0.05
-    BATCH = 16  # lines: quicker than one by one, but a thousand at once would hold up calls
+    BATCH = 200  # lines: after each write this thread must wait for the interpreter again
     LONGEST = 3000  # characters of what one of several processes says: it fits in PIPE_BUF
     QUIET_SECONDS = 60
     told = 0    # how many of the dropped ones are told of
@@ -10165,6 +10144,7 @@ class Log(Writer):
         process ends. `speaker` begins all that is said, where several processes have one log."""
         super().__init__("log")
         self.speaker = speaker
+        self.shared = bool(speaker)
         self.clock = clock
         self.stream = stream
         self.as_json = as_json
@@ -10216,7 +10196,7 @@ class Log(Writer):
         data = whole = memoryview(data)
         try:
             while data:
-                written = self.stream.write(data[:whole_lines(data)])
+                written = self.stream.write(data[:whole_lines(data)] if self.shared else data)
                 # None: a pipe that does not block, and is full
                 if written is None and self.stop.wait(self.PAUSE):
                     break
@@ -10244,6 +10224,7 @@ class UsageLog(Log):
             raise ConfigFaults(
                 f"USAGE_LOG must be a file that can be written: {failure}") from None
         super().__init__(stream, as_json=True)
+        self.shared = True  # it may be the same file for all
 
     def kept(self, item):
         return json.dumps(item.as_fields())
@@ -13446,7 +13427,7 @@ class Take:
     levels: Optional[List[Level]] = None
     sent = admitted = False
 
-    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: Wakeup, until: float):
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: asyncio.Future, until: float):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
@@ -13665,7 +13646,7 @@ class RedisBuckets(Buckets):
         redis = self.redis
         redis.listening.run()
         until = redis.listening.now() + self.WAIT_SECONDS
-        one = Take(keyed_rules, costs, Wakeup(loop=redis.loop), until)
+        one = Take(keyed_rules, costs, redis.loop.create_future(), until)
         self.takes.append(one)
         self.waiting.append(one)
         redis.flush_soon()
@@ -13841,7 +13822,7 @@ class RedisBuckets(Buckets):
                 self.charges.note_running(rule, key, cost)
         if not one.future.done():
             one.levels = levels
-            one.future.wake()
+            one.future.set_result(True)
         elif taken != one.admitted:
             for rule, key in one.keyed_rules:
                 amount = stored_amount(rule, one.costs[rule.unit])
@@ -13898,7 +13879,7 @@ class RedisBuckets(Buckets):
         while waiting and (waiting[0].until <= until or waiting[0].future.done()):
             one = waiting.popleft()
             if not one.future.done():
-                one.future.wake()
+                one.future.set_result(True)
 
     def on_leave(self, fault):
         """A connection was lost: Redis is away when the next one cannot be had, there or where a
