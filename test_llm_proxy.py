@@ -6311,37 +6311,6 @@ class StreamTest(ProxyCase):
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
 
-    def test_a_task_goes_on_within_the_callback_that_reads_for_it(self):
-        """Not within another task: two of one loop cannot run at once."""
-        loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
-        stream, context = llm_proxy.Stream(loop, ours), llm_proxy.Context(loop)
-        taken, seen = [], []
-        for one in (loop, theirs, stream):
-            self.addCleanup(one.close)
-
-        async def take():
-            while await stream.more(context, 9, "more"):
-                taken.append(stream.take_all())
-
-        def read(data):
-            theirs.send(data)
-            stream.on_readable()
-            seen.append(list(taken))
-
-        async def read_twice():
-            await asyncio.sleep(0)
-            loop.call_soon(read, b"1")
-            await asyncio.sleep(0)
-            read(b"2")
-            await asyncio.sleep(0)
-
-        task = loop.create_task(take())
-        loop.run_until_complete(read_twice())
-        self.assertEqual((seen, taken), ([[b"1"], [b"1"]], [b"1", b"2"]))
-        task.cancel()
-        with self.assertRaises(asyncio.CancelledError):
-            loop.run_until_complete(task)
-
     def test_what_fails_on_one_tls_connection_is_not_taken_for_anothers_failure(self):
         """OpenSSL keeps failures by thread, and PyPy does not clear them."""
         loop, file = asyncio.SelectorEventLoop(), pem_file(self)
