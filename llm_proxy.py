@@ -348,9 +348,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|].*=)|(?=[A-Za-z0-9._~+/-]*$))((?![\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty or in quotes; one with other signs than"
-    " letters, digits and ._~+/- needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|&]|.*:.*=[^=])|(?=[A-Za-z0-9._~+/-]*$))"
+    "((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty, in quotes or with one of ;|&; one with other"
+    " signs than letters, digits and ._~+/- needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 

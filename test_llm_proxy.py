@@ -1156,6 +1156,7 @@ class ConfigTest(TableCase):
         UNPRICED  free  -1  1e3  1000000  .5
         PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
         PROXY_API_KEYS  alice:sk-1  sk-1;sk-2  sk-1|sk-2  ["sk-1"]  alice=sk-1;bob=sk-2
+        PROXY_API_KEYS  alice=sk-1;sk-2  alice=sk-1|sk-2  alice=sk-1&bob=2  alice=sk-1:bob=sk-2
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
         UPSTREAM_CA_FILE  /nowhere.pem  FILE
@@ -1220,6 +1221,7 @@ mple', 'http://a', 'http://b:443')
         PROXY_API_KEYS=sk-1 -> {'sk-1': None}
         PROXY_API_KEYS=alice=sk-1, sk-2 -> {'sk-1': 'alice', 'sk-2': None}
         PROXY_API_KEYS=a=b=c -> {'b=c': 'a'}
+        PROXY_API_KEYS=a=b:c== -> {'b:c==': 'a'}
         PROXY_API_KEYS=bob@x.org=c2VjcmV0== -> {'c2VjcmV0==': 'bob@x.org'}
         HTTPS_PROXY=socks5://host:1080 -> None
         HTTPS_PROXY=http:// -> None
