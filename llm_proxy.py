@@ -13011,14 +13011,15 @@ class Redis(asyncio.Protocol):
             await asyncio.wait([self.task])
 
     async def live(self):
-        place, pause = None, 0
+        place, pause, moved_to = None, 0, None
         while True:
             self.reason = None
             self.lost = self.loop.create_future()
-            began = self.loop.time()
+            began = inf
             try:
                 await self.begin(place)
                 self.become_available()
+                began = self.loop.time()
                 await self.lost
             except RedisFault as fault:
                 self.leave(fault)
@@ -13029,10 +13030,13 @@ class Redis(asyncio.Protocol):
                 self.leave(RedisFault("is away"))
                 if self.transport:
                     await self.lost
+            if moved_to and began == inf:  # who is sent on and on begins anew
+                self.reason.moved_to = None
+            moved_to = self.reason.moved_to
             for act in self.on_leave:
                 act(self.reason)
             is_steady = self.loop.time() - began > self.STEADY_SECONDS
-            place = self.reason.moved_to or is_steady and place
+            place = moved_to or is_steady and place
             pause = 0 if is_steady else min(self.LONGEST_PAUSE, 2 * pause + 0.05)
             await asyncio.sleep(pause)
 

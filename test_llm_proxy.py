@@ -10634,15 +10634,42 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(self.left[0], "answers late")
 
     def test_a_cluster_says_where_to_go(self):
-        there = self.scripted([b"+OK\r\n", b"+PONG\r\n"])
+        self.patch_seconds(Redis_STEADY_SECONDS=0)
+        there = self.scripted(*[[b"+OK\r\n", b"+PONG\r\n"]] * 2)
         port = int(there.rpartition(":")[2])
         redis = self.client(self.scripted([b"+OK\r\n", b"-MOVED 1 127.0.0.1:%d\r\n" % port]))
 
         async def greet():
             await redis.ask_first("PING")
         redis.greetings.append(greet)
-        self.wait_for(lambda: redis.available)
-        self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
+        for lost in self.each(([], ["has closed the connection"])):  # it stays there
+            self.wait_for(lambda: redis.available)
+            self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
+            self.assertEqual(self.left, ["is a cluster whose keys have moved", *lost])
+            redis.transport.abort()
+            self.wait_for(lambda: not redis.available)
+
+    def test_where_a_cluster_sends_us_in_vain_is_left_for_where_we_began(self):
+        self.patch_seconds(Redis_CONNECT_SECONDS=0.02, Redis_STEADY_SECONDS=0.01)
+        redis, tried = self.client("redis://127.0.0.1:1"), []
+
+        async def connect(place):
+            tried.append(place or None)
+            if not place:
+                raise llm_proxy.RedisFault("is a cluster", "MOVED", ("down", 7000))
+            await self.loop.create_future()
+
+        redis.open_connection = connect
+        self.wait_for(lambda: len(tried) > 3)
+        self.assertEqual(tried[:4], [None, ("down", 7000)] * 2)
+
+    def test_nodes_that_send_each_other_everything_are_away(self):
+        answers = [b"+OK\r\n"] * 3
+        url = self.scripted(*[answers] * 9)
+        answers.append(b"-MOVED 1 127.0.0.1:%s\r\n" % url.rpartition(":")[2].encode())
+        buckets = llm_proxy.RedisBuckets(Clock(), self.client(url), "test", "share", 1)
+        self.wait_for(lambda: buckets.state == "away")
+        self.assertEqual(buckets.reason, "is a cluster whose keys have moved")
 
 
 HAS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
