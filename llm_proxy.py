@@ -13804,6 +13804,8 @@ class RedisBuckets(Buckets):
                 batch.rules, batch.places, *[numbers[place:end:4] for place in range(4)]):
             if since:
                 self.since[key] = since
+            else:
+                self.since.pop(key, None)
             given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
             found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):

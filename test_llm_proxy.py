@@ -10855,11 +10855,25 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
                 batch.act(act[0], *pair, *act[1:], *[0, 0] * (act[0] == "put"))
-            with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
-                parts = store.batch_parts(batch, mode)
-            answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
+            answer = self.answer_to(process, batch, mode)
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
             stale = stale or self.server.ask("GET", name)
+
+    def answer_to(self, process, batch, mode):
+        with mock.patch.object(self.store, "keys", ("{test}:p:" + process, "{test}:lost")):
+            parts = self.store.batch_parts(batch, mode)
+        return self.redis.loop.run_until_complete(self.redis.call(*parts))
+
+    def test_who_missed_no_loss_has_seen_what_those_tell_who_did(self):
+        self.start()
+        pair = self.limits.matching(caller("alice"), "1", "")[0]
+        for process, mode, level, told, left in self.each("""[
+                ["a", "put 3 1", 8, 2, 8], ["b", "put 3 2", 6, 0, 6],
+                ["c", "put 3 1", 8, 2, 6]]"""):
+            batch = llm_proxy.Batch(7, self.buckets.describe)
+            batch.act("put", *pair, level, 0, 1, told, 0)
+            answer = self.answer_to(process, batch, mode)
+            self.assertEqual(answer.split()[1], b"%d" % left)
 
     def test_who_has_died_is_counted_for_less_than_five_seconds(self):
         self.start()
@@ -11289,6 +11303,27 @@ class SharedLimitsTest(ProxyCase):
                 self.is_back(one)
             self.assertEqual(self.stored(), [5])
             self.redis.ask("FLUSHALL")
+
+    def test_no_charge_is_put_back_twice_however_often_all_is_lost(self):
+        one, stub = self.start_here(), self.stub
+        two = self.start_here()
+        one.LOOKS = 0
+        self.assert_admitted(3, 3)
+        self.address = self.proxies[0]
+        with mock.patch.object(one, "BEAT_SECONDS", PATIENCE), mock.patch.object(
+                two, "BEAT_SECONDS", PATIENCE):
+            for buckets in (one, two):
+                self.wait_for_no_beat(buckets)
+            for status, left in self.each("""[
+                    ["200 OK", 6], ["200 OK", 5], ["200 OK", 4], ["", 4], ["503 No", 4]]"""):
+                stub.answer = says(b"{}", status)
+                if status:
+                    self.assert_status(int(status[:3]))
+                self.is_back(one)
+                self.redis.ask("FLUSHALL")
+                for buckets in (one, two):
+                    self.notice_loss(buckets)
+                self.assertEqual(self.stored(), [left])
 
     def wait_for_no_beat(self, buckets):
         loop = buckets.redis.loop
