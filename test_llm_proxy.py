@@ -11899,15 +11899,22 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
         wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
 
-    def test_a_batch_that_ends_without_usage_costs_what_was_held_here_too(self):
+    def test_batches_and_runs_of_evals_are_settled_by_whoever_is_asked(self):
+        """What ends without usage costs what was held."""
         redis = self.start_two(LIMITS="each 100000 tokens per day")
-        self.stub.answer = says_json({"id": "b"})
-        self.ask_at(0, "POST", "/v1/batches", b'{"max_tokens": 600}', key="sk-a")
-        wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
-        self.stub.answer = says_json({"id": "b", "object": "batch", "status": "completed"})
-        self.ask_at(1, "GET", "/v1/batches/b", key="sk-a")
-        wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
-        self.assertEqual(self.left(redis), [b"99400"])
+        self.stub.answer = says_json({"id": "eval_1"})
+        self.ask_at(0, "POST", "/v1/evals", b"{}", key="sk-a")
+        used = {"per_model_usage": [{"prompt_tokens": 20, "total_tokens": 70}]}
+        for path, name, told, left in self.each((
+                ("/v1/batches", "b", {"object": "batch", "status": "completed"}, b"99400"),
+                ("/v1/evals/eval_1/runs", "r", {"status": "completed", **used}, b"99330"))):
+            self.stub.answer = says_json({"id": name})
+            self.ask_at(0, "POST", path, b'{"max_tokens": 600}', key="sk-a")
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
+            self.stub.answer = says_json(told)
+            self.ask_at(1, "GET", f"{path}/{name}", key="sk-a")
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [left])
 
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told in self.each("""[
@@ -11935,6 +11942,17 @@ class SharedStoredTest(ProxyCase):
         client, asked = self.ask_stub(self.POLL)
         refused = self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
         self.assertEqual((refused.status, refused.get("retry-after")), (409, "1"))
+        self.stub.answer = says_json({"id": "eval_1"})
+        self.ask_at(1, "POST", "/v1/evals", b"{}", key="sk-b")
+        for key, method, path, status in self.each("""
+                sk-a -> POST -> responses/resp_1/cancel -> 200
+                sk-a -> GET -> responses/resp_1/input_items -> 200
+                sk-a -> DELETE -> responses/resp_1 -> 200
+                sk-b -> GET -> responses/resp_1 -> 404
+                sk-b -> GET -> responses/resp_2 -> 404
+                sk-b -> GET -> evals/eval_1/runs/resp_1 -> 200"""):
+            answered = self.ask_at(1, method, "/v1/" + path, key=key)
+            self.assertEqual(answered.status, int(status))
         asked.answer(b'{"status": "queued"}')
         client.head()
         wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
