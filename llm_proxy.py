@@ -348,9 +348,10 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|].*=)|(?=[A-Za-z0-9._~+/-]*$))((?![\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty or in quotes; one with other signs than"
-    " letters, digits and ._~+/- needs a name",
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|&]|.*:.*=[^=])|(?=[A-Za-z0-9._~+/-]*$))"
+    "((?![\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty, in quotes or with one of ;|&; one with other"
+    " signs than letters, digits and ._~+/- needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -8880,14 +8881,14 @@ class Stored:
                 raise NothingStored
         return next(filter(None, found), None)
 
-    def bill_for(self, call):
-        """Returns what is open of the call whose answer this one asks for."""
-        if not (call.stored and self.bills):
+    def bill_name(self, call):
+        """Returns the name of the call whose answer this one asks for, if it does."""
+        if not call.stored:
             return None
         collection, name, _ = call.stored
         _, _, last = ABOUT_THING.sub("", call.path).rpartition("/")
         is_answer = last == name or collection == "evals"  # whose runs are asked for
-        return self.bills.get(self.full_name(collection, last)) if is_answer else None
+        return self.full_name(collection, last) if is_answer else None
 
     def full_name(self, collection, name):
         """Returns the name of a thing as its maker was told it: some begin with the collection."""
@@ -12991,14 +12992,15 @@ class Redis(asyncio.Protocol):
             await asyncio.wait([self.task])
 
     async def live(self):
-        place, pause = None, 0
+        place, pause, moved_to = None, 0, None
         while True:
             self.reason = None
             self.lost = self.loop.create_future()
-            began = self.loop.time()
+            began = inf
             try:
                 await self.begin(place)
                 self.become_available()
+                began = self.loop.time()
                 await self.lost
             except RedisFault as fault:
                 self.leave(fault)
@@ -13009,10 +13011,13 @@ class Redis(asyncio.Protocol):
                 self.leave(RedisFault("is away"))
                 if self.transport:
                     await self.lost
+            if moved_to and began == inf:  # who is sent on and on begins anew
+                self.reason.moved_to = None
+            moved_to = self.reason.moved_to
             for act in self.on_leave:
                 act(self.reason)
             is_steady = self.loop.time() - began > self.STEADY_SECONDS
-            place = self.reason.moved_to or is_steady and place
+            place = moved_to or is_steady and place
             pause = 0 if is_steady else min(self.LONGEST_PAUSE, 2 * pause + 0.05)
             await asyncio.sleep(pause)
 
@@ -13780,6 +13785,8 @@ class RedisBuckets(Buckets):
                 batch.rules, batch.places, *[numbers[place:end:4] for place in range(4)]):
             if since:
                 self.since[key] = since
+            else:
+                self.since.pop(key, None)
             given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
             found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
@@ -14461,18 +14468,19 @@ class SharedStored(Stored):
             owner = Database.spell_owners([thing.owner])
             self.keep(self.key("thing", name), [owner, thing.upstream, thing.address], "NX")
 
-    async def recall(self, call: Call):
-        """Finds out what is not known here of the things that a call speaks of."""
+    async def recall(self, call: Call, method: str, owner: CallerKey):
+        """Finds out what is not known here of the things that a call speaks of, and has the bill
+        claimed whose answer its caller may ask for. Raises AskedElsewhere."""
         names, path = call.references(), call.stored
-        is_named = path and path.name
-        if is_named:
-            names += path.name, "%s/%s" % path[:2]
+        if path and path.name:
+            names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
         with suppress(RedisFault, ValueError, TypeError, LookupError):
             if unknown:
                 await self.find_things(unknown)
-            if is_named and self.redis.available:
-                await self.claim_bill(call, self.full_name(*path[:2]))
+            name = method == "GET" and self.redis.available and self.bill_name(call)
+            if name and (self.policy == "pass" or self.things[name].owner == owner):
+                await self.claim_bill(call, name)
 
     async def find_things(self, names):
         found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
@@ -15355,7 +15363,7 @@ class Proxy:
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
         thing = self.stored.find(call, caller.key)
-        bill = self.stored.bill_for(call)
+        bill = self.stored.bills.get(self.stored.bill_name(call))
         if bill:
             call.owes, call.dialect = bill.call, bill.call.dialect
             call.upstream_model = bill.call.upstream_model
@@ -15840,16 +15848,16 @@ def hear_of_others(proxy):
 
 def share(proxy, buckets):
     """Has a proxy share with others what is in Redis beside buckets."""
-    config, redis = proxy.config, buckets.redis
+    config, redis, stored = proxy.config, buckets.redis, proxy.stored
 
-    async def read(call, *arguments):
-        await proxy.dialects.read(call, *arguments)
-        proxy.stored.limits = proxy.limits
-        await proxy.stored.recall(call)
+    async def read(call, method, request, read_body):
+        await proxy.dialects.read(call, method, request, read_body)
+        stored.limits = proxy.limits
+        await stored.recall(call, method, request.cache["caller"][1].key)
 
     proxy.read = read
-    proxy.books.on_end.append(proxy.stored.record)
-    proxy.sharers.append(proxy.stored)
+    proxy.books.on_end.append(stored.record)
+    proxy.sharers.append(stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
     proxy.watchers.warnings.once = partial(tell_first, redis, prefix)
     if ledger and not ledger.worker:

@@ -1156,6 +1156,7 @@ class ConfigTest(TableCase):
         UNPRICED  free  -1  1e3  1000000  .5
         PROXY_API_KEYS  a,,b  alice=  a b  same,same  x=same,y=same  c2VjcmV0==  sk/1=x  'sk-1'
         PROXY_API_KEYS  alice:sk-1  sk-1;sk-2  sk-1|sk-2  ["sk-1"]  alice=sk-1;bob=sk-2
+        PROXY_API_KEYS  alice=sk-1;sk-2  alice=sk-1|sk-2  alice=sk-1&bob=2  alice=sk-1:bob=sk-2
         MODEL_ALIASES  fast  =m  fast=  a=b,a=c  a=b,,  a=b,b=c
         UPSTREAM_TLS_VERIFY  no
         UPSTREAM_CA_FILE  /nowhere.pem  FILE
@@ -1220,6 +1221,7 @@ mple', 'http://a', 'http://b:443')
         PROXY_API_KEYS=sk-1 -> {'sk-1': None}
         PROXY_API_KEYS=alice=sk-1, sk-2 -> {'sk-1': 'alice', 'sk-2': None}
         PROXY_API_KEYS=a=b=c -> {'b=c': 'a'}
+        PROXY_API_KEYS=a=b:c== -> {'b:c==': 'a'}
         PROXY_API_KEYS=bob@x.org=c2VjcmV0== -> {'c2VjcmV0==': 'bob@x.org'}
         HTTPS_PROXY=socks5://host:1080 -> None
         HTTPS_PROXY=http:// -> None
@@ -10601,15 +10603,42 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(self.left[0], "answers late")
 
     def test_a_cluster_says_where_to_go(self):
-        there = self.scripted([b"+OK\r\n", b"+PONG\r\n"])
+        self.patch_seconds(Redis_STEADY_SECONDS=0)
+        there = self.scripted(*[[b"+OK\r\n", b"+PONG\r\n"]] * 2)
         port = int(there.rpartition(":")[2])
         redis = self.client(self.scripted([b"+OK\r\n", b"-MOVED 1 127.0.0.1:%d\r\n" % port]))
 
         async def greet():
             await redis.ask_first("PING")
         redis.greetings.append(greet)
-        self.wait_for(lambda: redis.available)
-        self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
+        for lost in self.each(([], ["has closed the connection"])):  # it stays there
+            self.wait_for(lambda: redis.available)
+            self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
+            self.assertEqual(self.left, ["is a cluster whose keys have moved", *lost])
+            redis.transport.abort()
+            self.wait_for(lambda: not redis.available)
+
+    def test_where_a_cluster_sends_us_in_vain_is_left_for_where_we_began(self):
+        self.patch_seconds(Redis_CONNECT_SECONDS=0.02, Redis_STEADY_SECONDS=0.01)
+        redis, tried = self.client("redis://127.0.0.1:1"), []
+
+        async def connect(place):
+            tried.append(place or None)
+            if not place:
+                raise llm_proxy.RedisFault("is a cluster", "MOVED", ("down", 7000))
+            await self.loop.create_future()
+
+        redis.open_connection = connect
+        self.wait_for(lambda: len(tried) > 3)
+        self.assertEqual(tried[:4], [None, ("down", 7000)] * 2)
+
+    def test_nodes_that_send_each_other_everything_are_away(self):
+        answers = [b"+OK\r\n"] * 3
+        url = self.scripted(*[answers] * 9)
+        answers.append(b"-MOVED 1 127.0.0.1:%s\r\n" % url.rpartition(":")[2].encode())
+        buckets = llm_proxy.RedisBuckets(Clock(), self.client(url), "test", "share", 1)
+        self.wait_for(lambda: buckets.state == "away")
+        self.assertEqual(buckets.reason, "is a cluster whose keys have moved")
 
 
 HAS_REDIS = unittest.skipUnless(shutil.which("redis-server"), "there is no redis-server")
@@ -10795,11 +10824,25 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
             if act:
                 batch.act(act[0], *pair, *act[1:], *[0, 0] * (act[0] == "put"))
-            with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
-                parts = store.batch_parts(batch, mode)
-            answer = self.redis.loop.run_until_complete(self.redis.call(*parts))
+            answer = self.answer_to(process, batch, mode)
             self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
             stale = stale or self.server.ask("GET", name)
+
+    def answer_to(self, process, batch, mode):
+        with mock.patch.object(self.store, "keys", ("{test}:p:" + process, "{test}:lost")):
+            parts = self.store.batch_parts(batch, mode)
+        return self.redis.loop.run_until_complete(self.redis.call(*parts))
+
+    def test_who_missed_no_loss_has_seen_what_those_tell_who_did(self):
+        self.start()
+        pair = self.limits.matching(caller("alice"), "1", "")[0]
+        for process, mode, level, told, left in self.each("""[
+                ["a", "put 3 1", 8, 2, 8], ["b", "put 3 2", 6, 0, 6],
+                ["c", "put 3 1", 8, 2, 6]]"""):
+            batch = llm_proxy.Batch(7, self.buckets.describe)
+            batch.act("put", *pair, level, 0, 1, told, 0)
+            answer = self.answer_to(process, batch, mode)
+            self.assertEqual(answer.split()[1], b"%d" % left)
 
     def test_who_has_died_is_counted_for_less_than_five_seconds(self):
         self.start()
@@ -11229,6 +11272,27 @@ class SharedLimitsTest(ProxyCase):
                 self.is_back(one)
             self.assertEqual(self.stored(), [5])
             self.redis.ask("FLUSHALL")
+
+    def test_no_charge_is_put_back_twice_however_often_all_is_lost(self):
+        one, stub = self.start_here(), self.stub
+        two = self.start_here()
+        one.LOOKS = 0
+        self.assert_admitted(3, 3)
+        self.address = self.proxies[0]
+        with mock.patch.object(one, "BEAT_SECONDS", PATIENCE), mock.patch.object(
+                two, "BEAT_SECONDS", PATIENCE):
+            for buckets in (one, two):
+                self.wait_for_no_beat(buckets)
+            for status, left in self.each("""[
+                    ["200 OK", 6], ["200 OK", 5], ["200 OK", 4], ["", 4], ["503 No", 4]]"""):
+                stub.answer = says(b"{}", status)
+                if status:
+                    self.assert_status(int(status[:3]))
+                self.is_back(one)
+                self.redis.ask("FLUSHALL")
+                for buckets in (one, two):
+                    self.notice_loss(buckets)
+                self.assertEqual(self.stored(), [left])
 
     def wait_for_no_beat(self, buckets):
         loop = buckets.redis.loop
@@ -11804,15 +11868,22 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
         wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
 
-    def test_a_batch_that_ends_without_usage_costs_what_was_held_here_too(self):
+    def test_batches_and_runs_of_evals_are_settled_by_whoever_is_asked(self):
+        """What ends without usage costs what was held."""
         redis = self.start_two(LIMITS="each 100000 tokens per day")
-        self.stub.answer = says_json({"id": "b"})
-        self.ask_at(0, "POST", "/v1/batches", b'{"max_tokens": 600}', key="sk-a")
-        wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
-        self.stub.answer = says_json({"id": "b", "object": "batch", "status": "completed"})
-        self.ask_at(1, "GET", "/v1/batches/b", key="sk-a")
-        wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
-        self.assertEqual(self.left(redis), [b"99400"])
+        self.stub.answer = says_json({"id": "eval_1"})
+        self.ask_at(0, "POST", "/v1/evals", b"{}", key="sk-a")
+        used = {"per_model_usage": [{"prompt_tokens": 20, "total_tokens": 70}]}
+        for path, name, told, left in self.each((
+                ("/v1/batches", "b", {"object": "batch", "status": "completed"}, b"99400"),
+                ("/v1/evals/eval_1/runs", "r", {"status": "completed", **used}, b"99330"))):
+            self.stub.answer = says_json({"id": name})
+            self.ask_at(0, "POST", path, b'{"max_tokens": 600}', key="sk-a")
+            wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
+            self.stub.answer = says_json(told)
+            self.ask_at(1, "GET", f"{path}/{name}", key="sk-a")
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [left])
 
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told in self.each("""[
@@ -11840,6 +11911,17 @@ class SharedStoredTest(ProxyCase):
         client, asked = self.ask_stub(self.POLL)
         refused = self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
         self.assertEqual((refused.status, refused.get("retry-after")), (409, "1"))
+        self.stub.answer = says_json({"id": "eval_1"})
+        self.ask_at(1, "POST", "/v1/evals", b"{}", key="sk-b")
+        for key, method, path, status in self.each("""
+                sk-a -> POST -> responses/resp_1/cancel -> 200
+                sk-a -> GET -> responses/resp_1/input_items -> 200
+                sk-a -> DELETE -> responses/resp_1 -> 200
+                sk-b -> GET -> responses/resp_1 -> 404
+                sk-b -> GET -> responses/resp_2 -> 404
+                sk-b -> GET -> evals/eval_1/runs/resp_1 -> 200"""):
+            answered = self.ask_at(1, method, "/v1/" + path, key=key)
+            self.assertEqual(answered.status, int(status))
         asked.answer(b'{"status": "queued"}')
         client.head()
         wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
