@@ -5260,7 +5260,7 @@ class OpenAI(Dialect):
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = RESPONSE_PARTS
-    TEXT_KEYS = "content reasoning_content reasoning refusal arguments text".split()
+    TEXT_KEYS = "content reasoning_content reasoning refusal arguments text response".split()
     DELTA_KEYS = {"responses": ("delta",)}
     DELTAS = """
         choices.text choices.delta.content choices.delta.content.text
@@ -6361,7 +6361,9 @@ class UsageReader:
         if not self.counts or may_be_fault(data):
             self.fault = self.dialect.fault(payload)
         said = payload.get("message") or payload.get("detail")
-        if type(said) is str and not self.counts and self.endpoint not in NO_LIMIT_REPLY:
+        if type(said) is str and self.endpoint not in NO_LIMIT_REPLY and not (
+                self.counts or self.lost
+                or self.dialect.output_characters(data, self.endpoint, False)):
             self.fault = self.fault or fault_status(payload)  # no assistant says it so
 
     def ending(self, whole: bool) -> str:
@@ -14824,7 +14826,8 @@ class Reply:
         head = response.head
         streamed, encoding, may_tell_usage = self.kind_of(head)
         response.streamed = streamed
-        if may_tell_usage and response.status < 400:
+        # A part of what is owed for settles nothing, though nobody asked for one.
+        if may_tell_usage and response.status < (201 if call.owes else 400):
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
@@ -15713,8 +15716,8 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         # Where nobody knows who served, it was the dearest.
-        entry.picodollars, entry.priced = max([
-            self.prices.cost(usage, name) for name in bill.call.models])
+        amounts, known = zip(*[self.prices.cost(usage, name) for name in bill.call.models])
+        entry.picodollars, entry.priced = max(amounts), all(known)
         costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
@@ -15770,6 +15773,8 @@ class Proxy:
         dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
         if call.body is not None:
             dropped.append("content-encoding")
+        if call.owes:
+            dropped.append("range")
         if not REQUEST_ID.fullmatch(request.get("x-request-id", "")):
             dropped.append("x-request-id")
         dropped += [name for name in request.lines if "_" in name or not (

@@ -3870,6 +3870,10 @@ class UsageReaderTest(ProxyCase):
         other = llm_proxy.Usage(7, 8, model="other")
         self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
         self.assertEqual(used.with_others(), llm_proxy.Usage(27, 12, model="served"))
+        steps = {**told, "server_tool_use": {"web_search_requests": 3}, "iterations": [
+            {"input_tokens": 30, "output_tokens": 9}]}
+        self.assertEqual(llm_proxy.Anthropic().usage(steps, "served"),
+                         llm_proxy.Usage(30, 9, model="served", searches=3))
         for name, served in self.each("""[
                 ["claude-sonnet-4.5", "claude-sonnet-4-5-20250929"], ["x", "X"], [null, "x"],
                 ["x", null], [["x"], "x"], [7, null], ["a", "a"]]"""):
@@ -4104,6 +4108,8 @@ class UsageReaderTest(ProxyCase):
         {"detail": "Not Found"} -> 502
         {"message": {"content": "x"}} -> 0
         {"message": "x", "usage": {"prompt_tokens": 1, "total_tokens": 1}} -> 0
+        {"message": "x", "choices": [{"message": {"content": "x"}}]} -> 0
+        {"detail": "x", "response": "x"} -> 0
         {"results": [{"success": false}]} -> 0
         {"results": [{"success": false}, {"success": false}]} -> 0
         {"results": [{"error": "x"}, {"success": true}]} -> 0
@@ -12068,6 +12074,17 @@ class SettlingTest(LedgerCase):
                 self.ask(request("GET", poll + "/results"))
                 self.assert_left(left)
 
+    def test_a_part_of_the_results_of_a_batch_settles_nothing(self):
+        path, body, answered, poll = self.BATCHES[0]
+        line = {"result": {"message": {"usage": {"input_tokens": 20, "output_tokens": 5}}}}
+        self.start(says_json(answered))
+        self.ask(request("POST", path, json.dumps(body).encode()))
+        for status, left in self.each((("206 Partial Content", 477), ("200 OK", 975))):
+            self.stub.answer = says(lines_of(line), status, "Content-Type: application/x-jsonl")
+            self.ask(request("GET", poll + "/results", b"", "Range: bytes=0-99"))
+            self.assert_left(left)
+            self.assertIsNone(self.stub.last.get("range"))
+
     def test_a_batch_costs_what_its_model_does_or_the_dearest_that_it_names(self):
         path, _, answered, poll = self.BATCHES[0]
         body = {"requests": [{"params": {"max_tokens": 50, "model": model}}
@@ -12079,6 +12096,12 @@ class SettlingTest(LedgerCase):
             self.stub.answer = says_json({"result": {"message": {**message, "model": model}}})
             self.ask(request("GET", poll + "/results"))
             self.assertAlmostEqual(float(self.left()), 1 - usd, 5)
+        body["requests"][0]["params"]["model"] = "nobody-knows"
+        self.start(says_json(answered))
+        self.ask(request("POST", path, json.dumps(body).encode()))
+        self.stub.answer = says_json({"result": {"message": message}})
+        self.ask(request("GET", poll + "/results"))
+        self.assertEqual(self.row(1)["unpriced"], 1)
 
     def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
         batches, job = "/v1/batches", {"name": "projects/p/batchPredictionJobs/b"}
