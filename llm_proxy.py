@@ -4334,6 +4334,7 @@ READ_FIRST = "tools functions system instructions systemInstruction system_instr
 # What callers make up, and what a tool is given and gives: there keys are somebody's words, too.
 TOOL_DATA = frozenset("""arguments args input response result output action env metadata
     client_metadata variables""".split())
+ARGUMENTS = "arguments", "args", "input"  # of these, what models give to tools
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
 NOT_WORDS = MEDIA_OBJECTS.union("""images id ids created_at obfuscation type model role signature
     encrypted_content thoughtSignature thought_signature mimeType mime_type media_type fileUri
@@ -4364,6 +4365,13 @@ class Words(NamedTuple):
     def is_json(self) -> bool:
         """Returns whether the text is JSON, or begins as such."""
         return self.kind == "json" or bool(MAY_BE_JSON.match(self.text))
+
+    def is_argument(self) -> bool:
+        """Returns whether the text is a string in the object that a model gives to a tool."""
+        place = self.place[0]
+        while place and place[1] not in ARGUMENTS:
+            place = place[0]
+        return place is not None
 
 
 # How JSON begins, in Markdown or not, but for arrays of numbers and of arrays
@@ -6917,7 +6925,29 @@ class Redaction:
             raise MustNotLeave(masks.describe())
 
 
-AFTER_KEY = re.compile(r'"\s{0,9}:\s{0,9}\Z')
+# A string of JSON, or what stands between values; and behind what, as `json_before` returns it, a
+# number may stand
+JSON_PART = re.compile(JSON_STRING.pattern + "|[][{},]", re.DOTALL)
+BEFORE_NUMBER = re.compile(r'(?:\[,?|\{""\s*:)\s*-?\Z')
+
+
+def json_before(text: str) -> str:
+    """Returns a short text behind which JSON goes on as it does behind this one: what is open in
+    it. It is "]" where the JSON has ended, and words may follow."""
+    opened = last = ""
+    end = 0
+    for part in JSON_PART.finditer(text):
+        last, end = part[0], part.end()
+        if last in "[{":
+            opened, last = opened + last, ""
+        elif last in "]}":
+            opened, last = opened[:-1], "0"
+            if not opened:
+                return "]"
+        elif last != ",":
+            end = part.end(1)
+            last = '"' + "\\" * ((end - len(text[:end].rstrip("\\"))) % 2)
+    return opened[-64:] + last + text[end:end + 40]
 
 
 class Restorer:
@@ -6957,7 +6987,7 @@ class Restorer:
 
     def restore(self, text: str, is_json: bool = False, before: str = "") -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that; `before`
-        is what stands before it."""
+        is as `json_before` returns it."""
         if self.redactor and self.redactor.may_hold(text):
             text = self.without_values(text, is_json, before)
         return self.with_values(text, is_json)
@@ -6978,16 +7008,18 @@ class Restorer:
         self.room -= len(value)
         return json.dumps(value, ensure_ascii=False)[1:-1] if is_json else value
 
-    def without_values(self, text, is_json, before=""):
-        """Returns a text without what must not be seen, and the caller did not say; in JSON no
-        number is that."""
+    def without_values(self, text, is_json, before="]"):
+        """Returns a text without what must not be seen, and the caller did not say; in JSON, behind
+        what stands `before`, no number is that."""
         pieces = []
-        last = 0
+        last = seen = 0
         for start, end, kind in self.redactor.find(text):
             value = self.masks.value_in(text[start:end], is_json)
-            is_number = is_json and value.isdigit() and AFTER_KEY.search(
-                before + text[max(0, start - 20):start])
-            if not (is_number or value in self.masks.placeholders):
+            if is_json and value.isdigit():
+                before, seen = json_before(before + text[seen:start]), start
+                if BEFORE_NUMBER.search(before):
+                    continue
+            if value not in self.masks.placeholders:
                 pieces += text[last:start], "[[%s]]" % kind.upper()
                 last = end
                 self.masks.counts[kind] += 1
@@ -7170,7 +7202,7 @@ class Unmasking(Edit):
         known = restorer.redactor.usual if restorer.redactor else {}
         self.usual, self.usual_block = known.get(dialect, (None, ()))
         self.begun: Dict[Block, bool] = {}  # whether these are JSON,
-        self.said: Dict[Block, str] = {}    # and the last characters of those that are
+        self.said: Dict[Block, str] = {}    # and what is open in those that are
 
     def find(self, data: bytes) -> int:
         if self.blocks or self.reads_all or self.sliced:
@@ -7335,7 +7367,8 @@ class Unmasking(Edit):
         """Masks what an event says beside its texts; returns whether it is another."""
         changed = False
         for words in words_in(payload):
-            text = self.restorer.restore(words.text, words.is_json())
+            before = "]" if words.is_argument() else ""  # there numbers are outside of the text
+            text = self.restorer.restore(words.text, words.is_json(), before)
             if text != words.text:
                 changed = True
                 words.put(text)
@@ -7377,8 +7410,8 @@ class Unmasking(Edit):
         if begin < len(text):
             self.blocks[block] = text[begin:], event
         goes, is_json, before = text[:begin], self.is_json(block, text), self.said.get(block, "")
-        if is_json:
-            self.said[block] = (before + goes)[-20:]
+        if self.begun.get(block, len(self.said) < self.MAX_BLOCKS):
+            self.said[block] = json_before(before + goes)
         return self.restorer.restore(goes, is_json, before)
 
     def is_json(self, block, text):
@@ -7391,7 +7424,8 @@ class Unmasking(Edit):
     def let_go(self, block):
         """Returns an event with the rest of a block."""
         held, event = self.blocks.pop(block)
-        rest = self.restorer.restore(held, self.is_json(block, held))
+        rest = self.restorer.restore(
+            held, self.is_json(block, held), self.said.get(block, ""))
         for other, way in self.dialect.texts(self.events.payload(event)):
             if other == block:
                 return self.events.again(event, to_json_bytes(

@@ -5586,9 +5586,14 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(json.loads(found), shown)
 
     def test_events_that_end_in_one_line_end_are_not_taken_for_one(self):
-        data = b"data: %b\ndata: %b\n\n" % tuple(
-            json.dumps(delta(one)).encode() for one in ("to bob@exa", "mple.org "))
-        self.assertNotIn(b"mple.org", self.unmask("chat", data, answers=True))
+        for data in self.each((b"data: %b\ndata: %b\n\n", b"data: %b\ndata:%b\n\n")):
+            data %= tuple(json.dumps(delta(one)).encode() for one in ("to bob@exa", "mple.org "))
+            self.assertNotIn(b"mple.org", self.unmask("chat", data, answers=True))
+
+    def test_a_large_object_in_an_array_is_awaited_whole(self):
+        pieces = [(0, "x"), (0, 30_000 * "x "), (0, "to [[EMA"), (0, "IL_1]] y")]
+        for row in self.each([row for row in TEXT_STREAMS if row[0] == "array"]):
+            self.assert_comes_back(row, pieces, 1448, answers=True)
 
     def test_what_is_no_text_stands_in_events_that_are_read(self):
         odd = b': "\xff": 1\n' + events(delta("an ordinary text "))
@@ -5629,8 +5634,13 @@ class UnmaskingTest(ProxyCase):
             self.assertLess(cpu_seconds() - began, 5)
 
     def test_numbers_of_json_in_an_answer_stay(self):
-        said = '{"n": %s, "s": "%s", "m":%s}' % (3 * ("4111111111111111",))
-        shown = {"n": 4111111111111111, "s": "[[CARD]]", "m": 4111111111111111}
+        said = '[ {"n": [ -@, @, [], @, {"": @}], "s": "@ \\\\"}, {"m":@}]'.replace(
+            "@", "4111111111111111")
+        shown = json.loads(said.replace('"4111111111111111', '"[[CARD]]'))
+        whole = said[:said.rindex('"')]
+        for at in range(len(whole)):
+            before = llm_proxy.json_before(llm_proxy.json_before(whole[:at]) + whole[at:])
+            self.assertEqual(before, llm_proxy.json_before(whole))
         for row in self.each([row for row in TEXT_STREAMS if self.is_json(row)]):
             for at in range(len(said)):
                 masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
@@ -5641,6 +5651,31 @@ class UnmaskingTest(ProxyCase):
             whole = json.dumps({"arguments": said, "card": "4111111111111111"}).encode()
             found = json.loads(self.unmask("chat", whole, answers=True, events=False, masks=masks))
             self.assertEqual((json.loads(found["arguments"]), found["card"]), (shown, "[[CARD]]"))
+
+    def test_numbers_in_what_only_holds_json_or_begins_as_such_are_masked(self):
+        number = "4111111111111111"
+        for said in self.each((
+                '{"a": "{\\"n\\": @}"}', '{"a": "\\\\\\", [@"}', '{"a": ": @ "}',
+                '{"a": 1} and "n": @ x', '[{"a": 1}, x @ ]', '[{"a": 1} @ ]',
+                '{"a": [1], @ ', '{a: @ , "b" @ ', '```js\n{a:[ 1 @ ],"b" ,@ }')):
+            shown = said.replace("@", "[[CARD]]")
+            said = said.replace("@", number)
+            for at in range(len(said)):
+                masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
+                data = events(delta(said[:at]), delta(said[at:]))
+                found = self.unmask("chat", data, answers=True, masks=masks)
+                text, = self.said(self.payloads("chat", found)).values()
+                self.assertEqual(text, shown)
+            nested = '{"n": %s}' % number
+            whole = {"content": said, "arguments": json.dumps({"content": nested}),
+                     "input": {"content": [nested]}}
+            found = json.loads(self.unmask("chat", json.dumps(whole).encode(), answers=True,
+                                           events=False, masks=masks))
+            self.assertEqual(found["content"], shown)
+            self.assertNotIn(number, json.dumps(found))
+        large = json.dumps({"a": "[ %s" % number, "b": 20_000 * "x"}).encode()
+        found = self.unmask("chat", large, answers=True, events=False, masks=masks)
+        self.assertNotIn(number.encode(), found)
 
     def test_no_probabilities_tell_what_is_masked(self):
         choice = {"logprobs": {"content": [{"token": "bob@", "top_logprobs": []}]}}
