@@ -6096,6 +6096,46 @@ class Editor:
             event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
 
+def inflater_for(data):
+    """Returns what unpacks gzip or deflate. That has a header (RFC 1950 2.2), which some leave out;
+    nothing else begins so."""
+    headed = data[0] == 0x1f or data[0] & 15 == 8
+    return zlib.decompressobj(47 if headed else -15)
+
+
+class ErrorUnpacker:
+    """Passes an error on once it is whole, unpacked and changed by an `editor`, of which there is
+    none where nobody can unpack it; `instead` of one that cannot be read."""
+    MAX_SIZE = 1 << 16  # bytes, packed or not
+
+    def __init__(self, editor: Optional[Editor], instead: bytes):
+        self.editor = editor
+        self.instead = instead
+        self.packed = b""
+
+    def feed(self, payload: bytes) -> bytes:
+        if len(self.packed) <= self.MAX_SIZE:
+            self.packed += payload
+        return b""
+
+    def flush(self) -> bytes:
+        editor = self.editor
+        with suppress(zlib.error):
+            return editor.feed(self.unpacked()) + editor.flush() if editor else self.instead
+        return self.instead
+
+    def unpacked(self):
+        """Raises zlib.error."""
+        data, unpacked = self.packed, b""
+        while data:  # gzip may have several members (RFC 1952 2.2)
+            inflater = inflater_for(data)
+            unpacked += inflater.decompress(data, self.MAX_SIZE + 1)
+            data = inflater.unused_data
+            if not inflater.eof or len(unpacked) > self.MAX_SIZE:
+                raise zlib.error
+        return unpacked
+
+
 class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
@@ -6159,18 +6199,13 @@ class UsageReader:
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
-        that fails, or is so much that it would hold the loop. Raises Malformed where it must not go
-        on as it is."""
+        that fails, or is so much that it would hold the loop."""
         if self.inflater is None:
-            # Deflate has a header (RFC 1950 2.2), which some leave out; nothing else begins so.
-            headed = payload[0] == 0x1f or payload[0] & 15 == 8
-            self.inflater = zlib.decompressobj(47 if headed else -15)
+            self.inflater = inflater_for(payload)
         with suppress(zlib.error):
             unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
             if not self.inflater.unconsumed_tail:
                 return unpacked
-        if self.editor:
-            raise Malformed
         self.packed = self.readable = False
         return payload
 
@@ -14866,7 +14901,7 @@ class Reply:
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
         if response.secret and response.status >= 400 and not response.bodiless:
-            reader = self.hiding_key(response.secret, reader, encoding)
+            reader = self.hiding_key(response, reader, encoding)
         self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
         if call.on_made:
             adapter.reader = NameReader(
@@ -14878,14 +14913,17 @@ class Reply:
             raise UpstreamFailed(failure) from None
         return adapter
 
-    def hiding_key(self, key, editor, encoding):
-        """Returns what passes an error on without a key, and not packed. Raises UpstreamFailed."""
+    def hiding_key(self, response, editor, encoding):
+        """Returns what passes an error on without a key, and not packed."""
+        edits = [HiddenKey(response.secret), *(editor.edits if editor else ())]
+        editor = Editor(editor and editor.events, edits)
+        if encoding == IDENTITY:
+            return editor
         if encoding == UNREADABLE:
-            raise UpstreamFailed("its error cannot be read")
-        edits = [HiddenKey(key), *(editor.edits if editor else ())]
-        reader = UsageReader(self.call, False, True, encoding == PACKED)
-        reader.editor = Editor(editor and editor.events, edits)
-        return reader
+            editor = None
+            response.hides |= {"content-type"}  # that of what stands in its place is said below
+        refusal = Refusal("The upstream's error cannot be read")
+        return ErrorUnpacker(editor, self.call.dialect.error(refusal, response.status))
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, how its body is encoded, and whether it
@@ -15010,6 +15048,8 @@ class Reply:
         lines = (f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
+        if "content-type" in response.hides:
+            lines += "Content-Type: application/json" + CRLF
         if "date" not in response.head.lines:  # it is for us to say (RFC 9110 6.6.1)
             lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
@@ -15775,7 +15815,7 @@ class Proxy:
         lines = self.lines_to_pass(request, upstream, call)
         if dialect is upstream.dialect and "anthropic-version" not in request:
             lines += dialect.VERSION_LINES
-        lines += self.lines_of_ours(call)
+        lines += self.lines_of_ours(call, upstream)
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential(request, request.query)
@@ -15788,11 +15828,12 @@ class Proxy:
         return Proxy.request_head(self, request, call, upstream, address) + call.trace.line()
 
     @staticmethod
-    def lines_of_ours(call):
+    def lines_of_ours(call, upstream):
         lines = []
         if call.json_body:
             lines.append("Content-Type: application/json")
-        if not call.unmetered or call.body is not None:  # what is metered must stay readable
+        # What is metered must stay readable, and what may quote a key of ours.
+        if not call.unmetered or call.body is not None or upstream.hidden:
             lines.append("Accept-Encoding: identity")
         return lines
 
@@ -15804,7 +15845,7 @@ class Proxy:
         dropped = [self.callers.caller_header, Dialect.MASK_FIELD]
         if self.traces:
             dropped += Trace.replaced(request)
-        dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call)]
+        dropped += [line.partition(":")[0].lower() for line in self.lines_of_ours(call, upstream)]
         if call.body is not None:
             dropped.append("content-encoding")
         if call.owes:

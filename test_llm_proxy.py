@@ -8168,15 +8168,43 @@ class BreakerTest(CallCase):
                 answered = self.ask(data)
                 self.assertEqual((answered.body, answered.status), (shown, int(status[:3])))
                 self.assertIn(answered.get("content-encoding"), (None, "identity"))
-        self.start(says(said, "403 No", "Content-Encoding: br"), BASE_API_KEY=key)
-        self.assert_status(502)
         editor = llm_proxy.Editor(None, [llm_proxy.HiddenKey(key)])
         pieces = [editor.feed(said[at:at + 7]) for at in range(0, len(said), 7)]
-        self.assertEqual(b"".join(pieces) + editor.flush(), answered.body)
+        self.assertEqual(b"".join(pieces) + editor.flush(), shown)
         said = (1 << 20) * b"x" + key.encode() + 99 * b"x"
         pieces = [editor.feed(said[:at]) + editor.feed(said[at:]) + editor.flush()
                   for at in range(1 << 20, (1 << 20) + len(key))]
         self.assertNotIn(key.encode(), b"|".join(pieces))
+
+    def test_an_error_that_is_packed_is_unpacked_or_keeps_its_status(self):
+        said = b'{"error": "of sk-hush-hush"}'
+        packed, shown = gzip.compress(said), said.replace(b"sk-hush-hush", 12 * b"*")
+        for coding, data, text in self.each((
+                ("gzip", gzip.compress(said[:9]) + gzip.compress(said[9:]), shown),
+                ("deflate", zlib.compress(said)[2:-4], shown), ("gzip", b"", b""),
+                ("br", said, None), ("gzip, gzip", gzip.compress(packed), None),
+                ("gzip", said, None), ("gzip", packed[:-9], None),
+                ("gzip", gzip.compress(70_000 * b"x"), None),
+                ("gzip", 2 * gzip.compress(40_000 * b"x"), None))):
+            self.start(says(data, "429 No", "Retry-After: 7", "Content-Encoding: " + coding,
+                            "Content-Type: text/x"), BASE_API_KEY="sk-hush-hush")
+            for asked in (call(), request("GET", "/v1/models/x", b"", "Accept-Encoding: br")):
+                answered = self.ask(asked)
+                self.assert_fields(answered, "retry-after: 7", "content-encoding")
+                self.assertEqual((answered.status, answered.whole), (429, True))
+                self.assert_fields(self.stub.last, "accept-encoding: identity")
+                if text is None:
+                    self.assertIn("cannot be read", answered.error()["message"])
+                else:
+                    self.assertEqual(answered.body, text)
+                is_json = text is None and "gzip" != coding
+                self.assertEqual(answered.get("content-type"),
+                                 "application/json" if is_json else "text/x")
+        reader = llm_proxy.ErrorUnpacker(None, b"x")
+        for _ in range(99):
+            reader.feed(16384 * b"x")
+        self.assertLess(len(reader.packed), 1 << 17)
+        self.assertEqual(reader.flush(), b"x")
 
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
