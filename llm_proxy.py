@@ -6980,8 +6980,8 @@ def json_before(text: str) -> str:
             if not opened:
                 return "]"
         elif last != ",":
-            end = part.end(1)
-            last = '"' + "\\" * ((end - len(text[:end].rstrip("\\"))) % 2)
+            said, end = part[1], part.end(1)
+            last = '"' + "\\" * ((len(said) - len(said.rstrip("\\"))) % 2)
     return opened[-64:] + last + text[end:end + 40]
 
 
