@@ -14573,9 +14573,9 @@ class PageTest(AdminCase):
                       mock.patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1)):
             patch.start()
             cls.addClassCleanup(patch.stop)
-        folder = tempfile.TemporaryDirectory(dir=QUICK, ignore_cleanup_errors=True)
-        cls.addClassCleanup(folder.cleanup)
-        cls.browser = Browser(folder.name)
+        folder = tempfile.mkdtemp(dir=QUICK)
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)  # the browser may write yet
+        cls.browser = Browser(folder)
         cls.addClassCleanup(cls.browser.close)
 
     def start(self, *arguments, **settings):
