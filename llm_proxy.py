@@ -10355,7 +10355,7 @@ def exact_total(name):
 
 SUM_NAMES = ", ".join(SUM_KEYS)
 SUM_KEY = f"start, {SUM_NAMES}"
-SUM_TOTALS = ", ".join(map(exact_total, SUM_COUNTS))
+SUM_TOTALS = ", ".join(f"{exact_total(name)} AS {name}" for name in SUM_COUNTS)
 SUM_COLUMNS = ", ".join([SUM_KEY, *SUM_COUNTS, "first, last, slowest"])
 # Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
 SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
@@ -10871,8 +10871,9 @@ class Database:
         whether there may be more."""
         execute = self.connection.execute
         calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
+        midnight = sums_before // DAY * DAY  # so that no hour is left of a day that is gone
         others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
-            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
+            execute(FORGET_SUMS.format(span), (midnight,)).rowcount for span in SPANS]]
         return calls >= self.FORGOTTEN or any(others)
 
 
@@ -10980,6 +10981,19 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
+def read_parts(low: int, high: int, rolled: int) -> Iterator[Tuple[int, int, int, int]]:
+    """Yields (length of spans, from, to, sign): the days in UTC that are next to a range, and what
+    is to be added at its ends, or taken away (-1), as days begin elsewhere in other zones."""
+    first, last = [(at + DAY // 2) // DAY * DAY for at in (low, high)]
+    last = min(last, rolled // DAY * DAY)
+    if first >= last:
+        first = last = high
+    for start, end in (low, first), (first, last), (last, high):
+        sign = 1 if start < end else -1
+        for span in read_spans(*sorted((start, end)), rolled):
+            yield (*span, sign)
+
+
 def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
     found = {"row": number, **fields}
@@ -11008,9 +11022,13 @@ FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION A
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
     GROUP BY start"""
-ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
-    SELECT at, %s, %s FROM steps CROSS JOIN sums
-    ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
+# Adds up each part once, also one that is added to a step and taken away from the next.
+ADD_SUMS = f"""WITH steps(at, span, low, high, sign) AS (VALUES {{}}), parts AS (
+    SELECT one.span, low, high, {{}} AS name, {SUM_TOTALS} FROM
+    (SELECT DISTINCT span, low, high FROM steps) AS one CROSS JOIN sums
+    ON sums.span = one.span AND start >= low AND start < high WHERE {{}} GROUP BY 1, 2, 3, 4)
+    SELECT at, name, {SUM_TOTALS.replace("total(", "total(sign * ")}
+    FROM steps JOIN parts USING (span, low, high) GROUP BY 1, 2 HAVING total(sign * calls)"""
 # By whom calls were made last: since yesterday by quarters, before that by days.
 LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last FROM (
     SELECT caller, last FROM sums WHERE span = 86400 UNION ALL SELECT caller, last FROM sums
@@ -11046,9 +11064,9 @@ class LedgerReader(NamedTuple):
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
             rolled = read_facts(execute)["rolled"]
-            spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
-                     for span in read_spans(low, high, rolled)]
-            query = ADD_SUMS % (", ".join(spans), by, SUM_TOTALS, where)
+            parts = ["(%d, %d, %d, %d, %d)" % (at, *part) for at, low, high in steps
+                     for part in read_parts(low, high, rolled)]
+            query = ADD_SUMS.format(", ".join(parts), by, where)
             return [(at, name, Sum._make(totals))
                     for at, name, *totals in execute(query, values)]
 
