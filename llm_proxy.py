@@ -10985,7 +10985,6 @@ def read_parts(low: int, high: int, rolled: int) -> Iterator[Tuple[int, int, int
     """Yields (length of spans, from, to, sign): the days in UTC that are next to a range, and what
     is to be added at its ends, or taken away (-1), as days begin elsewhere in other zones."""
     first, last = [(at + DAY // 2) // DAY * DAY for at in (low, high)]
-    last = min(last, rolled // DAY * DAY)
     if first >= last:
         first = last = high
     for start, end in (low, first), (first, last), (last, high):
@@ -16912,10 +16911,9 @@ class Admin:
 # --------------------------------------------------------------------------------------------------
 
 DASHBOARD = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llm_proxy</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
-<style nonce="%NONCE%">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style nonce="%NONCE%">
 :root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
   --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
@@ -17020,8 +17018,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light !important; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
-</style>
-<body><header id="head" hidden><div id="bar" class="wide"><strong>llm_proxy</strong>
+</style><body><header id="head" hidden><div id="bar" class="wide"><strong>llm_proxy</strong>
     <div id="states" class="live"></div><span id="today" class="live"></span><span id="who"></span>
     <select id="theme" aria-label="Theme"><option value="light dark">auto<option>light<option>dark
     </select><button id="leave">Log out</button></div>
@@ -17196,11 +17193,12 @@ async function follow(signal) {
   const headers = lastId ? {"Last-Event-ID": lastId} : {};
   const body = await send("admin/api/events", {headers, signal, take: ({body}) => body});
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
+  for (let events = [""]; ;) { // the last is not whole yet
     const timer = setTimeout(() => reader.cancel(), 10000); // a pulse comes each second
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
     if (done) return;
-    rest = (rest + value).replace(/(.*?)\n\n/gs, (_, event) => takeEvent(event) ?? ""); }}
+    events = (events.pop() + value).split("\n\n");
+    events.slice(0, -1).forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
   lastId = id ?? lastId;
@@ -17349,16 +17347,17 @@ function openCallers(view, query) {
       rules.length > 0 && [h2("Rules"), list(RULES, rules, rule => "rule " + rule.text)]]; };
   view.bucket = bucket => update(known.get(bucket.caller)?.buckets, bucket, "rule");
   view.ended = call => {
-    if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
+    if (known.has(call.caller)) addTo(known.get(call.caller).today, call);
     else if (now() - loaded > 2) load(view.changed); };
   view.changed = async () => {
     loaded = now();
     ({rules} = await read("limits"));
     const {callers} = await read("callers", timeZone());
     for (const caller of callers) known.set(caller.name, caller); }; }
-function addCall(today, call) {
-  for (const name of ["input", "output", "estimated", "unpriced", "usd"])
-    today[name] = Number(today[name]) + Number(call[name] ?? 0); }
+function addTo(sum, one) {
+  for (const name of ["calls", "failed", "input", "output", "estimated", "unpriced", "usd"])
+    sum[name] = Number(sum[name] ?? 0) + Number(one[name] ?? 0);
+  return sum; }
 function callerActions({name, buckets, paused, key}) {
   const own = buckets.filter(one => one.unit !== "running" && isOwn(one));
   const units = [...new Set(own.map(({unit}) => unit))];
@@ -17383,9 +17382,7 @@ const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag:
 const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
   tokens: ["Tokens", "", tokensOf], calls: ["Calls", "", ({calls}) => calls]};
 const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
-function midnight(days, time = now()) { // in the viewer's zone
-  const start = new Date(time * 1000);
-  return new Date(start.getFullYear(), start.getMonth(), start.getDate() + days) / 1000; }
+const midnight = (days, time = now()) => new Date(time * 1000).setHours(24 * days, 0, 0, 0) / 1000;
 const monthStart = (time = now()) => midnight(1 - new Date(time * 1000).getDate(), time);
 const ago = (number, length) => (Math.floor(now() / length) - number) * length;
 const START = {hour: () => ago(3, HOUR / 4), day: () => ago(23, HOUR), week: () => midnight(-6),
@@ -17460,11 +17457,12 @@ function usageTable(usage, series, query, valueOf) {
     + " failed")], "number"], ["Tokens", sum => short(tokensOf(sum)), "number"], ["USD", sum =>
     money(sum, total.usd < 1 ? 4 : 2), "number"],
     ["%", sum => all ? usd(100 * valueOf(sum) / all, 0) : "–", "number"]];
-  const group = ({name}) => [swatch(colour(name)), name ? closer(name) : "none"];
+  const group = ({name, told}) => told ?? [swatch(colour(name)), name ? closer(name) : "none"];
   const columns = [[title(by), group, "whole"], ...numbers];
-  const rows = groups.map(group => row(columns, group, "of " + group.name));
-  const last = row([["", () => "Total", "whole"], ...numbers], total, "total", {class: "total"});
-  return h("div", null, table(columns, [rows, last])); }
+  const line = (sum, more) => row(columns, sum, sum.told ?? "of " + sum.name, more);
+  const rest = groups.slice(20), told = `and ${plural(rest.length, "other")}`;
+  return h("div", null, table(columns, [groups.slice(0, 20).map(group => line(group)), rest.length
+    > 0 && line(rest.reduce(addTo, {told})), line({...total, told: "Total"}, {class: "total"})])); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
 const EDGE = {left: 56, right: 16, top: 16, bottom: 24}, allOf = step => sumOf(step.values);
 function ticks(top) { // round numbers from zero up, three to five of them

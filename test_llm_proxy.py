@@ -9521,7 +9521,7 @@ class SumsTest(TableCase):
         Asia/Kathmandu 2026-01-01T18:15 24 -> 0.25:0.75 1:5 24:24 0.25:-0.75 1:-5
         Pacific/Auckland 2026-01-01T11:00 24 -> 1:-11 24:24 1:11
         Europe/Berlin 2026-01-01T23:00 72 -> 1:1 24:72 1:-1
-        Europe/Berlin 2026-01-04T23:00 24 -> 1:20 0.25:4
+        Europe/Berlin 2026-01-04T23:00 24 -> 1:1 1:19 0.25:5 0.25:-1
         Europe/Berlin 2026-01-01T14:00 8 -> 1:8"""
 
     def test_a_day_anywhere_is_that_of_utc_and_some_hours(self):
@@ -14788,6 +14788,16 @@ class PageTest(AdminCase):
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
 
+    def test_usage_of_many_is_that_of_the_first_and_of_all_others_together(self):
+        self.start()
+        for number in range(23):
+            self.ask("key%d" % number)
+        wait_for(lambda: self.look("/usage")["total"]["calls"] == 23, "the rows")
+        self.log_in()
+        self.browser.run("location.hash = '#usage?measure=calls'")
+        self.see("and 3 others\t3\t", "Total\t23\t")
+        self.assertEqual(self.count("tr"), 22)
+
     def test_usage_is_drawn_for_chosen_days(self):
         self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
         self.call("ann")
@@ -14845,6 +14855,16 @@ class PageTest(AdminCase):
         self.ask("ann")
         self.click("Now")
         self.see("3 in a minute")  # tokens
+
+    def test_an_event_that_comes_in_many_pieces_keeps_nobody_waiting(self):
+        self.start()
+        self.log_in()
+        self.see("0 running calls")
+        begun = time.monotonic()
+        for told in (("x\n" * 80000, {}), ("warning", {"event": "it_came"})):
+            self.on_loop(self.proxy.watchers.feed.tell, *told)
+        self.see("it came")
+        self.assertLess(time.monotonic() - begun, 6)
 
     def test_a_list_of_calls_that_grew_long_begins_anew(self):
         self.start()
