@@ -11130,7 +11130,7 @@ class LedgerReader(NamedTuple):
         """Returns the sum of each name, the most expensive first, then who used most tokens."""
         found = {}
         for _, name, one in rows:
-            found[name] = Sum.of([found.get(name, NO_SUM), one])
+            found[name] = Sum.of([found[name], one]) if name in found else one
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
