@@ -10871,9 +10871,9 @@ class Database:
         whether there may be more."""
         execute = self.connection.execute
         calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
-        midnight = sums_before // DAY * DAY  # so that no hour is left of a day that is gone
+        sums_before -= sums_before % DAY  # so that no hour is left of a day that is gone
         others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
-            execute(FORGET_SUMS.format(span), (midnight,)).rowcount for span in SPANS]]
+            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
         return calls >= self.FORGOTTEN or any(others)
 
 
@@ -10981,16 +10981,15 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
-def read_parts(low: int, high: int, rolled: int) -> Iterator[Tuple[int, int, int, int]]:
+def read_parts(low: int, high: int, rolled: int) -> Iterator[Tuple[int, ...]]:
     """Yields (length of spans, from, to, sign): the days in UTC that are next to a range, and what
     is to be added at its ends, or taken away (-1), as days begin elsewhere in other zones."""
-    first, last = [(at + DAY // 2) // DAY * DAY for at in (low, high)]
+    first, last = [round(at / DAY) * DAY for at in (low, high)]
     if first >= last:
         first = last = high
     for start, end in (low, first), (first, last), (last, high):
-        sign = 1 if start < end else -1
         for span in read_spans(*sorted((start, end)), rolled):
-            yield (*span, sign)
+            yield (*span, 1 if start < end else -1)
 
 
 def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
@@ -11063,11 +11062,11 @@ class LedgerReader(NamedTuple):
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
             rolled = read_facts(execute)["rolled"]
-            parts = ["(%d, %d, %d, %d, %d)" % (at, *part) for at, low, high in steps
-                     for part in read_parts(low, high, rolled)]
-            query = ADD_SUMS.format(", ".join(parts), by, where)
+            parts = ", ".join("(%d, %d, %d, %d, %d)" % (at, *part) for at, low, high in steps
+                              for part in read_parts(low, high, rolled))
             return [(at, name, Sum._make(totals))
-                    for at, name, *totals in execute(query, values)]
+                    for at, name, *totals in execute(
+                        ADD_SUMS.format(parts, by, where), values)]
 
     def totals(self, by: str, start: float, end: float,
                filters: Optional[Texts] = None) -> Dict[str, Sum]:
