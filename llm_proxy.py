@@ -10355,7 +10355,7 @@ def exact_total(name):
 
 SUM_NAMES = ", ".join(SUM_KEYS)
 SUM_KEY = f"start, {SUM_NAMES}"
-SUM_TOTALS = ", ".join(map(exact_total, SUM_COUNTS))
+SUM_TOTALS = ", ".join(f"{exact_total(name)} AS {name}" for name in SUM_COUNTS)
 SUM_COLUMNS = ", ".join([SUM_KEY, *SUM_COUNTS, "first, last, slowest"])
 # Adds up calls. Of each sum it tells last whether an upstream has answered one of them.
 SUMS_OF_CALLS = """SELECT %s, %s, %s, min(rowid), max(rowid), max(coalesce(ms, 0)),
@@ -10871,6 +10871,7 @@ class Database:
         whether there may be more."""
         execute = self.connection.execute
         calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
+        sums_before -= sums_before % DAY  # so that no hour is left of a day that is gone
         others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
             execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
         return calls >= self.FORGOTTEN or any(others)
@@ -10980,6 +10981,17 @@ def read_spans(low: int, high: int, rolled: int,
     yield from read_spans(last, high, rolled, shorter)
 
 
+def read_parts(low: int, high: int, rolled: int) -> Iterator[Tuple[int, ...]]:
+    """Yields (length of spans, from, to, sign): the days in UTC that are next to a range, and what
+    is to be added at its ends, or taken away (-1), as days begin elsewhere in other zones."""
+    first, last = [round(at / DAY) * DAY for at in (low, high)]
+    if first >= last:
+        first = last = high
+    for start, end in (low, first), (first, last), (last, high):
+        for span in read_spans(*sorted((start, end)), rolled):
+            yield (*span, 1 if start < end else -1)
+
+
 def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
     found = {"row": number, **fields}
@@ -11008,9 +11020,13 @@ FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION A
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
     GROUP BY start"""
-ADD_SUMS = """WITH steps(at, span, low, high) AS (VALUES %s)
-    SELECT at, %s, %s FROM steps CROSS JOIN sums
-    ON sums.span = steps.span AND start >= low AND start < high WHERE %s GROUP BY 1, 2"""
+# Adds up each part once, also one that is added to a step and taken away from the next.
+ADD_SUMS = f"""WITH steps(at, span, low, high, sign) AS (VALUES {{}}), parts AS (
+    SELECT one.span, low, high, {{}} AS name, {SUM_TOTALS} FROM
+    (SELECT DISTINCT span, low, high FROM steps) AS one CROSS JOIN sums
+    ON sums.span = one.span AND start >= low AND start < high WHERE {{}} GROUP BY 1, 2, 3, 4)
+    SELECT at, name, {SUM_TOTALS.replace("total(", "total(sign * ")}
+    FROM steps JOIN parts USING (span, low, high) GROUP BY 1, 2 HAVING total(sign * calls)"""
 # By whom calls were made last: since yesterday by quarters, before that by days.
 LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last FROM (
     SELECT caller, last FROM sums WHERE span = 86400 UNION ALL SELECT caller, last FROM sums
@@ -11046,11 +11062,11 @@ class LedgerReader(NamedTuple):
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         with self.ask() as execute:
             rolled = read_facts(execute)["rolled"]
-            spans = ["(%d, %d, %d, %d)" % (at, *span) for at, low, high in steps
-                     for span in read_spans(low, high, rolled)]
-            query = ADD_SUMS % (", ".join(spans), by, SUM_TOTALS, where)
+            parts = ", ".join("(%d, %d, %d, %d, %d)" % (at, *part) for at, low, high in steps
+                              for part in read_parts(low, high, rolled))
             return [(at, name, Sum._make(totals))
-                    for at, name, *totals in execute(query, values)]
+                    for at, name, *totals in execute(
+                        ADD_SUMS.format(parts, by, where), values)]
 
     def totals(self, by: str, start: float, end: float,
                filters: Optional[Texts] = None) -> Dict[str, Sum]:
@@ -11113,7 +11129,7 @@ class LedgerReader(NamedTuple):
         """Returns the sum of each name, the most expensive first, then who used most tokens."""
         found = {}
         for _, name, one in rows:
-            found[name] = Sum.of([found.get(name, NO_SUM), one])
+            found[name] = Sum.of([found[name], one]) if name in found else one
         return dict(sorted(found.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
@@ -16894,10 +16910,9 @@ class Admin:
 # --------------------------------------------------------------------------------------------------
 
 DASHBOARD = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llm_proxy</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>
 <path d='M0 9V6h2v3zm3 0V3h2v6zm3 0V0h2v9z' fill='%231f6fb8'/></svg>">
-<style nonce="%NONCE%">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style nonce="%NONCE%">
 :root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: light-dark(#ffffff, #151514);    --surface: light-dark(#f6f6f3, #1e1e1c);
   --text: light-dark(#1a1a18, #ebebe8);    --muted: light-dark(#5d5c57, #a5a49d);
@@ -17002,8 +17017,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 @media print { :root { color-scheme: light !important; }
   #notices, #lost, nav, button, .tools, .side { display: none !important; } }
-</style>
-<body><header id="head" hidden><div id="bar" class="wide"><strong>llm_proxy</strong>
+</style><body><header id="head" hidden><div id="bar" class="wide"><strong>llm_proxy</strong>
     <div id="states" class="live"></div><span id="today" class="live"></span><span id="who"></span>
     <select id="theme" aria-label="Theme"><option value="light dark">auto<option>light<option>dark
     </select><button id="leave">Log out</button></div>
@@ -17178,11 +17192,12 @@ async function follow(signal) {
   const headers = lastId ? {"Last-Event-ID": lastId} : {};
   const body = await send("admin/api/events", {headers, signal, take: ({body}) => body});
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
+  for (let events = [""]; ;) { // the last is not whole yet
     const timer = setTimeout(() => reader.cancel(), 10000); // a pulse comes each second
     const {done, value} = await reader.read().finally(() => clearTimeout(timer));
     if (done) return;
-    rest = (rest + value).replace(/(.*?)\n\n/gs, (_, event) => takeEvent(event) ?? ""); }}
+    events = (events.pop() + value).split("\n\n");
+    events.slice(0, -1).forEach(takeEvent); }}
 function takeEvent(text) {
   const {id, event, data} = Object.fromEntries(text.split("\n").map(line => line.split(/: ?(.*)/)));
   lastId = id ?? lastId;
@@ -17331,16 +17346,17 @@ function openCallers(view, query) {
       rules.length > 0 && [h2("Rules"), list(RULES, rules, rule => "rule " + rule.text)]]; };
   view.bucket = bucket => update(known.get(bucket.caller)?.buckets, bucket, "rule");
   view.ended = call => {
-    if (known.has(call.caller)) addCall(known.get(call.caller).today, call);
+    if (known.has(call.caller)) addTo(known.get(call.caller).today, call);
     else if (now() - loaded > 2) load(view.changed); };
   view.changed = async () => {
     loaded = now();
     ({rules} = await read("limits"));
     const {callers} = await read("callers", timeZone());
     for (const caller of callers) known.set(caller.name, caller); }; }
-function addCall(today, call) {
-  for (const name of ["input", "output", "estimated", "unpriced", "usd"])
-    today[name] = Number(today[name]) + Number(call[name] ?? 0); }
+function addTo(sum, one) {
+  for (const name of ["calls", "failed", "input", "output", "estimated", "unpriced", "usd"])
+    sum[name] = Number(sum[name] ?? 0) + Number(one[name] ?? 0);
+  return sum; }
 function callerActions({name, buckets, paused, key}) {
   const own = buckets.filter(one => one.unit !== "running" && isOwn(one));
   const units = [...new Set(own.map(({unit}) => unit))];
@@ -17365,9 +17381,7 @@ const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag:
 const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
   tokens: ["Tokens", "", tokensOf], calls: ["Calls", "", ({calls}) => calls]};
 const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
-function midnight(days, time = now()) { // in the viewer's zone
-  const start = new Date(time * 1000);
-  return new Date(start.getFullYear(), start.getMonth(), start.getDate() + days) / 1000; }
+const midnight = (days, time = now()) => new Date(time * 1000).setHours(24 * days, 0, 0, 0) / 1000;
 const monthStart = (time = now()) => midnight(1 - new Date(time * 1000).getDate(), time);
 const ago = (number, length) => (Math.floor(now() / length) - number) * length;
 const START = {hour: () => ago(3, HOUR / 4), day: () => ago(23, HOUR), week: () => midnight(-6),
@@ -17442,11 +17456,12 @@ function usageTable(usage, series, query, valueOf) {
     + " failed")], "number"], ["Tokens", sum => short(tokensOf(sum)), "number"], ["USD", sum =>
     money(sum, total.usd < 1 ? 4 : 2), "number"],
     ["%", sum => all ? usd(100 * valueOf(sum) / all, 0) : "–", "number"]];
-  const group = ({name}) => [swatch(colour(name)), name ? closer(name) : "none"];
+  const group = ({name, told}) => told ?? [swatch(colour(name)), name ? closer(name) : "none"];
   const columns = [[title(by), group, "whole"], ...numbers];
-  const rows = groups.map(group => row(columns, group, "of " + group.name));
-  const last = row([["", () => "Total", "whole"], ...numbers], total, "total", {class: "total"});
-  return h("div", null, table(columns, [rows, last])); }
+  const line = (sum, more) => row(columns, sum, sum.told ?? "of " + sum.name, more);
+  const rest = groups.slice(20), told = `and ${plural(rest.length, "other")}`;
+  return h("div", null, table(columns, [groups.slice(0, 20).map(group => line(group)), rest.length
+    > 0 && line(rest.reduce(addTo, {told})), line({...total, told: "Total"}, {class: "total"})])); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
 const EDGE = {left: 56, right: 16, top: 16, bottom: 24}, allOf = step => sumOf(step.values);
 function ticks(top) { // round numbers from zero up, three to five of them

@@ -9499,18 +9499,66 @@ class SumsTest(TableCase):
         UTC quarter 2026-01-01T00:07 2026-01-01T00:31 0.25 0.25 0.25
         - day 2026-01-01T18:30 2026-01-02T18:30 24"""
 
-    def test_days_and_months_are_those_of_the_viewer(self):
-        def seconds(text):
-            return datetime.datetime.fromisoformat(text + "+00:00").timestamp()
+    @staticmethod
+    def seconds(text):
+        return int(datetime.datetime.fromisoformat(text + "+00:00").timestamp())
 
+    def test_days_and_months_are_those_of_the_viewer(self):
         for name, step, start, end, *hours in self.each(map(str.split, self.STEPS.splitlines())):
             zone = llm_proxy.read_time_zone(name, "330")
             if name not in ("-", "UTC") and not isinstance(zone, zoneinfo.ZoneInfo):
                 continue  # this machine knows no time zones
-            steps = llm_proxy.read_steps(step, seconds(start), seconds(end), zone)
+            steps = llm_proxy.read_steps(step, self.seconds(start), self.seconds(end), zone)
             found = [(high - low) / 3600 for _, low, high in steps]
             self.assertEqual(found, list(map(float, hours)))
             self.assertEqual([low for _, low, _ in steps[1:]], [high for _, _, high in steps[:-1]])
+
+    PARTS = """\
+        UTC 2026-01-01T00:00 24 -> 24:24
+        Europe/Berlin 2025-03-29T23:00 23 -> 1:1 24:24 1:-2
+        Europe/Berlin 2025-10-25T22:00 25 -> 1:2 24:24 1:-1
+        America/New_York 2026-01-01T05:00 24 -> 1:-5 24:24 1:5
+        Asia/Kathmandu 2026-01-01T18:15 24 -> 0.25:0.75 1:5 24:24 0.25:-0.75 1:-5
+        Pacific/Auckland 2026-01-01T11:00 24 -> 1:-11 24:24 1:11
+        Europe/Berlin 2026-01-01T23:00 72 -> 1:1 24:72 1:-1
+        Europe/Berlin 2026-01-04T23:00 24 -> 1:1 1:19 0.25:5 0.25:-1
+        Europe/Berlin 2026-01-01T14:00 8 -> 1:8"""
+
+    def test_a_day_anywhere_is_that_of_utc_and_some_hours(self):
+        rolled = self.seconds("2026-01-05T19:00")
+        for case, parts in self.each(row.split(" -> ") for row in self.PARTS.splitlines()):
+            _, start, hours = case.split()
+            low = self.seconds(start)
+            found = llm_proxy.read_parts(low, low + int(hours) * 3600, rolled)
+            self.assertEqual(parts.split(), [
+                "%g:%g" % (span / 3600, sign * (end - begin) / 3600)
+                for span, begin, end, sign in found])
+
+    def test_sums_of_days_and_ranges_are_those_of_their_hours_in_any_zone(self):
+        begin, choice = self.seconds("2026-03-27T00:00"), self.random.choice
+        hours = [self.random.randrange(24 * 11) for _ in range(1500)]  # two changes of clocks
+        self.add(*({
+            "time": begin + (hour + self.random.random()) * 3600, "caller": choice("ab"),
+            "served": choice("xy"), "picodollars": self.random.randrange(10 ** 13), "input": hour}
+                   for hour in sorted(hours)))
+        self.roll_up(begin + 10.4 * 86400)
+        for name in self.each((
+                "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu",
+                "Australia/Lord_Howe", "Asia/Tokyo")):
+            zone = llm_proxy.read_time_zone(name)
+            for _ in range(9):
+                low, high = sorted(begin + self.random.randrange(11 * 86400) for _ in range(2))
+                steps = [*llm_proxy.read_steps("day", low, high + 1, zone), (1, low, high)]
+                for by, filters in (("caller", {}), ("model", {"caller": "a"})):
+                    found = self.reader.add_up(by, steps, filters)
+                    with mock.patch.object(llm_proxy, "read_parts", self.hourly):
+                        self.assertEqual(found, self.reader.add_up(by, steps, filters))
+
+    @staticmethod
+    def hourly(*range_):
+        """A range without days, and with nothing that is taken away."""
+        spans = llm_proxy.read_spans(*range_, (llm_proxy.HOUR, llm_proxy.QUARTER))
+        return [(*span, 1) for span in spans]
 
     def test_no_cell_of_a_table_is_computed_and_none_moves_a_cursor(self):
         cells = {"-": "-", "a,b": '"a,b"', "=1+1": "'=1+1", "-1": "'-1", " @x": "' @x",
@@ -9742,7 +9790,7 @@ class SumsTest(TableCase):
         now = self.DAY + 500 * 86400
         self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
         self.roll_up(now)
-        while self.database.forget(now - 90 * 86400, now - 400 * 86400):
+        while self.database.forget(now - 90 * 86400, now - 400 * 86400 + 7200):  # whole days
             pass
         execute = self.database.connection.execute
         for query, count in self.each("""[
@@ -14740,6 +14788,16 @@ class PageTest(AdminCase):
         self.browser.do("POST", chart + "/value", {"text": "\ue012"})  # the arrow to the left
         self.see("Total")
 
+    def test_usage_of_many_is_that_of_the_first_and_of_all_others_together(self):
+        self.start()
+        for number in range(23):
+            self.ask("key%d" % number)
+        wait_for(lambda: self.look("/usage")["total"]["calls"] == 23, "the rows")
+        self.log_in()
+        self.browser.run("location.hash = '#usage?measure=calls'")
+        self.see("and 3 others\t3\t", "Total\t23\t")
+        self.assertEqual(self.count("tr"), 22)
+
     def test_usage_is_drawn_for_chosen_days(self):
         self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
         self.call("ann")
@@ -14797,6 +14855,25 @@ class PageTest(AdminCase):
         self.ask("ann")
         self.click("Now")
         self.see("3 in a minute")  # tokens
+
+    IN_PIECES = """window.TextDecoderStream = function () {
+        return new TransformStream({transform(bytes, pieces) {
+            for (let at = 0; at < bytes.length; at += 16384)
+                pieces.enqueue(new TextDecoder().decode(bytes.slice(at, at + 16384)));
+        }});
+    }"""
+
+    def test_an_event_that_comes_in_many_pieces_keeps_nobody_waiting(self):
+        self.start()
+        self.log_in()
+        self.browser.run(self.IN_PIECES)
+        self.browser.run("void document.onvisibilitychange()")  # which begins the stream anew
+        self.see("0 running calls")
+        begun = time.monotonic()
+        for told in (("x\n" * 50000, {}), ("warning", {"event": "it_came"})):
+            self.on_loop(self.proxy.watchers.feed.tell, *told)
+        self.see("it came")
+        self.assertLess(time.monotonic() - begun, 6)
 
     def test_a_list_of_calls_that_grew_long_begins_anew(self):
         self.start()
