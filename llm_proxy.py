@@ -8021,6 +8021,7 @@ class Stream:
     write_waiter: Optional[asyncio.Future] = None  # of who awaits that something goes
     source: Optional["Stream"] = None      # the stream to pause while this one is slow
     poller = None   # for what can be read
+    MOST_POSTED = 4096  # bytes, which any socket takes that has nothing else to send
     # Callbacks. `on_full`: so much was read ahead that reading was paused.
     on_end = on_full = on_write_failed = None
 
@@ -8035,6 +8036,7 @@ class Stream:
         # What is read for every call is not left to the class: CPython would look there last.
         self.reading = self.writing = False  # whether the loop tells when it can be done
         self.ended = False
+        self.posted = b""                    # what is sent in the loop's next pass
         self.write_failed = False            # what is written is dropped
         self.discarding = False              # nobody will use what comes: a refused body's rest
         self.waiter = None                   # a future of who awaits that more comes
@@ -8185,6 +8187,8 @@ class Stream:
 
     def write(self, data: bytes):
         """Send now what can be sent; the rest when the other side takes it."""
+        if self.posted:
+            self.send_posted()
         if self.write_failed or not data:
             return
         if self.write_buffer:
@@ -8201,6 +8205,20 @@ class Stream:
         if sent < len(data):
             self.write_buffer += memoryview(data)[sent:]
             self.flush()
+
+    def post(self, data: bytes):
+        """Send a few bytes in the loop's next pass, one behind the other with what other streams
+        post in this one: to wake a peer costs more than to send, and one that was just woken is
+        still awake."""
+        if self.posted or self.write_buffer or len(data) > self.MOST_POSTED:
+            return self.write(data)
+        self.posted = data
+        self.loop.call_soon(self.send_posted)
+
+    def send_posted(self):
+        data = self.posted
+        self.posted = b""
+        self.write(data)
 
     def flush(self):
         """Send block by block: a TLS record that was begun must be sent again as it was."""
@@ -8247,6 +8265,7 @@ class Stream:
                     or_answer: bool = False) -> bool:
         """Wait until all was sent; returns False if it cannot be, or, with `or_answer`, if the peer
         speaks first. Raises TimeoutError after `seconds` in which it took nothing."""
+        self.send_posted()
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
@@ -8295,6 +8314,7 @@ class Stream:
 
     def shut_down_writing(self):
         """Say that nothing more will be sent."""
+        self.send_posted()
         with suppress(OSError, ValueError):
             if self.encrypted:
                 self.sock.unwrap()  # close_notify; nobody waits for that of the other side
@@ -8309,6 +8329,7 @@ class Stream:
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def close(self):
+        self.send_posted()
         # Off the loop first: else the next owner of the number is answered.
         self.pause_reading()
         self.ended = True
@@ -9081,7 +9102,8 @@ class Response:
         self.stream = stream
         self.head = head
         self.status = head.status
-        self.reusable = request_was_sent and not head.close_after
+        self.reusable = request_was_sent and not (
+            head.close_after or stream.write_buffer or stream.write_failed)
         self.ticket = None  # the place of its call, which ends with it
         # Whether it has no body by its nature (RFC 9112 6.3), though some send one
         self.bodiless = method == "HEAD" or head.status in (204, 304)
@@ -9367,7 +9389,7 @@ class Address:
                 if body or method in CONTENT_METHODS:
                     head += b"Content-Length: %d\r\n" % len(body)
                 if len(body) <= BLOCK:
-                    stream.write(b"%b\r\n%b" % (head, body))
+                    stream.post(b"%b\r\n%b" % (head, body))
                 else:  # what is large is not copied
                     stream.write(head + b"\r\n")
                     stream.write(body)
@@ -15078,7 +15100,9 @@ class Reply:
         key = response.secret.encode()
         if key and key in self.first:  # an error inside a 200
             self.first = self.first.replace(key, b"*" * len(key))
-        self.client.write(self.head(response.status, lines) + self.first)
+        answer = self.head(response.status, lines) + self.first
+        is_whole = self.adapter.framing.ended and not self.close_after
+        (self.client.post if is_whole else self.client.write)(answer)
 
     def response_lines(self, response):
         """Returns the status line of a response, and the header lines that are passed on as they
