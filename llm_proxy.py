@@ -15824,7 +15824,7 @@ class Proxy:
         for the next call with the same head."""
         known = request.cache.get(address)
         is_json = call.json_body is not None
-        if known and known[0] == call.path and known[1] == is_json:
+        if known and known[0] == call.path and known[1] == is_json and not call.owes:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
@@ -15849,7 +15849,7 @@ class Proxy:
         if call.json_body:
             lines.append("Content-Type: application/json")
         # What is metered must stay readable, and what may quote a key of ours.
-        if not call.unmetered or call.body is not None or upstream.hidden:
+        if not call.unmetered or call.body is not None or upstream.hidden or call.owes:
             lines.append("Accept-Encoding: identity")
         return lines
 

@@ -12240,6 +12240,13 @@ class SettlingTest(LedgerCase):
         self.ask(request("POST", "/v1/responses", b'{"background": true}'))
         for path in self.each(("/v1/responses/resp_1/", "/v1//responses/resp_1")):
             self.assert_status(404, request("GET", path))
+        self.start(says_json({"id": "resp_1", "usage": None}))
+        client = self.connect()
+        poll = request("GET", "/v1/responses/resp_1", b"", "Accept-Encoding: br")
+        for coding in ("br", "identity"):
+            client.answers(200, poll)
+            self.assert_fields(self.stub.last, "accept-encoding: " + coding)
+            self.ask(request("POST", "/v1/responses", b'{"background": true}'))
 
     def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
         path = "/v1beta/models/m:batchGenerateContent"
