@@ -14562,10 +14562,13 @@ class SharedStored(Stored):
         if path and path.name:
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
-        with suppress(RedisFault, ValueError, TypeError, LookupError):
+        ignored = [RedisFault, ValueError, TypeError, LookupError]
+        if method != "GET":
+            ignored.append(AskedElsewhere)  # what cancels is not put off
+        with suppress(*ignored):
             if unknown:
                 await self.find_things(unknown)
-            name = method == "GET" and self.redis.available and self.bill_name(call)
+            name = self.redis.available and self.bill_name(call)
             if name and (self.policy == "pass" or self.things[name].owner == owner):
                 await self.claim_bill(call, name)
 

@@ -12002,6 +12002,16 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
             wait_for(lambda: self.left(redis) == [left])
 
+    def test_what_a_call_that_cancels_is_told_settles_too(self):
+        for place in self.each((0, 1)):
+            redis = self.start_owing()
+            self.stub.answer = says_json(self.USED)
+            self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-b")
+            self.assertEqual(self.left(redis), [b"99500"])
+            self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [b"96980"])
+
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told in self.each("""[
                 [[0, 0], [1, 0], [0]], [[0, 0], [0, 1], [1]], [[0, 0], [1, 0], [0, 1]],
