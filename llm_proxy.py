@@ -90,6 +90,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -10194,9 +10195,16 @@ def message_line(text: str, as_json: bool, clock: Any) -> str:
     return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
 
 
+def is_split(stream):
+    """Returns whether others may come in between where much is written at once."""
+    with suppress(AttributeError, OSError):  # not each stream has a file
+        mode = os.fstat(stream.fileno()).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
 def whole_lines(data):
-    """Returns how much several processes may write at once, so that their lines are not mixed where
-    the log is a pipe."""
+    """Returns how much may be written at once, so that it is not mixed with what others write to
+    the same pipe."""
     if len(data) <= PIPE_BUF:
         return len(data)
     return bytes(data[:PIPE_BUF]).rfind(b"\n") + 1 or bytes(data).index(b"\n") + 1
@@ -10216,7 +10224,7 @@ class Log(Writer):
         process ends. `speaker` begins all that is said, where several processes have one log."""
         super().__init__("log")
         self.speaker = speaker
-        self.shared = bool(speaker)
+        self.shared = bool(speaker) or is_split(stream)
         self.clock = clock
         self.stream = stream
         self.as_json = as_json

@@ -8925,6 +8925,32 @@ redacted      None"""))
         self.ask()
         self.assert_entry("status", 200, 1)
 
+    def test_lines_are_not_split_where_others_write_to_the_same_pipe(self):
+        """Stdout and stderr are one for many a supervisor; a file takes all at once."""
+        class Recorder(io.FileIO):
+            def write(self, data):
+                written.append(bytes(data))
+                return len(data)
+
+        reading, writing = os.pipe()
+        sockets = socket.socketpair()
+        file = os.open(new_path(self, "log"), os.O_WRONLY | os.O_CREAT)
+        self.addCleanup(os.close, reading)
+        self.addCleanup(sockets[0].close)
+        most_of_pipe = llm_proxy.PIPE_BUF // 241 * 241
+        for descriptor, most in self.each((
+                (writing, most_of_pipe), (sockets[1].detach(), most_of_pipe), (file, 24100))):
+            written = []
+            with Recorder(descriptor, "w") as stream, mock.patch.object(
+                    llm_proxy.Log, "PAUSE", PATIENCE):
+                log = llm_proxy.Log(stream, as_json=False)
+                for _ in range(100):
+                    log.record("x" * 240)
+                log.close(PATIENCE)
+            self.assertEqual(b"".join(written), (b"x" * 240 + b"\n") * 100)
+            self.assertEqual({one[-1:] for one in written}, {b"\n"})
+            self.assertEqual(max(map(len, written)), most)
+
     def test_the_id_of_a_call_is_a_random_uuid(self):
         found = {llm_proxy.new_request_id() for _ in range(100)}
         self.assertEqual(len(found), 100)
