@@ -347,12 +347,12 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     "must be name=weight, separated by commas, each name once, weights from 1 to 999",
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
-# if it can be one
+# if it can be one. What looks like the next of a list is no part of a key.
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|&]|.*:.*=[^=])|(?=[A-Za-z0-9._~+/-]*$))"
-    "((?![\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty, in quotes or with one of ;|&; one with other"
-    " signs than letters, digits and ._~+/- needs a name",
+    "(?!.*[;|&:](?:sk-|[A-Za-z]{2}[A-Za-z0-9_.@-]*=[^=]))"
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?!\\[?[\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty, in quotes or with name= or sk- after one of"
+    " ;|&: in it; one with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 

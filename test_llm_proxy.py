@@ -1223,6 +1223,11 @@ mple', 'http://a', 'http://b:443')
         PROXY_API_KEYS=a=b=c -> {'b=c': 'a'}
         PROXY_API_KEYS=a=b:c== -> {'b:c==': 'a'}
         PROXY_API_KEYS=bob@x.org=c2VjcmV0== -> {'c2VjcmV0==': 'bob@x.org'}
+        PROXY_API_KEYS=alice=Tr0ub4dor&3 -> {'Tr0ub4dor&3': 'alice'}
+        PROXY_API_KEYS=alice=a;b,bob=a|b -> {'a;b': 'alice', 'a|b': 'bob'}
+        PROXY_API_KEYS=alice=http://h/?a=b -> {'http://h/?a=b': 'alice'}
+        PROXY_API_KEYS=alice=u:cGFzcw==,u:p -> {'u:cGFzcw==': 'alice', 'u:p': None}
+        PROXY_API_KEYS=sk-1$;2 -> {'sk-1$;2': None}
         HTTPS_PROXY=socks5://host:1080 -> None
         HTTPS_PROXY=http:// -> None
         HTTPS_PROXY=http://host:0 -> None
