@@ -90,6 +90,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -346,12 +347,12 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
     "must be name=weight, separated by commas, each name once, weights from 1 to 999",
     lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
-# if it can be one
+# if it can be one. What looks like the next of a list is no part of a key.
 proxy_keys = word_or({"anyone": {}}, mapping(
-    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$|.*[;|&]|.*:.*=[^=])|(?=[A-Za-z0-9._~+/-]*$))"
-    "((?![\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty, in quotes or with one of ;|&; one with other"
-    " signs than letters, digits and ._~+/- needs a name",
+    "(?!.*[;|&:](?:sk-|[A-Za-z]{2}[A-Za-z0-9_.@-]*=[^=]))"
+    "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?!\\[?[\"'])[!-~]+)",
+    "must be keys or name=key, by commas, none empty, in quotes or with name= or sk- after one of"
+    " ;|&: in it; one with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -10216,9 +10217,16 @@ def message_line(text: str, as_json: bool, clock: Any) -> str:
     return json.dumps({"time": moment, "message": text}) if as_json else f"{moment} {text}"
 
 
+def is_split(stream):
+    """Returns whether others may come in between where much is written at once."""
+    with suppress(AttributeError, OSError):  # not each stream has a file
+        mode = os.fstat(stream.fileno()).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
 def whole_lines(data):
-    """Returns how much several processes may write at once, so that their lines are not mixed where
-    the log is a pipe."""
+    """Returns how much may be written at once, so that it is not mixed with what others write to
+    the same pipe."""
     if len(data) <= PIPE_BUF:
         return len(data)
     return bytes(data[:PIPE_BUF]).rfind(b"\n") + 1 or bytes(data).index(b"\n") + 1
@@ -10238,7 +10246,7 @@ class Log(Writer):
         process ends. `speaker` begins all that is said, where several processes have one log."""
         super().__init__("log")
         self.speaker = speaker
-        self.shared = bool(speaker)
+        self.shared = bool(speaker) or is_split(stream)
         self.clock = clock
         self.stream = stream
         self.as_json = as_json
@@ -14584,10 +14592,13 @@ class SharedStored(Stored):
         if path and path.name:
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
-        with suppress(RedisFault, ValueError, TypeError, LookupError):
+        ignored = [RedisFault, ValueError, TypeError, LookupError]
+        if method != "GET":
+            ignored.append(AskedElsewhere)  # what cancels is not put off
+        with suppress(*ignored):
             if unknown:
                 await self.find_things(unknown)
-            name = method == "GET" and self.redis.available and self.bill_name(call)
+            name = self.redis.available and self.bill_name(call)
             if name and (self.policy == "pass" or self.things[name].owner == owner):
                 await self.claim_bill(call, name)
 
@@ -15848,7 +15859,7 @@ class Proxy:
         for the next call with the same head."""
         known = request.cache.get(address)
         is_json = call.json_body is not None
-        if known and known[0] == call.path and known[1] == is_json:
+        if known and known[0] == call.path and known[1] == is_json and not call.owes:
             return known[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
@@ -15873,7 +15884,7 @@ class Proxy:
         if call.json_body:
             lines.append("Content-Type: application/json")
         # What is metered must stay readable, and what may quote a key of ours.
-        if not call.unmetered or call.body is not None or upstream.hidden:
+        if not call.unmetered or call.body is not None or upstream.hidden or call.owes:
             lines.append("Accept-Encoding: identity")
         return lines
 

@@ -1223,6 +1223,11 @@ mple', 'http://a', 'http://b:443')
         PROXY_API_KEYS=a=b=c -> {'b=c': 'a'}
         PROXY_API_KEYS=a=b:c== -> {'b:c==': 'a'}
         PROXY_API_KEYS=bob@x.org=c2VjcmV0== -> {'c2VjcmV0==': 'bob@x.org'}
+        PROXY_API_KEYS=alice=Tr0ub4dor&3 -> {'Tr0ub4dor&3': 'alice'}
+        PROXY_API_KEYS=alice=a;b,bob=a|b -> {'a;b': 'alice', 'a|b': 'bob'}
+        PROXY_API_KEYS=alice=http://h/?a=b -> {'http://h/?a=b': 'alice'}
+        PROXY_API_KEYS=alice=u:cGFzcw==,u:p -> {'u:cGFzcw==': 'alice', 'u:p': None}
+        PROXY_API_KEYS=sk-1$;2 -> {'sk-1$;2': None}
         HTTPS_PROXY=socks5://host:1080 -> None
         HTTPS_PROXY=http:// -> None
         HTTPS_PROXY=http://host:0 -> None
@@ -4134,6 +4139,13 @@ class UsageReaderTest(ProxyCase):
             ending = reader.ending(True)
             self.assertEqual((reader.fault, ending), (
                 int(status), "upstream_status" if int(status) else "ok"))
+
+    def test_a_message_at_the_end_of_an_answer_whose_text_is_lost_is_no_error(self):
+        reader = self.new_reader(streamed=False)
+        text = '{"choices": [{"message": {"content": "%s"}}]' % ("x" * reader.MAX_LINE)
+        reader.feed(text.encode())
+        reader.feed(b', "usage": null, "message": "x"}')
+        self.assertEqual((reader.ending(True), reader.fault), ("ok", 0))
 
     def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
         for row, end, step in self.each(itertools.product(
@@ -8952,6 +8964,32 @@ redacted      None"""))
         self.ask()
         self.assert_entry("status", 200, 1)
 
+    def test_lines_are_not_split_where_others_write_to_the_same_pipe(self):
+        """Stdout and stderr are one for many a supervisor; a file takes all at once."""
+        class Recorder(io.FileIO):
+            def write(self, data):
+                written.append(bytes(data))
+                return len(data)
+
+        reading, writing = os.pipe()
+        sockets = socket.socketpair()
+        file = os.open(new_path(self, "log"), os.O_WRONLY | os.O_CREAT)
+        self.addCleanup(os.close, reading)
+        self.addCleanup(sockets[0].close)
+        most_of_pipe = llm_proxy.PIPE_BUF // 241 * 241
+        for descriptor, most in self.each((
+                (writing, most_of_pipe), (sockets[1].detach(), most_of_pipe), (file, 24100))):
+            written = []
+            with Recorder(descriptor, "w") as stream, mock.patch.object(
+                    llm_proxy.Log, "PAUSE", PATIENCE):
+                log = llm_proxy.Log(stream, as_json=False)
+                for _ in range(100):
+                    log.record("x" * 240)
+                log.close(PATIENCE)
+            self.assertEqual(b"".join(written), (b"x" * 240 + b"\n") * 100)
+            self.assertEqual({one[-1:] for one in written}, {b"\n"})
+            self.assertEqual(max(map(len, written)), most)
+
     def test_the_id_of_a_call_is_a_random_uuid(self):
         found = {llm_proxy.new_request_id() for _ in range(100)}
         self.assertEqual(len(found), 100)
@@ -9565,8 +9603,9 @@ class SumsTest(TableCase):
         begin, choice = self.seconds("2026-03-27T00:00"), self.random.choice
         hours = [self.random.randrange(24 * 11) for _ in range(1500)]  # two changes of clocks
         self.add(*({
-            "time": begin + (hour + self.random.random()) * 3600, "caller": choice("ab"),
-            "served": choice("xy"), "picodollars": self.random.randrange(10 ** 13), "input": hour}
+            "time": begin + (hour + self.random.random()) * 3600,
+            "caller": choice("ab") if hour != 140 else "c", "served": choice("xy"),
+            "picodollars": self.random.randrange(10 ** 13), "input": hour}
                    for hour in sorted(hours)))
         self.roll_up(begin + 10.4 * 86400)
         for name in self.each((
@@ -12029,6 +12068,16 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
             wait_for(lambda: self.left(redis) == [left])
 
+    def test_what_a_call_that_cancels_is_told_settles_too(self):
+        for place in self.each((0, 1)):
+            redis = self.start_owing()
+            self.stub.answer = says_json(self.USED)
+            self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-b")
+            self.assertEqual(self.left(redis), [b"99500"])
+            self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: self.left(redis) == [b"96980"])
+
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told in self.each("""[
                 [[0, 0], [1, 0], [0]], [[0, 0], [0, 1], [1]], [[0, 0], [1, 0], [0, 1]],
@@ -12267,6 +12316,13 @@ class SettlingTest(LedgerCase):
         self.ask(request("POST", "/v1/responses", b'{"background": true}'))
         for path in self.each(("/v1/responses/resp_1/", "/v1//responses/resp_1")):
             self.assert_status(404, request("GET", path))
+        self.start(says_json({"id": "resp_1", "usage": None}))
+        client = self.connect()
+        poll = request("GET", "/v1/responses/resp_1", b"", "Accept-Encoding: br")
+        for coding in ("br", "identity"):
+            client.answers(200, poll)
+            self.assert_fields(self.stub.last, "accept-encoding: " + coding)
+            self.ask(request("POST", "/v1/responses", b'{"background": true}'))
 
     def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
         path = "/v1beta/models/m:batchGenerateContent"
