@@ -5972,23 +5972,6 @@ class Edit:
         return self.apply(data), b""
 
 
-class HiddenKey(Edit):
-    """Writes stars over a key of ours, which an error may quote."""
-
-    def __init__(self, key: str):
-        self.key = key.encode()
-
-    def find(self, data: bytes) -> int:
-        return data.find(self.key) % (len(data) + 1)  # -1 is the end then
-
-    def apply(self, event: bytes) -> bytes:
-        return event.replace(self.key, b"*" * len(self.key))
-
-    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
-        shown, most = self.apply(data), len(self.key) - 1
-        return shown[:-most], shown[-most:]
-
-
 class HiddenUsage(Edit):
     """Takes out the usage that we asked for, and its caller did not."""
 
@@ -6097,6 +6080,30 @@ class Editor:
             event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
 
+class HiddenKey:
+    """Writes stars over a key of ours, which an error may quote, behind an `editor`."""
+    held = b""  # the end, which may begin a key
+
+    def __init__(self, key: str, editor: Optional[Editor] = None):
+        self.key = key.encode()
+        self.editor = editor
+
+    def feed(self, payload: bytes) -> bytes:
+        """Returns what goes on."""
+        shown = self.hide(self.editor.feed(payload) if self.editor else payload)
+        end = max(0, len(shown) - len(self.key) + 1)
+        self.held = shown[end:]
+        return shown[:end]
+
+    def flush(self) -> bytes:
+        shown = self.hide(self.editor.flush() if self.editor else b"")
+        self.held = b""
+        return shown
+
+    def hide(self, payload):
+        return (self.held + payload).replace(self.key, b"*" * len(self.key))
+
+
 def inflater_for(data):
     """Returns what unpacks gzip or deflate. That has a header (RFC 1950 2.2), which some leave out;
     nothing else begins so."""
@@ -6109,7 +6116,7 @@ class ErrorUnpacker:
     none where nobody can unpack it; `instead` of one that cannot be read."""
     MAX_SIZE = 1 << 16  # bytes, packed or not
 
-    def __init__(self, editor: Optional[Editor], instead: bytes):
+    def __init__(self, editor: Optional[HiddenKey], instead: bytes):
         self.editor = editor
         self.instead = instead
         self.packed = b""
@@ -14964,8 +14971,7 @@ class Reply:
 
     def hiding_key(self, response, editor, encoding):
         """Returns what passes an error on without a key, and not packed."""
-        edits = [HiddenKey(response.secret), *(editor.edits if editor else ())]
-        editor = Editor(editor and editor.events, edits)
+        editor = HiddenKey(response.secret, editor)
         if encoding == IDENTITY:
             return editor
         if encoding == UNREADABLE:

@@ -8207,13 +8207,27 @@ class BreakerTest(CallCase):
                 answered = self.ask(data)
                 self.assertEqual((answered.body, answered.status), (shown, int(status[:3])))
                 self.assertIn(answered.get("content-encoding"), (None, "identity"))
-        editor = llm_proxy.Editor(None, [llm_proxy.HiddenKey(key)])
+        editor = llm_proxy.HiddenKey(key)
         pieces = [editor.feed(said[at:at + 7]) for at in range(0, len(said), 7)]
         self.assertEqual(b"".join(pieces) + editor.flush(), shown)
         said = (1 << 20) * b"x" + key.encode() + 99 * b"x"
         pieces = [editor.feed(said[:at]) + editor.feed(said[at:]) + editor.flush()
                   for at in range(1 << 20, (1 << 20) + len(key))]
         self.assertNotIn(key.encode(), b"|".join(pieces))
+
+    def test_a_key_that_comes_in_two_parts_of_a_large_error_does_not_go_on(self):
+        said = b'{"error": "%b sk-hush-hush"}' % (30_000 * b"x")
+        for redact in self.each(("", "email")):
+            self.start(None, BASE_API_KEY="sk-hush-hush", REDACT=redact, REDACT_UPSTREAMS="*")
+            client, asked = self.ask_stub(call(system="a@x.org"))
+            asked.send(answer(said, "400 No")[:-8])
+            client.head()
+            begin = b""
+            while len(begin) < 16_384:
+                begin += next(client.pieces)
+            asked.send(said[-8:])
+            asked.finish()
+            self.assertEqual(begin + client.rest().body, said.replace(b"sk-hush-hush", 12 * b"*"))
 
     def test_an_error_that_is_packed_is_unpacked_or_keeps_its_status(self):
         said = b'{"error": "of sk-hush-hush"}'
