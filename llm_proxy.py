@@ -15085,6 +15085,9 @@ class Reply:
         if response.status == 200 and streamed and encoding == IDENTITY:
             return
         body = await response.read(self.context, 65536, self.patience)
+        if response.status >= 400:
+            reader = self.hiding_key(response, None, encoding)
+            body = reader.feed(body) + reader.flush()
         try:
             found = parse_response(body)
         except ValueError:

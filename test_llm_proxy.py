@@ -7058,11 +7058,16 @@ class EarlyStreamTest(WaitingCase):
         responses = request("POST", "/v1/responses", b'{"model": "m", "stream": true}')
         told = b'{"error":{"message":"too long","code":7}}'
         too_long = says(told, "400 Bad Request")
+        quoting = told.replace(b"too long", b"too long for sk-hush-hush")
+        packed = says(gzip.compress(quoting), "400 Bad Request", "Content-Encoding: gzip")
+        hidden = b"data: " + quoting.replace(b"sk-hush-hush", b"*" * 12)
         no_stream = b"did not answer with a stream"
         could_not = b"The upstream could not be reached or did not answer properly"
-        self.start_early(BREAKER_FAILURES=100)
+        self.start_early(BREAKER_FAILURES=100, BASE_API_KEY="sk-hush-hush")
         for number, (data, act, expected, outcome) in self.each(enumerate([
                 (None, too_long, b"data: " + told, "upstream_status"),
+                (None, says(quoting, "400 Bad Request"), hidden, "upstream_status"),
+                (None, packed, hidden, "upstream_status"),
                 (None, says(b"not JSON", "500 Oops"), no_stream, "upstream_status"),
                 (None, says(b'{"choices": []}'), no_stream, "upstream_status"),
                 (None, Asked.close, could_not, "upstream_failed"),
