@@ -5919,6 +5919,7 @@ class Dialects:
         return model
 
 
+ANSWER_KEYS = "choices", "output", "content", "data"  # an error has nothing there
 WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 # How a list of answers begins, or goes on in lines, and what stands between two of them
 LIST_BEGIN = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
@@ -6413,7 +6414,7 @@ class UsageReader:
             self.fault = self.dialect.fault(payload)
         said = payload.get("message") or payload.get("detail")
         if type(said) is str and self.endpoint not in NO_LIMIT_REPLY and not (
-                self.counts or self.lost
+                self.counts or self.lost or any(map(payload.get, ANSWER_KEYS))
                 or self.dialect.output_characters(data, self.endpoint, False)):
             self.fault = self.fault or fault_status(payload)  # no assistant says it so
 

@@ -4115,6 +4115,11 @@ class UsageReaderTest(ProxyCase):
         {"message": "x", "usage": {"prompt_tokens": 1, "total_tokens": 1}} -> 0
         {"message": "x", "choices": [{"message": {"content": "x"}}]} -> 0
         {"detail": "x", "response": "x"} -> 0
+        {"message": "ok", "choices": [{"message": {"content": ""}, "finish_reason": "stop"}]} -> 0
+        {"message": "ok", "output": "x"} -> 0
+        {"message": "ok", "content": [{}]} -> 0
+        {"message": "ok", "data": {"answer": "x"}} -> 0
+        {"message": "no", "choices": [], "content": "", "output": null} -> 502
         {"results": [{"success": false}]} -> 0
         {"results": [{"success": false}, {"success": false}]} -> 0
         {"results": [{"error": "x"}, {"success": true}]} -> 0
