@@ -9697,7 +9697,7 @@ class Upstream:
         operator is told, once a minute."""
         response.secret = self.hidden
         if self.hidden and response.status >= 400:
-            response.hides = {"content-encoding"}  # it is unpacked
+            response.hides = frozenset({"content-encoding"})  # it is unpacked
         if response.status != 401 or self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
@@ -14733,6 +14733,7 @@ REPLACED = HOP_BY_HOP.union(map(str.lower, RATE_FIELDS), """
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in """
     allow-origin allow-headers allow-methods allow-credentials expose-headers
     max-age allow-private-network""".split())
+VALIDATORS = frozenset("etag content-md5 digest content-digest repr-digest".split())
 EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
 UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
 STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
@@ -14975,11 +14976,15 @@ class Reply:
         editor = HiddenKey(response.secret, editor)
         if encoding == IDENTITY:
             return editor
+        dialect = self.call.dialect
+        instead = dialect.error(Refusal("The upstream's error cannot be read"), response.status)
+        response.hides |= VALIDATORS
         if encoding == UNREADABLE:
             editor = None
             response.hides |= {"content-type"}  # that of what stands in its place is said below
-        refusal = Refusal("The upstream's error cannot be read")
-        return ErrorUnpacker(editor, self.call.dialect.error(refusal, response.status))
+        elif response.streamed:  # which has been said before it is known that it cannot be read
+            instead = dialect.error_event(instead, self.call.endpoint)
+        return ErrorUnpacker(editor, instead)
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, how its body is encoded, and whether it
@@ -15128,15 +15133,15 @@ class Reply:
     def response_lines(self, response):
         """Returns the status line of a response, and the header lines that are passed on as they
         came, or nearly."""
-        head = response.head
-        if "response_lines" in head.cache:
-            return head.cache["response_lines"]
+        head, hides = response.head, response.hides
+        if hides in head.cache:
+            return head.cache[hides]
         replaced = REPLACED if self.parts.origins.none else REPLACED_WITH_CORS
         unbuffered = []
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced |= {"x-accel-buffering"}
             unbuffered = [UNBUFFERED]
-        replaced |= response.hides
+        replaced |= hides
         lines = [status_line(response.status, head.reason), *head.end_to_end(replaced), *unbuffered]
         redirects = [name for name in ("location", "content-location") if name in head]
         for name in redirects:
@@ -15149,7 +15154,7 @@ class Reply:
         if response.secret:
             text = text.replace(response.secret, "*" * len(response.secret))
         if not redirects:  # which depend on the call
-            head.cache["response_lines"] = text
+            head.cache[hides] = text
         return text
 
     async def carry(self, response: Response) -> str:

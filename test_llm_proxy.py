@@ -8269,6 +8269,22 @@ class BreakerTest(CallCase):
         self.assertLess(len(reader.packed), 1 << 17)
         self.assertEqual(reader.flush(), b"x")
 
+    def test_what_stands_in_place_of_an_error_is_of_one_type_and_not_what_validators_say(self):
+        self.start(None, BASE_API_KEY="sk-hush-hush")
+        for coding, kind, said, begin in self.each("""
+                br -> text/html -> application/json -> {"error
+                gzip -> text/event-stream -> text/event-stream -> data: {"error"""):
+            head = ("HTTP/1.1 404 No\r\nContent-Encoding: %s\r\nContent-Type: %s\r\nETag: x\r\n"
+                    "Digest: x\r\nContent-Length: 5\r\n\r\n" % (coding, kind)).encode()
+            for method, body in (("HEAD", b""), ("GET", b"hello"), ("HEAD", b"")):
+                self.stub.answer = functools.partial(Asked.send, data=head + body)
+                answered = self.ask(request(method, "/v1/models/x"))
+                types = [value for name, value in answered.fields if name == "content-type"]
+                self.assertEqual(types, [said if body else kind])
+                if body:
+                    self.assert_fields(answered, "etag", "digest")
+                    self.assertTrue(answered.body.startswith(begin.encode()))
+
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
         self.start(None, Clock(), BREAKER_FAILURES=2)
         for _ in range(3):
