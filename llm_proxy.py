@@ -7018,11 +7018,12 @@ class Restorer:
     IN_SECRET = re.compile(r"[A-Za-z0-9_+/=\\\s]*")
     PIECE = 1024  # characters, by which what waits grows before it is searched again
 
-    def __init__(self, masks: Masks, json_texts: Iterable[str],
+    def __init__(self, masks: Masks, json_texts: Collection[str],
                  redactor: Optional[Redactor] = None):
         """`json_texts` are the keys of texts that are JSON."""
         self.masks = masks
         self.redactor = redactor
+        self.json_texts = json_texts
         self.room = self.MAX_VALUES
         may_hold_all = redactor and redactor.may_hold("")
         self.words = self.ANY_WORDS if may_hold_all else self.WORDS
@@ -7075,14 +7076,27 @@ class Restorer:
             return data
         text = data.decode("utf-8", "surrogateescape")
         strings = JSON_STRING.findall(text)
-        # All at once: there may be thousands.
+        said = {}  # strings that are JSON, by place
+        for place, key in enumerate(strings[:-1], 1):
+            if key in self.json_texts:
+                said[place], strings[place] = self.mask_string(strings[place]), ""
+        # All others at once: there may be thousands.
         masked = self.without_values("\n".join(strings), True).split("\n")
         if len(masked) != len(strings):  # something goes over several
             masked = [self.without_values(one, True) for one in strings]
-        shown = iter(masked)
+        shown = iter([said.get(place, one) for place, one in enumerate(masked)])
         return JSON_STRING.sub(
             lambda match: '"' + next(shown) + match[0][1 + len(match[1]):], text).encode(
             "utf-8", "surrogateescape")
+
+    def mask_string(self, spelled):
+        """Does so with what stands between the quotes of a string that is JSON itself."""
+        try:
+            text = json.loads('"%s"' % spelled, strict=False)
+        except ValueError:
+            return self.without_values(spelled, True)
+        masked = self.without_values(text, True, "")
+        return spelled if masked == text else json.dumps(masked)[1:-1]
 
     def waiting(self, text: str, held: int = 0) -> int:
         """Returns where the end of a text begins that may become something else with what
@@ -7348,19 +7362,25 @@ class Unmasking(Edit):
         plain = without_escapes(data)
         start = plain.rfind(b'"') + 1
         if start and plain.count(b'"') % 2 == bool(self.prefix):  # it ends in no string
-            begin = plain.rfind(b'"', 0, start - 1)  # of the last one, which may be a key
+            # Of the last one, which may be a key
+            begin = self.begin_of_string(data, plain.rfind(b'"', 0, start - 1))
             return begin if begin > 0 else start, b""
         text = data[start:].decode("utf-8", "surrogateescape")
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
         said = said[:escape.start(1)] if escape else said
         if start and not said:
-            return start - 1, b""
+            return self.begin_of_string(data, start - 1) or start - 1, b""
         prefix = b'"' if start else self.prefix
         if start and MAY_BE_JSON.match(text[:99].replace("\\", "")) or (
                 self.restorer.before_json.search(data, max(0, start - 64), start)):
             prefix = b'"%b":"' % self.dialect.JSON_TEXTS[0].encode()
         return start + len(said.encode("utf-8", "surrogateescape")), prefix
+
+    def begin_of_string(self, data, begin):
+        """Returns where one begins, with its key where that tells that it is JSON."""
+        key = self.restorer.before_json.search(data, max(0, begin - 63), begin + 1)
+        return key.start() if key else begin
 
     def apply_slice(self, data, prefix):
         """Does so with a slice of JSON; `prefix` is that of the next one."""

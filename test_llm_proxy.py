@@ -5791,6 +5791,20 @@ class UnmaskingTest(ProxyCase):
                                  {shown[:-2] % (size * "x "), ""})
                 self.assertEqual(masks.counts["opaque"], 0)
 
+    def test_in_parts_too_a_number_of_a_tool_call_stays_and_its_strings_are_masked(self):
+        said = {"n": 4111111111111111, "to": "bob@corp.com", "card": "4111111111111111"}
+        shown = {**said, "to": "[[EMAIL]]", "card": "[[CARD]]"}
+        for size, step in self.each(((9, 16384), (40_000, 16384), (20_000, 99))):
+            message = {"content": size * "w ", "tool_calls": [{"function": {
+                "name": "f", "arguments": json.dumps(said)}}]}
+            data = json.dumps({"choices": [{"message": message}]}).encode()
+            masks = self.masks()
+            masks.redactor = llm_proxy.Redactor(KINDS)
+            found = json.loads(self.unmask(
+                "chat", data, step, answers=True, events=False, masks=masks))
+            call_of, = found["choices"][0]["message"]["tool_calls"]
+            self.assertEqual(json.loads(call_of["function"]["arguments"]), shown)
+
     def test_of_an_event_of_any_size_a_slice_is_looked_at_at_once(self):
         """Of a text in it that goes on, too; and nothing of it is passed over."""
         seen, find = [], llm_proxy.Redactor.find
