@@ -6052,9 +6052,7 @@ class Editor:
             self.events.at_boundary(data) and not (prefix and data.count(prefix[:-1]) > 1))
 
     def feed_slice(self, data):
-        goes, self.held = self.edits[-1].slice(data)
-        for edit in self.edits[:-1]:
-            goes = edit.apply(goes)
+        goes, self.held = self.edits[-1].slice(data)  # no usage is whole in it, for another one
         return goes
 
     def flush(self) -> bytes:
@@ -6116,6 +6114,7 @@ class ErrorUnpacker:
     """Passes an error on once it is whole, unpacked and changed by an `editor`, of which there is
     none where nobody can unpack it; `instead` of one that cannot be read."""
     MAX_SIZE = 1 << 16  # bytes, packed or not
+    MAX_MEMBERS = 16
 
     def __init__(self, editor: Optional[HiddenKey], instead: bytes):
         self.editor = editor
@@ -6128,20 +6127,21 @@ class ErrorUnpacker:
         return b""
 
     def flush(self) -> bytes:
-        editor = self.editor
         with suppress(zlib.error):
-            return editor.feed(self.unpacked()) + editor.flush() if editor else self.instead
+            if self.editor:
+                return self.editor.feed(self.unpacked()) + self.editor.flush()
         return self.instead
 
     def unpacked(self):
         """Raises zlib.error."""
-        data, unpacked = self.packed, b""
-        while data:  # gzip may have several members (RFC 1952 2.2)
+        data, members = self.packed, []  # gzip may have several (RFC 1952 2.2)
+        while data and len(members) < self.MAX_MEMBERS:
             inflater = inflater_for(data)
-            unpacked += inflater.decompress(data, self.MAX_SIZE + 1)
-            data = inflater.unused_data
-            if not inflater.eof or len(unpacked) > self.MAX_SIZE:
-                raise zlib.error
+            members.append(inflater.decompress(data, self.MAX_SIZE + 1))
+            data = inflater.unused_data if inflater.eof else None
+        unpacked = b"".join(members)
+        if data != b"" or len(unpacked) > self.MAX_SIZE:
+            raise zlib.error
         return unpacked
 
 
@@ -7091,12 +7091,9 @@ class Restorer:
 
     def mask_string(self, spelled):
         """Does so with what stands between the quotes of a string that is JSON itself."""
-        try:
-            text = json.loads('"%s"' % spelled, strict=False)
-        except ValueError:
-            return self.without_values(spelled, True)
+        text = read_string('"%s"' % spelled)
         masked = self.without_values(text, True, "")
-        return spelled if masked == text else json.dumps(masked)[1:-1]
+        return spelled if masked == text else spell_string(masked)[1:-1]
 
     def waiting(self, text: str, held: int = 0) -> int:
         """Returns where the end of a text begins that may become something else with what
