@@ -7366,8 +7366,9 @@ class Unmasking(Edit):
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
         said = said[:escape.start(1)] if escape else said
-        if start and not said:
-            return self.begin_of_string(data, start - 1) or start - 1, b""
+        begin = self.begin_of_string(data, start - 1)
+        if start and (not said or 0 < begin < start - 1):
+            return begin or start - 1, b""
         prefix = b'"' if start else self.prefix
         if start and MAY_BE_JSON.match(text[:99].replace("\\", "")) or (
                 self.restorer.before_json.search(data, max(0, start - 64), start)):
