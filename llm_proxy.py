@@ -9715,7 +9715,7 @@ class Upstream:
         operator is told, once a minute."""
         response.secret = self.hidden
         if self.hidden and response.status >= 400:
-            response.hides = frozenset({"content-encoding"})  # it is unpacked
+            response.hides |= {"content-encoding"}  # it is unpacked
         if response.status != 401 or self.key in (None, PASSTHROUGH):
             return
         now = self.clock.monotonic()
