@@ -7365,7 +7365,8 @@ class Unmasking(Edit):
         text = data[start:].decode("utf-8", "surrogateescape")
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
-        said = said[:escape.start(1)] if escape else said
+        if escape:
+            said = said[:escape.start(1)]
         begin = self.begin_of_string(data, start - 1)
         if start and (not said or 0 < begin < start - 1):
             return begin or start - 1, b""
@@ -15168,7 +15169,7 @@ class Reply:
             lines.append("%s: %s" % (name.title(), where))
         if "x-request-id" in head:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
-        text = "".join([line + "\r\n" for line in lines])
+        text = "".join(line + CRLF for line in lines)
         if response.secret:
             text = text.replace(response.secret, "*" * len(response.secret))
         if not redirects:  # which depend on the call
