@@ -13571,10 +13571,10 @@ return cursor
 
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more, which is `until` then; `admitted` tells what was
-    decided here, where it was sent: Redis may have taken it."""
+    `levels`, or is not waited for any more, which is `until` then. `decided`: its call goes on,
+    and `admitted` tells what was decided here, where it was sent: Redis may have taken it."""
     levels: Optional[List[Level]] = None
-    sent = admitted = False
+    sent = decided = admitted = False
 
     def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: asyncio.Future, until: float):
         self.keyed_rules = keyed_rules
@@ -13800,6 +13800,7 @@ class RedisBuckets(Buckets):
         self.waiting.append(one)
         redis.flush_soon()
         await one.future
+        one.decided = True
         if one.levels is None:
             return self.take_here(keyed_rules, costs, one if one.sent else None)
         return tightest_of(one.levels), one.levels
@@ -13971,9 +13972,9 @@ class RedisBuckets(Buckets):
             levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
             if taken:
                 self.charges.note_running(rule, key, cost)
-        if not one.future.done():
+        if not one.decided:  # nor here, though its call may be about to
             one.levels = levels
-            one.future.set_result(True)
+            Stream.wake(one.future)
         elif taken != one.admitted:
             for rule, key in one.keyed_rules:
                 amount = stored_amount(rule, one.costs[rule.unit])
