@@ -3265,8 +3265,7 @@ class CostEstimator:
         self.media_tokens = config.image_tokens
         self.units = units
         # by the name of the model, and the kind of text
-        self.models: "OrderedDict[Tuple[str, int], ModelHabits]" = (
-            OrderedDict())
+        self.models: "OrderedDict[Tuple[str, int], ModelHabits]" = OrderedDict()
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_price = "usd" in units
@@ -10503,8 +10502,7 @@ def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
     """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
     `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
     `rolled` is when the last hour ends of which there is a sum."""
-    return dict(execute(
-        "SELECT name, value FROM facts WHERE typeof(value) = 'integer'"))
+    return dict(execute("SELECT name, value FROM facts WHERE typeof(value) = 'integer'"))
 
 
 def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
@@ -10664,7 +10662,7 @@ class Database:
         for start in range(0, len(rows), most):
             batch = rows[start:start + most]
             self.execute(statement.replace("%s", ",".join([marks] * len(batch))),
-                                    [*values, *chain.from_iterable(batch)])
+                         [*values, *chain.from_iterable(batch)])
 
     def add(self, rows: Sequence[Tuple]):
         """Inserts calls. What is the same in all of them is given once, because each value costs
@@ -10723,8 +10721,7 @@ class Database:
 
     def untold(self, most: int) -> List[Tuple[int, str]]:
         """Returns sums that the others have yet to be told, with a number each."""
-        return self.execute(
-            "SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,))
+        return self.execute("SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,))
 
     def begin_to_tell(self):
         """Has others told what is added from now on, and, the first time, what was before. The next
@@ -16694,8 +16691,7 @@ class Admin:
         """Returns the calls that run, the latest last."""
         running = self.proxy.books.running
         first = max(0, len(running) - self.MAX_SHOWN)
-        return [entry.as_running(self.clock)
-                for entry in islice(running, first, None)]
+        return [entry.as_running(self.clock) for entry in islice(running, first, None)]
 
     async def events(self, ask):
         """A stream of events that goes on until either side ends it."""
