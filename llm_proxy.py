@@ -13310,13 +13310,11 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # of running calls '(process count until)...'. No key is a full bucket.
 #
 # The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
-# of the loss and of the one that the process knew before, or 'start' where the process is new. What
-# Redis has lost each process puts back as it saw it last, and charges again what it had no answer
-# for. So that who comes second does not take these charges of the first for some that it has seen,
-# a text also tells what was charged 'since' a loss, whose number is kept while Redis remembers. It
-# may lose all again before each has put back its levels: those that have tell what was charged
-# since the loss before, of which the most that any saw is part of 'since' then: a text has that,
-# and when that loss was, too.
+# of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
+# saw it last, and charges again what it had no answer for. They saw it at different times, between
+# different losses. So a text also tells what was charged after each loss of the last minute,
+# 'loss:amount,...'; without that it is what was there before. Of several that are put back the
+# least of these counts, less the most that was seen of each of those.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
@@ -13324,18 +13322,29 @@ local sequence, mode = number(), words()
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
 local unpack = unpack or table.unpack
 local found = redis.call('MGET', unpack(KEYS, 2))
-local loss, before, is_again = found[1], 0, false
+local loss = found[1] or '0'
 if mode == 'put' or mode == 'last' then
   local told = words()
-  before = number()
-  is_again = told - before < 5000000
-  if tonumber(told) > (tonumber(loss) or 0) then
+  if tonumber(told) > tonumber(loss) then
     loss = told
     redis.call('SET', KEYS[2], loss)
   end
 end
 if mode == '-' and sequence > last + 1 then return 'gap' end
 if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
+
+local function read_since(text)
+  local since = {}
+  for one, amount in string.gmatch(text, '(%d+):(%-?%d+)') do
+    if loss - one < 60000000 then since[one] = tonumber(amount) end
+  end
+  return since
+end
+local function sum(since)
+  local total = 0
+  for _, amount in pairs(since) do total = total + amount end
+  return total
+end
 
 local pass = {}
 function pass.bucket(b)  -- it is refilled by whole intervals
@@ -13345,13 +13354,12 @@ function pass.bucket(b)  -- it is refilled by whole intervals
     b.stamp = b.stamp + steps * b.interval
   end
   if b.level >= b.room then
-    b.level, b.stamp, b.since, b.told = b.room, now, b.since and 0, nil
+    b.level, b.stamp, b.since = b.room, now, {}
   end
   b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
 end
 local function begin(b, stamp)
-  b.level, b.stamp = math.min(b.room, math.max(b.level, b.capacity)), stamp
-  b.since, b.told = b.since and 0, nil
+  b.level, b.stamp, b.since = math.min(b.room, math.max(b.level, b.capacity)), stamp, {}
 end
 function pass.window(b)  -- it begins with its first call
   if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
@@ -13386,16 +13394,8 @@ local function read(text)
     if now >= ends then began, ends = ends, after end
     b.began, b.ends = began, ends
   end
-  local shape = '^(.*) since (%S+) (%S+) (%S+) (%S+)$'
-  local plain, since, told, first, of = string.match(text, shape)
-  if loss then b.since = 0 end
-  if loss and of == loss then
-    b.since, b.before = tonumber(since) or 0, tonumber(first)
-    b.told = told ~= '0' and tonumber(told) or nil
-  elseif is_again and tonumber(of) == before then  -- not all is lost
-    b.told, b.before = (tonumber(since) or 0) - (tonumber(told) or 0), before
-    b.since = b.told
-  end
+  local plain, since = string.match(text, '^(.*) since (%S+)$')
+  b.since = read_since(since or '')
   local numbers = {}
   for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   for i = 3, #numbers, 2 do
@@ -13422,7 +13422,7 @@ local function charge(b, amount, age)
     b.level = b.level - amount
   else
     b.level = math.min(b.room, b.level - amount)
-    b.since = b.since and b.since + amount
+    if loss ~= '0' then b.since[loss] = (b.since[loss] or 0) + amount end
   end
 end
 local function take(wanted)
@@ -13445,7 +13445,7 @@ function act.give()
   local b, amount, length = buckets[number()], number(), number()
   b.given[#b.given + 1] = {amount, now + length}
   b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
-  b.since = b.since and b.since - amount
+  if loss ~= '0' then b.since[loss] = (b.since[loss] or 0) - amount end
   b.changed = true
 end
 function act.count()
@@ -13454,7 +13454,8 @@ function act.count()
 end
 function act.put()
   local b, level, age, always = buckets[number()], number(), number(), number()
-  local told = number()
+  local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
+               began = b.began, ends = b.ends, stamp = now - age, since = read_since(words())}
   local given, extra = {}, 0
   for i = 1, number() do
     given[i] = {number(), now + number()}
@@ -13465,31 +13466,28 @@ function act.put()
     b.level, b.room = b.level + extra - b.extra, b.capacity + extra
     b.given, b.extra, b.changed = given, extra, true
   end
-  local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
-               began = b.began, ends = b.ends, stamp = now - age}
   if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
-  local is_over = put.began and put.stamp ~= put.began
-                  or b.kind == 'window' and age + 2 >= put.interval
-  if is_over or not is_again or before < (b.before or 0) then told = 0 end
-  put.level = math.min(b.room, level + told)
+  put.room, put.level = b.room, math.min(b.room, level)
   pass[b.kind](put)
-  if is_again and before > (b.before or 0) then  -- whoever knows more has seen that
-    b.since, b.told, b.before = b.since - (b.told or 0), nil, before
+  local before, told = b.level + sum(b.since), put.level + sum(put.since)
+  for one, amount in pairs(put.since) do
+    b.since[one] = math.max(amount, b.since[one] or amount)
   end
-  if told ~= 0 and told > (b.told or -math.huge) then
-    local more = told - (b.told or 0)
-    b.told, b.since, b.level, b.changed = told, b.since + more, b.level - more, true
-  end
-  put.level = put.level - (b.since or 0)
-  if put.level < b.level then
-    b.level, b.stamp, b.full_in, b.changed = put.level, put.stamp, put.full_in, true
-  end
+  if told < before then b.stamp, b.full_in = put.stamp, put.full_in end
+  b.level, b.changed = math.min(before, told) - sum(b.since), true
 end
 function act.renew() buckets[number()].changed = true end
 function act.look() number() end
 for word in words do act[word]() end
 
 local function text(value) return string.format('%.0f', value) end
+local function text_of_since(b)
+  local parts = {}
+  for one, amount in pairs(b.since or {}) do
+    parts[#parts + 1] = one .. ':' .. text(amount)
+  end
+  return #parts > 0 and table.concat(parts, ',') or nil
+end
 local function save(b, key)
   local parts, length = b.rows, 30000000
   if b.own then
@@ -13502,10 +13500,8 @@ local function save(b, key)
       parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
       length = math.max(length, one[2] - now)
     end
-    if b.since then
-      local words = {'since', text(b.since), text(b.told or 0), text(b.before or 0), loss}
-      parts[#parts + 1] = table.concat(words, ' ')
-    end
+    local since = text_of_since(b)
+    if since then parts[#parts + 1] = 'since ' .. since end
   else
     parts = {}
   end
@@ -13513,18 +13509,15 @@ local function save(b, key)
   length = math.min(34560000000, math.floor(length / 1000) + 1000)
   redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
 end
-local answer, gifts = {table.concat(flags) .. '.'}, {}
-local is_recent = loss and now - (tonumber(loss) or 0) < 5000000
+local answer, is_recent = {table.concat(flags) .. '.'}, now - loss < 60000000
 for i, b in ipairs(buckets) do
   if b.changed then save(b, KEYS[i + 2]) end
   local given = b.given or {}
-  local since = is_recent and b.since and text(b.since - (b.told or 0)) or 0
-  answer[#answer + 1] = table.concat({text(b.level), text(now - b.stamp), #given, since}, ' ')
-  for _, one in ipairs(given) do
-    gifts[#gifts + 1] = ' ' .. text(one[1]) .. ' ' .. text(one[2] - now)
-  end
+  local row = {text(b.level), text(now - b.stamp), #given, is_recent and text_of_since(b) or '-'}
+  for _, one in ipairs(given) do row[#row + 1] = text(one[1]) .. ' ' .. text(one[2] - now) end
+  answer[#answer + 1] = table.concat(row, ' ')
 end
-answer = table.concat(answer, ' ') .. table.concat(gifts)
+answer = table.concat(answer, ' ')
 if mode == 'put' then return answer end
 redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
 return answer
@@ -13758,8 +13751,7 @@ class RedisBuckets(Buckets):
         # (word of LUA_BATCH, rule, bucket, numbers ...)
         self.acts = deque(maxlen=self.MOST_KEPT)
         self.fills = set()                  # callers whose buckets are to be filled
-        # What was charged since a loss, which may come again before all have put back their levels
-        self.since = {}
+        self.since = {}                     # what was charged after losses, as Redis tells it
         self.takes = deque()    # to be sent
         self.waiting = deque()  # calls that wait, or did a moment ago
         self.batches = deque()
@@ -13827,12 +13819,14 @@ class RedisBuckets(Buckets):
 
     def restore(self, rule, key, level, since):
         if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, 0, 0)
+            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, "-", 0)
         super().restore(rule, key, level, since)
 
     def drop(self, keys):
         gone = set(keys)
         super().drop(gone)
+        for key in gone:
+            self.since.pop(key, None)
         self.acts = deque(
             [act for act in self.acts if act[0] not in ("put", "look") or act[2] not in gone],
             self.MOST_KEPT)
@@ -13910,26 +13904,24 @@ class RedisBuckets(Buckets):
         else:
             self.batches.popleft()
             try:
-                flags, *numbers = reply.split()
-                self.read_answer(batch, flags, list(map(int, numbers)))
-            except (AttributeError, ValueError):  # somebody else has written there
+                self.read_answer(batch, *reply.split())
+            except (AttributeError, ValueError, StopIteration):  # somebody else has written there
                 self.decide()
                 self.redis.leave(RedisFault("has other things under these names"))
             if not self.charging:  # what there is was too much for one batch
                 self.redis.flush_soon()
 
-    def read_answer(self, batch, flags, numbers):
+    def read_answer(self, batch, flags, *words):
         now = self.clock.monotonic()
         found = {}
-        end = 4 * len(batch.rules)
-        gifts = numbers[end:]
-        for rule, key, level, age, count, since in zip(
-                batch.rules, batch.places, *[numbers[place:end:4] for place in range(4)]):
-            if since:
-                self.since[key] = since
-            else:
-                self.since.pop(key, None)
-            given, gifts = (gifts[:2 * count], gifts[2 * count:]) if count else ((), gifts)
+        rest = iter(words)
+        for rule, key in zip(batch.rules, batch.places):
+            level, age, gifts = map(int, islice(rest, 3))
+            self.since.pop(key, None)
+            since = next(rest)
+            if since != b"-":
+                self.since[key] = since.decode()
+            given = list(map(int, islice(rest, 2 * gifts)))
             found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
             self.finish_take(one, flag == ONE, found, now)
@@ -14053,8 +14045,7 @@ class RedisBuckets(Buckets):
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
-            await self.put_back(done, self.known_levels(), f"last {loss} {self.loss}")
-            self.since.clear()
+            await self.put_back(done, self.known_levels(), f"last {loss}")
         self.fresh = False
         self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
@@ -14071,7 +14062,7 @@ class RedisBuckets(Buckets):
             if rule.unit != RUNNING and (given or level < rule.capacity):
                 amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
                 yield ("put", rule, key, amount, microseconds(now - refilled), 1,
-                       self.since.get(key, 0), len(given), *chain(*[
+                       self.since.get(key, "-"), len(given), *chain(*[
                            (stored_amount(rule, more), microseconds(until - now))
                            for more, until in given]))
 
