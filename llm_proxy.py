@@ -671,53 +671,23 @@ COMPILER = getattr(re, "_compiler", None) or re.sre_compile
 TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
 REPEAT = "MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"
 ARE_GROUPS = "SUBPATTERN", "ATOMIC_GROUP"
-Characters = FrozenSet[str]
-
-
-class Repetition(NamedTuple):
-    """A part of an expression that may take more or less: the characters of it, those of which each
-    round needs one, and those of which one must follow; `number` tells which part, and it may end
-    in so many `ways`."""
-    number: int
-    takes: Characters
-    needs: Tuple[Characters, ...]
-    ways: float
-    then: Tuple[Characters, ...] = ()
-
-    def clashes(self, later):
-        """Tells whether it is open how much of a text is this one's, and how much the later's."""
-        ends = [*self.then, *self.needs]
-        return not (self.takes.isdisjoint(later.takes)
-                    or any(one.isdisjoint(later.takes) for one in ends)
-                    or any(one.isdisjoint(self.takes) for one in (*self.then, *later.needs)))
-
-    def may_take(self, first):
-        """Tells whether this one may take what begins so and follows it."""
-        return not any(one.isdisjoint(self.takes) for one in (first, *self.then))
-
-
-def parts_within(op, value):
-    """Returns the expressions within a part of one, as Python's parser has it."""
-    if op.name == "BRANCH":
-        return value[1]
-    if op.name in REPEAT or op.name in ARE_GROUPS:
-        return [value if isinstance(value, PARSER.SubPattern) else value[-1]]
-    return []
+# The characters that a part of an expression may begin with, and how many rounds of repetitions may
+# follow each
+Begin = Dict[str, int]
 
 
 class LinearPattern:
     """A regular expression that any text is searched for in linear time, judged as Python's parser
-    reads it: a search that has begun cannot be stopped, and holds all threads."""
+    reads it, from its end to its begin: where it is open how to go on, what follows must be short.
+    A search that has begun cannot be stopped, and holds all threads."""
     LONGEST = 300        # characters
     MOST_ROUNDS = 64     # what is unlimited takes so many,
     MOST_OF_GROUPS = 16  # and of more than one character so many
+    MOST_OPEN = 64       # rounds behind a repetition that can take the same as what follows
     MOST_CHOICES = 3     # whose ways begin alike
-    choices = 0          # that are so
-    MOST_OPEN = 200
-    MOST_STEPS = 1000    # of all ways to take what could be one's or another one's
 
     def __init__(self, text: str):
-        """Raises ValueError, whose message says what is wrong, and where."""
+        """Raises ValueError, whose message says what is wrong."""
         require(len(text) <= self.LONGEST, f"must have {self.LONGEST} characters at most")
         try:
             self.tree = PARSER.parse(text)
@@ -727,111 +697,69 @@ class LinearPattern:
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
         self.alphabet = {*map(chr, range(256)), *text}
-        self.numbers = {}  # of repetitions, by identity
-        self.ways = {}     # of those that can take the same, by number
-        begin = self.beginning(self.tree)
-        self.walk(self.tree, set(), False)
-        if begin:  # else it would be tried from each character of a long word
-            self.tree.insert(0, (PARSER.ASSERT_NOT, (-1, begin)))
+        self.choices = 0
+        self.begin(self.tree, {}, False)
         self.compiled = COMPILER.compile(self.tree)
 
-    def alone(self, part):
-        return PARSER.SubPattern(self.tree.state, [part])
-
-    def characters(self, part) -> Characters:
-        """Returns which characters a part takes that takes one."""
-        one = COMPILER.compile(self.alone(part), self.flags)
-        return frozenset(filter(one.fullmatch, self.alphabet))
-
-    def sets(self, parts, needed):
-        """Yields the characters of what takes one; `needed`: of what cannot be left out."""
-        for op, value in parts:
+    def begin(self, parts, after: Begin, repeated) -> Begin:
+        """Judges parts, before what begins as `after` says; `repeated`: in a repetition. What is
+        unlimited, which else takes quadratic time, has a limit then."""
+        for place in reversed(range(len(parts))):
+            op, value = parts[place]
             if op.name in TAKE_ONE:
-                yield self.characters((op, value))
-            elif not needed or op.name in ARE_GROUPS or (op.name in REPEAT and value[0]):
-                for inner in parts_within(op, value):
-                    yield from self.sets(inner, needed)
-
-    def first(self, parts) -> Set[str]:
-        """Returns the characters that a match may begin with, and of a group all others in it."""
-        found = set()
-        for part in parts:
-            found.update(*self.sets([part], False))
-            if self.alone(part).getwidth()[0]:
-                break
-        return found
-
-    def walk(self, parts, before, repeated):
-        """Goes along parts; returns the repetitions after them. `repeated`: all this is one. What
-        is unlimited, which else takes quadratic time, has a limit then."""
-        for place, (op, value) in enumerate(parts):
-            name = op.name
-            inner = parts_within(op, value)
-            if name in TAKE_ONE:
-                taken = self.characters((op, value))
-                before = {one._replace(then=(*one.then, taken)) for one in before}
-            elif name in REPEAT:
-                before = self.repeat(before, repeated, *value)
-                if value[1] == PARSER.MAXREPEAT:
-                    is_one = value[2].getwidth() == (1, 1)
-                    most = self.MOST_ROUNDS if is_one else self.MOST_OF_GROUPS
-                    parts[place] = op, (value[0], most, value[2])
-            elif inner:
-                before = self.choose(inner, before, repeated)
+                after = dict.fromkeys(
+                    self.characters(parts[place]), max(after.values(), default=1))
+            elif op.name in REPEAT:
+                parts[place] = op, self.limited(*value)
+                after = self.begin_of_repetition(*parts[place][1], after, repeated)
+            elif op.name == "BRANCH":
+                after = self.begin_of_choice(value[1], after, repeated)
+            elif op.name in ARE_GROUPS:
+                inner = value if op.name == "ATOMIC_GROUP" else value[-1]
+                after = self.begin(inner, after, repeated)
             else:
-                require(name == "AT", f"must not look around or back: {name.lower()}")
-            require(len(before) <= self.MOST_OPEN, "must be simpler")
-        return before
+                require(op.name == "AT", f"must not look around or back: {op.name.lower()}")
+        return after
 
-    def choose(self, ways, before, repeated):
-        firsts = list(map(self.first, ways))
-        empty = [way for way in ways if not way.getwidth()[0]]
-        first = frozenset().union(*firsts)
-        alike = sum(map(len, firsts)) > len(first) or len(empty) > 1 or (
-            len(ways) > 1 and any(one.may_take(first) for one in before))
-        self.choices += alike
-        require(not (alike and repeated), "must not repeat a choice whose ways begin alike")
-        require(self.choices <= (0 if self.ways else self.MOST_CHOICES),
-                "must not have many choices that begin alike")
-        return set().union(*[
-            self.repeat(before, repeated, 0, 1, way) if empty and len(ways) > 1
-            else self.walk(way, before, repeated) for way in ways])
+    def characters(self, part):
+        one = COMPILER.compile(PARSER.SubPattern(self.tree.state, [part]), self.flags)
+        return filter(one.fullmatch, self.alphabet)
 
-    def repeat(self, before, repeated, least, most, inner):
-        unlimited = most == PARSER.MAXREPEAT
-        require(least <= self.MOST_OF_GROUPS if unlimited else most <= self.MOST_ROUNDS,
+    def limited(self, least, most, inner):
+        if most == PARSER.MAXREPEAT:
+            most = self.MOST_ROUNDS if inner.getwidth() == (1, 1) else self.MOST_OF_GROUPS
+        require(least <= most <= self.MOST_ROUNDS,
                 f"must not repeat more than {self.MOST_ROUNDS} times")
-        require(most < 2 or inner.getwidth()[0], "must not repeat what may be empty")
-        single = inner.getwidth() == (1, 1)
-        after = before
-        for _ in range(1 if single or most < 2 else 2):  # what a round leaves open meets the next
-            after = self.walk(inner, after, repeated or most > 1)
-        if least == most:
-            return after
-        number = self.numbers.setdefault(id(inner), len(self.numbers) + 1)
-        found = Repetition(number, frozenset().union(*self.sets(inner, False)),
-                           () if single else tuple(self.sets(inner, True)),
-                           most - least + 1 if single and not (repeated or unlimited) else inf)
-        for one in before:
-            if one.clashes(found):
-                self.require_few_ways(one, found)
-        return {*after, *(() if least else before), found}
+        return least, most, inner
 
-    def require_few_ways(self, one, later):
-        self.ways.update({one.number: one.ways, later.number: later.ways})
-        steps = math.prod(self.ways.values()) * self.tree.getwidth()[1]
-        require(steps <= self.MOST_STEPS and not self.choices,
-                "must not have repetitions, one soon after the other,"
-                " that can take the same: number %d and number %d, as '%s'" % (
-                    one.number, later.number, min(one.takes & later.takes, default="")))
+    def begin_of_repetition(self, least, most, inner, after, repeated):
+        begin = self.begin(inner, after, repeated or most > 1)
+        if most > 1:
+            require(inner.getwidth()[0], "must not repeat what may be empty")
+            begin = self.begin(inner, {**after, **begin}, True)  # and before its next round
+        if least < most:
+            rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
+            require((most - least + 1) * rounds <= (0 if repeated else self.MOST_OPEN),
+                    "must not have repetitions, one soon after the other, that can take the same")
+        begin = {one: rounds * most for one, rounds in begin.items()}
+        return begin if least else {**after, **begin}
 
-    def beginning(self, parts):
-        """Returns what it begins with as often as it may, if that takes one character."""
-        op, value = parts[0]
-        inner = parts_within(op, value)
-        if op.name in REPEAT and value[1] == PARSER.MAXREPEAT and inner[0].getwidth() == (1, 1):
-            return inner[0]
-        return self.beginning(inner[0]) if len(inner) == 1 else None
+    def begin_of_choice(self, ways, after, repeated):
+        begins = [self.begin(way, after, repeated) for way in ways]
+        begin = dict(sorted(chain.from_iterable(map(dict.items, begins)), key=lambda one: one[1]))
+        self.choices += sum(map(len, begins)) > len(begin)
+        require(self.choices <= (0 if repeated else self.MOST_CHOICES),
+                "must not have many choices that begin alike, nor repeat one")
+        return begin
+
+
+def fault_of(expression):
+    """Returns what is wrong with a LinearPattern, "" where nothing is."""
+    try:
+        LinearPattern(expression)
+    except ValueError as fault:
+        return str(fault)
+    return ""
 
 
 def linear_patterns(text):
@@ -841,10 +769,12 @@ def linear_patterns(text):
         name, equals, expression = map(str.strip, row.partition("="))
         require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
             *REDACTED, *found), "must be name=regex, by lines or ;, each name once")
-        try:
-            found[name] = LinearPattern(expression).compiled
-        except ValueError as fault:
-            raise ValueError(f"is at fault: {name} {fault}") from None
+        fault = fault_of(expression)
+        if fault:
+            begins = (expression[:end] for end in range(1, len(expression) + 1))
+            part = next(one for one in begins if fault_of(one) == fault)
+            raise ValueError(f"is at fault: {name} {fault}, as in {part}")
+        found[name] = LinearPattern(expression).compiled
     return found
 
 
@@ -16096,7 +16026,7 @@ def renew_redaction(proxy):
         return
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
-    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 13)
+    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 12)
                for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),

@@ -5224,11 +5224,16 @@ class RedactionTest(ProxyCase):
                 list(pattern.finditer(seed * 8192))
                 self.assertLess(cpu_seconds() - start, CPU_SECONDS)
 
+    def test_a_pattern_that_begins_with_a_repetition_is_found_in_a_word_of_any_length(self):
+        pattern = llm_proxy.LinearPattern(r"[^@\s]+@corp\.example").compiled
+        found = pattern.search("%s,bob@corp.example" % ("x" * 99))
+        self.assertTrue(found[0].endswith(",bob@corp.example"))
+
     def test_a_fault_says_which_pattern_and_which_part(self):
         for text, said in self.each(r"""
-                order=\d+\d+ -> order must not have repetitions, .* number 1 and number 2, as '0'
-                order=(?=a)b -> order must not look around or back: assert
-                a=b; order=(a*)b(.+)+ -> order must not have .* number 2 and number 2
+                order=\d+\d+ -> order must not have repetitions, .*, as in \\d\+\\d\+
+                order=(?=a)b -> order must not look around or back: assert, as in \(\?=a\)b \(got
+                a=b; order=(a*)b(.+)+-x* -> order must not have .*, as in \(a\*\)b\(.\+\)\+ \(got
                 order=( -> order must be a regular expression: missing \)
                 email=x -> must be name=regex, by lines or ;, each name once
                 order -> must be name=regex"""):
