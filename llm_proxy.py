@@ -3866,13 +3866,9 @@ class ArrayFraming(EventFraming):
         return b",\n" + data
 
     def cut(self, data: bytes) -> List[bytes]:
-        plain = without_escapes(data)
-        outside = b"".join(plain.split(b'"')[::2])  # of strings
-        if outside.count(b"{") != outside.count(b"}"):
-            return [data]
         ends = [0]
         depth = 0
-        for step in JSON_STEP.finditer(plain):
+        for step in JSON_STEP.finditer(without_escapes(data)):
             if step[0] in b"{}":
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:

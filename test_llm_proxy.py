@@ -5308,15 +5308,18 @@ class UnmaskingTest(ProxyCase):
             masks.values[placeholder] = value
         return masks
 
-    def unmask(self, endpoint, data, step=None, answers=False, events=True, masks=None):
-        """What a caller sees of a body that comes in pieces of this size."""
+    def editor(self, endpoint, answers=False, events=True, masks=None):
         dialect = self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
         events = events and (llm_proxy.JSON_ARRAY if endpoint == "array" else dialect.events)
         masks = masks or self.masks()
         restorer = llm_proxy.Restorer(
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
-        editor = llm_proxy.Editor(
+        return llm_proxy.Editor(
             events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
+
+    def unmask(self, endpoint, data, step=None, *options, **more):
+        """What a caller sees of a body that comes in pieces of this size."""
+        editor = self.editor(endpoint, *options, **more)
         step = step or len(data) or 1
         pieces = [data[at:at + step] for at in range(0, len(data), step)]
         return b"".join(map(editor.feed, pieces)) + editor.flush()
@@ -5616,6 +5619,19 @@ class UnmaskingTest(ProxyCase):
         pieces = [(0, "x"), (0, 30_000 * "x "), (0, "to [[EMA"), (0, "IL_1]] y")]
         for row in self.each([row for row in TEXT_STREAMS if row[0] == "array"]):
             self.assert_comes_back(row, pieces, 1448, answers=True)
+
+    def test_each_object_in_an_array_goes_on_when_it_ends(self):
+        row = next(row for row in TEXT_STREAMS if row[0] == "array")
+        for size in self.each((1, 3000)):
+            data = self.stream(row, [(0, "to [[EMAIL_1]] " * size)] * 3)
+            ends = [match.end() for match in re.finditer(rb"\}\]\}\}\]\}", data)]
+            self.assertEqual(len(ends), 3)
+            for step in (7, 100, 1448):
+                editor, shown = self.editor("array"), b""
+                for at in range(0, len(data), step):
+                    shown += editor.feed(data[at:at + step])
+                    self.assertEqual(
+                        shown.count(b"\"text\""), sum([end <= at + step for end in ends]))
 
     def test_what_is_no_text_stands_in_events_that_are_read(self):
         odd = b': "\xff": 1\n' + events(delta("an ordinary text "))
