@@ -18994,6 +18994,7 @@ def greeting(config):
     """Returns what the proxy is about to do, in a few lines."""
     return [
         f"llm_proxy {VERSION} listens on {config.origin(config.host)}",
+        *[f"{config.workers} workers share the port"] * (config.workers > 1),
         *map(describe_upstream, config.all_upstreams()),
         describe_limits(config),
         *describe_redaction(config),
@@ -19156,15 +19157,6 @@ def open_patiently(path, lock, shared=False):
             tell_user(f"{fault}, waiting")
 
 
-def tell_of_dashboard(proxy):
-    """Returns where the page is, and has an admin's key made where there is none."""
-    config, callers, ledger = proxy.config, proxy.callers, proxy.books.ledger
-    path = ledger.path if ledger and ledger.database else None
-    words = offer_dashboard(config, callers.stored.has_admin(proxy.wall()), path)
-    proxy.callers = Callers(config, callers.secret, callers.stored)
-    return words
-
-
 def offer_dashboard(config, has_admin, path):
     """Returns where the page is. Where no admin's key is set or stored, one is made that ends with
     this process; it is told on a terminal, else written to a file beside that of the database,
@@ -19201,21 +19193,35 @@ def run(config: Config, remarks: List[str]) -> int:
     log. Raises ConfigFaults and DatabaseFault."""
     raise_descriptor_limit()
     log_stream = open(2, "wb", buffering=0, closefd=False)
-    if config.workers > 1:
-        return run_workers(config, log_stream, remarks)
-    proxy = build(config, log_stream, database=open_database(config, remarks))
-    log = proxy.books.log
+    say = partial(say_at_once, log_stream, config.log_format == "json")
+    database = open_database(config, remarks)
+    secret = file_secret(database)
+    keys = keys_to_go_by(config, database, secret, lambda text: None)
     try:
-        server = Server(proxy, listen(config.host, config.port))
+        listener = listen(config.host, config.port)
     except OSError as failure:
-        log.say(cannot_listen(config, failure))
-        proxy.books.close(1)
+        say(cannot_listen(config, failure))
         return 1
-    take_one_cpu(config.cpu_affinity, config.port)
-    words = [*greeting(config), *remarks, tell_of_dashboard(proxy)]
-    code = run_loop(server, words)
+    page = offer_dashboard(config, keys.has_admin(time.time()), database and database.path)
+    words = [*greeting(config), *remarks, page]
+    if config.workers > 1:
+        common = Worker(listener, database and database.lock, secret, Tally(config.workers))
+        if database:
+            leave_to_workers(database)
+        code = run_workers(config, log_stream, say, common, words)
+    else:
+        server = Server(build(config, log_stream, database=database), listener)
+        take_one_cpu(config.cpu_affinity, config.port)
+        code = run_loop(server, words)
     remove_admin_key(config)
     return code
+
+
+def leave_to_workers(database):
+    """Closes a database that is made now, or brought up to date: SQLite's connections must not be
+    carried through a fork (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
+    database.connection.close()
+    let_workers_in(database.lock)
 
 
 def remove_admin_key(config):
@@ -19235,8 +19241,8 @@ def run_loop(server, words, lifeline=None):
     return 0
 
 
-def run_workers(config, log_stream, remarks):
-    """Do so by several processes. Raises ConfigFaults and DatabaseFault."""
+def run_workers(config, log_stream, say, common, words):
+    """Serve by several processes, whose common Worker this is; returns the exit code."""
     def take_settings():  # for those that are started from now on
         with suppress(ConfigFaults):
             config.take(config.reread())
@@ -19249,20 +19255,11 @@ def run_workers(config, log_stream, remarks):
         return run_worker(config, log_stream, common._replace(
             number=number, lifeline=lifeline, again=again))
 
-    say = partial(say_at_once, log_stream, config.log_format == "json")
-    try:
-        common = prepare_workers(config, remarks)
-    except OSError as failure:
-        say(cannot_listen(config, failure))
-        return 1
-    for line in [*greeting(config), f"{config.workers} workers share the port", *remarks]:
+    for line in words:
         say(line)
     workers = Workers(config.workers, work, time, say)
-    actions = {"SIGTERM": stop, "SIGINT": stop,
-               "SIGHUP": stop if stops_when_hung_up(config) else take_settings}
-    code = workers.run(actions)
-    remove_admin_key(config)
-    return code
+    return workers.run({"SIGTERM": stop, "SIGINT": stop,
+                        "SIGHUP": stop if stops_when_hung_up(config) else take_settings})
 
 
 def say_at_once(stream, as_json, text):
@@ -19271,23 +19268,6 @@ def say_at_once(stream, as_json, text):
     with suppress(OSError):
         if select.select([], [stream], [], 0)[1]:
             stream.write(line.encode("ascii", "backslashreplace"))
-
-
-def prepare_workers(config, remarks):
-    """Does once what all need. The database is made, or brought up to date, and closed again:
-    SQLite's connections must not be carried through a fork
-    (https://www.sqlite.org/howtocorrupt.html, 2.6). Raises DatabaseFault; OSError where it cannot
-    listen."""
-    database = open_database(config, remarks)
-    secret = file_secret(database)
-    keys = keys_to_go_by(config, database, secret, lambda text: None)
-    listener = listen(config.host, config.port)
-    has_admin = keys.has_admin(time.time())
-    remarks.append(offer_dashboard(config, has_admin, database and database.path))
-    if database:
-        database.connection.close()
-        let_workers_in(database.lock)
-    return Worker(listener, database and database.lock, secret, Tally(config.workers))
 
 
 def run_worker(config, log_stream, worker):
