@@ -9875,8 +9875,7 @@ COLUMNS = tuple(tuple(column.split()) for column in (
     "redacted TEXT").split(", "))
 COLUMN_NAMES = tuple(name for name, _ in COLUMNS)
 TIME_COLUMN = COLUMN_NAMES.index("time")
-# Calls are added up by spans of time, which begin where UTC's do: quarters of an hour as they come,
-# hours and days of these.
+# Calls are added up by spans of time, which begin where UTC's do.
 DAY, HOUR, QUARTER = SPANS = 86400, 3600, 900
 START = f"CAST(coalesce(time, 0) / {QUARTER} AS INTEGER) * {QUARTER}"
 # By whom or what they are added up: how a call tells it.
@@ -10353,13 +10352,16 @@ ADD_TO_SUMS = f"""INSERT OR REPLACE INTO sums WITH few({SUM_COLUMNS}) AS (VALUES
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old USING (span, {SUM_KEY})"""
-# Makes a sum of a longer span from those of shorter ones in it.
-ROLL_UP = f"""INSERT OR REPLACE INTO sums SELECT :span, :start, {SUM_NAMES}, {SUM_TOTALS},
-    min(first), max(last), max(slowest) FROM sums
-    WHERE span = :shorter AND start >= :start AND start < :start + :span GROUP BY {SUM_NAMES}"""
-# The sums of which days are made, by hours, and those since, the latest first.
-HISTORY = f"""SELECT {SUM_COLUMNS} FROM sums WHERE span = {HOUR} AND start < ?
-    OR span = {QUARTER} AND start >= ? ORDER BY start DESC LIMIT 50000"""
+# Makes the sums of a longer span since then from those of quarters: an older version made them
+# once a span was over.
+ROLL_UP = f"""INSERT OR REPLACE INTO sums SELECT :span, start / :span * :span AS start, {SUM_NAMES},
+    {SUM_TOTALS}, min(first), max(last), max(slowest) FROM sums
+    WHERE span = {QUARTER} AND start >= :since GROUP BY start / :span, {SUM_NAMES}"""
+# What others are told of the time before, the latest first: quarters of the last day, else hours.
+HISTORY = f"""SELECT {SUM_COLUMNS} FROM sums
+    JOIN (SELECT max(start) AS today FROM sums WHERE span = {DAY})
+    WHERE span = {HOUR} AND start < today OR span = {QUARTER} AND start >= today
+    ORDER BY start DESC LIMIT 50000"""
 # The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
@@ -10426,8 +10428,8 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 
 def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
     """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
-    `unsummed` of the last of an older version that is not, `listed` of the last that is in `ids`;
-    `rolled` is when the last hour ends of which there is a sum."""
+    `unsummed` of the last of an older version that is not, `listed` of the last that is in
+    `ids`."""
     return dict(execute("SELECT name, value FROM facts WHERE typeof(value) = 'integer'"))
 
 
@@ -10558,10 +10560,15 @@ class Database:
                     if name not in known:
                         execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
-            self.facts = {"summed": last, "unsummed": last, "rolled": 0, "listed": 0}
+            self.facts = {"summed": last, "unsummed": last, "listed": 0}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
             self.facts.update(read_facts(execute))
+            if "rolled" in self.facts:
+                since = self.facts.pop("rolled") // DAY * DAY
+                for span in (DAY, HOUR):
+                    execute(ROLL_UP, {"span": span, "since": since})
+                execute("DELETE FROM facts WHERE name = 'rolled'")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
 
@@ -10630,11 +10637,10 @@ class Database:
 
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
-        late = [row for row in sums if row[0] < self.facts["rolled"]]
         with self.noting(**facts):
-            for span, rows in (QUARTER, sums), (HOUR, late), (DAY, late):
+            for span in SPANS:
                 self.insert(ADD_TO_SUMS.format(span), [
-                    (row[0] // span * span, *row[1:]) for row in rows])
+                    (row[0] // span * span, *row[1:]) for row in sums])
             if told:  # of which so many may wait
                 self.insert(self.TELL, [[json.dumps(row)] for row in told])
                 self.execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
@@ -10657,8 +10663,7 @@ class Database:
         with self.transaction():
             if not execute("SELECT 1 FROM sqlite_sequence WHERE name = 'untold'"):
                 execute("INSERT INTO sqlite_sequence VALUES ('untold', 0)")
-                self.insert(self.TELL, [[json.dumps(row)] for row in execute(
-                    HISTORY, (self.facts["rolled"],) * 2)])
+                self.insert(self.TELL, [[json.dumps(row)] for row in execute(HISTORY)])
             execute("UPDATE sqlite_sequence SET seq = max(seq, CAST((julianday('now') - 2440587.5) "
                     "* 86400000 AS INTEGER)) WHERE name = 'untold'")
         self.tells = True
@@ -10676,19 +10681,6 @@ class Database:
         if len(facts) > 1:
             self.add_sums(found, facts, ())
         self.execute("DELETE FROM untold WHERE id <= ?", (told,))
-
-    def roll_up(self, now):
-        """Makes the sums of the next hour that is over, and of its day as far as that has come."""
-        found = "SELECT min(start) FROM sums WHERE span = ? AND start >= ?"
-        (start,), = self.execute(found, (QUARTER, self.facts["rolled"]))
-        if start is None or start // HOUR * HOUR + HOUR > now:
-            return False
-        hour = start // HOUR * HOUR
-        with self.noting(rolled=hour + HOUR):
-            for span, shorter in ((HOUR, QUARTER), (DAY, HOUR)):
-                self.execute(ROLL_UP, {
-                    "span": span, "shorter": shorter, "start": hour // span * span})
-        return True
 
     def list_ids(self):
         """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
@@ -10864,7 +10856,10 @@ class Sum(namedtuple("Sum", SUM_COUNTS)):
     @classmethod
     def of(cls, sums: Iterable["Sum"]) -> "Sum":
         """Returns the sum of sums."""
-        return cls._make(map(sum, zip(NO_SUM, *sums)))
+        return reduce(cls.plus, sums, NO_SUM)
+
+    def plus(self, other: Sequence[int], sign: int = 1) -> "Sum":
+        return Sum._make([one + sign * more for one, more in zip(self, other)])
 
     def tokens(self) -> int:
         return self.input + self.output
@@ -10873,6 +10868,10 @@ class Sum(namedtuple("Sum", SUM_COUNTS)):
         found = self._asdict()
         found["usd"] = format_usd(found.pop("picodollars"))
         return found
+
+    def in_short(self) -> JsonObject:
+        """Returns what charts show."""
+        return {"calls": self.calls, "tokens": self.tokens(), "usd": format_usd(self.picodollars)}
 
 
 NO_SUM = Sum(*[0] * len(SUM_COUNTS))
@@ -10910,7 +10909,7 @@ def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
 
 MAX_STEPS = 3000
 STEP_SECONDS = {"quarter": QUARTER, "hour": HOUR, "day": DAY, "month": 28 * DAY}
-Step = Tuple[int, int, int]  # when it begins; from when to when calls in it are asked for
+Step = Tuple[int, int]  # from when to when
 
 
 def whole_quarters(start: float, end: float) -> Tuple[int, int]:
@@ -10937,39 +10936,27 @@ def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> Li
         day = day_after(day, step)
         following = midnight(day, zone)
         width = size if size < DAY else following - begin
-        found += [(at, max(at, start), min(at + width, following, end))
+        found += [(max(at, start), min(at + width, following, end))
                   for at in range(begin, following, width)]
         begin = following
-    return [one for one in found if one[1] < one[2]]
+    return [(low, high) for low, high in found if low < high]
 
 
-def read_spans(low: int, high: int, rolled: int,
-               spans: Tuple[int, ...] = SPANS) -> Iterator[Tuple[int, int, int]]:
-    """Yields (length of spans, from, to): the longest spans that make up a range. Those of hours
-    and days end at `rolled`."""
+def read_parts(low: int, high: int, sign: int = 1,
+               spans: Tuple[int, ...] = SPANS) -> Iterator[Tuple[int, int, int, int]]:
+    """Yields (length of spans, from, to, sign): the days that are next to a range, and the hours
+    and quarters that are to be added at its ends, or taken away (-1)."""
     span, *shorter = spans
-    if not shorter:
-        if low < high:
-            yield span, low, high
-        return
-    first, last = -(-low // span) * span, min(high, rolled) // span * span
-    if first >= last:
-        first = last = high
-    yield from read_spans(low, first, rolled, shorter)
+    first, last = [(at + span // 2) // span * span for at in (low, high)]
     if first < last:
-        yield span, first, last
-    yield from read_spans(last, high, rolled, shorter)
-
-
-def read_parts(low: int, high: int, rolled: int) -> Iterator[Tuple[int, ...]]:
-    """Yields (length of spans, from, to, sign): the days in UTC that are next to a range, and what
-    is to be added at its ends, or taken away (-1), as days begin elsewhere in other zones."""
-    first, last = [round(at / DAY) * DAY for at in (low, high)]
-    if first >= last:
+        yield span, first, last, sign
+    else:
         first = last = high
-    for start, end in (low, first), (first, last), (last, high):
-        for span in read_spans(*sorted((start, end)), rolled):
-            yield (*span, 1 if start < end else -1)
+    for start, end in (low, first), (last, high):
+        if start < end:
+            yield from read_parts(start, end, sign, shorter)
+        elif end < start:
+            yield from read_parts(end, start, -sign, shorter)
 
 
 def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
@@ -11000,18 +10987,11 @@ FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION A
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
     GROUP BY start"""
-# Adds up each part once, also one that is added to a step and taken away from the next.
-ADD_SUMS = f"""WITH steps(at, span, low, high, sign) AS (VALUES {{}}), parts AS (
-    SELECT one.span, low, high, {{}} AS name, {SUM_TOTALS} FROM
-    (SELECT DISTINCT span, low, high FROM steps) AS one CROSS JOIN sums
-    ON sums.span = one.span AND start >= low AND start < high WHERE {{}} GROUP BY 1, 2, 3, 4)
-    SELECT at, name, {SUM_TOTALS.replace("total(", "total(sign * ")}
-    FROM steps JOIN parts USING (span, low, high) GROUP BY 1, 2 HAVING total(sign * calls)"""
-# By whom calls were made last: since yesterday by quarters, before that by days.
-LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last FROM (
-    SELECT caller, last FROM sums WHERE span = 86400 UNION ALL SELECT caller, last FROM sums
-    WHERE span = 900 AND start >= (SELECT value FROM facts WHERE name = 'rolled'))
-    GROUP BY caller) AS found CROSS JOIN calls ON calls.rowid = last"""
+ADD_SUMS = f"""WITH parts(part, span, low, high) AS (VALUES {{}})
+    SELECT part, {{}} AS name, {SUM_TOTALS} FROM parts CROSS JOIN sums
+    ON sums.span = parts.span AND start >= low AND start < high WHERE {{}} GROUP BY 1, 2"""
+LAST_CALLS = """SELECT found.caller, time FROM (SELECT caller, max(last) AS last FROM sums
+    WHERE span = 86400 GROUP BY caller) AS found CROSS JOIN calls ON calls.rowid = last"""
 
 
 class LedgerReader(NamedTuple):
@@ -11033,27 +11013,34 @@ class LedgerReader(NamedTuple):
 
     # -- sums
 
-    def add_up(self, by: str, steps: List[Step],
-               filters: Texts) -> List[Tuple[int, str, Sum]]:
-        """Returns (when a step begins, whose, what it comes to), as far as there is something."""
+    def add_up(self, by: str, steps: List[Step], filters: Texts) -> List[Dict[str, Sum]]:
+        """Returns what each step comes to, by name, as far as there is something. A part that is
+        added to one and taken away from the next is read once."""
+        owners = defaultdict(list)  # of parts
+        found = [{} for _ in steps]
+        for step, sums in zip(steps, found):
+            for *part, sign in read_parts(*step):
+                owners[tuple(part)].append((sums, sign))
+        for part, name, *totals in self.read_sums(by, list(owners), filters):
+            for sums, sign in owners[part]:
+                sums[name] = sums.get(name, NO_SUM).plus(totals, sign)
+        return [{name: one for name, one in sums.items() if one.calls} for sums in found]
+
+    def read_sums(self, by, parts, filters):
+        """Yields (which part, whose, what it comes to)."""
         values = {name: filters[name] for name in SUM_KEYS if filters.get(name)}
         where = " AND ".join(f"{name} = :{name}" for name in values) or "1"
         if by not in SUM_KEYS:
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
+        rows = ", ".join("(%d, %d, %d, %d)" % (number, *part) for number, part in enumerate(parts))
         with self.ask() as execute:
-            rolled = read_facts(execute)["rolled"]
-            parts = ", ".join("(%d, %d, %d, %d, %d)" % (at, *part) for at, low, high in steps
-                              for part in read_parts(low, high, rolled))
-            return [(at, name, Sum._make(totals))
-                    for at, name, *totals in execute(
-                        ADD_SUMS.format(parts, by, where), values)]
+            for number, *found in execute(ADD_SUMS.format(rows, by, where), values):
+                yield (parts[number], *found)
 
     def totals(self, by: str, start: float, end: float,
                filters: Optional[Texts] = None) -> Dict[str, Sum]:
         """Returns sums of a range, which is widened to whole quarters."""
-        start, end = whole_quarters(start, end)
-        return {name: found
-                for _, name, found in self.add_up(by, [(start, start, end)], filters or {})}
+        return self.add_up(by, [whole_quarters(start, end)], filters or {})[0]
 
     def midnight(self, days=0):
         """Returns when a day began, so many days ago."""
@@ -11067,16 +11054,18 @@ class LedgerReader(NamedTuple):
     def days(self, caller: str, count: int = 30):
         """Returns {"at": midnight, **sum} for each of the last days of a caller."""
         steps = read_steps("day", self.midnight(count - 1), self.now + 1, self.zone)
-        found = {at: one for at, _, one in self.add_up("caller", steps, {"caller": caller})}
-        return [{"at": at, **found.get(at, NO_SUM).as_dict()} for at, _, _ in steps]
+        found = self.add_up("caller", steps, {"caller": caller})
+        return [{"at": at, **sums.get(caller, NO_SUM).as_dict()}
+                for (at, _), sums in zip(steps, found)]
 
     def hours(self) -> Dict[str, List[int]]:
         """Returns the tokens of the last 24 hours, oldest first, of each caller."""
         first = int(self.now // HOUR - 23) * HOUR
-        steps = [(at, at, at + HOUR) for at in range(first, first + DAY, HOUR)]
-        found = {}
-        for at, name, one in self.add_up("caller", steps, {}):
-            found.setdefault(name, [0] * 24)[(at - first) // HOUR] = one.tokens()
+        steps = [(at, at + HOUR) for at in range(first, first + DAY, HOUR)]
+        found = defaultdict(lambda: [0] * 24)
+        for number, sums in enumerate(self.add_up("caller", steps, {})):
+            for name, one in sums.items():
+                found[name][number] = one.tokens()
         return found
 
     def usage(self, by: str, step: str, start: float, end: float,
@@ -11084,33 +11073,32 @@ class LedgerReader(NamedTuple):
         """Returns groups, the most expensive first, their total, and a series of them. Raises
         BadRequest."""
         steps = read_steps(step, start, end, self.zone)
-        rows = self.add_up(by, steps, filters)
-        groups = self.merge(rows)
+        found = self.add_up(by, steps, filters)
+        groups = self.merge(found)
         if len(groups) > self.NAMED:
-            named = {*list(groups)[:self.NAMED]}
-            rows = [(at, name if name in named else "other", one) for at, name, one in rows]
-            groups = self.merge(rows)
+            self.name_few(found, {*list(groups)[:self.NAMED], "other"})
+            groups = self.merge(found)
         return {
-            "from": steps[0][1], "to": steps[-1][2], "step": step, "by": by,
+            "from": steps[0][0], "to": steps[-1][1], "step": step, "by": by,
             "groups": [{"name": name, **one.as_dict()} for name, one in groups.items()],
-            "total": Sum.of(groups.values()).as_dict(), "series": self.series(steps, rows)}
-
-    def series(self, steps, rows):
-        """Returns what charts need, for each step."""
-        found = {at: [] for at, _, _ in steps}
-        for row in rows:
-            found[row[0]].append(row)
-        return [{"at": at, "groups": {
-            name: {"calls": one.calls, "tokens": one.tokens(), "usd": format_usd(one.picodollars)}
-            for name, one in self.merge(own).items()}} for at, own in found.items()]
+            "total": Sum.of(groups.values()).as_dict(),
+            "series": [{"at": at, "groups": {name: one.in_short() for name, one in sums.items()}}
+                       for (at, _), sums in zip(steps, found)]}
 
     @staticmethod
-    def merge(rows):
+    def name_few(found, names):
+        """Adds what is beyond these names to `other`, which is one of them."""
+        for sums in found:
+            for name in sums.keys() - names:
+                sums["other"] = sums.pop(name).plus(sums.get("other", NO_SUM))
+
+    @staticmethod
+    def merge(found):
         """Returns the sum of each name, the most expensive first, then who used most tokens."""
-        found = {}
-        for _, name, one in rows:
-            found[name] = Sum.of([found[name], one]) if name in found else one
-        return dict(sorted(found.items(), key=lambda group: (
+        groups = {}
+        for name, one in chain.from_iterable(sums.items() for sums in found):
+            groups[name] = groups.get(name, NO_SUM).plus(one)
+        return dict(sorted(groups.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
 
     def of_callers(self) -> Tuple[Any, ...]:
@@ -11185,17 +11173,14 @@ class LedgerReader(NamedTuple):
 
     def find_ranges(self, execute, values, where):
         """Yields ranges of rowids, those that end last first, in which there may be calls that
-        match: those that are in no sum yet, then as the sums say, of quarters in the last days,
-        before that of hours. Where a clock was set back, these may overlap."""
+        match: those that are in no sum yet, then hours, as the sums say. Where a clock was set
+        back, these may overlap."""
         def find(span, low, high):
             return [(-last, first, span, start) for start, first, last in execute(
                 FIND_SUMS % (span, where), {**values, "oldest": oldest, "low": low, "high": high})]
 
-        facts = read_facts(execute)
         (oldest, newest), = self.all_calls(execute)
-        rolled = facts["rolled"] // DAY * DAY
-        heap = [(-newest, facts["summed"] + 1, 0, 0), *find(QUARTER, rolled, MOST),
-                *find(DAY, 0, rolled)]
+        heap = [(-newest, read_facts(execute)["summed"] + 1, 0, 0), *find(DAY, 0, MOST)]
         heapq.heapify(heap)
         while heap:
             last, first, span, start = heapq.heappop(heap)
@@ -11567,12 +11552,11 @@ class Ledger(Writer):
 
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
-        database, wall = self.database, wall_time(self.clock)
+        database = self.database
         try:
             if self.trade and not database.tells:
                 database.begin_to_tell()
-            while (database.add_new() or database.roll_up(wall) or database.add_older()
-                   or database.list_ids()):
+            while database.add_new() or database.add_older() or database.list_ids():
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
                     return  # calls are to be written, too
             more = self.trade and self.trade(database)
@@ -19399,9 +19383,11 @@ def usage_query(execute, by, since):
         whole = int(-(-since // QUARTER)) * QUARTER
         calls = [f"number <= {facts['unsummed']} AND time >= {whole}",
                  f"number > {facts['summed']} AND time >= {whole}"]
-        sums = [f"SELECT start, NULL AS outcome, {SUM_NAMES}, {', '.join(SUM_COUNTS)} FROM sums"
+        spans = SPANS[2:] if "rolled" in facts else SPANS  # an older version lacks the last days
+        counts = ", ".join("{0} * %s AS %s" % (name, name) for name in SUM_COUNTS)
+        sums = [f"SELECT start, NULL AS outcome, {SUM_NAMES}, {counts.format(sign)} FROM sums"
                 f" WHERE span = {span} AND start >= {low} AND start < {high}"
-                for span, low, high in read_spans(whole, MOST, facts["rolled"])]
+                for span, low, high, sign in read_parts(whole, MOST // DAY * DAY, 1, spans)]
     calls.append(f"time >= {since!r} AND time < {whole}")
     known = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join(f", NULL AS {name}" for name in ("team", "tag") if name not in known)
@@ -19412,7 +19398,7 @@ def usage_query(execute, by, since):
         for where in calls]])
     names = ", ".join("date(start, 'unixepoch')" if name == "day" else name for name in by)
     return (f"SELECT {names}, {SUM_TOTALS} FROM ({all_of_it})"
-            f" WHERE caller = coalesce(:caller, caller) GROUP BY {names}")
+            f" WHERE caller = coalesce(:caller, caller) GROUP BY {names} HAVING total(calls)")
 
 
 def read_usage(path, options, now):

@@ -9575,17 +9575,17 @@ class SumsTest(TableCase):
             pass
 
     def add_many(self, count, days=3):
-        """Adds calls, in order of time, and makes the sums of hours and days but the last."""
+        """Adds calls, in order of time."""
         choice, outcomes = self.random.choice, ("ok", "ok", "limited", "refused", "caller_gone")
         moments = sorted([self.DAY + self.random.random() * days * 86400 for _ in range(count)])
         self.add(*({
             "id": "id-%d" % number, "time": moment, "caller": choice("abc"), "ms": number % 1000,
             "team": choice("xy"), "served": choice(("m1", "m2")), "upstream": choice(("u", None)),
             "outcome": choice(outcomes)} for number, moment in enumerate(moments)))
-        self.roll_up(self.DAY + days * 86400 - 5000)
+        self.list_ids()
 
-    def roll_up(self, now):
-        while self.database.list_ids() or self.database.roll_up(now):
+    def list_ids(self):
+        while self.database.list_ids():
             pass
 
     def counted(self, by, where="1"):
@@ -9650,32 +9650,32 @@ class SumsTest(TableCase):
             if name not in ("-", "UTC") and not isinstance(zone, zoneinfo.ZoneInfo):
                 continue  # this machine knows no time zones
             steps = llm_proxy.read_steps(step, self.seconds(start), self.seconds(end), zone)
-            found = [(high - low) / 3600 for _, low, high in steps]
+            found = [(high - low) / 3600 for low, high in steps]
             self.assertEqual(found, list(map(float, hours)))
-            self.assertEqual([low for _, low, _ in steps[1:]], [high for _, _, high in steps[:-1]])
+            self.assertEqual([low for low, _ in steps[1:]], [high for _, high in steps[:-1]])
 
     PARTS = """\
         UTC 2026-01-01T00:00 24 -> 24:24
-        Europe/Berlin 2025-03-29T23:00 23 -> 1:1 24:24 1:-2
-        Europe/Berlin 2025-10-25T22:00 25 -> 1:2 24:24 1:-1
-        America/New_York 2026-01-01T05:00 24 -> 1:-5 24:24 1:5
-        Asia/Kathmandu 2026-01-01T18:15 24 -> 0.25:0.75 1:5 24:24 0.25:-0.75 1:-5
-        Pacific/Auckland 2026-01-01T11:00 24 -> 1:-11 24:24 1:11
-        Europe/Berlin 2026-01-01T23:00 72 -> 1:1 24:72 1:-1
-        Europe/Berlin 2026-01-04T23:00 24 -> 1:1 1:19 0.25:5 0.25:-1
-        Europe/Berlin 2026-01-01T14:00 8 -> 1:8"""
+        Europe/Berlin 2025-03-29T23:00 23 -> 24:24 1:1 1:-2
+        Europe/Berlin 2025-10-25T22:00 25 -> 24:24 1:2 1:-1
+        America/New_York 2026-01-01T05:00 24 -> 24:24 1:-5 1:5
+        Asia/Kathmandu 2026-01-01T18:15 24 -> 24:24 1:6 0.25:-0.25 1:-6 0.25:0.25
+        Pacific/Auckland 2026-01-01T11:00 24 -> 24:24 1:-11 1:11
+        Europe/Berlin 2026-01-01T23:00 72 -> 24:72 1:1 1:-1
+        Europe/Berlin 2026-01-01T14:00 7 -> 1:7
+        Asia/Kathmandu 2026-01-01T14:15 1 -> 1:1 0.25:-0.25 0.25:0.25
+        - 2026-01-01T14:45 0.25 -> 0.25:0.25"""
 
     def test_a_day_anywhere_is_that_of_utc_and_some_hours(self):
-        rolled = self.seconds("2026-01-05T19:00")
         for case, parts in self.each(row.split(" -> ") for row in self.PARTS.splitlines()):
             _, start, hours = case.split()
             low = self.seconds(start)
-            found = llm_proxy.read_parts(low, low + int(hours) * 3600, rolled)
+            found = llm_proxy.read_parts(low, low + int(float(hours) * 3600))
             self.assertEqual(parts.split(), [
                 "%g:%g" % (span / 3600, sign * (end - begin) / 3600)
                 for span, begin, end, sign in found])
 
-    def test_sums_of_days_and_ranges_are_those_of_their_hours_in_any_zone(self):
+    def test_sums_of_days_and_ranges_are_those_of_their_quarters_in_any_zone(self):
         begin, choice = self.seconds("2026-03-27T00:00"), self.random.choice
         hours = [self.random.randrange(24 * 11) for _ in range(1500)]  # two changes of clocks
         self.add(*({
@@ -9683,24 +9683,19 @@ class SumsTest(TableCase):
             "caller": choice("ab") if hour != 140 else "c", "served": choice("xy"),
             "picodollars": self.random.randrange(10 ** 13), "input": hour}
                    for hour in sorted(hours)))
-        self.roll_up(begin + 10.4 * 86400)
         for name in self.each((
                 "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu",
                 "Australia/Lord_Howe", "Asia/Tokyo")):
             zone = llm_proxy.read_time_zone(name)
             for _ in range(9):
                 low, high = sorted(begin + self.random.randrange(11 * 86400) for _ in range(2))
-                steps = [*llm_proxy.read_steps("day", low, high + 1, zone), (1, low, high)]
+                steps = [*llm_proxy.read_steps("day", low, high + 1, zone),
+                         llm_proxy.whole_quarters(low, high)]
                 for by, filters in (("caller", {}), ("model", {"caller": "a"})):
                     found = self.reader.add_up(by, steps, filters)
-                    with mock.patch.object(llm_proxy, "read_parts", self.hourly):
+                    with mock.patch.object(llm_proxy, "read_parts", lambda *step: [
+                            (llm_proxy.QUARTER, *step, 1)]):
                         self.assertEqual(found, self.reader.add_up(by, steps, filters))
-
-    @staticmethod
-    def hourly(*range_):
-        """A range without days, and with nothing that is taken away."""
-        spans = llm_proxy.read_spans(*range_, (llm_proxy.HOUR, llm_proxy.QUARTER))
-        return [(*span, 1) for span in spans]
 
     def test_no_cell_of_a_table_is_computed_and_none_moves_a_cursor(self):
         cells = {"-": "-", "a,b": '"a,b"', "=1+1": "'=1+1", "-1": "'-1", " @x": "' @x",
@@ -9772,7 +9767,7 @@ class SumsTest(TableCase):
             self.add(*({"time": self.DAY + hour * 3600 + number, "caller": "a", "served": "m2",
                         "ms": 999, "outcome": ("refused", "limited")[number % 2]}
                        for number in range(4)))
-        self.roll_up(self.DAY + 90 * 3600)
+        self.list_ids()
         for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
             filters = dict(part.split("=") for part in filters.split())
             query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
@@ -9831,7 +9826,7 @@ class SumsTest(TableCase):
     def test_no_question_scans_the_calls(self):
         """SQLite tells how it would go about each statement."""
         self.add_many(2_000)
-        self.database.note(unsummed=9, summed=1_900, rolled=self.DAY + 80_000)
+        self.database.note(unsummed=9, summed=1_900)
         questions = self.questions(self.DAY + 3 * 86400)
         self.assertGreater(len(questions), 30)
         for text in self.each(questions):
@@ -9850,18 +9845,15 @@ class SumsTest(TableCase):
         self.database = llm_proxy.Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
         options = types.SimpleNamespace(since="9999d", by=None, id=None, caller=None)
-        used = early = None
+        used = None
         for step in range(60):
             with contextlib.suppress(KeyError), mock.patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
                     wraps=self.database.note), mock.patch.object(llm_proxy.Database, "BATCH", 220):
-                self.database.roll_up(self.DAY + 86400) or self.database.add_older()
+                self.database.add_older()
             usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
             used = usage
-            facts = self.database.facts
-            early = early or facts["unsummed"] and facts["rolled"]
-        self.assertTrue(early)  # pages are quick meanwhile, too
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
         self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
                          (0, 1, whole))
@@ -9897,41 +9889,42 @@ class SumsTest(TableCase):
             found = self.reader.totals("caller", self.DAY, self.DAY + 900)
             self.assertEqual(found["alice"].calls, 12 * (number + 1))
 
+    def test_an_older_version_made_sums_of_hours_and_days_only_once_they_were_over(self):
+        self.add_many(500)
+        whole, now = self.reader.totals("team", 0, self.DAY + 3 * 86400), self.DAY + 4 * 86400
+        options = types.SimpleNamespace(since="9999d", by=None, id=None, caller=None)
+        usage = llm_proxy.read_usage(self.path, options, now)
+        rolled = self.DAY + 86400 + 5 * 3600
+        self.database.note(rolled=rolled)
+        self.database.execute("DELETE FROM sums WHERE span = 3600 AND start >= ?", (rolled,))
+        self.database.execute("DELETE FROM sums WHERE span = 86400 AND start > ?", (rolled,))
+        self.database.execute("UPDATE sums SET calls = 1 WHERE span = 86400 AND start = ?",
+                              (rolled // 86400 * 86400,))
+        self.assertEqual(llm_proxy.read_usage(self.path, options, now), usage)
+        for _ in range(2):
+            self.database.connection.close()
+            self.database = llm_proxy.Database(self.path)
+            self.assertEqual(self.reader.totals("team", 0, self.DAY + 3 * 86400), whole)
+            self.assertEqual(llm_proxy.read_usage(self.path, options, now), usage)
+
     def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
         self.add_many(50)
-        self.roll_up(self.DAY + 86400)
         for moment in self.each((self.DAY + 5000, self.DAY + 86400, 0)):
-            rolled = self.database.facts["rolled"]
             self.add({"time": moment})
-            self.assertEqual(self.database.facts["rolled"], rolled)  # nothing is made again
-            for _ in range(2):
-                found = self.reader.totals("upstream", 0, self.DAY + 9 * 86400)
-                self.assertEqual(self.told(found), self.counted("coalesce(upstream, '-')"))
-                self.roll_up(self.DAY + 9 * 86400)
+            found = self.reader.totals("upstream", 0, self.DAY + 9 * 86400)
+            self.assertEqual(self.told(found), self.counted("coalesce(upstream, '-')"))
 
     def test_sums_of_whatever_an_upstream_tells_end_nothing(self):
         for _ in range(3):
             self.add(*[{"picodollars": 10 ** 18, "input": 10 ** 18 - 1} for _ in range(12)])
-        self.roll_up(self.DAY)
         found = self.reader.totals("caller", 0, 900)["alice"]
         self.assertEqual((found.calls, found.limited), (36, 0))
         self.assertGreater(min(found.picodollars, found.input), 10 ** 18)
 
-    def test_days_are_added_up_before_ids_are_listed_so_that_pages_are_quick_soon(self):
-        self.add(*({"time": self.DAY + hour * 3600, "id": str(hour)} for hour in range(10)))
-        self.database.CHUNK = 1
-        clock = types.SimpleNamespace(time_ns=lambda: (self.DAY + 86400) * 10 ** 9,
-                                      monotonic=itertools.count(1).__next__)
-        llm_proxy.Ledger.add_up(types.SimpleNamespace(
-            database=self.database, clock=clock, PAUSE=16, stop=threading.Event(),
-            trade=None), 0)
-        self.assertEqual((self.database.facts["rolled"], self.database.facts["listed"]),
-                         (self.DAY + 10 * 3600, 6))
-
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
         self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
-        self.roll_up(now)
+        self.list_ids()
         while self.database.forget(now - 90 * 86400, now - 400 * 86400 + 7200):  # whole days
             pass
         execute = self.database.connection.execute
