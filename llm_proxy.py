@@ -19362,7 +19362,9 @@ def handle_signals(loop, actions):
 USAGE_OPTIONS = """\
 --since  7d         9999d  only the last minutes (30m), hours (12h) or days (7d)
 --caller NAME       -      only the calls of this caller
---id     REQUEST_ID -      all that is known of one call"""
+--id     REQUEST_ID -      all that is known of one call
+--json   -          -      print JSON
+--csv    -          -      print CSV""".splitlines()
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 
@@ -19449,9 +19451,18 @@ def print_table(names, rows):
         print("  ".join(cells).rstrip())
 
 
-def print_usage(options, path, now):
-    """Prints who used what, from the ledger; returns the exit code. Raises as `read_usage`."""
-    names, rows = read_usage(path, options, now)
+def database_in(found):
+    """Returns the path of the database. Raises ConfigFaults."""
+    path = found.get("DATABASE", DEFAULT_DATABASE)
+    if path == "off":
+        raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
+    return path
+
+
+def usage_command(options, found):
+    """Prints who used what, from the ledger; returns the exit code. Raises ConfigFaults and
+    DatabaseFault."""
+    names, rows = read_usage(database_in(found), options, time.time())
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
@@ -19513,15 +19524,15 @@ def update_prices(path, url=PRICES_URL):
     print(f"{path} has {len(prices)} prices now; PRICES={path} uses them")
 
 
-def prices_command(options, path):
-    """Shows the prices that are known, with those of the file PRICES at `path`, or updates a file
-    of them; returns the exit code. Raises ConfigFaults."""
+def prices_command(options, found):
+    """Shows the prices that are known, with those of PRICES, or updates a file of them; returns the
+    exit code. Raises ConfigFaults."""
     if options.update:
         if len(options.update) > 2:
             raise ConfigFaults("--update takes a file and a URL at most")
         update_prices(*options.update)
         return 0
-    own = read_option("PRICES", price_file, path) if path else None
+    own = read_option("PRICES", price_file, found["PRICES"]) if "PRICES" in found else None
     print_table(("model", "from", *Price._fields[:5], "above", "tiers"), known_prices(own))
     return 0
 
@@ -19541,25 +19552,10 @@ BENCH_OPTIONS = """\
 --model       NAME - the model to ask for; else the payload's, or the first listed
 --payload     JSON - what to ask; else a short question
 --requests    N    1000 how many calls
---concurrency N    50 how many at once"""
-
-
-def add_options(parser, rows):
-    """Adds options: rows of a flag, the name of its value, its default, - for none, and a sentence.
-    """
-    for flag, name, default, meaning in [row.split(None, 3) for row in rows.splitlines()]:
-        parser.add_argument(flag, metavar=name, help=meaning,
-                            default=None if default == "-" else default)
-
-
-def add_bench_command(commands):
-    """Adds `bench` and `selftest`."""
-    commands.add_parser("selftest", help="tell what this machine can do, in half a minute")
-    bench = commands.add_parser("bench", help="time calls to a URL; see bench --help")
-    bench.add_argument("url", metavar="URL")
-    add_options(bench, BENCH_OPTIONS)
-    bench.add_argument("--stream", action="store_true", help="ask for streams")
-    bench.add_argument("--output", choices=("text", "json"), default="text")
+--concurrency N    50 how many at once
+--stream      -    - ask for streams
+--output      text|json text what to print
+url           URL  - of the proxy or endpoint, with or without /v1""".splitlines()
 
 
 def bench_of(options, environ):
@@ -19583,6 +19579,9 @@ def bench_of(options, environ):
 
 def run_unless_stopped(work):
     """Runs a coroutine; returns whether it came to its end, before a signal."""
+    tune_interpreter()
+    raise_descriptor_limit()
+
     async def run():
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -19636,21 +19635,6 @@ def selftest_command(_, environ):
         return 1
 
 
-def add_keys_command(commands):
-    """Adds `keys`, and what can be done with them."""
-    acts = commands.add_parser(
-        "keys", help="make, list and change keys in DATABASE; see keys --help").add_subparsers(
-            dest="act", metavar="|".join(KEY_ACTS), required=True)
-    for act, sentence in KEY_ACTS.items():
-        parser = acts.add_parser(act, help=sentence, description=sentence)
-        if act != "list":
-            parser.add_argument("name", metavar="NAME")
-        for field, (_, meaning) in KEY_FIELDS.items() if act in ("add", "set") else ():
-            parser.add_argument("--" + field, metavar="TEXT", help=meaning)
-    for act, words, options in KEY_OPTIONS:
-        acts.choices[act].add_argument(*words, **options)
-
-
 KEY_ACTS = table_of("""
     add make a key, and print it, once
     list print all keys
@@ -19662,21 +19646,22 @@ KEY_ACTS = table_of("""
     remove forget a key; the books keep what it used
     give let a caller's buckets of a unit hold more for a time, and add that
     reset fill a caller's buckets""")
-KEY_OPTIONS = (
-    ("list", ["--json"], {"action": "store_true"}),
-    ("set", ["--reset"], {"action": "store_true", "help": "and fill its buckets"}),
-    ("rotate", ["--grace"], {"metavar": "1h", "help": "how long the old secret is good still"}),
-    ("give", ["amount"], {"metavar": "AMOUNT"}),
-    ("give", ["unit"], {"choices": UNITS[:5]}),
-    ("give", ["--for"], {"dest": "seconds", "metavar": "1d", "help": "how long; 1d if not said"}))
-NOT_OF_KEYS = "act command check demo json".split()
+FIELD_OPTIONS = [f"--{field} TEXT - {meaning}" for field, (_, meaning) in KEY_FIELDS.items()]
+KEY_OPTIONS = {
+    "add": FIELD_OPTIONS,
+    "list": ["--json - - with all that is known"],
+    "set": [*FIELD_OPTIONS, "--reset - - and fill its buckets"],
+    "rotate": ["--grace 1h - how long the old secret is good still"],
+    "give": ["amount AMOUNT - how much more, such as 2",
+             f"unit {'|'.join(UNITS[:5])} - of what"]}
+NOT_OF_KEYS = "act command run check demo json".split()
 CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY_API_KEYS"
           " (PROXY_API_KEYS=anyone lets all in)")
 
 
 def keys_command(options, found):
-    """Does what `keys` is told; returns the exit code. Raises DatabaseFault."""
-    path = found["DATABASE"]
+    """Does what `keys` is told; returns the exit code. Raises ConfigFaults and DatabaseFault."""
+    path = database_in(found)
     if not os.path.exists(path):
         tell_user(f"DATABASE {path} is made now: no proxy that runs has it")
     database = open_patiently(path, None)
@@ -19842,6 +19827,20 @@ def grafana_dashboard():
                                  "query": "prometheus"}]}}
 
 
+def grafana_command(_, found):
+    print(json.dumps(grafana_dashboard(), indent=2))
+    return 0
+
+
+COMMANDS = {
+    "usage": (usage_command, "print who used what, from DATABASE; see usage --help"),
+    "prices": (prices_command, "print the prices that are known, or update a file of them"),
+    "keys": (keys_command, "make, list and change keys in DATABASE; see keys --help"),
+    "grafana": (grafana_command, "print a dashboard of /metrics, to import in Grafana"),
+    "bench": (bench_command, "time calls to a URL; see bench --help"),
+    "selftest": (selftest_command, "tell what this machine can do, in half a minute")}
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="llm_proxy.py", epilog=settings_help(),
@@ -19854,17 +19853,10 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(
-        dest="command", metavar="usage | prices | keys | grafana | bench | selftest")
-    commands.add_parser("grafana", help="print a dashboard of /metrics, to import in Grafana")
-    add_usage_command(commands)
-    prices = commands.add_parser(
-        "prices", help="print the prices that are known, or update a file of them")
-    prices.add_argument(
-        "--update", nargs="+", metavar=("FILE", "URL"),
-        help="fetch a list into FILE, by default from " + PRICES_URL)
-    add_keys_command(commands)
-    add_bench_command(commands)
+    commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS))
+    for name, (run, sentence) in COMMANDS.items():
+        commands.add_parser(name, help=sentence).set_defaults(run=run)
+    add_command_options(**commands.choices)
     try:
         "".join(sys.argv if arguments is None else arguments).encode()
     except UnicodeEncodeError:
@@ -19872,14 +19864,33 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def add_usage_command(commands):
-    report = commands.add_parser(
-        "usage", help="print who used what, from DATABASE; see usage --help")
-    report.add_argument("--by", metavar="day,model", action="append",
-                        help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
-    add_options(report, USAGE_OPTIONS)
-    for flag in ("--json", "--csv"):
-        report.add_argument(flag, action="store_true")
+def add_command_options(usage, prices, keys, bench, **_):
+    usage.add_argument("--by", metavar="day,model", action="append",
+                       help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
+    add_options(usage, USAGE_OPTIONS)
+    prices.add_argument("--update", nargs="+", metavar=("FILE", "URL"),
+                        help="fetch a list into FILE, by default from " + PRICES_URL)
+    add_options(bench, BENCH_OPTIONS)
+    acts = keys.add_subparsers(dest="act", metavar="|".join(KEY_ACTS), required=True)
+    for act, sentence in KEY_ACTS.items():
+        parser = acts.add_parser(act, help=sentence, description=sentence)
+        add_options(parser, ["name NAME - of the key, or caller"] * (act != "list"))
+        add_options(parser, KEY_OPTIONS.get(act, ()))
+    acts.choices["give"].add_argument("--for", dest="seconds", metavar="1d",
+                                      help="how long; 1d if not said")
+
+
+def add_options(parser, rows):
+    """Adds options: rows of a flag or name, the name of its value or those it may have, - for none,
+    its default, - for none, and a sentence."""
+    for flag, value, default, meaning in [row.split(None, 3) for row in rows]:
+        options = {"action": "store_true"} if value == "-" else {"metavar": value}
+        if "|" in value:
+            options = {"choices": value.split("|")}
+        if default != "-":
+            options["default"] = default
+            meaning += f" [{default}]"
+        parser.add_argument(flag, help=meaning, **options)
 
 
 def open_standard_files():
@@ -19903,32 +19914,11 @@ def read_dotenv_file():
         raise ConfigFaults(f".env cannot be read: {failure}") from None
 
 
-def run_other_command(options, found):
-    """Does what needs no proxy here; returns the exit code. Raises ConfigFaults and
-    DatabaseFault."""
-    if options.command == "grafana":
-        print(json.dumps(grafana_dashboard(), indent=2))
-        return 0
-    if options.command == "prices":
-        return prices_command(options, found.get("PRICES"))
-    found.setdefault("DATABASE", DEFAULT_DATABASE)
-    if options.command in ("keys", "usage") and found["DATABASE"] == "off":
-        raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
-    if options.command == "keys":
-        return keys_command(options, found)
-    if options.command == "usage":
-        return print_usage(options, found["DATABASE"], time.time())
-    tune_interpreter()
-    raise_descriptor_limit()
-    return (bench_command if options.command == "bench" else selftest_command)(options, found)
-
-
 def run_command(options, environ):
     """Does what the options say; returns the exit code. Raises ConfigFaults and DatabaseFault."""
     dotenv = read_dotenv_file()
     if options.command:
-        found = set_variables(environ, read_dotenv(dotenv)[0])
-        return run_other_command(options, found)
+        return options.run(options, set_variables(environ, read_dotenv(dotenv)[0]))
     demo = Demo() if options.demo else None
     if demo:
         threading.Thread(

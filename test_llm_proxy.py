@@ -16387,6 +16387,7 @@ class CommandsTest(ProcessCase):
             self.assertIn("\n%s:\n" % group, out)
         for option in ("--version", "--check", "--demo"):
             self.assertIn(option, out)
+        self.assertIn("how many calls [1000]\n", self.finish("bench", "--help")[1])
 
     def test_run_local_serves_this_machine_alone_and_gives_way_to_the_environment(self):
         settings = {"PYTHON": sys.executable, "DATABASE": "off", "BASE_API_URL": self.NOWHERE,
