@@ -11947,47 +11947,65 @@ DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
 NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = "input cached cache_write output reasoning".split()
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
-COUNTERS = table_of("""
-    requests_total Calls that have ended
-    tokens_total Tokens used; cached and cache_write are parts of input, reasoning of output
-    usd_total What calls cost, where their price is known
-    unpriced_total Calls whose price is not known
-    estimated_total Calls whose tokens are guessed, because nobody told them
-    refused_total Calls that a rule refused
-    redacted_total What was found in calls that must not leave, by kind
-    loop_held_seconds_total How long something held the event loop, where that was too long""")
-HISTOGRAMS = (  # of each upstream: a name, what it is, and where its buckets end, in seconds
-    ("request_duration_seconds", "From a call's head to its end",
-     "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
-     " 655.36 1310.72"),
-    ("first_byte_seconds", "From a call's head to the first byte of its answer", WAITS),
-    ("time_per_output_token_seconds", "Of streams, between two tokens",
-     "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5"),
-    ("queue_wait_seconds", "In line before a busy upstream", WAITS),
-    ("overhead_seconds", "In the proxy's own hands, until sent on and from the answer's head",
-     "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"))
+# Of each its kind, and what it is.
+METRICS = table_of("""
+    llm_proxy_requests_total counter Calls that have ended
+    llm_proxy_tokens_total counter Tokens used; cached, cache_write, reasoning are parts of others
+    llm_proxy_usd_total counter What calls cost, where their price is known
+    llm_proxy_unpriced_total counter Calls whose price is not known
+    llm_proxy_estimated_total counter Calls whose tokens are guessed, because nobody told them
+    llm_proxy_refused_total counter Calls that a rule refused
+    llm_proxy_redacted_total counter What was found in calls that must not leave, by kind
+    llm_proxy_loop_held_seconds_total counter How long something held the event loop too long
+    llm_proxy_dropped_total counter What could not be written or delivered
+    llm_proxy_request_duration_seconds histogram From a call's head to its end
+    llm_proxy_first_byte_seconds histogram From a call's head to the first byte of its answer
+    llm_proxy_time_per_output_token_seconds histogram Of streams, between two tokens
+    llm_proxy_queue_wait_seconds histogram In line before a busy upstream
+    llm_proxy_overhead_seconds histogram In the proxy's own hands, until sent and from the answer on
+    llm_proxy_in_flight gauge Calls that an upstream runs
+    llm_proxy_queue_length gauge Calls that wait in line before an upstream
+    llm_proxy_upstream_state gauge Addresses of an upstream in this state; closed is well
+    llm_proxy_bucket_level gauge What is left in buckets that are not full, USD where these count it
+    llm_proxy_bucket_capacity gauge What these hold at most
+    llm_proxy_limits_degraded gauge Whether Redis is away, so that limits are not shared
+    llm_proxy_build_info gauge What runs here
+    process_cpu_seconds_total counter CPU time
+    process_max_fds gauge Descriptors it may open
+    process_open_fds gauge Descriptors
+    process_resident_memory_bytes gauge Memory""")
+HISTOGRAMS = {  # of each upstream: where their buckets end, in seconds
+    "llm_proxy_request_duration_seconds":
+        "0.01 0.02 0.04 0.08 0.16 0.32 0.64 1.28 2.56 5.12 10.24 20.48 40.96 81.92 163.84 327.68"
+        " 655.36 1310.72",
+    "llm_proxy_first_byte_seconds": WAITS,
+    "llm_proxy_time_per_output_token_seconds":
+        "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5",
+    "llm_proxy_queue_wait_seconds": WAITS,
+    "llm_proxy_overhead_seconds":
+        "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"}
+Samples = Iterable[Tuple[str, Union[int, float, str]]]  # (what follows the name, value)
+Families = Dict[str, Samples]  # by the names of METRICS
 
 
-class Family(NamedTuple):
-    """All samples of one metric: (labels, value), and of a histogram the end of its name, too."""
-    name: str
-    kind: str
-    help: str
-    samples: Iterable[Tuple[Any, ...]]
-
-    def lines(self) -> Iterable[str]:
-        yield f"# HELP {self.name} {self.help}"
-        yield f"# TYPE {self.name} {self.kind}"
-        for labels, value, *end in self.samples:
-            name = "".join([self.name, *end])
-            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+def metric_lines(name: str, samples: Samples) -> Iterator[str]:
+    kind, _, meaning = METRICS[name].partition(" ")
+    yield f"# HELP {name} {meaning}"
+    yield f"# TYPE {name} {kind}"
+    for end, value in samples:
+        yield f"{name}{end} {value}"
 
 
-def labels_of(**values):
+def labels_of(**values: str) -> str:
     """Returns labels as they are written; what nobody sees is spelled out."""
     shown = [(name, visible(clean(value)).replace("\\", r"\\").replace("\n", r"\n"))
              for name, value in values.items()]
-    return ",".join('%s="%s"' % (name, value.replace('"', r'\"')) for name, value in shown)
+    return "{%s}" % ",".join('%s="%s"' % (name, value.replace('"', r'\"'))
+                             for name, value in shown)
+
+
+def with_label(labels, name, value):
+    return f'{labels[:-1]},{name}="{value}"}}'
 
 
 class Histogram:
@@ -12011,44 +12029,36 @@ class Histogram:
         for number, bound in enumerate(self.bounds):
             self.counts[number] += bisect.bisect_right(times, bound)
 
-    def samples(self, labels):
+    def samples(self, labels: str) -> Samples:
         self.sort_in()
-        rows = [(f'{labels},le="{bound}"', count, "_bucket")
-                for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count])]
-        return [*rows, (labels, f"{self.total:.9f}", "_sum"), (labels, self.count, "_count")]
+        for bound, count in zip([*self.texts, "+Inf"], [*self.counts, self.count]):
+            yield "_bucket" + with_label(labels, "le", bound), count
+        yield "_sum" + labels, f"{self.total:.9f}"
+        yield "_count" + labels, self.count
 
 
 class Times:
     """The histograms of one upstream, in the order of HISTOGRAMS."""
     def __init__(self):
-        self.histograms = [Histogram(bounds) for _, _, bounds in HISTOGRAMS]
+        self.histograms = list(map(Histogram, HISTOGRAMS.values()))
         self.duration, self.first_byte, self.token, self.queue, self.overhead = [
             one.times for one in self.histograms]
 
 
-class Used:
-    """What a caller has used of a model at an upstream."""
-    picodollars = unpriced = estimated = 0
+class Series:
+    """The calls that have these labels, and what they used."""
+    calls = picodollars = unpriced = estimated = 0
     input = cached = cache_write = output = reasoning = 0  # TOKEN_KINDS
 
-    def __init__(self, *values: str):
+    def __init__(self, values: Sequence[str], times: Times):
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
+        self.times = times
 
     def add_details(self, usage):
         self.estimated += usage.estimated
         self.cached += usage.cached
         self.cache_write += usage.cache_write
         self.reasoning += usage.reasoning
-
-
-class Series:
-    """How many calls had these labels."""
-    calls = 0
-
-    def __init__(self, values: Sequence[str], used: Used, times: Times):
-        self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
-        self.used = used
-        self.times = times
 
 
 def samples_by(label, counts):
@@ -12066,8 +12076,7 @@ class Metrics(Watcher):
 
     def __init__(self):
         self.known = {}    # Series by what calls say of themselves,
-        self.series = {}   # and by its labels,
-        self.used = {}     # Used by the first three of them
+        self.series = {}   # and by its labels
         self.times = {}    # Times by upstream
         self.callers = {}  # labels by key
         self.models = set()
@@ -12085,15 +12094,14 @@ class Metrics(Watcher):
         started = entry.started
         times.duration.append(entry.ended - started)
         if usage:
-            used = series.used
-            used.input += usage.input
-            used.output += usage.output
+            series.input += usage.input
+            series.output += usage.output
             if entry.priced:
-                used.picodollars += entry.picodollars
+                series.picodollars += entry.picodollars
             else:
-                used.unpriced += 1
+                series.unpriced += 1
             if usage[DETAILS] != NO_DETAILS:
-                used.add_details(usage)
+                series.add_details(usage)
         first_byte = entry.first_byte
         if first_byte is not None:
             waited = first_byte - started
@@ -12121,9 +12129,8 @@ class Metrics(Watcher):
         if values not in self.series and len(self.series) >= self.MAX_SERIES:
             values = OTHER, OTHER, *rest
         if values not in self.series:
-            used = self.used.setdefault(values[:3], Used(*values[:3]))
             times = self.times.setdefault(upstream, Times())
-            self.series[values] = Series(values, used, times)
+            self.series[values] = Series(values, times)
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # these come here each time
@@ -12154,50 +12161,51 @@ class Metrics(Watcher):
         """Returns how many calls ended, how many of them failed, and their tokens and
         picodollars."""
         failed = [one.calls for names, one in self.series.items() if names[-1] not in PASSED]
-        used = self.used.values()
-        return (sum(one.calls for one in self.series.values()), sum(failed),
-                sum(one.input + one.output for one in used),
-                sum(one.picodollars for one in used))
+        series = self.series.values()
+        return (sum(one.calls for one in series), sum(failed),
+                sum(one.input + one.output for one in series),
+                sum(one.picodollars for one in series))
 
-    def families(self) -> List[Family]:
+    def families(self) -> Families:
         """Returns what was counted."""
-        series, used = list(self.series.values()), list(self.used.values())
         found = {
-            "requests_total": ((one.labels, one.calls) for one in series),
-            "tokens_total": ((f'{one.labels},kind="{kind}"', getattr(one, kind))
-                             for one in used for kind in TOKEN_KINDS if getattr(one, kind)),
-            "usd_total": ((one.labels, one.picodollars / PICODOLLARS)
-                          for one in used if one.picodollars),
-            "unpriced_total": ((one.labels, one.unpriced) for one in used if one.unpriced),
-            "estimated_total": ((one.labels, one.estimated) for one in used if one.estimated),
-            "refused_total": samples_by("rule", self.refused),
-            "redacted_total": samples_by("kind", self.redacted),
-            "loop_held_seconds_total": [("", f"{self.held:.6f}")]}
-        return [Family("llm_proxy_" + name, "counter", COUNTERS[name], samples)
-                for name, samples in found.items()] + self.histogram_families()
+            "llm_proxy_requests_total": self.samples("calls"),
+            "llm_proxy_tokens_total": (
+                (with_label(labels, "kind", kind), count)
+                for kind in TOKEN_KINDS for labels, count in self.samples(kind)),
+            "llm_proxy_usd_total": ((labels, amount / PICODOLLARS)
+                                    for labels, amount in self.samples("picodollars")),
+            "llm_proxy_unpriced_total": self.samples("unpriced"),
+            "llm_proxy_estimated_total": self.samples("estimated"),
+            "llm_proxy_refused_total": samples_by("rule", self.refused),
+            "llm_proxy_redacted_total": samples_by("kind", self.redacted),
+            "llm_proxy_loop_held_seconds_total": [("", f"{self.held:.6f}")]}
+        for number, name in enumerate(HISTOGRAMS):
+            found[name] = [sample for upstream, times in self.times.items() for sample
+                           in times.histograms[number].samples(labels_of(upstream=upstream))]
+        return found
 
-    def histogram_families(self):
-        return [Family("llm_proxy_" + name, "histogram", what, [
-            sample for upstream, times in self.times.items()
-            for sample in times.histograms[number].samples(labels_of(upstream=upstream))])
-            for number, (name, what, _) in enumerate(HISTOGRAMS)]
+    def samples(self, count):
+        """Returns one of the counts of each series that has any."""
+        return [(one.labels, getattr(one, count)) for one in self.series.values()
+                if getattr(one, count)]
 
-    def bucket_families(self, buckets):
+    def bucket_families(self, buckets: Buckets) -> Families:
         """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
         several keys with one name the last one's counts."""
         known = {}
         for seen in buckets.seen():
             owners = [self.callers.get(owner) for owner in seen.key[1:]]
             if None not in owners and len(known) < self.MAX_SERIES:
-                known[seen.rule.text, " ".join(owners) or NONE] = seen.rule, seen.key
-        rows = [(labels_of(rule=text, caller=caller), *pair)
-                for (text, caller), pair in known.items()]
-        return [Family("llm_proxy_bucket_level", "gauge",
-                       "What is left in buckets that are not full, in USD where a rule counts it",
-                       ((labels, format_amount(rule, buckets.level_of(rule, key).level))
-                        for labels, rule, key in rows)),
-                Family("llm_proxy_bucket_capacity", "gauge", "What these hold at most",
-                       ((labels, format_amount(rule, rule.capacity)) for labels, rule, _ in rows))]
+                labels = labels_of(rule=seen.rule.text, caller=" ".join(owners) or NONE)
+                known[labels] = seen.rule, seen.key
+        return {
+            "llm_proxy_bucket_level": (
+                (labels, format_amount(rule, buckets.level_of(rule, key).level))
+                for labels, (rule, key) in known.items()),
+            "llm_proxy_bucket_capacity": (
+                (labels, format_amount(rule, rule.capacity))
+                for labels, (rule, _) in known.items())}
 
 
 class Pulse(Watcher):
@@ -12289,42 +12297,35 @@ class Pulse(Watcher):
                 for key, (rule, caller) in changed.items()]
 
 
-def state_family(routes):
-    """Returns how the upstreams are; no address is named."""
-    states = []
+def upstream_states(routes: Routes) -> Samples:
+    """Yields how many addresses of each upstream are in each state; no address is named."""
     for one in routes.all:
         known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
-        states += [(labels_of(upstream=one.name, state=state), known.count(state))
-                   for state in (*STATES, "disabled")]
-    return Family("llm_proxy_upstream_state", "gauge",
-                  "How many addresses of an upstream are in this state; closed is well", states)
+        for state in (*STATES, "disabled"):
+            yield labels_of(upstream=one.name, state=state), known.count(state)
 
 
-def load_families(routes):
+def load_families(routes: Routes) -> Families:
     """Returns how busy the upstreams are."""
     stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
-    return [
-        Family("llm_proxy_in_flight", "gauge", "Calls that an upstream runs",
-               [(labels, found["in_flight"]) for labels, found in stats]),
-        Family("llm_proxy_queue_length", "gauge", "Calls that wait in line before an upstream",
-               [(labels, found.get("queue", {"waiting": 0})["waiting"])
-                for labels, found in stats])]
+    return {
+        "llm_proxy_in_flight": [(labels, found["in_flight"]) for labels, found in stats],
+        "llm_proxy_queue_length": [(labels, found.get("queue", {"waiting": 0})["waiting"])
+                                   for labels, found in stats]}
 
 
-def process_families():
+def process_families() -> Families:
     """Returns what the system says of this process, under the names that all programs have."""
     cpu = os.times()
-    found = [("cpu_seconds_total", "counter", "CPU time", f"{cpu.user + cpu.system:.2f}")]
+    found = {"process_cpu_seconds_total": f"{cpu.user + cpu.system:.2f}"}
     with suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
         import resource
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        found.append(("max_fds", "gauge", "Descriptors it may open", most))
-        found.append(("open_fds", "gauge", "Descriptors", len(os.listdir("/proc/self/fd"))))
+        found["process_max_fds"], _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        found["process_open_fds"] = len(os.listdir("/proc/self/fd"))
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-        found.append(("resident_memory_bytes", "gauge", "Memory", pages * resource.getpagesize()))
-    return [Family("process_" + name, kind, what, [("", value)])
-            for name, kind, what, value in found]
+        found["process_resident_memory_bytes"] = pages * resource.getpagesize()
+    return {name: [("", value)] for name, value in found.items()}
 
 
 # -- traces, as OpenTelemetry has them
@@ -12613,28 +12614,26 @@ class Watchers(NamedTuple):
     traces: Optional[Traces] = None
     marks: Optional[Marks] = None
 
-    def families(self, routes: Routes, books: Books, buckets: Buckets) -> List[Family]:
+    def families(self, routes: Routes, books: Books, buckets: Buckets) -> Families:
         """Returns what may be added up over workers."""
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook,
             "redis": buckets.redis}
-        dropped = [(labels_of(what=name), one.dropped) for name, one in writers.items() if one]
-        return [*self.metrics.families(), *load_families(routes),
-                Family("llm_proxy_dropped_total", "counter",
-                       "What could not be written or delivered", dropped),
-                *process_families()]
+        dropped = {name: one.dropped for name, one in writers.items() if one}
+        return {**self.metrics.families(), **load_families(routes), **process_families(),
+                "llm_proxy_dropped_total": samples_by("what", dropped)}
 
-    def own_families(self, routes: Routes, buckets: Buckets) -> List[Family]:
+    def own_families(self, routes: Routes, buckets: Buckets) -> Families:
         """Returns what may not."""
         build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
             sys.implementation.name, *sys.version_info[:3]))
-        return [*self.metrics.bucket_families(buckets), state_family(routes),
-                *([Family("llm_proxy_limits_degraded", "gauge",
-                          "Whether Redis is away, so that limits are not shared",
-                          [("", int(buckets.is_degraded))])]
-                  if buckets.is_degraded is not None else ()),
-                Family("llm_proxy_build_info", "gauge", "What runs here", [(build, 1)])]
+        found = {**self.metrics.bucket_families(buckets),
+                 "llm_proxy_upstream_state": upstream_states(routes),
+                 "llm_proxy_build_info": [(build, 1)]}
+        if buckets.is_degraded is not None:
+            found["llm_proxy_limits_degraded"] = [("", int(buckets.is_degraded))]
+        return found
 
 
 class Tally:
@@ -12646,7 +12645,7 @@ class Tally:
     UNEVEN = 4                    # connections that one may have more than another
     YIELD_SECONDS = 0.005
     number = 0                    # of this worker
-    before: List[List[Any]] = []  # what those before this one have counted
+    before: Families = {}         # what those before this one have counted
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -12656,7 +12655,8 @@ class Tally:
     def begin(self, number: int):
         """This process is the worker of this number from now on."""
         self.number = number
-        self.before = [row for row in self.read(number) if row[1] != "gauge"]
+        self.before = {name: samples for name, samples in self.read(number).items()
+                       if not METRICS[name].startswith("gauge")}
 
     def let_others_first(self, connections: int):
         """Waits a moment where this worker has more connections than another one, which can accept
@@ -12671,36 +12671,33 @@ class Tally:
         return sorted([(*self.HEAD.unpack_from(self.memory, at), at + self.HEAD.size)
                        for at in starts], reverse=True)
 
-    def read(self, number: int) -> List[List[Any]]:
-        """Returns rows of Family, as a worker has written them; where it was killed meanwhile, as
-        it did before."""
+    def read(self, number: int) -> Families:
+        """Returns what a worker has written; where it was killed meanwhile, as it did before."""
         for _, length, at in self.halves(number):
             with suppress(zlib.error, ValueError):
                 return json.loads(zlib.decompress(self.memory[at:at + length]))
-        return []
+        return {}
 
-    def write(self, families: List[Family]):
-        data = zlib.compress(json.dumps(added_up([*self.before, *families])).encode(), 1)
+    def write(self, families: Families):
+        data = zlib.compress(json.dumps(added_up([self.before, families])).encode(), 1)
         (last, *_), (_, _, at) = self.halves(self.number)
         if len(data) <= self.HALF - self.HEAD.size:
             self.memory[at:at + len(data)] = data
             self.HEAD.pack_into(self.memory, at - self.HEAD.size, last + 1, len(data))
 
-    def families(self) -> List[Family]:
+    def families(self) -> Families:
         """Returns what all have counted."""
-        return added_up(chain.from_iterable(map(self.read, range(self.workers))))
+        return added_up(map(self.read, range(self.workers)))
 
 
-def added_up(rows: Iterable[Sequence[Any]]) -> List[Family]:
-    """Returns one Family of each name, with the sum of its samples."""
-    found: Dict[str, Family] = {}
-    for name, kind, what, samples in rows:
-        family = found.setdefault(name, Family(name, kind, what, {}))
-        for labels, value, *end in samples:
-            key = labels, *end
-            family.samples[key] = plus(family.samples.get(key, 0), value)
-    return [one._replace(samples=[(labels, value, *end) for (labels, *end), value
-                                  in one.samples.items()]) for one in found.values()]
+def added_up(parts: Iterable[Families]) -> Families:
+    """Returns the sums of samples."""
+    found = defaultdict(dict)
+    for families in parts:
+        for name, samples in families.items():
+            for end, value in samples:
+                found[name][end] = plus(found[name].get(end, 0), value)
+    return {name: list(samples.items()) for name, samples in found.items()}
 
 
 def plus(one, other):
@@ -16267,14 +16264,14 @@ class Pages:
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
         own = proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)
-        for family in [*self.count(), *own]:
-            for line in family.lines():
+        for name, samples in {**self.count(), **own}.items():
+            for line in metric_lines(name, samples):
                 lines.append(line)
                 if len(lines) % self.MANY_LINES == 0:
                     await asyncio.sleep(0)
         reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
 
-    def count(self) -> List[Family]:
+    def count(self) -> Families:
         """Returns what this process has counted, with other workers what all have."""
         proxy = self.proxy
         families = proxy.watchers.families(proxy.routes, proxy.books, proxy.limits.buckets)
