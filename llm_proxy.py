@@ -7162,7 +7162,7 @@ class Unmasking(Edit):
     IN_NO_STRING = b"\xef\xbb\xbf \t\r\n,:[]{}0123456789+-.truefalsEnNIity"  # characters of JSON
     sliced = False        # a part of it went on,
     is_text = False       # or of what is none
-    prefix = b""          # with which a slice begins that begins in a string: its quote, and a key
+    prefix = b""          # of a slice that begins in a string: its quote, or a key and JSON
     depth = 0             # of the probabilities in which a slice begins
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
@@ -7281,25 +7281,39 @@ class Unmasking(Edit):
 
     def end_of_slice(self, data):
         """Returns where a slice ends, in which no value goes on, and the prefix of the next one."""
+        before = len(self.prefix)
+        data = self.prefix + data
         plain = without_escapes(data)
         start = plain.rfind(b'"') + 1
-        if start and plain.count(b'"') % 2 == bool(self.prefix):  # it ends in no string
+        if start and plain.count(b'"') % 2 == 0:  # it ends in no string
             # Of the last one, which may be a key
             begin = self.begin_of_string(data, plain.rfind(b'"', 0, start - 1))
-            return begin if begin > 0 else start, b""
+            return (begin if begin > before else start) - before, b""
         text = data[start:].decode("utf-8", "surrogateescape")
+        said = self.settled(text)
+        begin = self.begin_of_string(data, start - 1)
+        if start > before and (not said or before < begin < start - 1):
+            return (begin if begin > before else start - 1) - before, b""
+        end = start + len(said.encode("utf-8", "surrogateescape")) - before
+        if end <= 0:
+            return 0, self.prefix
+        if self.restorer.before_json.search(data, max(0, start - 64), start) or (
+                start > before and MAY_BE_JSON.match(text[:99].replace("\\", ""))):
+            return end, self.prefix_of_json(said)
+        return end, b'"' if start else b""
+
+    def settled(self, text):
+        """Returns what of a text cannot become something else with what follows, as it is spelled
+        in JSON."""
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
-        if escape:
-            said = said[:escape.start(1)]
-        begin = self.begin_of_string(data, start - 1)
-        if start and (not said or 0 < begin < start - 1):
-            return begin or start - 1, b""
-        prefix = b'"' if start else self.prefix
-        if start and MAY_BE_JSON.match(text[:99].replace("\\", "")) or (
-                self.restorer.before_json.search(data, max(0, start - 64), start)):
-            prefix = b'"%b":"' % self.dialect.JSON_TEXTS[0].encode()
-        return start + len(said.encode("utf-8", "surrogateescape")), prefix
+        return said[:escape.start(1)] if escape else said
+
+    def prefix_of_json(self, spelled):
+        """Returns that of a slice that begins in a string that is JSON, of which so much passed."""
+        opened = json_before(read_string('"%s"' % spelled)) if self.restorer.redactor else ""
+        return b'"%b":"%b' % (
+            self.dialect.JSON_TEXTS[0].encode(), spell_string(opened)[1:-1].encode())
 
     def begin_of_string(self, data, begin):
         """Returns where one begins, with its key where that tells that it is JSON."""

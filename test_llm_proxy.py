@@ -5815,16 +5815,17 @@ class UnmaskingTest(ProxyCase):
     def test_in_parts_too_a_number_of_a_tool_call_stays_and_its_strings_are_masked(self):
         said = {"n": 4111111111111111, "to": "bob@corp.com", "card": "4111111111111111"}
         shown = {**said, "to": "[[EMAIL]]", "card": "[[CARD]]"}
-        for size, step in self.each(((9, 16384), (20_000, 16384), (8631, 1448))):
+        for size, times, step in self.each((
+                (9, 1, 16384), (20_000, 1, 16384), (8631, 1, 1448), (9, 999, 1448))):
             message = {"content": size * "w ", "tool_calls": [{"function": {
-                "name": "f", "arguments": json.dumps(said)}}]}
+                "name": "f", "arguments": json.dumps([said] * times)}}]}
             data = json.dumps({"choices": [{"message": message}]}).encode()
             masks = self.masks()
             masks.redactor = llm_proxy.Redactor(KINDS)
             found = json.loads(self.unmask(
                 "chat", data, step, answers=True, events=False, masks=masks))
             call_of, = found["choices"][0]["message"]["tool_calls"]
-            self.assertEqual(json.loads(call_of["function"]["arguments"]), shown)
+            self.assertEqual(json.loads(call_of["function"]["arguments"]), [shown] * times)
 
     def test_of_an_event_of_any_size_a_slice_is_looked_at_at_once(self):
         """Of a text in it that goes on, too; and nothing of it is passed over."""
