@@ -12783,88 +12783,71 @@ class RedisReader:
     MOST_DEPTH = 4         # of arrays in arrays
     LINE_BYTES = 8192
     COUNT = re.compile(rb"0|[1-9][0-9]{0,8}|-1")
-    NUMBER = re.compile(rb"[+-]?[0-9]{1,19}")
-    taken = 0              # bytes of the reply that is begun
+    NUMBERS = {b"$": COUNT, b"*": COUNT, b":": re.compile(rb"[+-]?[0-9]{1,19}")}
+    INCOMPLETE = object()  # is yielded where more has to come first
 
     def __init__(self):
         self.data = bytearray()
-        self.open = []  # arrays with how long they will be
+        self.place = 0  # where the next thing begins
+        self.size = 0   # of the reply so far
+        self.replies = self.read_all()
 
     def feed(self, data: bytes) -> List[RedisReply]:
         """Returns the replies that are whole now. Raises RedisFault."""
+        del self.data[:self.place]
+        self.place = 0
         self.data += data
-        replies = []
-        place = 0
-        for value, end in iter(lambda: self.read_one(place), None):
-            self.taken += end - place
-            place = end
-            is_begun = self.open and value is self.open[-1][0]
-            if not is_begun and self.complete(value, replies):
-                self.taken = 0
-        del self.data[:place]
-        if self.taken + len(self.data) > self.MOST_BYTES:
-            raise RedisFault("sends too long a reply")
-        return replies
+        return list(iter(partial(next, self.replies, self.INCOMPLETE), self.INCOMPLETE))
 
-    def complete(self, value, replies):
-        """Puts a value where it belongs, and arrays that it completes; returns whether that was the
-        end of a reply."""
-        while self.open:
-            items, size = self.open[-1]
-            items.append(value)
-            if len(items) < size:
-                return False
-            self.open.pop()
-            value = items
-        replies.append(value)
-        return True
+    def read_all(self):
+        while True:
+            self.size = 0
+            yield (yield from self.read_one(0))
 
-    def read_one(self, place):
-        """Returns (value, its end), None where it has not come whole. An array has only begun."""
-        data = self.data
-        end = data.find(b"\r\n", place, place + self.LINE_BYTES)
-        if end < 0:
-            if len(data) - place >= self.LINE_BYTES:
-                raise RedisFault("sends too long a line")
-            return None
-        kind, line = data[place:place + 1], bytes(data[place + 1:end])
-        end += 2
-        if kind == b"$":
-            return self.read_text(self.count(line), end)
-        if kind == b"*":
-            return self.begin_array(self.count(line)), end
+    def read_one(self, depth):
+        line = yield from self.read_line()
+        kind, text = line[:1], line[1:]
         if kind == b"-":
-            return RedisFault.read(line), end
+            return RedisFault.read(text)
         if kind == b"+":
-            return line, end
-        if kind != b":" or not self.NUMBER.fullmatch(line):
+            return text
+        if kind not in self.NUMBERS or not self.NUMBERS[kind].fullmatch(text):
             raise RedisFault("does not speak RESP2")
-        return int(line), end
-
-    def count(self, line):
-        if not self.COUNT.fullmatch(line):
-            raise RedisFault("does not speak RESP2")
-        return int(line)
-
-    def read_text(self, size, start):
-        if size < 0:
-            return None, start
-        if size > self.MOST_BYTES:
-            raise RedisFault("sends too long a reply")
-        end = start + size
-        if len(self.data) < end + 2:
+        number = int(text)
+        if kind == b":":
+            return number
+        if number < 0:
             return None
-        if self.data[end:end + 2] != b"\r\n":
-            raise RedisFault("does not speak RESP2")
-        return bytes(self.data[start:end]), end + 2
-
-    def begin_array(self, size):
-        if size <= 0:
-            return None if size else []
-        if len(self.open) >= self.MOST_DEPTH:
+        if kind == b"$":
+            return (yield from self.take(number))
+        if depth == self.MOST_DEPTH:
             raise RedisFault("sends too deep a reply")
-        self.open.append(([], size))
-        return self.open[-1][0]
+        items = []
+        for _ in range(number):
+            items.append((yield from self.read_one(depth + 1)))
+        return items
+
+    def read_line(self):
+        while True:
+            end = self.data.find(b"\r\n", self.place, self.place + self.LINE_BYTES)
+            if end >= 0:
+                return (yield from self.take(end - self.place))
+            if len(self.data) - self.place >= self.LINE_BYTES:
+                raise RedisFault("sends too long a line")
+            yield self.INCOMPLETE
+
+    def take(self, size):
+        """Returns so many bytes, after which a line ends."""
+        self.size += size + 2
+        if self.size > self.MOST_BYTES:
+            raise RedisFault("sends too long a reply")
+        while len(self.data) < self.place + size + 2:
+            yield self.INCOMPLETE
+        start, end = self.place, self.place + size
+        self.place = end + 2
+        if self.data[end:self.place] != b"\r\n":
+            raise RedisFault("does not speak RESP2")
+        return bytes(self.data[start:end])
 
 
 RedisPart = Union[bytes, str, int]
