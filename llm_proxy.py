@@ -12877,16 +12877,6 @@ class RedisScript:
         return [*how, len(keys), *keys, *arguments]
 
 
-class Asked:
-    """A command on its way. `answer` is told the reply, or a RedisFault. Without `answer` the
-    command is sent again where it may be lost."""
-    sent = 0.0
-
-    def __init__(self, data: bytes, answer: Optional[Callable[[RedisReply], None]]):
-        self.data = data
-        self.answer = answer
-
-
 class ListeningTime:
     """Tells the time that passes while the loop listens: it nearly stands still while something
     holds the loop, or while the machine gives this process no turn, so that no answer is called
@@ -12897,10 +12887,10 @@ class ListeningTime:
     held = 0.0
     due = inf            # the next step
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: asyncio.AbstractEventLoop, look: Callable[[], bool]):
+        """`look` is called at each step, and tells whether somebody goes on waiting."""
         self.loop = loop
-        # Are called at each step; tell whether they go on waiting.
-        self.waits = []
+        self.look = look
 
     def now(self) -> float:
         now = self.loop.time()
@@ -12915,7 +12905,7 @@ class ListeningTime:
     def step(self):
         self.held = self.loop.time() - self.now()
         self.due = inf
-        if any([wait() for wait in self.waits]):
+        if self.look():
             self.run()
 
 
@@ -12924,7 +12914,7 @@ class Redis(asyncio.Protocol):
     write, and answers come in that order. It is away from the moment it is refused, cut, silent
     for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
     it is `available` again when all of these went well."""
-    ANSWER_SECONDS = 0.07    # that a call waits for an answer
+    ANSWER_SECONDS = 0.08    # that a call waits for an answer
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -12940,6 +12930,7 @@ class Redis(asyncio.Protocol):
     lost: Optional[asyncio.Future] = None     # of that the connection is no more,
     reason: Optional[RedisFault] = None       # and why
     flushing = False
+    is_late = False                           # a call has waited in vain, since the last answer
     late_times = 0
     dropped = 0                               # commands and charges that were never sent
 
@@ -12958,20 +12949,21 @@ class Redis(asyncio.Protocol):
         self.on_return = []
         self.on_leave = []      # are told why, also of each try that failed
         self.on_flush = []      # ask what has waited for the end of a pass
-        self.unsent = []        # of Asked
-        self.asked = deque()    # of Asked
+        # Commands with what is told of the reply, or of a fault; those without are sent again.
+        self.unsent = []
+        self.asked = deque()    # and when each was sent
         self.waiting = deque()  # commands, as they are sent
-        self.listening = ListeningTime(loop)
-        self.listening.waits.append(self.look)
+        self.waits = deque()    # futures of calls that wait, after until when each does
+        self.listening = ListeningTime(loop, self.look)
 
     # -- for everyone, on the loop
 
     async def call(self, *parts: RedisPart) -> RedisReply:
         """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS at the latest,
         though the reply may come yet."""
-        if not self.available:
-            raise RedisFault("is away")
-        return await self.ask_first(*parts, seconds=self.ANSWER_SECONDS)
+        if not self.available or self.is_late:
+            raise RedisFault("answers late" if self.is_late else "is away")
+        return await self.ask_first(*parts, is_bounded=True)
 
     def send(self, *parts: RedisPart):
         """Has a command done, now or when Redis is there again; never waits. Where a connection is
@@ -12981,26 +12973,27 @@ class Redis(asyncio.Protocol):
         else:
             self.keep(redis_command(parts))
 
-    async def ask_first(self, *parts: RedisPart, seconds: Optional[float] = None) -> RedisReply:
-        """Does what `call` does, also before it is available, for as long as that takes where no
-        `seconds` are given."""
+    async def ask_first(self, *parts: RedisPart, is_bounded: bool = False) -> RedisReply:
+        """Does what `call` does, also before it is available, for as long as that takes unless it
+        `is_bounded`."""
         answered = self.loop.create_future()
-
-        def answer(reply):
-            if not answered.done():
-                answered.set_result(reply)
-
-        self.ask(answer, *parts)
-        await asyncio.wait([answered], timeout=seconds)
-        reply = answered.result() if answered.done() else RedisFault("answers late")
+        self.ask(lambda reply: answered.done() or answered.set_result(reply), *parts)
+        if is_bounded:
+            self.bound(answered)
+        reply = await answered
         if isinstance(reply, RedisFault):
             raise reply
         return reply
 
+    def bound(self, future: asyncio.Future):
+        """Has a future completed, if only by a RedisFault, after ANSWER_SECONDS at the latest."""
+        self.listening.run()
+        self.waits.append((self.listening.now() + self.ANSWER_SECONDS, future))
+
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
         a fault."""
-        one = Asked(redis_command(parts), answer)
+        one = redis_command(parts), answer
         if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
             return self.drop([one])
         self.unsent.append(one)
@@ -13113,7 +13106,7 @@ class Redis(asyncio.Protocol):
             raise self.reason
         self.available = True
         self.late_times = 0
-        self.unsent += [Asked(data, None) for data in self.waiting]
+        self.unsent += [(data, None) for data in self.waiting]
         self.waiting.clear()
         self.flush_soon()
         for act in self.on_return:
@@ -13135,9 +13128,10 @@ class Redis(asyncio.Protocol):
         except RedisFault as fault:
             return self.leave(fault)
         if replies:
+            self.is_late = False
             self.note_lateness()
         for reply in replies:
-            answer = self.asked.popleft().answer
+            _, answer, _ = self.asked.popleft()
             if answer:
                 answer(reply)
 
@@ -13162,14 +13156,12 @@ class Redis(asyncio.Protocol):
         if unsent:
             self.listening.run()
             now = self.listening.now()
-            for one in unsent:
-                one.sent = now
-            self.asked.extend(unsent)
-            self.transport.write(b"".join([one.data for one in unsent]))
+            self.asked.extend([(*one, now) for one in unsent])
+            self.transport.write(b"".join([data for data, _ in unsent]))
 
     def waited(self) -> float:
         """Returns for how many seconds the oldest command has been on its way."""
-        return self.listening.now() - self.asked[0].sent
+        return self.listening.now() - self.asked[0][-1]
 
     def note_lateness(self):
         is_late = self.waited() > self.LATE_SECONDS
@@ -13178,18 +13170,27 @@ class Redis(asyncio.Protocol):
             self.leave(RedisFault("answers late"))
 
     def look(self):
-        """Ends a connection that is silent."""
+        """Ends waiting that took too long, and a connection that is silent."""
+        self.give_up(self.listening.now())
         if self.asked and self.waited() > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
-        return bool(self.asked)
+        return bool(self.asked or self.waits)
+
+    def give_up(self, until=inf):
+        """Ends the waiting of calls that were to wait until then."""
+        while self.waits and (self.waits[0][0] <= until or self.waits[0][1].done()):
+            _, future = self.waits.popleft()
+            if not future.done():
+                self.is_late = True
+                future.set_result(RedisFault("answers late"))
 
     def drop(self, asked):
         """Nothing of it will be answered."""
-        for one in asked:
-            if one.answer:
-                one.answer(RedisFault("is away"))
+        for data, answer, *_ in asked:
+            if answer:
+                answer(RedisFault("is away"))
             else:
-                self.keep(one.data)
+                self.keep(data)
 
     def keep(self, data):
         """Keeps a command until Redis is there."""
@@ -13465,16 +13466,15 @@ return cursor
 
 class Take:
     """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more, which is `until` then. `decided`: its call goes on,
-    and `admitted` tells what was decided here, where it was sent: Redis may have taken it."""
+    `levels`, or is not waited for any more. `decided`: its call goes on, and `admitted` tells what
+    was decided here, where it was sent: Redis may have taken it."""
     levels: Optional[List[Level]] = None
     sent = decided = admitted = False
 
-    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: asyncio.Future, until: float):
+    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: asyncio.Future):
         self.keyed_rules = keyed_rules
         self.costs = costs
         self.future = future
-        self.until = until
 
 
 class Batch:
@@ -13624,7 +13624,6 @@ class RedisBuckets(Buckets):
     MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
     MOST_ACTS = 200           # in one of them
     MOST_KEPT = 20_000        # acts that wait
-    WAIT_SECONDS = 0.08       # of a call, whatever it waits for
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # for what is not answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13657,7 +13656,6 @@ class RedisBuckets(Buckets):
         self.fills = set()                  # callers whose buckets are to be filled
         self.since = {}                     # what was charged after losses, as Redis tells it
         self.takes = deque()    # to be sent
-        self.waiting = deque()  # calls that wait, or did a moment ago
         self.batches = deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
@@ -13670,7 +13668,6 @@ class RedisBuckets(Buckets):
         redis.greetings.append(self.catch_up)
         redis.on_return.append(self.come_back)
         redis.on_leave.append(self.on_leave)
-        redis.listening.waits.append(self.look)
 
     @property
     def is_degraded(self) -> bool:
@@ -13683,15 +13680,13 @@ class RedisBuckets(Buckets):
     # -- what Buckets does
 
     async def take(self, keyed_rules, costs):
-        if self.state == "away":
-            return self.take_here(keyed_rules, costs, None)
         redis = self.redis
-        redis.listening.run()
-        until = redis.listening.now() + self.WAIT_SECONDS
-        one = Take(keyed_rules, costs, redis.loop.create_future(), until)
+        if self.state == "away" or redis.is_late:
+            return self.take_here(keyed_rules, costs, None)
+        one = Take(keyed_rules, costs, redis.loop.create_future())
         self.takes.append(one)
-        self.waiting.append(one)
         redis.flush_soon()
+        redis.bound(one.future)
         await one.future
         one.decided = True
         if one.levels is None:
@@ -13810,7 +13805,7 @@ class RedisBuckets(Buckets):
             try:
                 self.read_answer(batch, *reply.split())
             except (AttributeError, ValueError, StopIteration):  # somebody else has written there
-                self.decide()
+                self.redis.give_up()
                 self.redis.leave(RedisFault("has other things under these names"))
             if not self.charging:  # what there is was too much for one batch
                 self.redis.flush_soon()
@@ -13913,19 +13908,6 @@ class RedisBuckets(Buckets):
                     began=known.rule.began, interval=share.interval))])
         return found
 
-    def look(self):
-        """Has calls decided here that have waited for long enough."""
-        self.decide(self.redis.listening.now())
-        return bool(self.waiting)
-
-    def decide(self, until=inf):
-        """Has calls decided here that were to wait until then."""
-        waiting = self.waiting
-        while waiting and (waiting[0].until <= until or waiting[0].future.done()):
-            one = waiting.popleft()
-            if not one.future.done():
-                one.future.set_result(True)
-
     def on_leave(self, fault):
         """A connection was lost: Redis is away when the next one cannot be had, there or where a
         cluster sends us."""
@@ -13936,7 +13918,7 @@ class RedisBuckets(Buckets):
         elif self.state == "returning" and not fault.moved_to:
             self.state = "away"
             self.on_change("away")
-            self.decide()
+            self.redis.give_up()
 
     # -- when it is back
 

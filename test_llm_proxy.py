@@ -10774,8 +10774,7 @@ class ListeningTimeTest(TableCase):
         clock, steps, answers = Clock(), [], [True, True, True, False]
         loop = types.SimpleNamespace(
             time=clock.monotonic, call_at=lambda due, step: steps.append((due, step)))
-        listening = llm_proxy.ListeningTime(loop)
-        listening.waits = [lambda: answers.pop(0)]
+        listening = llm_proxy.ListeningTime(loop, lambda: answers.pop(0))
         began = listening.now()
         listening.run()
         listening.run()  # it runs already
@@ -11041,7 +11040,7 @@ class InRedis:
         store = llm_proxy.RedisBuckets(self.clock, redis, "test", "share", 1)
         store.room = room
         redis.LATE_SECONDS = redis.SILENT_SECONDS = PATIENCE
-        store.WAIT_SECONDS = store.BEAT_SECONDS = PATIENCE
+        redis.ANSWER_SECONDS = store.BEAT_SECONDS = PATIENCE
         self.set_time()
         redis.start()
         self.addCleanup(lambda: loop.run_until_complete(redis.close()))
@@ -11081,7 +11080,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
         batch = llm_proxy.Batch(store.number + 1, store.describe)
         batch.charge(*pair, 2, 0)
-        batch.take(llm_proxy.Take([pair], costs(3), None, 0))
+        batch.take(llm_proxy.Take([pair], costs(3), None))
         later = llm_proxy.Batch(store.number + 3, store.describe)
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
@@ -11382,7 +11381,7 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
         buckets = self.start_here(limits="each 5 requests per hour")
-        self.assertLess(buckets.WAIT_SECONDS + llm_proxy.ListeningTime.STEP_SECONDS, 0.1)
+        self.assertLess(buckets.redis.ANSWER_SECONDS + llm_proxy.ListeningTime.STEP_SECONDS, 0.1)
         self.assertEqual(self.admitted(1), 1)
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
@@ -11485,7 +11484,8 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_take_that_comes_too_late_is_given_back(self):
         buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
-        with mock.patch.multiple(buckets, WAIT_SECONDS=0, policy="closed"):
+        with mock.patch.object(buckets.redis, "ANSWER_SECONDS", 0), mock.patch.object(
+                buckets, "policy", "closed"):
             self.redis.process.send_signal(signal.SIGSTOP)
             self.assert_status(503)
             self.redis.process.send_signal(signal.SIGCONT)
@@ -11495,7 +11495,7 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_decided_here_goes_by_what_was_seen_last(self):
         buckets = self.start_here(limits="each 3 requests per hour")
         for late, in_time in self.each("""[[1, 2], [0, 0]]"""):
-            with mock.patch.object(buckets, "WAIT_SECONDS", 0):
+            with mock.patch.object(buckets.redis, "ANSWER_SECONDS", 0):
                 self.redis.process.send_signal(signal.SIGSTOP)
                 self.assert_admitted(late, 1)
                 self.redis.process.send_signal(signal.SIGCONT)
