@@ -3931,6 +3931,7 @@ class Call:
     length = None      # until it is asked for
     masked: Optional[JsonObject] = None  # the payload without what must not leave,
     masks: Optional["Masks"] = None      # and what stands for that
+    withheld = False  # another call is to settle what the answer tells of
     on_made = None  # a callback that is told the names of what was made
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
@@ -14449,8 +14450,10 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
 # Returns a bill, 0 where another process is about to charge it: KEYS are the bill and who is from
 # now on, ARGV that process and for how many seconds.
 LUA_CLAIM = """
-local bill = redis.call('GET', KEYS[1])
-return bill and (redis.call('SET', KEYS[2], ARGV[1], 'NX', 'EX', ARGV[2]) and bill or 0)
+local bill, holder = redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])
+if bill and holder and holder ~= ARGV[1] then return 0 end
+if bill then redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2]) end
+return bill
 """
 LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
 
@@ -14470,9 +14473,8 @@ class SharedStored(Stored):
         self.redis = redis
         self.prefix = prefix
         self.clock = clock
-        self.polls = {}  # bills that calls which run ask about
-        # Bills that are claimed here; completed when Redis has said whether they are.
-        self.claims = {}
+        self.polls = {}       # names of bills, by the calls that ask for them
+        self.claimed = set()  # of these, those that are charged here
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14489,20 +14491,21 @@ class SharedStored(Stored):
 
     async def recall(self, call: Call, method: str, owner: CallerKey):
         """Finds out what is not known here of the things that a call speaks of, and has the bill
-        claimed whose answer its caller may ask for. Raises AskedElsewhere."""
+        claimed whose answer its caller may ask for. Raises AskedElsewhere; what cancels is not put
+        off, but its answer is withheld."""
         names, path = call.references(), call.stored
         if path and path.name:
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
-        ignored = [RedisFault, ValueError, TypeError, LookupError]
-        if method != "GET":
-            ignored.append(AskedElsewhere)  # what cancels is not put off
-        with suppress(*ignored):
+        with suppress(RedisFault, ValueError, TypeError, LookupError):
             if unknown:
                 await self.find_things(unknown)
-            name = self.redis.available and self.bill_name(call)
+            name = self.bill_name(call)
             if name and (self.policy == "pass" or self.things[name].owner == owner):
-                await self.claim_bill(call, name)
+                is_ours = await self.claim_bill(call, name)
+                call.withheld = not is_ours and method != "DELETE"  # which tells of no answer
+        if call.withheld and method == "GET":
+            raise AskedElsewhere
 
     async def find_things(self, names):
         found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
@@ -14522,37 +14525,21 @@ class SharedStored(Stored):
             list(call.made), bill.characters, call.endpoint])
 
     async def claim_bill(self, call, name):
-        """Waits for the claim that all calls share which ask here for one answer. Raises
-        AskedElsewhere."""
+        """Returns whether no other process is about to charge a bill."""
         self.polls[call] = name
-        claim = self.claims.get(name)
-        if claim is None:
-            claim = self.claims[name] = self.redis.loop.create_future()
-            self.redis.ask(partial(self.on_claim, name), "EVAL", LUA_CLAIM, 2,
-                           self.key("bill", name), self.key("claim", name),
-                           self.redis.process, self.LEASE_SECONDS)
         try:
-            await asyncio.wait([claim], timeout=self.redis.ANSWER_SECONDS)
-            if claim.done() and claim.result() == 0:
-                raise AskedElsewhere
-        except (asyncio.CancelledError, AskedElsewhere):
+            reply = await self.redis.call(
+                "EVAL", LUA_CLAIM, 2, self.key("bill", name), self.key("claim", name),
+                self.redis.process, self.LEASE_SECONDS)
+        except asyncio.CancelledError:
             self.end_poll(call)
             raise
-
-    def on_claim(self, name, reply):
-        """Keeps a bill that is claimed now, though the calls that asked may have ended."""
-        with suppress(ValueError, TypeError, LookupError):
+        if reply and name not in self.claimed:
             self.bills[name] = self.read_bill(*json.loads(reply))
-        self.claims[name].set_result(reply)
-        if name not in self.bills:
-            del self.claims[name]
-            if reply:
-                self.release(name)
-        elif name not in self.polls.values():
-            self.end_claim(name)
-
-    def release(self, name):
-        self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
+            self.claimed.add(name)
+        elif reply == 0:
+            self.end_poll(call)
+        return reply != 0
 
     def read_bill(self, keys, costs, taken, dialect, models, made, characters, endpoint):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
@@ -14570,21 +14557,20 @@ class SharedStored(Stored):
     def end_poll(self, call):
         """What calls have not settled when the last of them ends waits for the next one."""
         name = self.polls.pop(call, None)
-        if name in self.claims and self.claims[name].done() and name not in self.polls.values():
-            self.end_claim(name)
-
-    def end_claim(self, name):
-        del self.claims[name]
+        if not name or name in self.polls.values():
+            return
         if name in self.bills:
             self.owe(name, self.bills.pop(name))
-        else:
+        elif name in self.claimed:
             self.redis.send("DEL", self.key("bill", name))
-        self.release(name)
+        self.claimed.discard(name)
+        # Also where Redis has not answered: it may have given the claim.
+        self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
     def beat(self):
         """Renews the leases; to be called every second."""
         if self.redis.available:
-            for name in self.claims:
+            for name in self.claimed:
                 self.redis.send("EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
 
 
@@ -15370,6 +15356,8 @@ class Proxy:
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
         if response.status < 300 and reply.call.makes_things():
             reply.call.on_made = partial(self.note_made, entry, response.address.name)
+        if reply.call.withheld:
+            raise AskedElsewhere
         ending = "ok"
         entry.held_up += self.loop.time() - reply.context.since
         if reply.early:

@@ -12145,16 +12145,18 @@ class SharedStoredTest(ProxyCase):
     USED = {"usage": {"input_tokens": 20, "output_tokens": 3000}}
 
     def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
-        redis = self.start_owing()
-        in_time = llm_proxy.Redis.ANSWER_SECONDS
-        for place, told, left, seconds in self.each((
-                (1, {"status": "queued"}, 99500, in_time), (0, {"usage": None}, 99500, in_time),
-                (0, self.USED, 99500, 0),  # Redis has not told of the bill in time
-                (1, self.USED, 96980, in_time), (0, self.USED, 96980, in_time))):
+        redis, ask = self.start_owing(), llm_proxy.Redis.call
+
+        async def late(*arguments):
+            await ask(*arguments)
+            raise llm_proxy.RedisFault("answers late")
+        for place, told, left, answer in self.each((
+                (1, {"status": "queued"}, 99500, ask), (0, {"usage": None}, 99500, ask),
+                (0, self.USED, 99500, late), (1, self.USED, 96980, ask),
+                (0, self.USED, 96980, ask))):
             wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 96980, "the bill")
-            self.stub.answer, proxy = says_json(told), self.proxies[place]
-            with mock.patch.object(proxy.redis, "ANSWER_SECONDS", seconds), mock.patch.object(
-                    proxy.stored, "MOST_NAMES", 200 if seconds else 0):
+            self.stub.answer = says_json(told)
+            with mock.patch.object(llm_proxy.Redis, "call", answer):
                 self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
             wait_for(lambda: self.left(redis) == [b"%d" % left], left)
             wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
@@ -12216,7 +12218,6 @@ class SharedStoredTest(ProxyCase):
         self.stub.answer = says_json({"id": "eval_1"})
         self.ask_at(1, "POST", "/v1/evals", b"{}", key="sk-b")
         for key, method, path, status in self.each("""
-                sk-a -> POST -> responses/resp_1/cancel -> 200
                 sk-a -> GET -> responses/resp_1/input_items -> 200
                 sk-a -> DELETE -> responses/resp_1 -> 200
                 sk-b -> GET -> responses/resp_1 -> 404
@@ -12231,6 +12232,22 @@ class SharedStoredTest(ProxyCase):
         self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
         wait_for(lambda: self.left(redis) == [b"96980"])
         wait_for(lambda: not any(proxy.stored.polls for proxy in self.proxies))
+
+    def test_what_cancels_meanwhile_is_done_and_its_answer_is_withheld_until_it_is_charged(self):
+        redis = self.start_owing()
+        self.stub.answer = None
+        self.address = self.addresses[0]
+        client, asked = self.ask_stub(self.POLL)
+        self.stub.answer = says_json(self.USED)
+        for status, left in self.each(((409, b"99500"), (200, b"96980"))):
+            before = self.stub.calls
+            told = self.ask_at(1, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
+            self.assertEqual((told.status, self.stub.calls - before), (status, 1))
+            self.assertEqual(b"3000" in told.body, status == 200)
+            wait_for(lambda: self.left(redis) == [left])
+            client.close()
+            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
+        self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
 
     def test_a_claim_is_renewed_while_a_call_asks_and_ends_with_the_process(self):
         redis = self.start_owing()
