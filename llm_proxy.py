@@ -3885,6 +3885,7 @@ SSE = EventFraming(
     (b"\n\n", b"\n\r", b"\r\r"))
 # Each line is an event.
 NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
+LINES_OF_JSON = NDJSON.content_type, "application/stream+json"  # the latter is Cohere's
 JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",), (b"}",))
 
 
@@ -4793,7 +4794,7 @@ class Dialect:
     def ends_block(self, payload: JsonObject, block: Block) -> bool:
         """Returns whether an event ends a block of text."""
         kind = payload.get(self.LAST_KEY)
-        if kind in self.LAST_TYPES or payload.get("error"):
+        if kind in self.LAST_TYPES or payload.get("error") or payload.get("is_finished"):
             return True
         if type(kind) is str and self.BLOCK_END.search(kind):
             pairs = zip(self.block_numbers(payload), block[0])
@@ -5204,7 +5205,7 @@ class OpenAI(Dialect):
         choices.delta.reasoning_details.summary choices.delta.audio.transcript choices.delta.refusal
         choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta
         choices.delta.tool_calls.custom.input delta.content.text.value
-        content token.text delta.message.content.text delta.message.content.thinking
+        content text token.text delta.message.content.text delta.message.content.thinking
         delta.message.tool_calls.function.arguments"""  # llama.cpp's, TGI's and Cohere's own
     BLOCK_NUMBERS = "output_index content_index summary_index".split()
     BLOCK_END = re.compile(r"\.done$")
@@ -14901,13 +14902,19 @@ class Reply:
         if not is_read or encoding != IDENTITY:
             masks.pass_opaque(UpstreamFailed("its answer cannot be read"))
             return reader
-        events = call.dialect.events if streamed else JSON_ARRAY if call.stream else None
+        events = call.dialect.events if streamed else self.other_events(kind)
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
         edit = Unmasking(call.dialect, events, restorer)
         if reader is None:
             return Editor(events, [edit])
         reader.add_edit(edit, events)
         return reader
+
+    def other_events(self, kind):
+        """Returns how a stream is cut that is not of its API's type, None where it is none."""
+        if not self.call.stream:
+            return None
+        return NDJSON if kind.startswith(LINES_OF_JSON) else JSON_ARRAY
 
     def adapt(self, response, has_events, reader):
         """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or

@@ -5280,6 +5280,8 @@ TEXT_STREAMS = [
        '{"event_type": "step.stop", "index": N}') for key in ("text", "arguments")],
     ("own", '{"content": TEXT, "stop": false}', '{"content": "", "stop": true}'),  # llama.cpp
     ("own", '{"token": {"id": 1, "text": TEXT}, "index": 7}', ""),  # TGI
+    ("own", '{"event_type": "text-generation", "text": TEXT, "is_finished": false}',
+     '{"event_type": "stream-end", "is_finished": true, "response": {}}'),  # Cohere
     *[("ollama", '{"done": false, %s}' % said, end) for said, end in [
         ('"message": {"role": "assistant", "content": TEXT}', '{"done": true}'),
         ('"response": TEXT', '{"response": "", "done": true}')]]]
@@ -5963,6 +5965,17 @@ class RedactedAnswersTest(ProxyCase):
         found = [json.loads(one[6:]) for one in rest.body.split(b"\n\n") if one]
         self.assertEqual(UnmaskingTest.said(found), {
             ("choices", 0, "delta", "content"): "a [["})
+
+    def test_the_rest_of_a_text_comes_before_what_ends_it_in_lines_of_any_kind(self):
+        lines = [{"text": "to [[EMA", "is_finished": False}, {"text": "IL_1]] [", "is_finished":
+                 False}, {"is_finished": True, "response": {"text": "to [[EMAIL_1]] ["}}]
+        for kind in self.each(("application/stream+json", "application/x-ndjson")):
+            told = self.told(says(lines_of(*lines), "200 OK", "Content-Type: " + kind),
+                             "/v1/chat", model="m", stream=True)
+            found = [json.loads(line) for line in told.body.splitlines()]
+            self.assertEqual([one.get("text") for one in found],
+                             ["to ", self.MAIL + " ", "[", None])
+            self.assertEqual(found[-1]["response"]["text"], "to %s [" % self.MAIL)
 
     def test_lines_of_json_and_arrays_are_streams_as_well(self):
         lines = [{"response": "to [[EMA", "done": False}, {"response": "IL_1]]", "done": True}]
