@@ -2831,7 +2831,6 @@ def kind_of_text(text):
     return 2 if rare * 2 > len(data) else 1
 
 
-ONLY_TEXTS, ONLY_OBJECTS = {str}, {dict}
 NUMBERS = frozenset((int, float))
 
 
@@ -2845,28 +2844,8 @@ def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: Fr
     `plain` names alone. Third comes the kind of the longest text."""
     texts, media = [], []
     rest = 0
-    level = [value for key, value in payload.items() if key != skip]
-    while level:
-        kinds = set(map(type, level))
-        if kinds == ONLY_TEXTS:  # the last level of nearly all
-            texts += level
-            break
-        if kinds == ONLY_OBJECTS and all(map(plain.issuperset, level)):
-            level = list(chain.from_iterable(map(dict.values, level)))
-        else:
-            level, more = look_through(level, plain, names, media_texts, texts, media)
-            rest += more
-    weight = text_weight(" ".join(texts)) + (rest + 1 if texts else rest)
-    kind = kind_of_text(max(texts, key=len)) if texts else 0
-    return weight - 1 if weight else 0, media, kind
-
-
-def look_through(level, plain, names, media_texts, texts, media):
-    """Adds what is found in a level of a payload to `texts` and `media`; returns the level below,
-    and the weight of what is neither."""
-    below = []
-    rest = 0
-    for value in level:
+    values = [value for key, value in payload.items() if key != skip]
+    for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
             texts.append(value)
@@ -2874,18 +2853,19 @@ def look_through(level, plain, names, media_texts, texts, media):
             if NUMBERS.issuperset(map(type, value)):
                 rest += CHARACTERS_PER_TOKEN * len(value)
             else:
-                below += value
+                values += value
+        elif kind is CutText:
+            rest += value.size + 1
         elif kind is dict:
             if not plain.issuperset(value):
                 found = media_texts(value)
                 if found is not None:
                     media.append(text_weight(" ".join(found)))
                     continue
-                below += [key for key in value if key not in names]
-            below += value.values()
-        elif kind is CutText:
-            rest += value.size + 1
-    return below, rest
+                texts += [key for key in value if key not in names]
+            values += value.values()
+    weight = text_weight(" ".join(texts)) + (rest + 1 if texts else rest)
+    return max(0, weight - 1), media, kind_of_text(max(texts, key=len, default=""))
 
 
 class Usage(NamedTuple):
@@ -3106,42 +3086,41 @@ class Prices:
         return total if total < MAX_COST else MAX_COST, True
 
 
+HabitName = Union[str, Tuple[str, int]]
+
+
 class Habits:
-    """What calls were seen to use: means of the last MEMORY. A ratio is the weight of text for a
-    token, `hidden` the share of output that nobody sees, `peak` the output that but one in twenty
-    of the `recent` calls exceeded that do not limit it."""
-    __slots__ = "calls input_ratio output_ratio hidden peak recent".split()
+    """What calls were seen to use, by name: (calls that showed it, what it was in the last MEMORY).
+    That is the share of output that nobody sees, `hidden`; the weight of text for a token, by
+    (side, kind of text); and `peak`, the output that but one in twenty of the `recent` calls
+    exceeded that do not limit it."""
+    __slots__ = "calls known recent".split()
     MEMORY = 20
 
     def __init__(self):
         self.calls = 0
-        self.input_ratio: Optional[float] = None
-        self.output_ratio: Optional[float] = None
-        self.hidden = 0.0
-        self.peak: Optional[int] = None
+        self.known: Dict[HabitName, Tuple[int, float]] = {}
         self.recent = array.array("q")
 
-    def move(self, name: str, value: float):
-        """Moves a mean; the first calls count fully."""
-        before = getattr(self, name)
-        if before is None:
-            before = value
-        setattr(self, name, before + (value - before) / min(self.calls, self.MEMORY))
+    def move(self, name: HabitName, value: float):
+        """Moves a mean; the first values count fully."""
+        count, mean = self.known.get(name, (0, 0.0))
+        count = min(count + 1, self.MEMORY)
+        self.known[name] = count, mean + (value - mean) / count
 
     def note_output(self, tokens: int):
-        recent = self.recent
-        recent.append(tokens)
-        if len(recent) > self.MEMORY:
-            oldest = recent.pop(0)
-            if tokens == oldest or (tokens <= self.peak and oldest < self.peak):
-                return  # the largest of them are as before
-        self.peak = sorted(recent)[-1 - len(recent) // 20]
+        self.recent.append(tokens)
+        count = len(self.recent)
+        if count > self.MEMORY:
+            count = self.MEMORY
+            del self.recent[0]
+        self.known["peak"] = count, sorted(self.recent)[-1 - count // 20]
 
 
 class ModelHabits:
-    """The habits of a model's callers with one kind of text, each for itself, so that nobody
-    teaches what others pay. Who has made few calls yet is taken for the one in the middle of all,
-    within bounds."""
+    """The habits of a model's callers, each for itself, so that nobody teaches what others pay.
+    What a caller has shown in few calls yet is taken for the one in the middle of all, within
+    bounds."""
     CALLERS = 50
     FEW = 3
     OWN_RATIOS = 0.5, 8
@@ -3149,26 +3128,24 @@ class ModelHabits:
 
     def __init__(self):
         self.callers: "OrderedDict[CallerKey, Habits]" = OrderedDict()
-        self.usual = Habits()
+        self.usual: Dict[HabitName, float] = {}
 
-    def of(self, caller: CallerKey) -> Habits:
+    def expect(self, caller: CallerKey, name: HabitName, default: float = 0) -> float:
         """Returns what to expect of a caller."""
         own = self.callers.get(caller)
-        return own if own and own.calls >= self.FEW else self.usual
-
-    def peak(self, caller: CallerKey) -> int:
-        return self.of(caller).peak or self.usual.peak or 0
+        count, value = own.known.get(name, (0, 0)) if own else (0, 0)
+        return value if count >= self.FEW else self.usual.get(name, default)
 
     def refresh(self):
         """Finds the one in the middle again."""
-        for name in "input_ratio output_ratio hidden peak".split():
-            known = sorted([getattr(one, name) for one in self.callers.values()
-                            if getattr(one, name) is not None])
-            if known:
-                usual = known[len(known) // 2]
-                if name.endswith("_ratio"):
-                    usual = clamp(usual, self.OTHERS_RATIOS)
-                setattr(self.usual, name, usual)
+        found = defaultdict(list)
+        for one in self.callers.values():
+            for name, (_, value) in one.known.items():
+                found[name].append(value)
+        for name, values in found.items():
+            usual = sorted(values)[len(values) // 2]
+            is_ratio = type(name) is tuple
+            self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if is_ratio else usual
 
 
 def clamp(value, bounds):
@@ -3194,38 +3171,28 @@ class CostEstimator:
         self.reserve = config.response_token_reserve
         self.media_tokens = config.image_tokens
         self.units = units
-        # by the name of the model, and the kind of text
-        self.models: "OrderedDict[Tuple[str, int], ModelHabits]" = OrderedDict()
+        self.models: "OrderedDict[str, ModelHabits]" = OrderedDict()  # by folded name
         self.unknown = ModelHabits()
         self.plain = self.costs(Usage(), 0, 0, 1)
         self.needs_price = "usd" in units
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
 
-    @staticmethod
-    def model_key(call):
-        """Returns what the habits of a call's model are found by. Where rules count no tokens, no
-        text is looked at for them."""
-        return fold_model(call.upstream_model), call.length[2] if call.length else 0
-
     def habits(self, call):
-        return self.models.get(self.model_key(call), self.unknown)
+        return self.models.get(fold_model(call.upstream_model), self.unknown)
 
     def estimate(self, call: "Call", caller: CallerKey) -> Tuple[Costs, Costs]:
         """Returns what to hold for a call, and how much of that is not learned."""
         limit, outputs = call.output_limit()
         output = self.reserve if limit is None else limit
-        length = call.prompt_length()  # first: it tells the kind of text, which habits go by
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.tokens_of(length, CHARACTERS_PER_TOKEN)
+            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
             estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
-        habits = self.habits(call)
-        own = habits.of(caller)
-        prompt = self.tokens_of(length, own.input_ratio or CHARACTERS_PER_TOKEN)
+        prompt = self.estimated_input(call, caller)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
-            peak = habits.peak(caller) or self.last_peak(caller)
+            peak = self.habits(call).expect(caller, "peak") or self.last_peak(caller)
             if peak > output:
                 held = self.held(call, prompt, peak * outputs, estimate)
         return held, least
@@ -3234,28 +3201,28 @@ class CostEstimator:
         """Returns the output to expect of a model that nobody knows: what those said that were
         called last, as a server may answer to any name."""
         models = islice(reversed(self.models.values()), 8)
-        return max([model.peak(caller) for model in models], default=0)
+        return max([model.expect(caller, "peak") for model in models], default=0)
 
     def held(self, call, prompt, output, estimate):
-        output = min(output, MAX_TOKENS_PER_CALL)
+        used = Usage(prompt, min(output, MAX_TOKENS_PER_CALL))
         picodollars = 0
         if self.needs_price:
             # A cheaper tier that is asked for is not always what serves.
-            picodollars = max([self.prices.cost(Usage(prompt, output, tiers=tiers), name)[0]
+            picodollars = max([self.prices.cost(used._replace(tiers=tiers), name)[0]
                                for name in call.models for tiers in {(), call.tiers()}])
-        return self.request_cost, prompt + output, prompt, output, picodollars, 1, estimate
+        return self.costs(used, picodollars, estimate, 1)
 
-    def estimated_input(self, call, habits):
-        ratio = habits.input_ratio or CHARACTERS_PER_TOKEN
-        return self.tokens_of(call.prompt_length(), ratio)
+    def estimated_input(self, call, caller):
+        length = call.prompt_length()
+        name = "input", length[2]
+        ratio = self.habits(call).expect(caller, name, CHARACTERS_PER_TOKEN)
+        return self.tokens_of(length, ratio)
 
     def tokens_of(self, length, ratio):
         """Returns the tokens of a prompt."""
         weight, media, _ = length
-        tokens = ceil(weight / ratio)
-        for one in media:
-            tokens += max(self.media_tokens, ceil(one / ratio))
-        return tokens
+        return ceil(weight / ratio) + sum(
+            [max(self.media_tokens, ceil(one / ratio)) for one in media])
 
     def costs(self, used: Usage, picodollars: int, estimate: int, running: int = 0) -> Costs:
         """Returns the costs in the order of UNITS."""
@@ -3271,28 +3238,30 @@ class CostEstimator:
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
             if reported.estimated:  # its input was not told
-                own = self.habits(call).of(caller)
-                return reported._replace(input=self.estimated_input(call, own))
+                return reported._replace(input=self.estimated_input(call, caller))
             # Where no rule counts tokens, what is learned is for the books alone.
             if self.needs_estimate or random.random() < LEARN_SHARE:
                 self.learn(call, caller, reported, source)
             return reported
-        habits = self.habits(call).of(caller)
         used = reported or Usage(
-            self.estimated_input(call, habits), model=source and source.model,
+            self.estimated_input(call, caller), model=source and source.model,
             tiers=(source.tier,) if source and source.tier else ())
-        output = self.output_seen(call, habits, source, whole, held)
+        output = self.output_seen(call, caller, source, whole, held)
         return used._replace(output=max(used.output, output), estimated=True)
 
-    def output_seen(self, call, habits, source, whole, held):
+    def output_seen(self, call, caller, source, whole, held):
         """Returns the tokens of the text that came, and of what its model hides."""
         if not source or (source.lost and held):
             return held
-        ratio = habits.output_ratio or CHARACTERS_PER_TOKEN
-        output = ceil(source.output_characters() / ratio)
+        output = ceil(source.output_characters() / self.output_ratio(call, caller, source))
         if whole or source.ended:
-            return ceil(output / (1 - habits.hidden))
+            return ceil(output / (1 - self.habits(call).expect(caller, "hidden")))
         return max(output, held)
+
+    def output_ratio(self, call, caller, source):
+        """Returns the weight of text for a token, once its characters are counted."""
+        name = "output", source.kind
+        return self.habits(call).expect(caller, name, CHARACTERS_PER_TOKEN)
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -3301,23 +3270,25 @@ class CostEstimator:
         passed = source.most_characters() - self.NO_TEXT
         if passed <= 0 and not many:
             return False  # as nearly always
-        ratio = self.habits(call).of(caller).output_ratio or 0
-        most = max(2 * told.output, told.output + 64) * max(ratio, CHARACTERS_PER_TOKEN)
-        return (many or passed > most) and source.output_characters() > most
+        most = max(2 * told.output, told.output + 64)
+        if not many and passed <= most * CHARACTERS_PER_TOKEN:
+            return False
+        weight = source.output_characters()
+        return weight > most * max(self.output_ratio(call, caller, source), CHARACTERS_PER_TOKEN)
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
-        name = self.model_key(call)
+        name = fold_model(call.upstream_model)
         model = self.models.get(name) or put_newest(
             self.models, name, ModelHabits(), KNOWN_MODELS)
         own = model.callers.get(caller) or put_newest(
             model.callers, caller, Habits(), model.CALLERS)
-        own.calls = calls = own.calls + 1
+        own.calls += 1
         if self.needs_estimate:
             limit, outputs = call.output_limit()
-            if not limit or used.output > (own.peak or model.usual.peak or 0) * outputs:
+            if not limit or used.output > model.expect(caller, "peak") * outputs:
                 own.note_output(used.output // outputs)
-        if calls <= LEARN_ALL or random.random() < LEARN_SHARE:
+        if own.calls <= LEARN_ALL or random.random() < LEARN_SHARE:
             self.models.move_to_end(name)  # who calls often is here often enough
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
@@ -3326,9 +3297,9 @@ class CostEstimator:
     def learn_ratios(self, call, own, used, source):
         """Leaves out what is short: what stands around it would count too much."""
         if self.needs_estimate and used.input:
-            weight, media, _ = call.prompt_length()
+            weight, media, kind = call.prompt_length()
             if weight >= 64 and not media:
-                own.move("input_ratio", clamp(weight / used.input, ModelHabits.OWN_RATIOS))
+                own.move(("input", kind), clamp(weight / used.input, ModelHabits.OWN_RATIOS))
         weight = source.output_characters() if used.output >= 16 else 0
         if weight:
             seen = max(1, used.output - used.reasoning)
@@ -3337,7 +3308,7 @@ class CostEstimator:
             elif weight < seen * ModelHabits.OWN_RATIOS[0]:
                 seen = ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
             own.move("hidden", min(0.9999, 1 - seen / used.output))
-            own.move("output_ratio", clamp(weight / seen, ModelHabits.OWN_RATIOS))
+            own.move(("output", source.kind), clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4976,24 +4947,22 @@ class Dialect:
         rest = {name: value for name, value in payload.items() if name != self.usage_key}
         return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
 
-    def output_characters(self, data: bytes, endpoint: str, streamed: bool) -> int:
-        """Returns the weight of what the model said in JSON or in events, cut ones too. One search
-        for all of them: parsing each event of a stream takes ten times as long."""
+    def said(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
+        """Returns what the model said in JSON or in events, cut ones too. One search for all of
+        them: parsing each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
         text = data.decode("utf-8", "replace")
-        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if f'"{key}"' in text}
         # What several keys say in the same words is said once: some mirror reasoning.
-        return sum(map(self.weight, said))
+        said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if f'"{key}"' in text}
+        return list(map(self.without_escapes, said))
 
     @staticmethod
-    def weight(text):
-        """Returns the weight of a string of JSON."""
+    def without_escapes(text):
+        """Returns what a string of JSON is."""
         if "\\" in text:
-            try:
-                text = json.loads(f'"{text}"')
-            except ValueError:
-                pass
-        return text_weight(text)
+            with suppress(ValueError):
+                return json.loads(f'"{text}"')
+        return text
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
@@ -6086,6 +6055,7 @@ class UsageReader:
     MAX_ANSWERS = 1 << 12  # read at once
 
     characters = 0
+    kind = 0                       # of the text
     usual: Optional[Usage] = None  # by usual_usage
     model: Optional[str] = None    # the one that served, where the response says so,
     tier: Optional[str] = None     # and how
@@ -6342,7 +6312,7 @@ class UsageReader:
         said = payload.get("message") or payload.get("detail")
         if type(said) is str and self.endpoint not in NO_LIMIT_REPLY and not (
                 self.counts or self.lost or any(map(payload.get, ANSWER_KEYS))
-                or self.dialect.output_characters(data, self.endpoint, False)):
+                or any(self.dialect.said(data, self.endpoint, False))):
             self.fault = self.fault or fault_status(payload)  # no assistant says it so
 
     def ending(self, whole: bool) -> str:
@@ -6401,7 +6371,9 @@ class UsageReader:
         if not (self.readable and (
                 self.streamed or self.listed or WHOLE_JSON.fullmatch(data))):
             return len(data)
-        return self.dialect.output_characters(data, self.endpoint, self.streamed)
+        said = self.dialect.said(data, self.endpoint, self.streamed)
+        self.kind = self.kind or kind_of_text(max(said, key=len, default=""))
+        return sum(map(text_weight, said))
 
 
 # --------------------------------------------------------------------------------------------------
