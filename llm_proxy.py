@@ -2834,40 +2834,6 @@ def kind_of_text(text):
 NUMBERS = frozenset((int, float))
 
 
-def text_length(payload: JsonObject, skip: str, plain: FrozenSet[str], names: FrozenSet[str],
-                media_texts: Callable[[JsonObject], Optional[List[str]]]
-                ) -> Tuple[int, List[int], int]:
-    """Returns the weight of the text anywhere in `payload`, joined by spaces, without the top-level
-    key `skip`: of strings, and of keys below the top level that are not an API's own `names`; a
-    list of numbers has as many tokens. Of images and the like, which are those of which
-    `media_texts` is not None, the second list has the weight of the text in each. None of them has
-    `plain` names alone. Third comes the kind of the longest text."""
-    texts, media = [], []
-    rest = 0
-    values = [value for key, value in payload.items() if key != skip]
-    for value in values:  # the list grows meanwhile
-        kind = type(value)
-        if kind is str:
-            texts.append(value)
-        elif kind is list:
-            if NUMBERS.issuperset(map(type, value)):
-                rest += CHARACTERS_PER_TOKEN * len(value)
-            else:
-                values += value
-        elif kind is CutText:
-            rest += value.size + 1
-        elif kind is dict:
-            if not plain.issuperset(value):
-                found = media_texts(value)
-                if found is not None:
-                    media.append(text_weight(" ".join(found)))
-                    continue
-                texts += [key for key in value if key not in names]
-            values += value.values()
-    weight = text_weight(" ".join(texts)) + (rest + 1 if texts else rest)
-    return max(0, weight - 1), media, kind_of_text(max(texts, key=len, default=""))
-
-
 class Usage(NamedTuple):
     """Tokens of one call. `input` counts all of the prompt; `cached` and `cache_write` are the
     parts of it that were read from a cache and written to one, and `hour_write` the part of the
@@ -3461,17 +3427,19 @@ def without_escapes(data: bytes) -> bytes:
     return data.replace(b"\\\\", b"--").replace(b'\\"', b"--")
 
 
-def value_start(data, key):
-    """Returns where the value at a key of a JSON object begins, however deep the same key stands
-    before it; -1 without one, or where that is spelled with escapes."""
-    depth = 0
-    name = b'"%b"' % key.encode()
-    for step in JSON_STEP.finditer(without_escapes(data)):
-        if step[1] is None:
-            depth += 1 if step[0] in b"{[" else -1
-        elif depth == 1 and step[1] == name and step[2]:
-            return step.end()
-    return -1
+# A key of an object, and what stands around it
+FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
+NEXT_KEY = re.compile(r'\s*,\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
+
+
+def members(text):
+    """Yields (key as it is spelled, value, its place) of a JSON object, which may be cut. Raises
+    ValueError."""
+    step = FIRST_KEY.match(text)
+    while step:
+        value, end = PLAIN_JSON.raw_decode(text, step.end())
+        yield step[1], value, slice(step.end(), end)
+        step = NEXT_KEY.match(text, end)
 
 
 class JsonBody:
@@ -3537,15 +3505,14 @@ class JsonBody:
         BadRequest for a key that is there, but spelled with escapes."""
         spelled = to_json_bytes(value)
         if key not in known:
-            start = end = self.short.index(b"{") + 1
-            spelled = b'"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
-        else:
-            start = value_start(self.short, key)
-            if start < 0:
+            place = slice(0, self.short.index(b"{") + 1)
+            spelled = b'{"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
+        else:  # each byte is a character
+            place = {name: at for name, _, at in members(self.short.decode("latin-1"))}.get(key)
+            if place is None:
                 raise BadRequest(f"The key {key} must be spelled plainly")
-            # Each byte is a character.
-            end = PLAIN_JSON.raw_decode(self.short.decode("latin-1"), start)[1]
-        return self.whole(b"%b%b%b" % (self.short[:start], spelled, self.short[end:]))
+        return self.whole(b"%b%b%b" % (
+            self.short[:place.start], spelled, self.short[place.stop:]))
 
     def spell(self, payload: JsonObject) -> bytes:
         """Returns a changed payload as JSON."""
@@ -4025,7 +3992,7 @@ class Call:
                     return self.length
             if payload.get(IMAGES_KEY):
                 payload = {**payload, IMAGES_KEY: None}
-            self.length = text_length(payload, "model", TEXT_KEYS, PLAIN_KEYS, media_texts)
+            self.length = text_length(payload)
             if payload is not self.payload:
                 self.length[1].extend([0] * len(as_list(self.payload[IMAGES_KEY])))
         return self.length
@@ -4226,6 +4193,37 @@ def media_texts(part):
     if any(map(IS_TEXT.match, texts + data)):
         texts += ["x" * max(len(one), getattr(one, "size", 0)) for one in data]
     return texts
+
+
+def text_length(payload: JsonObject) -> Tuple[int, List[int], int]:
+    """Returns the weight of the text anywhere in a payload but the model, joined by spaces: of
+    strings, and of keys below the top level that are not an API's own; a list of numbers has as
+    many tokens. The second list has the weight of the text in each image and the like. Third comes
+    the kind of the longest text."""
+    texts, media = [], []
+    rest = 0
+    values = [value for key, value in payload.items() if key != "model"]
+    for value in values:  # the list grows meanwhile
+        kind = type(value)
+        if kind is str:
+            texts.append(value)
+        elif kind is list:
+            if NUMBERS.issuperset(map(type, value)):
+                rest += CHARACTERS_PER_TOKEN * len(value)
+            else:
+                values += value
+        elif kind is CutText:
+            rest += value.size + 1
+        elif kind is dict:
+            if not TEXT_KEYS.issuperset(value):
+                found = media_texts(value)
+                if found is not None:
+                    media.append(text_weight(" ".join(found)))
+                    continue
+                texts += value.keys() - PLAIN_KEYS
+            values += value.values()
+    weight = text_weight(" ".join(texts)) + (rest + 1 if texts else rest)
+    return max(0, weight - 1), media, kind_of_text(max(texts, key=len, default=""))
 
 
 # What models read before all else, so that its placeholders stay as they are while a talk grows
@@ -5821,9 +5819,6 @@ WHOLE_JSON = re.compile(rb"\s*[{\[].*[}\]]\s*", re.DOTALL)
 LIST_BEGIN = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{\s*"(results|predictions)"\s*:\s*)?\[\s*(?=\{)')
 NEXT_LINE = re.compile(rb"\}\r?\n\{")  # such a line end stands in no string
 SEPARATOR = re.compile(r"[\s,]*")
-# The keys of an object without escapes
-FIRST_KEY = re.compile(r'\ufeff?\s*\{\s*"([^"\\]*)"\s*:\s*')
-NEXT_KEY = re.compile(r'\s*,\s*"([^"\\]*)"\s*:\s*')
 # The latter is llama.cpp's.
 EVENT_BEGIN = re.compile(rb"\s*(?:data|event|id|retry)?:")
 OTHER_DATA = re.compile(rb"\{|(?<![^\r\n])data:(?!\s*(?:\[DONE\]|[\r\n]))")
@@ -5843,12 +5838,10 @@ def front(data: bytes) -> JsonObject:
     """Returns the values that are whole at the beginning of an object that is too large to be
     kept."""
     data, found = data[:1 << 14], {}
-    step = None if is_too_complex(data) else FIRST_KEY.match(data.decode("utf-8", "replace"))
+    text = "" if is_too_complex(data) else data.decode("utf-8", "replace")
     with suppress(ValueError):
-        while step:
-            value, end = PLAIN_JSON.raw_decode(step.string, step.end())
-            key, step = step[1], NEXT_KEY.match(step.string, end)
-            if step:
+        for key, value, place in members(text):
+            if place.stop < len(text):  # else it may go on
                 found[key] = value
     return found
 

@@ -2613,8 +2613,7 @@ class UsageTest(ProxyCase):
     def test_the_length_of_a_payload_is_that_of_its_words_joined_by_spaces_but_the_model(self):
         """Keys that only a tool knows are words too, and a number in a list is a token."""
         for payload, length in self.each(self.LENGTHS):
-            found = llm_proxy.text_length(json.loads(payload), "model", llm_proxy.TEXT_KEYS,
-                                          llm_proxy.PLAIN_KEYS, llm_proxy.media_texts)
+            found = llm_proxy.text_length(json.loads(payload))
             self.assertEqual(found[:2], (int(length), []))
 
     def test_plain_messages_are_as_long_as_any_way_to_count_them_says(self):
@@ -2629,9 +2628,7 @@ class UsageTest(ProxyCase):
             found = llm_proxy.chat_length(messages)
             self.assertEqual(found is not None, is_plain)
             if is_plain:
-                self.assertEqual(found, llm_proxy.text_length(
-                    {"messages": messages}, "model", llm_proxy.TEXT_KEYS, llm_proxy.PLAIN_KEYS,
-                    llm_proxy.media_texts))
+                self.assertEqual(found, llm_proxy.text_length({"messages": messages}))
 
     def test_prose_and_code_and_other_scripts_are_three_kinds_of_text(self):
         rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 1), ("a = b[key]", 1),
