@@ -2782,7 +2782,9 @@ class WrongKeys:
 CHARACTERS_PER_TOKEN = 4
 MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
 MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
-SEARCH_COST = PICODOLLARS // 100  # of the web, at OpenAI and Anthropic
+# What searches of the web cost, by how the model's name begins: millidollars for each, of so many
+# of a call. Google charged a call once before Gemini 3.
+SEARCH_COSTS = ("gemini-1", 35, 1), ("gemini-2", 35, 1), ("gemini", 14, inf), ("", 10, inf)
 KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
 
 
@@ -2970,6 +2972,13 @@ def usual_prices() -> Dict[str, Price]:
     return found
 
 
+def search_cost(model: str, searches: int) -> int:
+    """Returns what searches of the web cost, in picodollars."""
+    name = fold_model(model)
+    cost, most = next(row[1:] for row in SEARCH_COSTS if name.startswith(row[0]))
+    return min(searches, most) * cost * PICODOLLARS // 1000
+
+
 class Prices:
     """What models cost, and therefore calls. The operator's own prices go before the usual ones. A
     model without a price costs nothing, and its calls are marked as unpriced."""
@@ -3044,7 +3053,7 @@ class Prices:
         if hour:
             total += hour * price.hour_write
         if searches and price.output:  # not by a server of one's own
-            total += searches * SEARCH_COST
+            total += search_cost(served or model, searches)
         if others:
             costs = [self.cost(other, model) for other in others]
             total += sum([cost for cost, _ in costs])
@@ -3359,7 +3368,7 @@ def cut_text(value, sizes):
     return value if size is None else CutText(value, size)
 
 
-def strict_decoder(hook, parse_int=short_integer):
+def strict_decoder(hook, parse_int):
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
@@ -3367,9 +3376,8 @@ def strict_decoder(hook, parse_int=short_integer):
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
-STRICT_JSON = strict_decoder(unique)
+STRICT_JSON = strict_decoder(unique, short_integer)
 QUICK_JSON = strict_decoder(unique, int)  # for what has no long number
-BY_LOADS = PLAIN_JSON, STRICT_JSON, QUICK_JSON
 
 
 KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
@@ -3398,7 +3406,7 @@ def decode_json(data, decoder=PLAIN_JSON):
         raise ValueError("nested too deeply, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder in BY_LOADS and not may_have_long_number(data):
+        if not HAS_SCANNER and decoder in (PLAIN_JSON, QUICK_JSON):
             value = json.loads(text)  # PyPy: ten times as fast
             if decoder is PLAIN_JSON or was_strict(text, value):
                 return value
@@ -3475,10 +3483,9 @@ class JsonBody:
 
     def parse(self) -> JsonObject:
         """Raises BadRequest."""
-        decoder, parse_int = STRICT_JSON, short_integer
-        if len(self.short) <= LONG_NUMBER or HAS_SCANNER and (
-                self.short.count(b",") > MANY_NUMBERS and not may_have_long_number(self.short)):
-            decoder, parse_int = QUICK_JSON, int
+        decoder, parse_int = QUICK_JSON, int
+        if may_have_long_number(self.short):
+            decoder, parse_int = STRICT_JSON, short_integer
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(partial(with_cuts, sizes), parse_int)
@@ -3500,19 +3507,15 @@ class JsonBody:
                 and not any([data.find(sign, start + 256, end) >= 0 for sign in (b"@", b";")])
                 and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
 
-    def with_value(self, key, value, known):
-        """Returns the object with another value at a top-level key; `known` is what it has. Raises
-        BadRequest for a key that is there, but spelled with escapes."""
-        spelled = to_json_bytes(value)
-        if key not in known:
-            place = slice(0, self.short.index(b"{") + 1)
-            spelled = b'{"%b":%b%b' % (key.encode(), spelled, b"," if known else b"")
-        else:  # each byte is a character
-            place = {name: at for name, _, at in members(self.short.decode("latin-1"))}.get(key)
-            if place is None:
-                raise BadRequest(f"The key {key} must be spelled plainly")
+    def with_value(self, key, value):
+        """Returns the object with another value at one of its keys. Raises BadRequest for one that
+        is spelled with escapes."""
+        text = self.short.decode("latin-1")  # each byte is a character
+        place = {name: at for name, _, at in members(text)}.get(key)
+        if place is None:
+            raise BadRequest(f"The key {key} must be spelled plainly")
         return self.whole(b"%b%b%b" % (
-            self.short[:place.start], spelled, self.short[place.stop:]))
+            self.short[:place.start], to_json_bytes(value), self.short[place.stop:]))
 
     def spell(self, payload: JsonObject) -> bytes:
         """Returns a changed payload as JSON."""
@@ -3922,8 +3925,8 @@ class Call:
         """Puts a changed payload into the upstream's body: a model alone is spliced in."""
         before = self.payload
         changed = [key for key in {**before, **payload} if payload.get(key) is not before.get(key)]
-        if changed == ["model"] and payload.get("model"):
-            self.upstream_body = self.json_body.with_value("model", payload["model"], before)
+        if changed == ["model"] and "model" in before and payload.get("model"):
+            self.upstream_body = self.json_body.with_value("model", payload["model"])
         elif changed:
             self.upstream_body = self.json_body.spell(payload)
 
@@ -4475,7 +4478,7 @@ def fault_status(*values):
 
 def fault_in(part, payload):
     """Returns the status of the error that a part of a payload is, 0 where it is none."""
-    error = part.get("error") or part.get("errors")
+    error = part.get("error") or part.get("errors") or part.get("Error")  # some .NET gateways
     code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
     if error or code or (part is payload and part.get("success") is False) or any(
             [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
@@ -4558,6 +4561,8 @@ class Dialect:
     LOGPROBS = re.compile(rb'("logprobs(?:Result)?"\s*:\s*)([\[{])\s*(?:[^\]}\s]|\Z)')
     # Stands wherever usage is reported, and is searched for before any JSON is parsed.
     USAGE_MARK = b'"usage"'
+    # Stands wherever searches of the web do that are told beside it.
+    SEARCH_MARK = b'"web_search_call"'
     # Is named in the error of an upstream that does not take a request for usage.
     USAGE_OPTION = b""
     # Stands in events that do more than report usage.
@@ -4806,9 +4811,15 @@ class Dialect:
                 join = operator.add if name in self.ANSWERS else max
                 found = merged(found, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), parts, {}))
-        if self.COUNTS.keys().isdisjoint(payload):
-            return found
-        return merged({name: payload[name] for name in payload if name in self.COUNTS}, found)
+        beside = {name: payload[name] for name in payload if name in self.COUNTS}
+        searches = self.searches(payload)
+        if searches:
+            beside["web_search_requests"] = searches
+        return merged(beside, found)
+
+    def searches(self, payload):
+        """Returns how often the web was searched, where a response does not count that itself."""
+        return 0
 
     def served(self, payload: JsonObject) -> Tuple[Optional[str], Optional[str]]:
         """Returns the model that served, and the tier, as far as a response or an event says."""
@@ -5204,7 +5215,7 @@ class OpenAI(Dialect):
             return
         if "stream_options" in call.payload:
             call.upstream_body = JsonBody(call.upstream_body).with_value(
-                "stream_options", {**options, "include_usage": True}, call.payload)
+                "stream_options", {**options, "include_usage": True})
         else:  # spliced in: nothing of what the caller wrote changes
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
@@ -5225,13 +5236,11 @@ class OpenAI(Dialect):
             return None
         return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, (), 0))
 
-    def counts_in(self, payload):
-        """Returns searches, too, which stand in the output alone. To open a page is none."""
-        counts = super().counts_in(payload)
-        searches = [one for one in as_list(payload.get("output"))
-                    if dig(one, "type") == "web_search_call"
-                    and dig(one, "action", "type") in (None, "search")]
-        return {**counts, "web_search_requests": len(searches)} if searches else counts
+    def searches(self, payload):
+        """Counts those in the output. To open a page is none."""
+        return sum([dig(one, "type") == "web_search_call"
+                    and dig(one, "action", "type") in (None, "search")
+                    for one in as_list(payload.get("output"))])
 
     def usage(self, counts, model=None, tier=None):
         names = {"cache_read_input_tokens", "cache_creation_input_tokens"}
@@ -5409,6 +5418,7 @@ class Gemini(Google):
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
+    SEARCH_MARK = b'"webSearchQueries"'
     ANSWERS = ("predictions", "inlinedResponses")  # a stream without events is an array
     SERVED = "modelVersion"
     REASON = ("candidates", "finishReason")
@@ -5442,6 +5452,11 @@ class Gemini(Google):
         if path.startswith(OPENAI_AT_GEMINI):
             return path, DIALECTS["openai"]
         return super().place(path, dialect, metered)
+
+    def searches(self, payload):
+        found = [dig(one, "groundingMetadata", "webSearchQueries")
+                 for one in as_list(payload.get("candidates"))]
+        return sum([len(queries) for queries in found if type(queries) is list])
 
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
@@ -5500,6 +5515,11 @@ class Interactions(Google):
     BLOCK_END = re.compile(r"\.stop$")
     LIMIT_REPLIES = {"interactions": (INTERACTION, INTERACTION_EVENTS)}
     REPLY_PARTS = INTERACTION_PARTS
+
+    def searches(self, payload):
+        tools = as_list(dig(payload, "usage", "grounding_tool_count"))
+        return sum([one["count"] for one in tools if dig(one, "type") == "google_search"
+                    and is_count(one.get("count"))])
 
     def usage_counts(self, payload):
         """Takes those of the whole interaction, which its last event has."""
@@ -6275,7 +6295,7 @@ class UsageReader:
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
         small = not (self.cut or self.listed) and (
-            len(data) <= self.MAX_KEPT or data.find(b'"web_search_call"') >= 0)
+            len(data) <= self.MAX_KEPT or data.find(self.dialect.SEARCH_MARK) >= 0)
         if small and not may_be_fault(data):
             self.usual = self.dialect.usual_usage(data, self.call.upstream_model)
             if self.usual:
@@ -8895,6 +8915,8 @@ class Stored:
         path, names = call.stored, call.references()
         if self.policy == "refuse" and (path or names):
             raise Forbidden("What upstreams store is not passed on")
+        # A run of an eval may be another's than the eval.
+        names += filter(self.things.__contains__, [self.bill_name(call)])
         found = list(map(self.things.get, names))
         if path and path.name:
             found.insert(0, self.things.get(self.full_name(path.collection, path.name)))

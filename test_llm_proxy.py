@@ -3127,8 +3127,10 @@ class PricesTest(TableCase):
         cost = prices.cost(llm_proxy.Usage(1 << 39, 1 << 39, model="b"), "b")
         self.assertEqual(cost, (llm_proxy.MAX_COST, True))
 
-    def test_a_search_of_the_web_costs_a_cent_but_at_a_server_that_costs_nothing(self):
-        for model, usd in self.each("""[["gpt-4o", 0.0300025], ["gpt-4o:free", 0]]"""):
+    def test_a_search_of_the_web_costs_what_the_maker_asks_but_at_a_server_that_costs_nothing(self):
+        for model, usd in self.each("""[
+                ["gpt-4o", 0.0300025], ["gpt-4o:free", 0], ["gemini-3-flash-preview", 0.0420005],
+                ["models/gemini-2.5-flash-001", 0.0350003]]"""):
             cost, _ = llm_proxy.Prices(None).cost(llm_proxy.Usage(1, searches=3), model)
             self.assertEqual(cost / llm_proxy.PICODOLLARS, usd)
 
@@ -3847,6 +3849,13 @@ class UsageReaderTest(ProxyCase):
                 {"type": "web_search_call", "action": {"type": "open_page"}},
                 {"type": "web_search_call"}, {"type": "message"}, null],
             "usage": {"input_tokens": 1, "total_tokens": 1}}, {"searches": 2}],
+        [{"modelVersion": "g", "usageMetadata": {"promptTokenCount": 1}, "candidates": [
+                {"finishReason": "STOP", "groundingMetadata": {"webSearchQueries": ["a", "b"]}},
+                {"groundingMetadata": {"webSearchQueries": "c"}}, null]},
+            {"model": "g", "searches": 2}],
+        [{"object": "interaction", "usage": {"total_input_tokens": 1, "grounding_tool_count": [
+                {"type": "google_search", "count": 3}, {"type": "google_maps", "count": 9},
+                {"type": "google_search"}, null]}}, {"searches": 3}],
         [{"usage": {"prompt_tokens": 1, "cost_in_usd_ticks": 37756000}},
             {"picodollars": 3775600000}],
         [{"type": "message", "usage": {"input_tokens": 1,
@@ -3854,19 +3863,24 @@ class UsageReaderTest(ProxyCase):
             {"input": 9, "cache_write": 8, "hour_write": 5}]]""")
 
     def endpoint_of(self, told):
-        return "messages" if "type" in told else "generate" if "modelVersion" in told else "chat"
+        for key, endpoint in (("type", "messages"), ("modelVersion", "generate"),
+                              ("object", "interactions")):
+            if key in told:
+                return endpoint
+        return "chat"
 
     def test_what_an_answer_says_of_how_it_was_served_is_part_of_its_usage(self):
         for told, facts in self.each(self.FACTS):
             endpoint = self.endpoint_of(told)
-            last = {**told, **self.LAST.get(endpoint, {})}
+            last = {**self.LAST.get(endpoint, {}), **told}
             for data, streamed in ((json.dumps(told).encode(), False), (events(last), True)):
                 self.hear(data, streamed=streamed, endpoint=endpoint)
                 used, _ = self.reader.reported_usage(True)
                 facts = {"input": 1, **facts, "tiers": tuple(facts.get("tiers", ()))}
                 self.assertEqual(used, llm_proxy.Usage(**facts))
 
-    LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]}}
+    LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]},
+            "interactions": {"event_type": "interaction.completed"}}
 
     def test_what_another_model_did_for_a_call_is_told_apart(self):
         entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
@@ -3964,10 +3978,15 @@ class UsageReaderTest(ProxyCase):
         self.assertIsNone(self.reader.reported_usage(True)[0])
 
     def test_an_answer_with_searches_of_the_web_is_read_whole_though_it_is_large(self):
-        told = {"output": [{"type": "web_search_call"}, {"text": "x" * 20_000}],
-                "usage": {"input_tokens": 1, "output_tokens": 1}}
-        self.hear(json.dumps(told).encode(), 16384, endpoint="responses", streamed=False)
-        self.assertEqual(self.reader.reported_usage(True)[0].searches, 1)
+        text = "x" * 20_000
+        for endpoint, told in self.each((
+                ("responses", {"output": [{"type": "web_search_call"}, {"text": text}],
+                               "usage": {"input_tokens": 1, "output_tokens": 1}}),
+                ("generate", {"candidates": [{"groundingMetadata": {"webSearchQueries": ["a"]},
+                                              "content": {"parts": [{"text": text}]}}],
+                              "usageMetadata": {"promptTokenCount": 1, "totalTokenCount": 2}}))):
+            self.hear(json.dumps(told).encode(), 16384, endpoint=endpoint, streamed=False)
+            self.assertEqual(self.reader.reported_usage(True)[0].searches, 1)
 
     SGLANG = [  # number and tokens of each event's answer, whether it is the last; tokens of all
         ([(0, 1, False), (0, 9, True)], (5, 9)),
@@ -4097,6 +4116,8 @@ class UsageReaderTest(ProxyCase):
 
     ERRORS = """
         {"error": "no"} -> 502
+        {"Error": {"Code": "x", "Message": "y"}} -> 502
+        {"Error": {"code": 429}} -> 429
         {"error": {"code": 429}} -> 429
         {"error": {"type": "rate_limit_error"}} -> 429
         {"error": {"code": "insufficient_quota"}} -> 429
@@ -7518,6 +7539,24 @@ class StoredTest(ManyCase):
                 ["/v1/evals/eval_1/runs", {"type": "file_content"}, 200],
                 ["/v1/responses", {"type": "responses"}, 200]]"""):
             self.assertEqual(self.post(path, {"data_source": source}).status, status)
+
+    def test_a_run_is_not_found_under_the_eval_of_another(self):
+        self.start(LIMITS="each 1000 tokens per day", **self.KEYS)
+        for key in "ab":
+            self.answers({"id": "eval_" + key})
+            self.post("/v1/evals", {}, key)
+        self.answers({"id": "run_a", "status": "queued"})
+        self.post("/v1/evals/eval_a/runs", {"max_tokens": 500}, "a")
+        before = self.left("a")
+        self.answers({"status": "completed", "usage": {"prompt_tokens": 1, "total_tokens": 2}})
+        for key, path, status in self.each("""
+                b -> eval_b/runs/run_a -> 404
+                b -> eval_b/runs/run_a/cancel -> 404
+                b -> eval_b/runs/run_x -> 200"""):
+            self.assertEqual(self.status("GET", "/v1/evals/" + path, key), int(status))
+        self.assertEqual(self.left("a"), before)
+        self.assertEqual(self.status("GET", "/v1/evals/eval_a/runs/run_a"), 200)
+        self.assertGreater(self.left("a"), before + 400)
 
     def test_what_callers_and_their_tools_say_is_no_reference(self):
         self.start(**self.KEYS)
@@ -12235,7 +12274,7 @@ class SharedStoredTest(ProxyCase):
                 sk-a -> DELETE -> responses/resp_1 -> 200
                 sk-b -> GET -> responses/resp_1 -> 404
                 sk-b -> GET -> responses/resp_2 -> 404
-                sk-b -> GET -> evals/eval_1/runs/resp_1 -> 200"""):
+                sk-b -> GET -> evals/eval_1/runs/resp_1 -> 404"""):
             answered = self.ask_at(1, method, "/v1/" + path, key=key)
             self.assertEqual(answered.status, int(status))
         asked.answer(b'{"status": "queued"}')
