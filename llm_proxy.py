@@ -16879,7 +16879,7 @@ summary { margin-bottom: 12px; cursor: pointer; font-weight: 600; } dd { margin:
 table { border-collapse: collapse; width: 100%; } .number, td.actions { text-align: right; }
 th, td { padding: 6px 16px 6px 0; border-bottom: var(--edge); vertical-align: top;
   text-align: left; } :is(th, td):last-child { padding-right: 0; }
-th, nav a, td:is(.number, .line), td .mark, .value, #today, #who { white-space: nowrap; }
+th, nav a, td.number, .line, td .mark, .value, #today, #who { white-space: nowrap; }
 td:not(.number, .line) { min-width: 128px; } .total td { font-weight: 600; border: 0; }
 tr[tabindex] { cursor: pointer; } .actions:has(.ask) > button { visibility: hidden; }
 tr[tabindex]:hover, tr.open { background: var(--surface);
@@ -16917,7 +16917,7 @@ td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
 .timing div { min-width: 2px; flex-basis: 0; } .login { max-width: 360px; margin: 15vh auto 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; align-items: baseline; }
 pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; border-radius: 4px;
-  font: 13px/20px ui-monospace, monospace; } .notice button { align-self: start; }
+  font: 13px/20px ui-monospace, monospace; } .notice { align-items: baseline; gap: 12px; }
 .box { border: var(--edge); border-radius: 4px; padding: 16px; margin-bottom: 24px; }
 #notices { position: fixed; right: 16px; bottom: 24px; width: min(400px, calc(100% - 32px)); }
 .notice { display: flex; justify-content: space-between; padding: 8px 12px; margin-top: 8px; }
@@ -16983,7 +16983,8 @@ const form = (act, more, ...children) => h("form", {...more, onsubmit: ({target}
 // A button that asks once, in its own place: for what `contents` has fields for, or just again.
 const asking = (id, text, contents, act, mine = view) => view.asked !== id ? opener(text, id)
   : form(async fields => await act(fields) && mine === view && ask(null), {class: "ask",
-    "aria-label": id}, contents, main(text), button("Cancel", () => ask(null)));
+    "aria-label": id}, contents, answers(text));
+const answers = text => h("span", "line", main(text), " ", button("Cancel", () => ask(null)));
 const opener = (text, id) => button(text, () => ask(id), {"data-opens": id});
 function ask(id) { // where it ends, the button that opened it has the focus again
   const before = view.asked ? `[data-opens="${CSS.escape(view.asked)}"]` : ".box button";
@@ -17288,7 +17289,7 @@ function callerActions({name, buckets, paused, key}) {
   const own = buckets.filter(one => one.unit !== "running" && isOwn(one));
   const units = [...new Set(own.map(({unit}) => unit))];
   const fields = () => [input("amount", "Amount", {size: 4, required: true, inputmode: "decimal",
-    value: !units[1] && Number(own[0].capacity)}), select("unit", units),
+    value: !units[1] && Number(own[0].capacity)}), select("unit", units), small("for"),
     input("for", "For", {size: 3, value: "1d"})];
   const give = fields => attempt("Give", () => write("POST", pathOf("callers", name, "give"),
     fields), `${name} got ${fields.amount} ${fields.unit} more for ${fields.for}.`);
@@ -17430,9 +17431,9 @@ function chartParts({steps, series, budget, pace}, scale, step) {
   return [scale.lines.map(value => [line("grid", value, EDGE.left), say(EDGE.left - 8,
     scale.y(value) + 4, "end", number(value))]), labelled(steps, scale).map(step => say(x(step),
     scale.floor + 18, "middle", (step.kind === "day" ? day : hour)(step.at))),
-    steps.map(step => [bar(step, series, scale), step.end > now() && say(x(step),
-    scale.y(allOf(step)) - 5, "middle", "so far", "said")]), pace > 0 && line("ahead", pace,
-    scale.x(steps.at(-1).end)), scale.isNear && [line("budget", budget.value, EDGE.left),
+    pace > 0 && line("ahead", pace, scale.x(steps.at(-1).end)), steps.map(step =>
+    [bar(step, series, scale), step.end > now() && say(x(step), scale.y(allOf(step)) - 5,
+    "middle", "so far", "said")]), scale.isNear && [line("budget", budget.value, EDGE.left),
     say(EDGE.left + 4, scale.y(budget.value) - 5, "start", "budget: " + budget.text, "said")], step
     && svg("line", {class: "cursor", x1: x(step), x2: x(step), y1: EDGE.top, y2: scale.floor})]; }
 function labelled(steps, scale) { // those at round times, at most one in 64 pixels
@@ -17528,12 +17529,13 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
     ["connecting", connect, `${name} was slow to take a connection`],
     ["to first byte", first, `${name} took so long to begin, for ${count(input)} tokens`],
     ["streaming", rest, `${count(output)} tokens of output, ${pace} a second`]]; }
+const ofThem = (number, kind) => number ? `, ${count(number)} of them ${kind}` : "";
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
   const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause, Status: call.status,
     Upstream: call.upstream, Charged: call.charges && call.charges.split(";").map(charge),
-    Input: `${count(call.input)} tokens, ${count(call.cached)} of them cached`,
-    Output: `${count(call.output)} tokens, ${count(call.reasoning)} of them reasoning`,
+    Input: `${count(call.input)} tokens` + ofThem(call.cached, "cached"),
+    Output: `${count(call.output)} tokens` + ofThem(call.reasoning, "reasoning"),
     "Served by": call.served !== call.model && call.served, Path: `${call.method} ${call.path}`,
     From: call.address, Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
     "Request id": [call.id, " ", copyButton("Copy", call.id)]};
@@ -17583,8 +17585,7 @@ function keyActions({name, disabled}) {
 function keyForm(key) {
   const field = name => h("label", null, small(title(name)), h("input", {name, autocomplete: "off",
     class: name === (key ? "limits" : "name") && (key || innerWidth > 1099) && "asked",
-    disabled: key && name === "name", placeholder: FIELDS[name],
-    value: name === "expires" ? null : key?.[name]}));
+    placeholder: FIELDS[name], value: name === "expires" ? null : key?.[name]}));
   const save = async fields => {
     const body = Object.fromEntries(Object.entries(fields).filter(([name, value]) => value
       || (key && name !== "expires")));
@@ -17598,9 +17599,9 @@ function keyForm(key) {
   const role = select("role", ["caller", "viewer", "admin"], key?.role);
   return h("details", {class: "side", open: key || innerWidth > 1099, "data-key": key?.name
     + (made?.key ?? "")}, h("summary", null, key ? "Change " + key.name : "New key"),
-    form(save, null, name, limits, h("div", "tools", EXAMPLES.map(example)),
+    form(save, null, !key && name, limits, h("div", "tools", EXAMPLES.map(example)),
     h("details", {open: key}, h("summary", null, "More"), more, h("label", null, small("Role"),
-    role)), main(key ? "Save" : "Make key"), " ", key && button("Cancel", () => ask(null)))); }
+    role)), key ? answers("Save") : main("Make key"))); }
 async function keep(key) { // to be shown, with a model that it may call
   made = key;
   const {models} = await post("upstreams", key.upstream ?? model.upstreams[0].name, "test");

@@ -14976,6 +14976,7 @@ class PageTest(AdminCase):
         self.see("gemma")
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
         self.see("Mostly streaming", "to first byte", "Request id")
+        self.assertNotIn("0 of them", self.text())
 
     def made_key(self):
         self.see("The key of ann, shown only now")
@@ -15180,9 +15181,14 @@ class PageTest(AdminCase):
         self.admin("POST", "/keys", {"name": "ann"})
         self.log_in()
         self.click("Keys")
-        for name, field in self.each((("Edit", "limits"), ("Pause", ""))):
+        for name, field in self.each((("Edit", "limits"), ("Pause", ""), ("Rotate", ""))):
             self.click(name, self.KEY)
             self.assertEqual(self.browser.run("document.activeElement.name"), field)
+            self.assertEqual(self.browser.run("!!document.querySelector('main [name=name]')"),
+                             name != "Edit")
+            self.assertLessEqual(self.browser.run(  # the lines that the buttons stand on
+                "new Set([...document.querySelectorAll('.ask button')]"
+                ".map(one => one.offsetTop)).size"), 1)
             self.browser.run("document.activeElement.dispatchEvent("
                              "new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}))")
             self.assertEqual(self.browser.run("document.activeElement.textContent"), name)
