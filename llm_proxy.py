@@ -7893,7 +7893,6 @@ class Context:
     reason: Optional[Exception] = None       # for which it was ended
     slot: Optional["Ticket"] = None          # of the busy upstream that is asked
     on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
-    id_begin = ""        # of its requests
     # Which model is asked for whom, where it is of interest how such calls fare
     subject: Optional[Tuple[str, CallerKey]] = None
 
@@ -9903,11 +9902,11 @@ LOG_FIELDS = (
     "cost remaining input output estimated usd bytes redacted").split()
 
 
-def new_request_id() -> str:
-    """Returns a random UUID (RFC 9562 5.4). An id is no secret, so this takes 1 us; uuid.uuid4
-    takes 3 to 5, mostly for a system call."""
-    digits = f"{random.getrandbits(120):030x}"
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
+def new_request_id(clock: Any) -> str:
+    """Returns a UUID that begins with the time (RFC 9562 5.7): an index of such is added to at its
+    end, where a random one would change a page for each call."""
+    digits = f"{clock.time_ns() // 10 ** 6:012x}{random.getrandbits(72):018x}"
+    return f"{digits[:8]}-{digits[8:12]}-7{digits[12:15]}-a{digits[15:18]}-{digits[18:]}"
 
 
 def clean(text: Optional[str]) -> Optional[str]:
@@ -10063,7 +10062,7 @@ class Entry:
     def as_running(self, clock: Any) -> JsonObject:
         """Returns what the page shows while it runs; `key` is no other one's, though callers may
         choose one id twice."""
-        self.request_id = self.request_id or new_request_id()
+        self.request_id = self.request_id or new_request_id(clock)
         call, caller, reader, ticket = self.call, self.caller, self.reader, self.ticket
         seconds = clock.monotonic() - self.started
         return {"id": self.request_id, "key": self.started, "state": self.state(),
@@ -10370,8 +10369,6 @@ HISTORY = f"""SELECT {SUM_COLUMNS} FROM sums
 # The last call stays, else its rowid would be given to another one.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
     AND rowid < (SELECT max(rowid) FROM calls)"""
-FORGET_IDS = """DELETE FROM ids WHERE chunk = (SELECT min(chunk) FROM ids)
-    AND chunk < (SELECT min(rowid) FROM calls) / %d"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
@@ -10433,8 +10430,7 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 
 def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
     """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
-    `unsummed` of the last of an older version that is not, `listed` of the last that is in
-    `ids`."""
+    `unsummed` of the last of an older version that is not."""
     return dict(execute("SELECT name, value FROM facts WHERE typeof(value) = 'integer'"))
 
 
@@ -10451,7 +10447,6 @@ class Database:
     written to."""
     MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
-    CHUNK = 8192                # calls whose ids are listed together, by their order
     MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
     BATCH = 5000                # calls that are added up at once,
     FORGOTTEN = 500             # and that are removed
@@ -10459,6 +10454,7 @@ class Database:
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
+        CREATE INDEX IF NOT EXISTS calls_id ON calls (id);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
         PRIMARY KEY (rule, subject));
         CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
@@ -10475,8 +10471,7 @@ class Database:
         address TEXT, what TEXT, target TEXT, detail TEXT);
         CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
         last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS ids (chunk INTEGER, id TEXT, call INTEGER,
-        PRIMARY KEY (chunk, id, call)) WITHOUT ROWID;
+        DROP TABLE IF EXISTS ids;
         CREATE TABLE IF NOT EXISTS untold (id INTEGER PRIMARY KEY AUTOINCREMENT, sum TEXT)""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
             ", ".join(name + " TEXT" for name in SUM_KEYS),
@@ -10565,7 +10560,7 @@ class Database:
                     if name not in known:
                         execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
-            self.facts = {"summed": last, "unsummed": last, "listed": 0}
+            self.facts = {"summed": last, "unsummed": last}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
             self.facts.update(read_facts(execute))
@@ -10573,7 +10568,7 @@ class Database:
                 since = self.facts.pop("rolled") // DAY * DAY
                 for span in (DAY, HOUR):
                     execute(ROLL_UP, {"span": span, "since": since})
-                execute("DELETE FROM facts WHERE name = 'rolled'")
+                execute("DELETE FROM facts WHERE name IN ('rolled', 'listed')")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
 
@@ -10615,7 +10610,7 @@ class Database:
         self.insert("INSERT INTO calls (%s) SELECT %s* FROM (VALUES %%s)" % (
             ", ".join([*same, *names]), "?, " * len(same)), list(zip(*columns)), *same.values())
 
-    # -- sums, and the list of ids; each of these does a little, and returns whether it did
+    # -- sums; each of these does a little, and returns whether it did
 
     def add_new(self):
         """Adds calls to the sums that came since the last time."""
@@ -10686,19 +10681,6 @@ class Database:
         if len(facts) > 1:
             self.add_sums(found, facts, ())
         self.execute("DELETE FROM untold WHERE id <= ?", (told,))
-
-    def list_ids(self):
-        """Lists the ids of the next CHUNK of calls, so that one can be found by its id. Written one
-        by one, each would change a page of its own."""
-        first = self.facts["listed"]
-        last = first + self.CHUNK
-        if self.facts["summed"] < last:
-            return False
-        with self.noting(listed=last):
-            self.execute(
-                "INSERT INTO ids SELECT ?, id, rowid FROM calls WHERE rowid > ? AND rowid <= ?"
-                " AND id IS NOT NULL ORDER BY id", (first // self.CHUNK, first, last))
-        return True
 
     def save(self, changed, gone):
         if self.shared:
@@ -10849,9 +10831,8 @@ class Database:
         execute = self.connection.execute
         calls = execute(FORGET_CALLS % self.FORGOTTEN, (before,)).rowcount
         sums_before -= sums_before % DAY  # so that no hour is left of a day that is gone
-        others = [execute(FORGET_IDS % self.CHUNK).rowcount, *[
-            execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]]
-        return calls >= self.FORGOTTEN or any(others)
+        sums = [execute(FORGET_SUMS.format(span), (sums_before,)).rowcount for span in SPANS]
+        return calls >= self.FORGOTTEN or any(sums)
 
 
 class Sum(namedtuple("Sum", SUM_COUNTS)):
@@ -10981,14 +10962,9 @@ CALL_FILTERS = {
                 " WHEN :outcome IN ('ok', 'caller_gone') THEN calls - failed - limited"
                 " ELSE failed END > 0", "outcome = :outcome"),
     "failed": ("failed > 0", FAILED),
+    "id": ("", "id = :id"),
     "slow": ("slowest >= :slow", "ms >= :slow")}
-# Walks from chunk to chunk of listed ids, and through the calls that are not listed yet.
-FIND_ID = """WITH RECURSIVE chunks(chunk) AS (SELECT max(chunk) FROM ids UNION ALL
-    SELECT (SELECT max(chunk) FROM ids WHERE chunk < chunks.chunk) FROM chunks
-    WHERE chunk IS NOT NULL), found AS (
-    SELECT rowid AS number FROM calls WHERE rowid > :listed AND id = :id UNION ALL
-    SELECT call FROM chunks CROSS JOIN ids ON ids.chunk = chunks.chunk AND ids.id = :id)
-    SELECT number FROM found LIMIT 100"""
+FIND_ID = "SELECT rowid FROM calls WHERE id = :id ORDER BY rowid DESC LIMIT 100"
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
     AND start < :high AND first < :before AND last >= :oldest AND %s
     GROUP BY start"""
@@ -11140,11 +11116,11 @@ class LedgerReader(NamedTuple):
         None at the end. A page may be short, or empty, and not the last: where it had to look at
         very many calls. Raises BadRequest."""
         values = self.read_filters(filters)
-        conditions = [CALL_FILTERS[name] for name in values if name != "id"]
+        conditions = [CALL_FILTERS[name] for name in values]
         values["before"] = MOST if before is None else before
         with self.ask() as execute:
             if "id" in values:
-                ranges = self.find_id(execute, values)
+                ranges = [(row, row) for row, in execute(FIND_ID, values)]
             elif conditions:
                 ranges = self.find_ranges(
                     execute, values, " AND ".join(where for where, _ in conditions))
@@ -11158,7 +11134,7 @@ class LedgerReader(NamedTuple):
     @staticmethod
     def read_filters(filters):
         """Returns those that are set. Raises BadRequest."""
-        values = {name: filters[name] for name in (*CALL_FILTERS, "id") if filters.get(name)}
+        values = {name: filters[name] for name in CALL_FILTERS if filters.get(name)}
         if not re.fullmatch("[0-9]{1,9}", values.get("slow", "0")):
             raise BadRequest("slow must be a number of milliseconds")
         return values
@@ -11168,13 +11144,6 @@ class LedgerReader(NamedTuple):
         """Returns one range of rowids."""
         (first, last), = execute(ENDS_OF_CALLS)
         return [(first or 0, last or 0)]
-
-    def find_id(self, execute, values):
-        """Returns ranges of one rowid each, newest first."""
-        (_, last), = self.all_calls(execute)
-        listed = max(read_facts(execute)["listed"], last - self.LOOK)
-        found = [number for number, in execute(FIND_ID, {"id": values["id"], "listed": listed})]
-        return [(number, number) for number in sorted(found, reverse=True)]
 
     def find_ranges(self, execute, values, where):
         """Yields ranges of rowids, those that end last first, in which there may be calls that
@@ -11561,7 +11530,7 @@ class Ledger(Writer):
         try:
             if self.trade and not database.tells:
                 database.begin_to_tell()
-            while database.add_new() or database.add_older() or database.list_ids():
+            while database.add_new() or database.add_older():
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
                     return  # calls are to be written, too
             more = self.trade and self.trade(database)
@@ -14623,7 +14592,7 @@ def status_line(status, reason):
 
 class ReplyParts:
     """What all replies share."""
-    __slots__ = "config clock dialects budget turns origins max_body warn_at".split()
+    __slots__ = "config clock dialects budget turns origins max_body warn_at id_begin".split()
 
     def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
                  turns: Turns, origins: Origins):
@@ -14635,6 +14604,11 @@ class ReplyParts:
         self.origins = origins
         self.max_body = config.max_body_bytes
         self.warn_at = config.warn_at
+        self.begin_ids()
+
+    def begin_ids(self):
+        """Runs every second: a whole id for each request would cost a microsecond."""
+        self.id_begin = new_request_id(self.clock)[:-12]
 
 
 IDENTITY, PACKED, UNREADABLE = range(3)
@@ -15188,7 +15162,7 @@ class Reply:
         entry, hold = self.entry, self.entry.hold
         entry.status = status
         if entry.request_id is None:
-            entry.request_id = f"{self.context.id_begin}{random.getrandbits(48):012x}"
+            entry.request_id = f"{self.parts.id_begin}{random.getrandbits(48):012x}"
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
@@ -16724,7 +16698,7 @@ class Admin:
 
     async def calls(self, ask):
         limit = min(self.MAX_SHOWN, self.number(ask, "limit", 50) or 1)
-        filters = {name: ask.query[name] for name in ("id", *CALL_FILTERS) if name in ask.query}
+        filters = {name: ask.query[name] for name in CALL_FILTERS if name in ask.query}
         return await self.read_books(
             ask, LedgerReader.calls, self.number(ask, "before"), limit, filters)
 
@@ -17804,8 +17778,6 @@ class ClientConnection:
         self.client = Stream(self.loop, sock)
         self.context = Context(self.loop)
         self.context.on_connect = self.on_connect
-        # A whole id for each request would cost a microsecond.
-        self.context.id_begin = new_request_id()[:-12]
         self.client.on_end = self.on_client_end
         self.client.on_full = self.on_client_full
         self.client.on_write_failed = self.on_client_lost
@@ -18306,6 +18278,7 @@ class Server(http.server.ThreadingHTTPServer):
     def beat(self):
         """Runs every second."""
         self.beat_timer = self.loop.call_later(self.BEAT_SECONDS, self.beat)
+        self.parts.begin_ids()
         self.admin.beat()
         for one in self.proxy.sharers:
             one.beat()
@@ -19390,13 +19363,8 @@ def tell_of_boxes(execute):
 
 def find_call(execute, name):
     """Returns the row of the last call with this id, or none."""
-    listed = read_facts(execute).get("listed")
-    if listed is None:  # an older version had no list
-        find = "SELECT max(rowid) FROM calls WHERE id = :id"
-    else:
-        find = f"SELECT max(number) FROM ({FIND_ID})"
-    return execute(f"SELECT * FROM calls WHERE rowid = ({find})",
-                   {"id": name, "listed": listed}).fetchall()
+    return execute("SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1",
+                   (name,)).fetchall()
 
 
 def print_table(names, rows):

@@ -9124,11 +9124,14 @@ redacted      None"""))
             self.assertEqual({one[-1:] for one in written}, {b"\n"})
             self.assertEqual(max(map(len, written)), most)
 
-    def test_the_id_of_a_call_is_a_random_uuid(self):
-        found = {llm_proxy.new_request_id() for _ in range(100)}
-        self.assertEqual(len(found), 100)
+    def test_the_id_of_a_call_is_a_uuid_that_begins_with_the_time(self):
+        clock = Clock()
+        found = [llm_proxy.new_request_id(clock) for _ in range(100)]
+        self.assertEqual(len({*found}), 100)
         for name in found:
-            self.assertEqual((str(uuid.UUID(name)), uuid.UUID(name).version), (name, 4))
+            one = uuid.UUID(name)
+            self.assertEqual((str(one), one.version, one.int >> 80),
+                             (name, 7, clock.time_ns() // 10 ** 6))
 
 
 class LedgerTest(LedgerCase):
@@ -9620,7 +9623,6 @@ class SumsTest(TableCase):
     def setUp(self):
         self.path = new_path(self, "llm_proxy.db")
         self.database = llm_proxy.Database(self.path)
-        self.database.CHUNK = 10
         self.addCleanup(lambda: self.database.connection.close())
         self.reader = llm_proxy.LedgerReader(self.path)
         self.random = random.Random(5)
@@ -9640,11 +9642,6 @@ class SumsTest(TableCase):
             "id": "id-%d" % number, "time": moment, "caller": choice("abc"), "ms": number % 1000,
             "team": choice("xy"), "served": choice(("m1", "m2")), "upstream": choice(("u", None)),
             "outcome": choice(outcomes)} for number, moment in enumerate(moments)))
-        self.list_ids()
-
-    def list_ids(self):
-        while self.database.list_ids():
-            pass
 
     def counted(self, by, where="1"):
         """What the calls themselves come to: {group: (calls, failed, limited, tokens)}."""
@@ -9825,7 +9822,6 @@ class SumsTest(TableCase):
             self.add(*({"time": self.DAY + hour * 3600 + number, "caller": "a", "served": "m2",
                         "ms": 999, "outcome": ("refused", "limited")[number % 2]}
                        for number in range(4)))
-        self.list_ids()
         for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
             filters = dict(part.split("=") for part in filters.split())
             query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
@@ -9896,8 +9892,7 @@ class SumsTest(TableCase):
         self.add_many(500, 1)
         whole = self.reader.totals("caller", self.DAY, self.DAY + 86400)
         execute = self.database.connection.execute
-        for table in ("sums", "ids"):
-            execute("DROP TABLE " + table)
+        execute("DROP TABLE sums")
         execute("DELETE FROM facts")
         self.database.connection.close()
         self.database = llm_proxy.Database(self.path)
@@ -9982,12 +9977,11 @@ class SumsTest(TableCase):
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
         self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
-        self.list_ids()
         while self.database.forget(now - 90 * 86400, now - 400 * 86400 + 7200):  # whole days
             pass
         execute = self.database.connection.execute
         for query, count in self.each("""[
-                ["calls", 90], ["ids", 90], ["sums WHERE span = 86400", 400],
+                ["calls", 90], ["sums WHERE span = 86400", 400],
                 ["sums WHERE span = 3600", 400], ["sums WHERE span = 900", 400]]"""):
             self.assertEqual(execute("SELECT count(*) FROM " + query).fetchone(), (count,))
 
