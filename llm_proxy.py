@@ -351,8 +351,8 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 proxy_keys = word_or({"anyone": {}}, mapping(
     "(?!.*[;|&:](?:sk-|[A-Za-z]{2}[A-Za-z0-9_.@-]*=[^=]))"
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?!\\[?[\"'])[!-~]+)",
-    "must be keys or name=key, by commas, none empty, in quotes or with name= or sk- after one of"
-    " ;|&: in it; one with = in it needs a name",
+    "must be keys or name=key, with commas between, not one of ;|&: and none empty, without spaces"
+    " and quotes; a key with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
 
@@ -458,9 +458,8 @@ def rules(text, scope=""):
     """'SCOPE AMOUNT UNIT per DURATION [burst N]', '... per DURATION window', '... per calendar
     PERIOD [in ZONE]' or 'SCOPE AMOUNT running', by semicolons or lines; `scope` is that of all
     where none is said."""
-    require(not (scope and re.search(rf"(^|[;\n])\s*{SCOPE_SHAPE}", text)), "must be rules such as"
-            " '60 requests per minute', without each or whom else they are for: they are this"
-            " caller's")
+    require(not (scope and re.search(rf"(^|[;\n])\s*{SCOPE_SHAPE}", text)), "must be rules"
+            " without a scope, such as '60 requests per minute': they count for this key alone")
     rows = [scope + " ".join(row.split()) for row in re.split("[;\n]", text) if row.strip()]
     found = list(map(read_rule, rows))
     require(found, "must hold at least one rule such as 'each 60 requests per minute'")
@@ -533,7 +532,8 @@ def check_rule(text, words, kinds):
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
     for found, word, (shape, right) in checks:
         require(re.fullmatch(shape.replace("N", amount), found),
-                "must be rules such as 'each 60 requests per minute'; in '%s' %s should be %s" % (
+                "must be rules such as 'each 60 requests per minute', with ; between;"
+                " in '%s' %s should be %s" % (
                     text, f"the word '{word}'" if word else "the end", right))
     if rows is CALENDAR_WORDS:
         missing = "" if time_zone("Europe/Berlin") else (
@@ -1059,8 +1059,9 @@ def guard_meant_by(name):
 
 def unknown_setting(name):
     guard = guard_meant_by(name)
-    return f"{name} is not a setting" + (
-        f": did you mean {guard}? NOTHING IS GUARDED BY THIS" if guard else "")
+    close = difflib.get_close_matches(name.upper(), SETTINGS_BY_NAME, 1, 0.8)
+    meant = f": did you mean {guard or close[0]}?" if guard or close else ""
+    return f"{name} is not a setting{meant}" + " NOTHING IS GUARDED BY THIS" * bool(guard)
 
 
 def plain_ip(host):
@@ -1445,8 +1446,8 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
     faults += config.contradictions()
-    faults += [".env: " + unknown_setting(name)
-               for name in config.unknown if name in written and guard_meant_by(name)]
+    faults += [".env: " + unknown_setting(name) for name in config.unknown
+               if name in written and (faults or guard_meant_by(name))]
     if faults:
         raise ConfigFaults("\n".join(faults))
     return config
@@ -18974,10 +18975,32 @@ def faults_of_start(config):
             yield str(fault)
     if config.usage_log not in (None, "-") and not can_be_written(config.usage_log):
         yield "USAGE_LOG must be a file that can be written"
+    if config.redis_url:
+        with closing(asyncio.SelectorEventLoop()) as loop:
+            fault = loop.run_until_complete(fault_of_redis(loop, config))
+        if fault:
+            yield f"REDIS_URL: Redis {fault}"
     try:
         listen(config.host, config.port).close()
     except OSError as failure:
         yield cannot_listen(config, failure)
+
+
+async def fault_of_redis(loop, config):
+    """Returns why Redis cannot be used, None where it can."""
+    redis = build_buckets(config, time, loop, None).redis
+    answered = loop.create_future()
+
+    async def ask():
+        await redis.ask_first("PING")
+        answered.cancel()
+
+    redis.greetings = [ask]  # instead of those by which a process joins the others
+    redis.on_leave = [answered.set_result, lambda _: redis.task.cancel()]
+    redis.start()
+    await asyncio.wait([answered], timeout=5)
+    await redis.close()
+    return None if answered.cancelled() else answered.result() if answered.done() else "is silent"
 
 
 def cannot_listen(config, failure):
@@ -18986,9 +19009,12 @@ def cannot_listen(config, failure):
 
 
 def can_be_written(path):
+    """Tells whether a file can be written, or one made there, by making another one."""
+    if os.path.exists(path):
+        return not os.path.isdir(path) and os.access(path, os.W_OK)
     folder = os.path.dirname(os.path.abspath(path))
-    return not os.path.isdir(path) and os.access(
-        path if os.path.exists(path) else folder, os.W_OK)
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        return bool(file.write(b" "))
 
 
 def look_at_database(config):
@@ -19002,7 +19028,7 @@ def look_at_database(config):
         with lock_for_service(path) or nullcontext():
             pass
     if not can_be_written(path):
-        raise Unwritable(path, OSError("no such folder, or no permission"))
+        raise Unwritable(path, OSError("no such folder, permission or room"))
 
 
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
@@ -19086,7 +19112,7 @@ def offer_dashboard(config, has_admin, path):
     key = place = new_secret()
     if not os.isatty(2):
         if path is None:
-            return page + " needs ADMIN_KEY to be set: without DATABASE there is no place for one"
+            return page + " needs ADMIN_KEY to be set: no terminal, and no DATABASE, to tell one"
         path = config.admin_key_file = path + ".admin-key"
         place = "in " + path
         try:

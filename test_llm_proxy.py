@@ -1374,6 +1374,10 @@ mple', 'http://a', 'http://b:443')
             fault = self.fault(HERE, name + "=x")
             self.assertIn(".env: %s is not a setting: did you mean %s?" % (name, meant), fault)
 
+    def test_beside_a_fault_a_name_in_dotenv_that_is_no_setting_is_told_too(self):
+        _, said = self.faults({}, "BASE_URL=http://h")
+        self.assertEqual(said, ".env: BASE_URL is not a setting: did you mean BASE_API_URL?")
+
     def test_an_upstream_is_made_of_the_settings_that_bear_its_name(self):
         self.assertEqual(read_config(HERE).upstreams, [])
         anthropic, box = read_config({
@@ -9547,7 +9551,7 @@ class KeyStoreTest(KeysCase):
         add -> "ben" -> {"role": "root"} -> role must
         add -> "ben" -> {"expires": "soon"} -> expires must be such as
         add -> "ben" -> {"expires": 7} -> expires must be text
-        add -> "ben" -> {"limits": "each 1 usd per day"} -> limits must be .*, without each or whom
+        add -> "ben" -> {"limits": "each 1 usd per day"} -> limits must be rules without a scope
         add -> "ben" -> {"models": "a,,b"} -> models must be
         add -> "ben" -> {"note": "a\nb"} -> note must be one line
         add -> "ben" -> {"tag": "web app"} -> tag must be 1 to 64
@@ -16677,6 +16681,8 @@ class CommandsTest(ProcessCase):
                 ("foreign.db is not a database of llm_proxy", {"DATABASE": foreign}),
                 ("is used by another llm_proxy", {"DATABASE": used}),
                 ("x.db': no such folder", {"DATABASE": "/nonexistent/x.db"}),
+                ("x.db': no such folder", {"DATABASE": "/proc/x.db"}),
+                ("REDIS_URL: Redis is not there", {"REDIS_URL": "unix:///nonexistent"}),
                 ("USAGE_LOG must be", {"USAGE_LOG": "/nonexistent/x.log"}),
                 ("USAGE_LOG must be", {"USAGE_LOG": os.path.dirname(os.path.abspath(__file__))}),
                 ("cannot listen on 0.0.0.0 port", {"PORT": self.address[1]}))):
@@ -16687,8 +16693,8 @@ class CommandsTest(ProcessCase):
     def test_check_knows_that_a_start_goes_without_the_usual_database(self):
         for path, is_usual in self.each("""[["", true], ["x.db", false]]"""):
             config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
-            with contextlib.redirect_stdout(out), mock.patch("os.access", return_value=False), (
-                    mock.patch.object(llm_proxy, "listen")):
+            nowhere = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError)
+            with contextlib.redirect_stdout(out), nowhere, mock.patch.object(llm_proxy, "listen"):
                 faults = list(llm_proxy.faults_of_start(config))
             self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
 
