@@ -6058,7 +6058,7 @@ class ErrorUnpacker:
 class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
     ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
-    caller, as the `editor` has it. What came is kept until MAX_KEPT, then searched and dropped, but
+    caller, as the `editor` has it. What came is kept up to a limit, then searched and dropped, but
     for the last events; of a line or JSON above MAX_LINE only the end is kept, and in a list of an
     answer above MAX_UNPACKED."""
     MAX_KEPT = 3 << 12
@@ -6102,7 +6102,7 @@ class UsageReader:
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.editor = Editor(self.dialect.events, [HiddenUsage(self.dialect)])
         self.pieces: List[bytes] = []
-        self.compact_above = self.MAX_KEPT
+        self.compact_above = 2 * self.LAST_EVENTS if streamed else self.MAX_KEPT
 
     def __repr__(self) -> str:
         return (f"<UsageReader {self.dialect.name} {self.endpoint}, keeps {self.size} bytes,"
@@ -6163,7 +6163,7 @@ class UsageReader:
             self.scan_for_usage(passed)
         self.pieces = [data[end:]]
         self.size = len(data) - end
-        self.compact_above = self.MAX_KEPT + 2 * self.size  # joining is not quadratic
+        self.compact_above = max(self.compact_above, 2 * self.size)  # joining is not quadratic
 
     def end_of_answers(self, data):
         """Notes what each answer in a list tells; returns where the first begins that is not
@@ -7803,7 +7803,7 @@ class BodyAdapter:
         self.reader = reader
         self.events = events
         self.passed = 0  # bytes of payload
-        self.tail = b""  # the last bytes of it, where something may be inserted
+        self.tail = b""  # the end of it, by which something may be inserted
 
     def feed(self, data: bytes) -> bytes:
         """Raises Malformed as soon as the framing is broken."""
@@ -7816,8 +7816,7 @@ class BodyAdapter:
                 payload += self.reader.flush()
             out = self.frame(payload, ended)
         self.passed += len(payload)
-        if self.events:
-            self.tail = (self.tail + payload)[-4:]
+        self.tail = payload if len(payload) > 3 else (self.tail + payload)[-4:]
         return out
 
     def frame(self, payload, ended):
@@ -7908,7 +7907,7 @@ class Context:
 
     def expired(self):
         """Tells whether the call's own deadline has passed, not just that of one wait."""
-        return self.until < inf and self.loop.time() >= self.until
+        return self.loop.time() >= self.until
 
     def wait(self, future: asyncio.Future, seconds: float, what: str) -> asyncio.Future:
         """Returns `future`, which is to be awaited at once. It raises TimeoutError after `seconds`,
@@ -8033,19 +8032,15 @@ class Stream:
         elif self.sink:
             self.sink(data)
         else:
-            self.keep(data)
-
-    def keep(self, data):
-        """Keep what nobody has asked for yet, up to MAX_READ_AHEAD."""
-        if not self.discarding:
-            self.read_buffer += data
-        waiter = self.waiter
-        if waiter and not waiter.done():
-            waiter.set_result(True)
-        elif len(self.read_buffer) >= MAX_READ_AHEAD:
-            self.pause_reading()
-            if self.on_full:
-                self.on_full()
+            if not self.discarding:
+                self.read_buffer += data
+            waiter = self.waiter
+            if waiter and not waiter.done():
+                waiter.set_result(True)
+            elif len(self.read_buffer) >= MAX_READ_AHEAD:
+                self.pause_reading()
+                if self.on_full:
+                    self.on_full()
 
     def end(self, failure=None):
         """Nothing more will come."""
@@ -8357,7 +8352,7 @@ class Transfer:
         except Malformed:
             return self.finish(self.MALFORMED)
         except Exception as bug:  # the task that awaits us logs it, and ends the call
-            return self.fail(bug)
+            return self.finish(bug)
         if out:
             self.target.write(out)
         if adapter.framing.ended:
@@ -8369,7 +8364,7 @@ class Transfer:
         try:
             whole, out = self.adapter.end_of_stream(reset=self.source.failure is not None)
         except Exception as bug:
-            return self.fail(bug)
+            return self.finish(bug)
         self.target.write(out)
         self.finish(self.WHOLE if whole else self.BROKEN_OFF)
 
@@ -8381,12 +8376,8 @@ class Transfer:
     def finish(self, ending):
         self.let_go()
         if not self.done.done():
-            self.done.set_result(ending)
-
-    def fail(self, failure):
-        self.let_go()
-        if not self.done.done():
-            self.done.set_exception(failure)
+            is_bug = isinstance(ending, Exception)
+            (self.done.set_exception if is_bug else self.done.set_result)(ending)
 
     def due(self) -> float:
         """Returns when the source must have sent more."""
@@ -9611,7 +9602,7 @@ class Upstream:
         """Returns the address to ask next, which has one more running call now. Raises `failure`,
         that of the last one, BreakerOpen, and UpstreamTimeout where nobody would wait for the
         response."""
-        if context.expired():
+        if context.until < inf and context.expired():
             raise UpstreamTimeout
         address = self.addresses[0]
         if failed or len(self.addresses) > 1 or address.breakers.troubled:
@@ -14592,9 +14583,9 @@ def status_line(status, reason):
     return "HTTP/1.1 %d %s" % (status, reason)
 
 
-class ReplyParts:
-    """What all replies share."""
-    __slots__ = "config clock dialects budget turns origins max_body warn_at id_begin".split()
+class Common:
+    """What all replies have in common."""
+    __slots__ = "config clock dialects budget turns origins id_begin".split()
 
     def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
                  turns: Turns, origins: Origins):
@@ -14604,8 +14595,6 @@ class ReplyParts:
         self.budget = budget
         self.turns = turns
         self.origins = origins
-        self.max_body = config.max_body_bytes
-        self.warn_at = config.warn_at
         self.begin_ids()
 
     def begin_ids(self):
@@ -14642,20 +14631,21 @@ class Reply:
     patience = inf                     # seconds that the caller has for one wait
     started = 0                             # unix nanoseconds, when the request's head was there
 
-    def __init__(self, client: Stream, context: Context, parts: ReplyParts, entry: Entry):
+    def __init__(self, client: Stream, context: Context, common: Common, entry: Entry):
         self.client = client
         self.context = context
-        self.parts = parts
+        self.common = common
         self.entry = entry
         self.body: Optional[RequestBody] = None  # what is still to come of the request's
         self.call: Optional[Call] = None
         self.early = False
         self.end_at = inf  # when the call is to be over, in the loop's time
         self.comment_timer = None
+        self.comment_seconds = inf  # for which a stream may be silent before a comment is put in
 
     def take(self, request: Request):
         """Take the head of the request that is to be answered."""
-        self.started = self.parts.clock.time_ns()
+        self.started = self.common.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
         if "x-request-id" in request.lines:
@@ -14668,11 +14658,11 @@ class Reply:
             self.content = client.read_buffer[:request.length]
             client.read_buffer = client.read_buffer[request.length:]
         else:
-            self.body = RequestBody(client, request, self.parts.budget)
+            self.body = RequestBody(client, request, self.common.budget)
 
     async def read_body(self) -> bytes:
         """Returns the body of a metered call."""
-        most = self.parts.max_body
+        most = self.common.config.max_body_bytes
         if self.content is None:
             self.body.owner = owner = self.entry.caller.key
             began = self.context.loop.time()
@@ -14681,7 +14671,7 @@ class Reply:
             if len(content) > LARGE_BODY:
                 await asyncio.sleep(0)  # to join it took its time
                 try:
-                    await self.parts.turns.take(owner, self.context)
+                    await self.common.turns.take(owner, self.context)
                 except TimeoutError:  # its own time is over
                     raise Overloaded from None
             return content
@@ -14698,7 +14688,7 @@ class Reply:
 
     def set_deadlines(self):
         """Raises BadRequest."""
-        seconds = self.parts.config.max_call_seconds
+        seconds = self.common.config.max_call_seconds
         text = self.request.get(TIMEOUT_FIELD)
         now = self.context.loop.time()
         if text is not None:
@@ -14710,18 +14700,12 @@ class Reply:
             self.end_at = now + seconds
         self.context.until = min(self.end_at, now + self.patience)
 
-    def comment_seconds(self):
-        """Returns how long a stream may be silent before a comment is put in, where its client
-        knows what comments are."""
-        call = self.call
-        if not call.stream or call.endpoint in NO_LIMIT_REPLY or not call.dialect.TAKES_COMMENTS:
-            return inf
-        return self.parts.config.stream_comment_seconds or inf
-
     def start_comments(self):
-        """A stream that waits long for its response begins with comments."""
-        seconds = self.comment_seconds()
-        if seconds < inf:
+        """A stream that waits long for its response begins with comments, where its client knows
+        what these are."""
+        call, seconds = self.call, self.common.config.stream_comment_seconds
+        if seconds and call.endpoint not in NO_LIMIT_REPLY and call.dialect.TAKES_COMMENTS:
+            self.comment_seconds = seconds
             self.comment_timer = self.context.loop.call_later(seconds, self.on_comment_timer)
 
     def stop_comments(self):
@@ -14837,28 +14821,24 @@ class Reply:
         may tell usage."""
         call = self.call
         key = call.dialect, call.endpoint, call.owes is None
-        return head.cache.get(key) or self.find_kind(head, key)
-
-    def find_kind(self, head, key):
-        kind = head.get("content-type", "")
-        encoding = read_codings(head.get("content-encoding", ""))
-        streamed = self.call.dialect.is_stream(kind)
-        found = head.cache[key] = streamed, encoding, self.may_tell_usage(kind, streamed)
+        found = head.cache.get(key)
+        if found is None:
+            kind = head.get("content-type", "")
+            streamed = call.dialect.is_stream(kind)
+            # An answer to a call that we do not know may be anything, and sounds are not awaited.
+            may_tell = call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
+            if call.unmetered or call.endpoint == UPLOAD:
+                may_tell = call.owes is not None
+            encoding = read_codings(head.get("content-encoding", ""))
+            found = head.cache[key] = streamed, encoding, may_tell
         return found
-
-    def may_tell_usage(self, kind, streamed):
-        """An answer to a call that we do not know may be anything, and sounds are not awaited."""
-        call = self.call
-        if call.unmetered or call.endpoint == UPLOAD:
-            return call.owes is not None
-        return call.endpoint != UNKNOWN or streamed or "json" in kind.lower()
 
     def unmasking(self, response):
         """Returns what reads a body and puts values back for the placeholders of the call, where
         there are any and the body can be read."""
         call, masks, reader = self.call, self.call.masks, self.entry.reader
         streamed, encoding, _ = self.kind_of(response.head)
-        redactor = masks.redactor if self.parts.config.redact_answers == "on" else None
+        redactor = masks.redactor if self.common.config.redact_answers == "on" else None
         kind = response.head.get("content-type", "text/").lower()
         is_read = streamed or "json" in kind
         has_text = is_read or kind.startswith("text/") and response.status < 400
@@ -14887,7 +14867,7 @@ class Reply:
         framing, events, style = response.framing, None, AS_IS
         editor = reader.editor if type(reader) is UsageReader else reader
         drops = editor is not None and not framing.ended
-        if has_events and (self.early or self.comment_seconds() < inf):
+        if has_events and (self.early or self.comment_seconds < inf):
             events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
             length = response.head.length
@@ -14956,7 +14936,7 @@ class Reply:
 
     def begin(self, response: Response):
         """Send the head of a response, together with what has come of its body."""
-        clock, entry = self.parts.clock, self.entry
+        clock, entry = self.common.clock, self.entry
         entry.first_byte = clock.monotonic()
         if self.early:
             return self.client.write(self.first)
@@ -14988,7 +14968,7 @@ class Reply:
         head, hides = response.head, response.hides
         if hides in head.cache:
             return head.cache[hides]
-        replaced = REPLACED if self.parts.origins.none else REPLACED_WITH_CORS
+        replaced = REPLACED if self.common.origins.none else REPLACED_WITH_CORS
         unbuffered = []
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             replaced |= {"x-accel-buffering"}
@@ -15017,7 +14997,7 @@ class Reply:
         transfer = Transfer(response.stream, self.client, adapter, seconds)
         if adapter.events:
             transfer.comment = adapter.events.comment(self.WAITING)
-            transfer.comment_seconds = self.comment_seconds()
+            transfer.comment_seconds = self.comment_seconds
         with transfer:
             try:
                 ending = await self.context.wait(transfer.done, inf, address.what_body)
@@ -15030,7 +15010,7 @@ class Reply:
 
     def is_impatient(self):
         """Returns whether the caller waits less long than we would."""
-        config = self.parts.config
+        config = self.common.config
         return self.patience < (config.first_byte_timeout or config.read_timeout)
 
     def went_well(self, response: Response, ending: str) -> Optional[bool]:
@@ -15082,7 +15062,7 @@ class Reply:
         """Say `why` and end the stream; returns False where there is no room for it."""
         entry, event, adapter = self.entry, self.error_event(why), self.adapter
         if entry.first_byte is None:
-            entry.first_byte = self.parts.clock.monotonic()
+            entry.first_byte = self.common.clock.monotonic()
         if adapter is None:
             framed = self.framed(event)
         else:
@@ -15117,7 +15097,7 @@ class Reply:
         if isinstance(refusal, LimitReached):
             self.entry.hold = Hold(tightest=refusal.tightest)
             return self.limit(refusal)
-        dialect = self.call.dialect if self.call else self.parts.dialects.guess(
+        dialect = self.call.dialect if self.call else self.common.dialects.guess(
             self.request and self.request.path, self.request)
         self.send(refusal.status, dialect.error(refusal, refusal.status),
                   self.lines_of(refusal.fields))
@@ -15147,7 +15127,7 @@ class Reply:
         self.send(refusal.status, body, self.lines_of(fields))
 
     def wants_assistant(self):
-        wanted = self.parts.config.limit_reply
+        wanted = self.common.config.limit_reply
         return wanted == "assistant" or wanted == "auto" and bool(
             PEOPLES_AGENTS.search(self.user_agent())
             or any(name.startswith(USER_FIELD_PREFIX) for name in self.request.lines))
@@ -15164,7 +15144,7 @@ class Reply:
         entry, hold = self.entry, self.entry.hold
         entry.status = status
         if entry.request_id is None:
-            entry.request_id = f"{self.parts.id_begin}{random.getrandbits(48):012x}"
+            entry.request_id = f"{self.common.id_begin}{random.getrandbits(48):012x}"
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
@@ -15173,7 +15153,7 @@ class Reply:
         if cors is None:
             cors = cache["cors"] = self.cors_lines()
         lines += f"X-Request-ID: {entry.request_id}\r\n{rate}{cors}"
-        if rate and self.parts.warn_at:
+        if rate and self.common.config.warn_at:
             lines += self.warning_line(hold)
         if entry.queued is not None:
             lines += f"X-Queue-Ms: {entry.queued}\r\n"
@@ -15183,14 +15163,14 @@ class Reply:
 
     def warning_line(self, hold):
         text = warning_text([(share, level.rule.text) for share, level in shares_used(hold)],
-                            self.parts.warn_at)
+                            self.common.config.warn_at)
         return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
     def date_line(self):
-        return format_date(self.parts.clock.time_ns() // 10 ** 9)
+        return format_date(self.common.clock.time_ns() // 10 ** 9)
 
     def cors_lines(self) -> str:
-        origins = self.parts.origins
+        origins = self.common.origins
         if origins.any:
             return ANY_ORIGIN
         if origins.none:
@@ -16162,7 +16142,7 @@ class Pages:
 
     async def preflight(self, request, reply):
         lines = []
-        if not reply.parts.origins.none:
+        if not reply.common.origins.none:
             asked = request.get("access-control-request-headers", "Authorization, Content-Type")
             lines = ["Access-Control-Allow-Methods: " + self.CORS_METHODS,
                      "Access-Control-Allow-Headers: " + asked,
@@ -17891,7 +17871,7 @@ class ClientConnection:
 
     def new_reply(self):
         entry = Entry(self.address, self.peer)
-        self.reply = Reply(self.client, self.context, self.server.parts, entry)
+        self.reply = Reply(self.client, self.context, self.server.common, entry)
         return self.reply
 
     async def exchange(self) -> bool:
@@ -17952,7 +17932,7 @@ class ClientConnection:
     def find_responder(self, request):
         """Returns what answers requests with this head, a page or the proxy. Raises a Refusal for
         what is answered by neither."""
-        origins = self.server.parts.origins
+        origins = self.server.common.origins
         respond = self.server.admin.page(request)
         if respond is None or not origins.is_own(request):
             origins.check(request.method, request)
@@ -18148,7 +18128,7 @@ class Server(http.server.ThreadingHTTPServer):
         config = proxy.config
         memory = MemoryBudget(max(self.BODY_MEMORY, 8 * config.max_body_bytes))
         origins = Origins(config.cors_origins, socket.gethostname())
-        self.parts = ReplyParts(
+        self.common = Common(
             config, proxy.clock, proxy.dialects, memory, Turns(self.loop), origins)
         self.reload()
         self.handshakes = Handshakes(proxy.clock)
@@ -18280,7 +18260,7 @@ class Server(http.server.ThreadingHTTPServer):
     def beat(self):
         """Runs every second."""
         self.beat_timer = self.loop.call_later(self.BEAT_SECONDS, self.beat)
-        self.parts.begin_ids()
+        self.common.begin_ids()
         self.admin.beat()
         for one in self.proxy.sharers:
             one.beat()

@@ -13656,7 +13656,7 @@ class EveryAwaitTest(WaitingCase):
             "calls": address.running + (base.queue.running if base.queue else 0),
             "connections": len(server.open) + len(server.lingering) + address.connecting,
             "tasks": len(asyncio.all_tasks(self.proxy.loop)),
-            "bytes": server.parts.budget.free - self.budget,
+            "bytes": server.common.budget.free - self.budget,
         }
 
     def assert_rest(self, seen, ending):
@@ -13694,7 +13694,7 @@ class EveryAwaitTest(WaitingCase):
     def spoil_each(self, data, payload, text, **settings):
         self.start(None, reads=False, MAX_BODY_BYTES=1 << 23, BREAKER_FAILURES=100, **settings)
         self.stub.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        self.budget = self.server.parts.budget.free
+        self.budget = self.server.common.budget.free
         self.descriptors = len(os.listdir("/dev/fd"))
         end = payload.index(b"\r\n\r\n") + 20
         self.first, self.rest = payload[:end], payload[end:]
@@ -15433,7 +15433,7 @@ class ClientConnectionTest(ServerCase):
         for client, asked in [self.ask_stub(large(key)) for key in "aaaabbbb"]:  # all is there
             asked.answer()
             client.answers(200)
-        wait_for(lambda: self.server.parts.budget.held == {}, "the return of it all")
+        wait_for(lambda: self.server.common.budget.held == {}, "the return of it all")
 
     def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
         much, pace = 1 << 20, 16384
