@@ -14290,83 +14290,74 @@ class SharedFeed(Feed):
     """The feed of all processes: each tells the others every second what was in it, and, while
     anybody looks, what happens."""
     FRESH_SECONDS = 2.5
-    GONE_SECONDS = 60
-    MOST_READ = 500  # events at once
+    MOST_SECONDS = 200  # that Redis keeps, of all processes
+    MOST_READ = 500     # of what was told, at once
     SUMS = "in_flight", "line"
-    # What these come to since its start each tells, so that a second that nobody has read is not
-    # lost.
     COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
     TOLD = "begin", "end", "change", "warning"
-    elsewhere = False              # whether pages are open there
-    last: Optional[bytes] = None   # event that was read
+    elsewhere = False   # whether pages are open there
 
     def __init__(self, clock: Any, redis: Redis, prefix: str):
         super().__init__(clock)
         self.redis = redis
-        self.seconds_key, self.events_key = prefix + "seconds", prefix + "events"
-        self.totals = Counter()  # by COUNTED
-        self.others = {}  # what each told last,
-        self.more = Counter()  # and what all counted meanwhile
+        self.seconds_key, self.events_key = prefix + "pulses", prefix + "events"
+        self.read_to = {}      # name of the last entry that was read, by key
+        self.others = {}       # the last second of each, after when that was read,
+        self.more = Counter()  # and what was COUNTED in those that were read in this one
 
     def tell(self, name, payload):
         super().tell(name, payload)
         if self.elsewhere and name in self.TOLD and self.redis.available:
-            self.redis.send("XADD", self.events_key, "MAXLEN", "~", self.ROOM, "*",
-                            "from", self.redis.process, name, json.dumps(payload))
+            self.send(self.events_key, self.ROOM, name, payload)
+
+    def send(self, key, most, name, payload):
+        self.redis.send("XADD", key, "MAXLEN", "~", most, "*",
+                        "from", self.redis.process, name, json.dumps(payload, default=str))
 
     def exchange(self, payload: JsonObject):
         """Tells the others what was in this second, and asks what they told."""
-        for name, number in self.COUNTED.items():
-            self.totals[name] += number(payload[name])
+        oldest = self.clock.monotonic() - self.FRESH_SECONDS
+        self.others = {name: one for name, one in self.others.items() if one[0] > oldest}
+        self.note_interest()
         if not self.redis.available:
-            self.others = {}
             return
         looking = self.listeners > self.elsewhere
-        told = {**payload, **self.totals, "looking": looking}
-        self.redis.send("HSET", self.seconds_key, self.redis.process,
-                        json.dumps(told, default=str))
-        self.redis.send("EXPIRE", self.seconds_key, self.GONE_SECONDS)
-        self.redis.ask(self.on_seconds, "HGETALL", self.seconds_key)
-        if not looking:
-            self.last = None
+        self.send(self.seconds_key, self.MOST_SECONDS, "pulse", {**payload, "looking": looking})
+        self.ask(self.seconds_key)
+        if looking:
+            self.ask(self.events_key)
         else:
-            self.last = self.last or b"%d-0" % (wall_time(self.clock) * 1000)
-            self.redis.ask(
-                self.on_events, "XRANGE", self.events_key, entry_after(self.last), "+",
-                "COUNT", self.MOST_READ)
+            self.read_to.pop(self.events_key, None)
+
+    def note_interest(self):
+        """Has calls tell of their beginning while pages are open elsewhere."""
+        elsewhere = any([one.get("looking") for _, one in self.others.values()])
+        self.listeners += elsewhere - self.elsewhere
+        self.elsewhere = elsewhere
+
+    def ask(self, key):
+        after = self.read_to.setdefault(key, b"%d-0" % (wall_time(self.clock) * 1000))
+        self.redis.ask(partial(self.on_entries, key),
+                       "XRANGE", key, entry_after(after), "+", "COUNT", self.MOST_READ)
+
+    def on_entries(self, key, reply):
+        with suppress(ValueError, TypeError, LookupError, ArithmeticError):
+            for self.read_to[key], (_, process, name, text) in reply:
+                if process.decode() == self.redis.process:
+                    continue
+                if key == self.seconds_key:
+                    self.note_second(process, json.loads(text))
+                elif name.decode() in self.TOLD:
+                    super().tell(name.decode(), json.loads(text))
+
+    def note_second(self, process, second):
+        self.more.update({name: number(second[name]) for name, number in self.COUNTED.items()})
+        self.others[process] = self.clock.monotonic(), second
+        self.note_interest()
 
     def pulse(self, payload):
         super().pulse(payload)
         self.more.clear()
-
-    def on_seconds(self, reply):
-        if isinstance(reply, RedisFault):
-            return
-        now = wall_time(self.clock)
-        found = {}
-        with suppress(ValueError, TypeError, LookupError, ArithmeticError):
-            for name, text in zip(reply[::2], reply[1::2]):
-                one = json.loads(text)
-                if one["now"] < now - self.GONE_SECONDS:
-                    self.redis.send("HDEL", self.seconds_key, name)
-                elif (one["now"] > now - self.FRESH_SECONDS
-                      and name.decode() != self.redis.process):
-                    found[name] = one
-                    before = self.others.get(name, one)
-                    for count, number in self.COUNTED.items():
-                        self.more[count] += number(one[count]) - number(before[count])
-        self.others = found
-        elsewhere = any([one.get("looking") for one in found.values()])
-        self.listeners += elsewhere - self.elsewhere  # so that calls tell of their beginning
-        self.elsewhere = elsewhere
-
-    def on_events(self, reply):
-        if not reply or isinstance(reply, RedisFault):
-            return
-        with suppress(ValueError, TypeError, LookupError):
-            for self.last, (_, process, name, text) in reply:
-                if process.decode() != self.redis.process and name.decode() in self.TOLD:
-                    super().tell(name.decode(), json.loads(text))
 
     def added_up(self, payload: JsonObject) -> JsonObject:
         """Returns what was in a second of all."""
@@ -14375,7 +14366,7 @@ class SharedFeed(Feed):
             for name in self.COUNTED.keys() & found.keys():
                 value = found[name]
                 found[name] = type(value)(self.COUNTED[name](value) + self.more[name])
-            for other in self.others.values():
+            for _, other in self.others.values():
                 self.add(found, other)
         return found
 

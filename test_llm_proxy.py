@@ -14699,7 +14699,8 @@ class SharedEventsTest(AdminCase):
         (one, here), (two, there) = self.start_two()
         self.address = here
         client = self.listen()
-        wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.last, "the interest")
+        wait_for(lambda: two.watchers.feed.elsewhere and len(one.watchers.feed.read_to) == 2,
+                 "the interest")
         self.address = there
 
         self.ask("k")
@@ -14717,18 +14718,16 @@ class SharedEventsTest(AdminCase):
         one = llm_proxy.SharedFeed(Clock(), types.SimpleNamespace(
             available=False, process=""), "x:")
         nothing, told = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}, []
-        for calls, usd in (
-                (5, "1"), (5, "1"), (7, "1.5"), (7, "nan!"), (9, "2"), (10 ** 99, "1e9999999")):
-            text = json.dumps({"now": one.clock.time_ns() / 1e9, "calls": calls,
-                               "tokens": 2 * calls, "failed": 0, "usd": usd})
-            one.on_seconds([b"other", text.encode()])
+        for rows in ([(5, "1")], [], [(0, "0"), (2, "0.5")], [(9, "nan!")],
+                     [(10 ** 99, "1e9999999")]):
+            one.on_entries(one.seconds_key, [[b"7-%d" % number, [
+                b"from", b"other", b"pulse", json.dumps({
+                    "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd,
+                    "looking": False}).encode()]] for number, (calls, usd) in enumerate(rows)])
             found = one.added_up(nothing)
             one.pulse({})
             told.append((found["calls"], found["tokens"], found["usd"]))
-        self.assertEqual(told[:3], [(0, 0, "0"), (0, 0, "0"), (2, 4, "0.5")])
-        for _ in range(3):
-            one.exchange({**nothing, "calls": 2, "usd": "0.1"})
-        self.assertEqual((one.totals["calls"], str(one.totals["usd"])), (6, "0.3"))
+        self.assertEqual(told[:4], [(5, 10, "1"), (0, 0, "0"), (2, 4, "0.5"), (0, 0, "0")])
 
     def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
         (_, here), (_, there) = self.start_two()
@@ -14748,8 +14747,9 @@ class SharedEventsTest(AdminCase):
         (one, _), _ = self.start_two()
         client = self.listen()
         for text in self.each(("", "[]", "{}", '{"now": "x"}', '{"now": 9e9}',
-                               '{"now": 9e9, "calls": "x", "looking": 1, "usd": "x"}')):
-            self.redis.ask("HSET", "{llm_proxy}:seconds", "x", text)
+                               '{"calls": "x", "looking": 1, "usd": "x"}',
+                               '{"calls": 1, "tokens": 1, "failed": 1, "usd": "1"}')):
+            self.redis.ask("XADD", "{llm_proxy}:pulses", "*", "from", "x", "pulse", text)
             self.redis.ask("XADD", "{llm_proxy}:events", "*", "from", "x", "end", text)
             self.redis.ask("XADD", "{llm_proxy}:events", "*", "a", text)
         self.hear(client, "pulse")
