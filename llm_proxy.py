@@ -2155,13 +2155,6 @@ class Quota(NamedTuple):
     reset_seconds: int
 
 
-class Charge(NamedTuple):
-    """What a call would take of one bucket."""
-    rule: Rule
-    key: BucketKey
-    amount: int
-
-
 class Level(NamedTuple):
     """What a bucket holds at the moment `now`, without the `amount` that one call takes. A `level`
     below 0 is a debt, or what is missing. `refilled` is the time of the last refill."""
@@ -2250,26 +2243,26 @@ def calendar_rule(rule: Rule, wall: float) -> Rule:
     return rule._replace(began=began, interval=length, rate=(rule.rate[0], length))
 
 
-def window_at(rule: Rule, known: Optional[Level], now: float, wall: float) -> Tuple[Rule, float]:
-    """Returns the rule of the window that it is at `now`, and when that began: one of a fixed
-    length with the call that found the bucket full, or the last window over. `known` is the bucket
-    as it was last seen. A clock that is set back a little begins no period twice."""
-    if not rule.zone:
-        if known and known.level < rule.capacity and now - known.refilled + 1e-6 < rule.interval:
-            return rule, known.refilled
-        return rule, now
-    if known and -3600 < wall - known.rule.began < known.rule.interval:
-        rule = known.rule
+def window_at(rule: Rule, known: Optional[Level], capacity: int, now: float, wall: float
+              ) -> Tuple[Rule, int, float]:
+    """Returns the rule of the window that it is at `now`, what is in that, and when it began: one
+    of a fixed length with the call that found the bucket full, or the last window over. `known` is
+    the bucket as it was last seen. A clock that is set back a little begins no period twice."""
+    if rule.zone:
+        if known and -3600 < wall - known.rule.began < known.rule.interval:
+            rule = known.rule
+        else:
+            rule = calendar_rule(rule, wall)
+        began = rule.began - wall + now
+        goes_on = known and known.rule.began == rule.began
     else:
-        rule = calendar_rule(rule, wall)
-    return rule, rule.began - wall + now
-
-
-def left_in_window(rule: Rule, began: float, known: Level) -> int:
-    """Returns what is in a window that `began` then. With a new one all is as if nothing had been
-    taken, and what was given beyond the rule stays."""
-    same = known.rule.began == rule.began if rule.zone else known.refilled == began
-    return known.level if same else max(known.level, rule.capacity)
+        goes_on = (known and known.level < rule.capacity
+                   and now - known.refilled + 1e-6 < rule.interval)
+        began = known.refilled if goes_on else now
+    level = known.level if known else capacity
+    if not goes_on:  # as if nothing had been taken; what was given beyond the rule stays
+        level = max(level, rule.capacity)
+    return rule, min(level, capacity), began
 
 
 class Buckets:
@@ -2321,12 +2314,14 @@ class Buckets:
             _, _, unit, capacity, refill, interval, _, _, window, _, _ = rule
             if self.given:
                 capacity += self.given_to(key, now)
-            if window:
-                levels.append(self.window_after(
-                    rule, key, capacity, costs[unit], taken[unit], taken_at))
-                continue
             known = self.levels.get(key)
-            if known is None:
+            back = taken[unit]
+            if window:
+                rule, level, refilled = window_at(
+                    rule, known, capacity, now, wall_time(self.clock))
+                if taken_at + 1e-6 < refilled:  # nothing comes back of an earlier one
+                    back = min(back, costs[unit])
+            elif known is None:
                 level = capacity
                 refilled = now
             else:
@@ -2340,22 +2335,11 @@ class Buckets:
                     level = capacity
                     refilled = now
             cost = costs[unit]
-            level += taken[unit] - cost
+            level += back - cost
             if level > capacity:
                 level = capacity
             levels.append(new_tuple(Level, (level, refilled, rule, key, cost, now)))
         return levels
-
-    def window_after(self, rule, key, capacity, cost, taken, taken_at):
-        """Returns what a window holds once `cost` is charged instead of what was taken. Nothing
-        comes back of what was taken in an earlier one."""
-        now, known = self.clock.monotonic(), self.levels.get(key)
-        rule, began = window_at(rule, known, now, wall_time(self.clock))
-        level = min(capacity, left_in_window(rule, began, known) if known else capacity)
-        change = taken - cost
-        if taken_at + 1e-6 < began:
-            change = min(0, change)
-        return Level(min(capacity, level + change), began, rule, key, cost, now)
 
     def level_of(self, rule, key):
         """Returns what is in a bucket."""
@@ -2378,11 +2362,11 @@ class Buckets:
         self.store(levels)
         return tightest_of(levels)
 
-    def peek(self, charges: List[Charge]) -> Tuple[Quota, int]:
-        """Returns the tightest bucket as it is, and the whole seconds until all of `charges` could
-        be taken. It makes no bucket."""
-        levels = [self.level_of(rule, key) for rule, key, _ in charges]
-        waits = [one.less(charge.amount).wait for one, charge in zip(levels, charges)]
+    def peek(self, keyed_rules: KeyedRules, amount: int) -> Tuple[Quota, int]:
+        """Returns the tightest bucket as it is, and the whole seconds until `amount`, or all that
+        it can hold, could be taken of each. It makes no bucket."""
+        levels = [self.level_of(rule, key) for rule, key in keyed_rules]
+        waits = [one.less(min(amount, one.rule.capacity)).wait for one in levels]
         return tightest_of(levels).quota, ceil(max(waits))
 
     def store(self, levels):
@@ -2660,11 +2644,11 @@ class Limits:
                     self.buckets.given[heir] = self.buckets.given.pop(key)
         return sum([since > wall + 60 for _, since in saved.values()])
 
-    def take_over(self, wall: float):
-        """Has the buckets of rules that came before these go over to these."""
-        self.restore(self.buckets.snapshot(wall), wall)
-        texts = {rule.text for rule in self.all_rules()}
-        self.buckets.drop([one.key for one in self.buckets.seen() if one.key[0] not in texts])
+    def take_over(self, wall: float, keys: Optional[Iterable[BucketKey]] = None):
+        """Has those buckets, or all, whose rules are no more go over to those that are."""
+        moved = self.buckets.snapshot(wall, keys)
+        self.buckets.drop(moved)
+        self.restore(moved, wall)
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
         """Goes by other rules of keys; the buckets of those that were changed go over."""
@@ -2672,11 +2656,8 @@ class Limits:
                    if self.own.get(subject) != own.get(subject)}
         self.own = own
         self.known.clear()
-        moved = self.buckets.snapshot(wall, [
-            one.key for one in self.buckets.seen()
-            if len(one.key) == 2 and one.key[1][1] in changed])
-        self.buckets.drop(moved)
-        self.restore(moved, wall)
+        self.take_over(wall, [one.key for one in self.buckets.seen()
+                              if len(one.key) == 2 and one.key[1][1] in changed])
 
     def successor(self, text, own):
         """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
@@ -2695,17 +2676,17 @@ class Limits:
             old = read_rule(text)
         except ValueError:
             return None, None
-        new = self.heirs(old, now, own or ())
-        return (old, new[0]) if new and old.capacity is not None else (None, None)
+        new = self.heir(old, now, own or ())
+        return new and old, new
 
     @staticmethod
-    def heirs(old, now, own):
-        """Returns the rules that count what an old one did, those of its duration first."""
+    def heir(old, now, own):
+        """Returns the rule that counts what an old one did, one of its duration if there is one."""
         unit = old.text.split(" ")[2]
-        found = [rule for rule in now if rule.capacity is not None
+        heirs = [rule for rule in now if None not in (rule.capacity, old.capacity)
                  and rule.text.split(" ")[2] == unit
                  and (rule.scopes == old.scopes or (rule in own and old.family[0] == ("caller",)))]
-        return sorted(found, key=lambda rule: (
+        return min(heirs, default=None, key=lambda rule: (
             rule.rate[1] != old.rate[1], rule.window != old.window))
 
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
@@ -16194,11 +16175,10 @@ class Pages:
         """Returns what is left for a small call."""
         config, limits = self.proxy.config, self.proxy.limits
         amount = 1 if config.limits else config.request_token_cost
-        charges = [Charge(rule, key, min(rule.capacity, amount)) for rule, key in
-                   limits.matching(entry.caller, entry.address, config.base_model)]
-        if not charges:
+        matching = limits.matching(entry.caller, entry.address, config.base_model)
+        if not matching:
             return {}
-        quota, wait = limits.buckets.peek(charges)
+        quota, wait = limits.buckets.peek(matching, amount)
         return {"quota": {
             "limit": quota.limit, "remaining": quota.remaining,
             "refill_tokens": quota.refill_tokens,
