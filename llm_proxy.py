@@ -10546,6 +10546,12 @@ class Database:
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
 
+    def make_room(self):
+        """Has what was written go to its place: SQLite puts it beside the file first, and may wait
+        with the rest until that has 4 MB (https://www.sqlite.org/wal.html)."""
+        with suppress(sqlite3.Error):
+            self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def transaction(self):
         """Begins one; returns what ends it, as a with-block."""
         self.connection.rollback()  # Python 3.9 leaves one open whose COMMIT failed
@@ -11417,11 +11423,13 @@ class Ledger(Writer):
     SAVE_SECONDS = 3  # between two calls of `save`
     FORGET_SECONDS = 600
     REOPEN_SECONDS = 60
+    BATCH = 500          # calls
     SUMS_DAYS = 400
     SUM_SECONDS = 2
     forget_at = 0.0       # monotonic seconds, as are the others
     sum_at = 0.0
     reopen_at = 0.0
+    is_full = False       # the disk was, and not all is written yet
     version = -1          # of the database, when keys were read
     done: Collection[Order] = ()  # what is good still, and known here
     # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
@@ -11480,23 +11488,34 @@ class Ledger(Writer):
     def write_queued(self):
         """Writes what is there. What cannot be written stays in the queue until that is full."""
         now = self.clock.monotonic()
-        batch = list(self.queue.copy())  # a copy: the queue may grow meanwhile
+        while self.write_batch(now):
+            if not self.queue:
+                self.is_full = False
+                if now >= self.sum_at and not self.worker:
+                    self.add_up(now)
+                return
+
+    def write_batch(self, now):
+        """Returns whether it went well. All at once might not fit on a disk with a little room."""
+        batch = [self.queue[number] for number in range(min(len(self.queue), self.BATCH))]
         try:
             if not self.is_open(now):
-                return
+                return False
+            if self.is_full:
+                self.database.make_room()
             self.read_news()
             rows, names, rules = zip(*batch) if batch else ((), (), ())
             self.write(rows, rules, now)
             self.note_use(dict(zip(names, rows)))
         except sqlite3.Error as failure:
+            self.is_full = "full" in str(failure)
             return self.complain(f"the database cannot be written: {failure}")
         except Exception:
             self.log.report()  # and go on without these
             self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
-        if now >= self.sum_at and not self.worker:
-            self.add_up(now)
+        return True
 
     def add_up(self, now):
         """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
