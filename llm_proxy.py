@@ -3721,9 +3721,8 @@ class EventFraming(NamedTuple):
 
     def all_data(self, event):
         """Returns the JSON of an event or its line."""
-        prefix = self.prefix.rstrip()
-        return b"\n".join([line[len(prefix):] for line in event.lstrip(BYTE_ORDER_MARK).splitlines()
-                           if line.startswith(prefix)])
+        found = map(self.data, event.lstrip(BYTE_ORDER_MARK).splitlines())
+        return b"\n".join([data for data in found if data is not None])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -3880,8 +3879,7 @@ class Call:
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        if self.forgotten:
-            self.remember()
+        self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
@@ -4045,8 +4043,9 @@ class Call:
 
     def remember(self):
         """Undoes `forget`."""
-        self.payload = self.json_body.parse()
-        self.forgotten = False
+        if self.forgotten:
+            self.payload = self.json_body.parse()
+            self.forgotten = False
 
     def is_opaque(self) -> bool:
         """Returns whether a call with a body holds or continues what cannot be read in it, or has
@@ -4559,8 +4558,8 @@ class Dialect:
     RETRY_DETAILS = ""  # in an error, where it is known when to ask again
     # ... of limit replies, by endpoint: whole, and in a stream one line for each event; and of what
     # stands in them more than once
-    LIMIT_REPLIES: Dict[str, Tuple[str, str]] = {}
-    REPLY_PARTS: Dict[str, str] = {}
+    LIMIT_REPLIES = {}
+    REPLY_PARTS = {}
     # ... and of lists of models.
     MODEL_LIST = ""
     MODEL = ""
@@ -4609,7 +4608,7 @@ class Dialect:
     # Where a response or an event says why the model stopped,
     REASON = ("", "")
     # at some endpoints at another key: the first of these that is there counts,
-    REASON_KEYS: Dict[str, Tuple[str, ...]] = {}
+    REASON_KEYS = {}
     # and what events say that end a stream. Without either, nobody can tell whether one is whole.
     LAST_KEY = "type"
     LAST_TYPES = ()
@@ -4618,7 +4617,7 @@ class Dialect:
     # The states of a call in the background that has ended.
     LAST_STATES = "completed succeeded success failed cancelled canceled incomplete expired".split()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
-    PARSED: Dict[str, Sequence[Any]] = {}
+    PARSED = {}
     # The keys of what the model says, in JSON and in streams ...
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
@@ -5036,29 +5035,32 @@ class Dialect:
 REASON_AT = rb'"%b"\s*:\s*"(?!in_progress|queued)([A-Za-z_-]{1,40})"'
 # A string of JSON at a key, up to where it may be cut
 TEXT_AT = r'"%s"\s*:\s*"([^"\\]*(?:\\(?:u[0-9A-Fa-f]{4}|[^u])[^"\\]*)*)'
-CHUNK = """{"id": "%s-limit-%%(number)s", "object": "%s", "created": %%(created)s, \
-"model": %%(model)s, "choices": [%%(choices)s]%%(usage)s}"""
-COMPLETION = CHUNK % ("cmpl", "text_completion")
-# Limit replies of OpenAI with choices, by endpoint, whole and in a stream: what each chunk is, and
-# what it says of each choice.
+# Limit replies of OpenAI that have choices, with one each
 COMPLETIONS = {
-    "chat": ((CHUNK % ("chatcmpl", "chat.completion"), """\
-"finish_reason": "stop", "message": {"role": "assistant", "content": %(text)s}"""),
-             (CHUNK % ("chatcmpl", "chat.completion.chunk"), """\
-"finish_reason": null, "delta": {"role": "assistant", "content": ""}
-"finish_reason": null, "delta": {"content": %(text)s}
-"finish_reason": "stop", "delta": {}""")),
-    "completions": ((COMPLETION, """\
-"finish_reason": "stop", "text": %(text)s"""),
-                    (COMPLETION, """\
-"finish_reason": null, "text": %(text)s
-"finish_reason": "stop", "text": \"\""""))}
-ZERO_USAGE = ', "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}'
+    "chat": ("""{"id": "chatcmpl-%(id)s", "object": "chat.completion", %(one)s, \
+"message": {"role": "assistant", "content": %(text)s}, "finish_reason": "stop"}], %(usage)s}""",
+             """\
+{"id": "chatcmpl-%(id)s", "object": "chat.completion.chunk", %(one)s, \
+"delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}
+{"id": "chatcmpl-%(id)s", "object": "chat.completion.chunk", %(one)s, \
+"delta": {"content": %(text)s}, "finish_reason": null}]}
+{"id": "chatcmpl-%(id)s", "object": "chat.completion.chunk", %(one)s, \
+"delta": {}, "finish_reason": "stop"}]}"""),
+    "completions": ("""{"id": "cmpl-%(id)s", "object": "text_completion", %(one)s, \
+"text": %(text)s, "finish_reason": "stop"}], %(usage)s}""", """\
+{"id": "cmpl-%(id)s", "object": "text_completion", %(one)s, \
+"text": %(text)s, "finish_reason": null}]}
+{"id": "cmpl-%(id)s", "object": "text_completion", %(one)s, \
+"text": "", "finish_reason": "stop"}]}""")}
+ZERO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 RESPONSE = """"id": "resp_limit_%(number)s", "object": "response", "created_at": %(created)s, \
 "model": %(model)s, "incomplete_details": null, "instructions": null, "metadata": {}, \
 "parallel_tool_calls": true, "temperature": null, "tool_choice": "auto", "tools": [], \
 "top_p": null, "previous_response_id": null"""
-RESPONSE_PARTS = {
+OPENAI_PARTS = {
+    "id": "limit-%(number)s",
+    "one": """"created": %(created)s, "model": %(model)s, "choices": [{"logprobs": null""",
+    "usage": '"usage": ' + json.dumps(ZERO_USAGE),
     "part": """{"type": "output_text", "text": %(text)s, "annotations": [], "logprobs": []}""",
     "item": """{"type": "message", "id": "msg_limit_%(number)s", "role": "assistant", \
 "status": "completed", "content": [%(part)s]}""",
@@ -5154,8 +5156,8 @@ class OpenAI(Dialect):
             guided_choice guided_grammar guided_decoding nvext prediction regex ebnf
             regex_pattern grammar_string""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp, TabbyAPI
     MAX_CHOICES = 4  # in a limit reply
-    LIMIT_REPLIES = {"responses": ("%(completed)s", RESPONSE_EVENTS)}
-    REPLY_PARTS = RESPONSE_PARTS
+    LIMIT_REPLIES = {**COMPLETIONS, "responses": ("%(completed)s", RESPONSE_EVENTS)}
+    REPLY_PARTS = OPENAI_PARTS
     TEXT_KEYS = "content reasoning_content reasoning refusal arguments text response".split()
     DELTA_KEYS = {"responses": ("delta",)}
     DELTAS = """
@@ -5248,23 +5250,24 @@ class OpenAI(Dialect):
     def limit_text(self, call, values):
         """In chat and completions there are as many choices as were asked for, for clients that
         count on them."""
+        text = super().limit_text(call, values)
         if call.endpoint not in COMPLETIONS:
-            return super().limit_text(call, values)
-        chunk, steps = COMPLETIONS[call.endpoint][call.stream]
+            return text
         count = 1
         with suppress(BadRequest):
             count = min(self.MAX_CHOICES, call.output_limit()[1])
-        choices = ['{"index": %d, "logprobs": null, %s}' % (index, step)
-                   for step in (steps % values).split("\n")
-                   for index in range(count)]
-        if not call.stream:
-            return chunk % {**values, "choices": ", ".join(choices), "usage": ZERO_USAGE}
         asked = dig(call.payload, "stream_options", "include_usage") is True
-        usage = ', "usage": null' if asked else ""
-        parts = [(choice, usage) for choice in choices] + [("", ZERO_USAGE)] * asked
-        chunks = [chunk % {**values, "choices": choice, "usage": usage}
-                  for choice, usage in parts]
-        return "\n".join([*chunks, "[DONE]"])
+        chunks = []
+        for chunk in map(json.loads, text.split("\n")):
+            choices = [{"index": index, **chunk["choices"][0]} for index in range(count)]
+            if not call.stream:
+                return json.dumps({**chunk, "choices": choices})
+            if asked:
+                chunk["usage"] = None
+            chunks += [{**chunk, "choices": [choice]} for choice in choices]
+        if asked:
+            chunks.append({**chunk, "choices": [], "usage": ZERO_USAGE})
+        return "\n".join([*map(json.dumps, chunks), "[DONE]"])
 
 
 class Azure(OpenAI):
@@ -5986,9 +5989,7 @@ class HiddenKey:
         return shown[:end]
 
     def flush(self) -> bytes:
-        shown = self.hide(self.editor.flush() if self.editor else b"")
-        self.held = b""
-        return shown
+        return self.hide(self.editor.flush() if self.editor else b"")
 
     def hide(self, payload):
         return (self.held + payload).replace(self.key, b"*" * len(self.key))
@@ -6061,7 +6062,6 @@ class UsageReader:
     closed = False        # and the stream's own last event has passed, or that it has ended is told
     inflater = None
     editor: Optional[Editor] = None
-    size = 0              # of what is kept
     cut = False           # the beginning of a line or of JSON is gone
     final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
     end_is_read = False
@@ -6082,19 +6082,18 @@ class UsageReader:
         self.packed = packed
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.editor = Editor(self.dialect.events, [HiddenUsage(self.dialect)])
-        self.pieces: List[bytes] = []
+        self.kept = bytearray()
         self.compact_above = 2 * self.LAST_EVENTS if streamed else self.MAX_KEPT
 
     def __repr__(self) -> str:
-        return (f"<UsageReader {self.dialect.name} {self.endpoint}, keeps {self.size} bytes,"
+        return (f"<UsageReader {self.dialect.name} {self.endpoint}, keeps {len(self.kept)} bytes,"
                 f" found {self.counts}>")
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body; returns what of it goes on to the caller."""
         piece = self.unpack(payload) if self.packed else payload
-        self.pieces.append(piece)
-        self.size = size = self.size + len(piece)
-        if size > self.compact_above:
+        self.kept += piece
+        if len(self.kept) > self.compact_above:
             self.compact()
         return self.editor.feed(piece) if self.editor else payload
 
@@ -6123,7 +6122,7 @@ class UsageReader:
     def compact(self):
         """Drops what was kept, after a look at it; the last lines stay, or the end of one that is
         too long."""
-        data = b"".join(self.pieces)
+        data = bytes(self.kept)
         if self.streamed:
             end = begin_of_line(data, len(data) - self.LAST_EVENTS)
         else:
@@ -6142,9 +6141,8 @@ class UsageReader:
         self.characters += round(end * self.density)
         if self.streamed:
             self.scan_for_usage(passed)
-        self.pieces = [data[end:]]
-        self.size = len(data) - end
-        self.compact_above = max(self.compact_above, 2 * self.size)  # joining is not quadratic
+        del self.kept[:end]
+        self.compact_above = max(self.compact_above, 2 * len(self.kept))  # looking is not quadratic
 
     def end_of_answers(self, data):
         """Notes what each answer in a list tells; returns where the first begins that is not
@@ -6225,8 +6223,7 @@ class UsageReader:
         if self.end_is_read or not self.readable:
             return
         self.end_is_read = True
-        data = b"".join(self.pieces)
-        self.pieces = [data]
+        data = bytes(self.kept)
         if self.streamed:
             self.read_events(data)
         elif whole:
@@ -6346,18 +6343,17 @@ class UsageReader:
     def most_characters(self) -> float:
         """Returns what was counted; of what is kept, all, or what is usual in events."""
         density = self.density or (0.03 if self.streamed else 1)
-        return self.characters + self.size * density
+        return self.characters + len(self.kept) * density
 
     def output_characters(self) -> int:
         """Returns the weight of the text that passed."""
-        self.characters += self.count_characters(b"".join(self.pieces))
-        self.pieces = []
-        self.size = 0
+        self.characters += self.count_characters(bytes(self.kept))
+        self.kept.clear()
         return self.characters
 
     def finish_reasons(self) -> List[str]:
         """Returns why the model stopped, where what is kept says so."""
-        return self.dialect.reasons(b"".join(self.pieces), self.endpoint, self.streamed)
+        return self.dialect.reasons(bytes(self.kept), self.endpoint, self.streamed)
 
     def count_characters(self, data):
         """Returns the weight of the text in events or in JSON; of what cannot be read, all."""
@@ -8942,7 +8938,6 @@ class NameReader:
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
 
-    size = 0   # of what is kept
     tries = 0
 
     def __init__(self, reader, events, found, of_all):
@@ -8951,21 +8946,18 @@ class NameReader:
         self.events = events
         self.found = found
         self.of_all = of_all
-        self.kept = []  # None when nothing more is looked for
+        self.kept: Optional[bytearray] = bytearray()  # None when nothing more is looked for
 
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
-            self.kept.append(payload)
-            self.size += len(payload)
+            self.kept += payload
             is_end = self.events.may_end(payload, 0) if self.events else (
                 payload[-16:].rstrip().endswith(b"}"))
             if is_end and self.tries < self.MAX_TRIES:
                 self.look()
-            if self.kept and self.size > self.MAX_KEPT:
-                names = names_made(front(b"".join(self.kept)))
+            if self.kept and len(self.kept) > self.MAX_KEPT:
+                self.name(names_made(front(bytes(self.kept))))
                 self.kept = None
-                if names:
-                    self.found(names)
         return self.reader.feed(payload) if self.reader else payload
 
     def may_name(self, data):
@@ -8978,16 +8970,18 @@ class NameReader:
         return self.reader.flush() if self.reader else b""
 
     def look(self):
-        data = b"".join(self.kept)
+        data = bytes(self.kept)
         pieces = self.events.cut(data) if self.events else [data]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
         names = [name for piece in pieces if not self.of_all or self.may_name(piece)
                  for name in names_made(read(piece))]
         self.tries += not self.of_all
         is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
-        rest = [] if self.events and self.events.at_boundary(data) else pieces[-1:]
-        self.kept = None if is_over else rest
-        self.size = sum(map(len, rest))
+        rest = b"" if self.events and self.events.at_boundary(data) else pieces[-1]
+        self.kept = None if is_over else bytearray(rest)
+        self.name(names)
+
+    def name(self, names):
         if names:
             self.found(names)
 
@@ -10043,8 +10037,7 @@ class Entry:
                 "position": ticket.queue.position(ticket) if ticket else None,
                 "upstream": self.upstream, "caller": caller.label, "team": caller.team,
                 "model": clean(call.model), "stream": bool(call.stream),
-                # an event holds a token, nearly always
-                "tokens": reader.characters // CHARACTERS_PER_TOKEN + len(reader.pieces)
+                "tokens": int(reader.most_characters()) // CHARACTERS_PER_TOKEN
                 if reader else 0,
                 "seconds": round(seconds, 3), "started": wall_time(clock) - seconds}
 
@@ -15278,8 +15271,7 @@ class Proxy:
         if reply.request.length != 0 and call.is_opaque():
             masks.pass_opaque(CannotBeRead())
         if call.json_body:
-            if call.forgotten:
-                call.remember()
+            call.remember()
             call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
             self.redaction.judge(call)
 
