@@ -148,6 +148,11 @@ def table_of(text: str) -> Texts:
     return dict(row.split(None, 1) for row in text.strip().splitlines())
 
 
+def set_of(text: str) -> FrozenSet[str]:
+    """Returns the words of a text."""
+    return frozenset(text.split())
+
+
 def pattern(shape, message, convert=re.Match.group):
     """Returns a reader of texts that match `shape` as a whole; `convert` makes the value of the
     match."""
@@ -3403,9 +3408,9 @@ def decode_json(data, decoder=PLAIN_JSON):
 # How long a string without spaces must be to be cut out, where it stands at a key of media.
 MEDIA_BYTES = 1 << 15
 # Keys of which the value is no text, where it has no spaces
-DATA_KEYS = frozenset("""
+DATA_KEYS = set_of("""
     data url image_url video_url audio_url document_url image images audio video file_data file_url
-    image_base64 image_embeds audio_embeds bytes bytesBase64Encoded""".split())
+    image_base64 image_embeds audio_embeds bytes bytesBase64Encoded""")
 BEFORE_MEDIA = re.compile(
     (r'(?:"(?:%s|b64_json)"\s*:\s*\[?\s*|,\s*)"$' % "|".join(DATA_KEYS)).encode())
 # A string without escapes, up to where it may be cut, and whether it is a key; or a bracket
@@ -3973,11 +3978,7 @@ class Call:
                 self.length = chat_length(payload.get("messages"))
                 if self.length:  # as nearly always
                     return self.length
-            if payload.get(IMAGES_KEY):
-                payload = {**payload, IMAGES_KEY: None}
             self.length = text_length(payload)
-            if payload is not self.payload:
-                self.length[1].extend([0] * len(as_list(self.payload[IMAGES_KEY])))
         return self.length
 
     def output_limit(self) -> Tuple[Optional[int], int]:
@@ -4090,20 +4091,20 @@ LATER_PATH = re.compile(
     "(?i)/(?:batch(?:es|PredictionJobs|/jobs)|evals/[^/]+/runs)/*$|:batchGenerateContent$|/async/")
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
 # may take any of them.
-OUTPUT_LIMITS = frozenset("""
+OUTPUT_LIMITS = set_of("""
     max_tokens max_completion_tokens max_output_tokens maxOutputTokens max_new_tokens n_predict
     num_predict max_tokens_to_sample max_gen_len maxTokens maxTokenCount max_length
     max_tokens_to_generate tokens_to_generate maximum_tokens min_tokens
-    min_new_tokens""".split())
+    min_new_tokens""")
 # The same, and how many answers there are to one prompt.
 OUTPUT_NUMBERS = OUTPUT_LIMITS.union("""
     n best_of n_cmpl candidateCount candidate_count num_return_sequences num_generations
     numResults sampleCount""".split())
 # Lists of these are several prompts: each has an output.
-PROMPTS = frozenset("prompt prompts text inputs input_ids instances".split())
+PROMPTS = set_of("prompt prompts text inputs input_ids instances")
 # The objects in which either may stand.
-OPTION_HOLDERS = frozenset(
-    "generationConfig generation_config options parameters inferenceConfig".split())
+OPTION_HOLDERS = set_of(
+    "generationConfig generation_config options parameters inferenceConfig")
 # Where the most tokens of thinking stand, which some servers add to those of the output: Google's,
 # OpenRouter's and Alibaba's.
 THINKING_LIMITS = [path.split(".") for path in """
@@ -4117,12 +4118,12 @@ THINKING_LIMITS = [path.split(".") for path in """
 # What may say how much comes out of a chat, but for what nearly all say it by.
 UNUSUAL_NUMBERS = (OUTPUT_NUMBERS - {"max_tokens"}).union(
     PROMPTS, OPTION_HOLDERS, next(zip(*THINKING_LIMITS)))
-MEDIA_TYPES = frozenset("""
+MEDIA_TYPES = set_of("""
     image_url input_image image input_audio audio file input_file document document_url video_url
     input_video video audio_url image_base64 image_embeds audio_embeds
-    computer_screenshot""".split())  # of parts of a prompt: what is in them is no text
+    computer_screenshot""")  # of parts of a prompt: what is in them is no text
 IMAGES_KEY = "images"  # in a message, or beside a prompt, at Ollama
-MEDIA_OBJECTS = frozenset("inlineData inline_data fileData file_data".split())
+MEDIA_OBJECTS = set_of("inlineData inline_data fileData file_data")
 MEDIA_KEYS = MEDIA_OBJECTS.union((IMAGES_KEY, "bytes", "bytesBase64Encoded"))  # AWS's; Google's
 IS_TEXT = re.compile("(?:data:)?(?:text/|application/(?:json|xml|yaml|javascript)\\b)")
 # The keys of prompts, beside those that are text of their own: of what a tool takes and gives.
@@ -4138,8 +4139,8 @@ TEXT_KEYS = PLAIN_KEYS - MEDIA_KEYS - {"type"}  # of parts that are text for sur
 
 
 # What stands in a call beside its messages: no server reads text there.
-PLAIN_CHAT = frozenset("""
-    messages model stream max_tokens max_completion_tokens temperature top_p seed""".split())
+PLAIN_CHAT = set_of("""
+    messages model stream max_tokens max_completion_tokens temperature top_p seed""")
 ROLE, CONTENT = operator.itemgetter("role"), operator.itemgetter("content")
 
 
@@ -4184,9 +4185,9 @@ def text_length(payload: JsonObject) -> Tuple[int, List[int], int]:
     strings, and of keys below the top level that are not an API's own; a list of numbers has as
     many tokens. The second list has the weight of the text in each image and the like. Third comes
     the kind of the longest text."""
-    texts, media = [], []
+    texts, media = [], [0] * len(as_list(payload.get(IMAGES_KEY) or []))
     rest = 0
-    values = [value for key, value in payload.items() if key != "model"]
+    values = [value for key, value in payload.items() if key not in ("model", IMAGES_KEY)]
     for value in values:  # the list grows meanwhile
         kind = type(value)
         if kind is str:
@@ -4213,15 +4214,15 @@ def text_length(payload: JsonObject) -> Tuple[int, List[int], int]:
 # What models read before all else, so that its placeholders stay as they are while a talk grows
 READ_FIRST = "tools functions system instructions systemInstruction system_instruction".split()
 # What callers make up, and what a tool is given and gives: there keys are somebody's words, too.
-TOOL_DATA = frozenset("""arguments args input response result output action env metadata
-    client_metadata variables""".split())
+TOOL_DATA = set_of("""arguments args input response result output action env metadata
+    client_metadata variables""")
 ARGUMENTS = "arguments", "args", "input"  # of these, what models give to tools
 # Nobody's words: names by which parts of a call are known, and what upstreams have sealed
 NOT_WORDS = MEDIA_OBJECTS.union("""images id ids created_at obfuscation type model role signature
     encrypted_content thoughtSignature thought_signature mimeType mime_type media_type fileUri
     file_uri""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
-FILE_NAMES = frozenset(("displayName", "display_name"))  # in MEDIA_OBJECTS
+FILE_NAMES = set_of("displayName display_name")  # in MEDIA_OBJECTS
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4334,15 +4335,15 @@ class Model(NamedTuple):
 
 
 # Keys at which a payload names what an upstream stores
-REFERENCES = frozenset("""
+REFERENCES = set_of("""
     previous_response_id response_id previous_interaction_id previousInteractionId conversation
     conversation_id thread_id assistant_id file_id file_ids input_file_id input_file_ids input_files
     training_file validation_file validation_files video_id vector_store_id vector_store_ids
     container container_id cachedContent cached_content fileUri file_uri fileSearchStoreNames
     file_search_store_names eval_id dataset_id library_ids collection_ids memory_store_id vault_ids
-    environment_id skill_id prompt video agent uri fileName file_name""".split())
+    environment_id skill_id prompt video agent uri fileName file_name""")
 # At these there may be something else, too: so the names of stored things begin.
-MIXED = frozenset("skill_id prompt video agent uri fileName file_name".split())
+MIXED = set_of("skill_id prompt video agent uri fileName file_name")
 MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
 # Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
@@ -4353,12 +4354,12 @@ REFERENCE = re.compile(
 ID_ALONE = re.compile(
     rb'\{\s*(?:"type"\s*:\s*null\s*,\s*)?"id"\s*:\s*"[^"]*"\s*(?:,\s*"type"\s*:\s*null\s*)?\}')
 # Here stands what callers and their tools have made up.
-CALLERS_OWN = frozenset("""
+CALLERS_OWN = set_of("""
     args arguments functionCall function_call functionResponse function_response parameters
     input_schema inputSchema schema json_schema properties metadata client_metadata plugins
-    annotations""".split())
+    annotations""")
 # Chat has none of these, though some clients name theirs so.
-CONVERSATIONS = frozenset("conversation conversation_id thread_id assistant_id".split())
+CONVERSATIONS = set_of("conversation conversation_id thread_id assistant_id")
 # What an answer has said of its tools, which is told again with the next question.
 ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
@@ -4519,9 +4520,9 @@ class Dialect:
     MASK_FIELD = "x-goog-fieldmask"
     # The keys of lists that name more models which may serve: to fall back to, or as tools; and
     # those of models in their rows.
-    FALLBACKS = frozenset(("models", "fallbacks"))
+    FALLBACKS = set_of("models fallbacks")
     MODEL_LISTS = FALLBACKS.union(("tools", "plugins"))
-    ROW_KEYS = frozenset(("model", "analysis_models"))
+    ROW_KEYS = set_of("model analysis_models")
     MAX_MODELS = 16
     CREDENTIAL = "Authorization: Bearer %s"
     # Header lines that an upstream wants besides.
@@ -4596,7 +4597,7 @@ class Dialect:
     INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
     # One of these must be reported.
-    NEEDED_COUNTS = frozenset(("prompt", "total"))
+    NEEDED_COUNTS = set_of("prompt total")
     # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra, LLM Gateway;
     # xAI's ticks.
     MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
@@ -4912,9 +4913,9 @@ class Dialect:
         sent = sum(map(found.__getitem__, self.INPUT))
         said = sum(map(found.__getitem__, self.OUTPUT))
         pairs = itertools.product(
-            (prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+            (sent, prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
             (said, output, output + reasoning))
-        for pair in chain([(sent, said)], pairs):  # the first as nearly always
+        for pair in pairs:  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
@@ -5140,9 +5141,9 @@ class OpenAI(Dialect):
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
     CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
-    ENVELOPE = frozenset("""
+    ENVELOPE = set_of("""
         id object created model choices service_tier system_fingerprint provider obfuscation p
-        x_groq""".split())
+        x_groq""")
     REASON = ("choices", "finish_reason")
     REASON_KEYS = {"responses": ("reason", "status")}
     LAST_TYPES = """
@@ -5311,7 +5312,7 @@ class Anthropic(Dialect):
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
     INPUT = ("prompt", "cached", "written")
-    NEEDED_COUNTS = frozenset(("prompt", "output"))
+    NEEDED_COUNTS = set_of("prompt output")
     REASON = ("delta", "stop_reason")
     FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)
@@ -5542,7 +5543,7 @@ class Ollama(Dialect):
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
-    NEEDED_COUNTS = frozenset(("prompt", "output"))
+    NEEDED_COUNTS = set_of("prompt output")
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     REASON = ("", "done_reason")
     LAST_KEY = "done"
@@ -5650,9 +5651,9 @@ def is_admin_path(method, path):
 
 
 # An upstream in Go would take "MODEL" for "model", and we would have read another one.
-READ_KEYS = frozenset("""
+READ_KEYS = set_of("""
     model models fallbacks stream stream_options options background
-    previous_response_id conversation""".split()) | OUTPUT_NUMBERS
+    previous_response_id conversation""") | OUTPUT_NUMBERS
 # What nearly all calls have besides: no other spelling of those.
 USUAL_KEYS = READ_KEYS.union("""
     messages input prompt system instructions contents temperature top_p tools tool_choice
