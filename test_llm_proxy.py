@@ -16357,7 +16357,7 @@ class BenchTest(ProcessCase):
     def test_what_is_wrong_with_the_options_is_told(self):
         url = self.new_stub()
         for arguments, said in self.each("""
-                ftp://x -> BASE_API_URL
+                ftp://x -> URL must be http
                 URL --requests 0 -> between 1 and
                 URL --concurrency many -> between 1 and
                 URL --payload [] -> a JSON object
@@ -16425,6 +16425,17 @@ class BenchTest(ProcessCase):
         self.assertEqual(code, int("POOR" in out))
         if not is_busy():
             self.assertEqual(found[-1][2], "good")
+
+    def test_what_takes_no_longer_through_the_proxy_is_good(self):
+        test, out = llm_proxy.SelfTest(), io.StringIO()
+        self.addCleanup(test.demo.listening.close)
+        self.addCleanup(test.reserved.close)
+        rows = (("added to the first byte", -0.1, "good"), ("added to the first byte", 6, "POOR"),
+                ("calls", 100, "POOR"), ("calls", 9000, "good"))
+        for what, value, verdict in self.each(rows):
+            with contextlib.redirect_stdout(out):
+                test.tell(what, value)
+            self.assertTrue(out.getvalue().endswith(verdict + "\n"))
 
     def test_a_selftest_whose_proxy_does_not_start_says_so(self):
         settings = {**llm_proxy.SelfTest.SETTINGS, "LIMITS": "none"}
