@@ -5205,6 +5205,13 @@ class OpenAI(Dialect):
             rest = call.upstream_body.lstrip()[1:]
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
+    def without_usage(self, payload):
+        """Returns an event that has a choice: many clients look at the first one of each event."""
+        rest = super().without_usage(payload)
+        if rest.get("choices") == [] and rest != payload:
+            rest["choices"] = [{"index": 0, "delta": {}, "text": "", "finish_reason": None}]
+        return rest
+
     def usual_usage(self, data, model):
         """Finds three counts in what ends the response."""
         find = data.find
