@@ -3228,11 +3228,14 @@ class CostEstimator:
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
         counted only where it may be so much, or servers are known to tell too little."""
-        many = call.output_limit()[1] > 1
+        _, outputs = call.output_limit()
+        many = outputs > 1
         passed = source.most_characters() - self.NO_TEXT
         if passed <= 0 and not many:
             return False  # as nearly always
-        most = max(2 * told.output, told.output + 64)
+        # llama.cpp tells the tokens of one output, however many it made: half of them, of two.
+        times = min(2, math.sqrt(outputs)) if many else 2
+        most = max(times * told.output, told.output + 64)
         if not many and passed <= most * CHARACTERS_PER_TOKEN:
             return False
         weight = source.output_characters()

@@ -12752,14 +12752,16 @@ class SettlingTest(LedgerCase):
         self.assert_ending("ok", 1000 - 24)
 
     def test_what_was_told_is_believed_up_to_what_passed(self):
-        """The second column is the answer's text in characters, then come tokens told and used."""
-        for characters, told, used, marked in self.each("""[
-                [3200, 225, 800, "true"], [3200, 401, 401, ""], [400, 1, 100, "true"],
-                [256, 0, 0, ""], [1000, 190, 190, ""]]"""):
+        """Rows are outputs, the answer's text in characters, tokens told, tokens used."""
+        for outputs, characters, told, used, marked in self.each("""[
+                [4, 3200, 225, 800, "true"], [4, 3200, 401, 401, ""], [4, 400, 1, 100, "true"],
+                [4, 256, 0, 0, ""], [4, 1000, 190, 190, ""],
+                [2, 1600, 200, 400, "true"], [2, 1100, 200, 200, ""], [3, 2400, 200, 600, "true"],
+                [1, 1600, 200, 200, ""]]"""):
             body = json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": told},
                                "choices": [{"message": {"content": "x" * characters}}]}).encode()
             self.start(says(body), MAX_TOKENS=5000)
-            self.assert_used(self.ask(call(n=4)), "3", str(used), marked)
+            self.assert_used(self.ask(call(n=outputs)), "3", str(used), marked)
             self.assert_ending("ok", 5000 - 3 - used)
 
     def test_money_is_counted_in_millionths_of_millionths(self):
