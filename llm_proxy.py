@@ -4277,24 +4277,27 @@ def is_words(key, value):
 def words_in(payload: JsonObject) -> Iterator[Words]:
     """Yields what persons and tools wrote in a payload, in the order in which it is read. Objects
     and lists within it are copied before they are looked at, so that they may be changed."""
-    stack = [(payload, key, (None, key), False) for key in reversed(as_read(payload))]
-    while stack:
-        holder, key, place, of_tool = stack.pop()
-        value = holder[key]
-        keys = ()
-        if type(value) is str:
-            yield Words(holder, key, value, kind_of_words(holder, key), place)
-        elif type(value) is dict:
-            holder[key] = value = dict(value)
-            of_tool = of_tool or key in TOOL_DATA
-            if of_tool:
-                for name in list(value):
-                    yield Words(value, name, name, "key", place)
-            keys = [name for name in value if of_tool or is_words(name, value[name])]
-        elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
-            holder[key] = value = list(value)
-            keys = range(len(value))
-        stack += [(value, name, (place, name), of_tool) for name in reversed(keys)]
+    for key in as_read(payload):
+        yield from words_at(payload, key, (None, key), False)
+
+
+def words_at(holder, key, place, of_tool):
+    value = holder[key]
+    keys = ()
+    if type(value) is str:
+        yield Words(holder, key, value, kind_of_words(holder, key), place)
+    elif type(value) is dict:
+        holder[key] = value = dict(value)
+        of_tool = of_tool or key in TOOL_DATA
+        if of_tool:
+            for name in list(value):
+                yield Words(value, name, name, "key", place)
+        keys = (name for name in value if of_tool or is_words(name, value[name]))
+    elif type(value) is list and not HOLD_WORDS.isdisjoint(map(type, value)):
+        holder[key] = value = list(value)
+        keys = range(len(value))
+    for name in keys:
+        yield from words_at(value, name, (place, name), of_tool)
 
 
 def as_read(payload):
@@ -4317,11 +4320,11 @@ def spell_place(place: Tuple[Any, ...]) -> str:
     return ".".join(reversed(names))
 
 
-def is_whole_json(text: str) -> bool:
+def is_whole_json(data: bytes) -> bool:
     """Returns whether a text is JSON as a whole, which arguments that were cut off are not."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        decode_json(data)
+    except ValueError:
         return False
     return True
 
@@ -6644,11 +6647,15 @@ class Redactor:
         """Returns what must not leave of a text, in order; nothing overlaps."""
         return list(chain.from_iterable(self.search(text)))
 
+    def may_find(self, text: str) -> bool:
+        """Returns whether a text need be searched; most short ones need not."""
+        return len(text) > self.LARGE or bool(self.may_hold(text))
+
     def search(self, text: str) -> Iterator[List[Finding]]:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
-        large = len(text) > self.LARGE
-        if not (large or self.may_hold(text)):  # as nearly always
+        if not self.may_find(text):
             return
+        large = len(text) > self.LARGE
         if text.find("\\") < 0:
             yield from self.search_plain(text, large)
             return
@@ -6769,7 +6776,6 @@ class Masks:
         placeholders stand for what must not leave. `anew`: also for what has none yet."""
         pieces = []
         last = 0
-        yield
         for found in self.redactor.search(text):
             for start, end, kind in found:
                 value = self.value_in(text[start:end], is_json)
@@ -6799,7 +6805,7 @@ class Masks:
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Does so where words stand."""
-        if words.kind == "json" and is_whole_json(words.text):
+        if words.kind == "json" and is_whole_json(words.text.encode("utf-8", "replace")):
             after = yield from self.mask_strings(words.text)
         else:
             after = yield from self.mask(words.text, words.is_json(), words.kind != "echo")
@@ -6814,12 +6820,17 @@ class Masks:
         changed; `body` is how it came."""
         if b"[[" in body or b"\\u005" in body:
             for words in words_in(dict(payload)):
-                found = self.PLACEHOLDER.finditer(words.text)
-                self.taken.update([match[0].upper() for match in found])
-                yield
+                found = map(re.Match.group, self.PLACEHOLDER.finditer(words.text))
+                some = True
+                while some:
+                    some = set(islice(found, self.redactor.BATCH))
+                    self.taken.update(map(str.upper, some))
+                    yield
         masked = dict(payload)
         for words in words_in(masked):
-            yield from self.mask_words(words)
+            yield
+            if self.redactor.may_find(words.text):
+                yield from self.mask_words(words)
         return masked if self.places else None
 
     def placeholder(self, value, kind):

@@ -5190,6 +5190,18 @@ class RedactionTest(ProxyCase):
         self.assertEqual(
             sent["messages"][1]["content"][0]["thinking"], "[[EMAIL_1]] new@x.org")
 
+    def test_others_come_in_between_where_much_is_like_a_placeholder_or_arguments_are_large(self):
+        for message in self.each((
+                {"content": 10_000 * "[[A_1]]"},
+                {"tool_calls": [{"function": {"arguments": "[%s0]" % (160_000 * "[0],")}}]})):
+            masks = llm_proxy.Masks(llm_proxy.Redactor(["email", "card"]))
+            payload = {"messages": [message]}
+            began = cpu_seconds()
+            steps = list(masks.mask_payload(payload, json.dumps(payload).encode()))
+            self.assertGreater(len(steps), 10)
+            self.assertLess(cpu_seconds() - began, CPU_SECONDS * 10)
+            self.assertEqual(masks.counts, {})
+
     def test_a_prompt_that_grows_begins_as_before(self):
         talk = [{"role": "user", "content": "a@x.org"}, {"role": "assistant", "content": "b@x.org"}]
         _, before = self.masked({"messages": talk, "system": "s@x.org"})
