@@ -223,11 +223,13 @@ def mapping(shape, message, convert, repeated=None):
 
 
 class Endpoint(NamedTuple):
-    """A base URL, taken apart; `path` has no trailing slash and may be empty."""
+    """A URL, taken apart; `path` has no trailing slash and may be empty."""
     scheme: str
     host: str
     port: int
-    path: str
+    path: str = ""
+    user: str = ""
+    password: str = ""
 
     @property
     def origin(self) -> str:
@@ -235,58 +237,34 @@ class Endpoint(NamedTuple):
         port = "" if DEFAULT_PORTS[self.scheme] == self.port else f":{self.port}"
         return f"{self.scheme}://{host}{port}"
 
+    @property
+    def proxy_fields(self) -> Texts:
+        """The header fields for a proxy on the way to upstreams, and for nobody else."""
+        user = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Proxy-Authorization": "Basic " + user} if self.user else {}
 
-class Tunnel(NamedTuple):
-    """A proxy on the way to upstreams; `fields` are header fields for that proxy alone."""
-    host: str
-    port: int
-    fields: Texts
 
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379, "unix": 0}
 HOST_SHAPE = (  # and a port from 1 to 65535
-    r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::0*([1-9][0-9]{0,3}|[1-5][0-9]{4}"
+    r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::0*(?P<port>[1-9][0-9]{0,3}|[1-5][0-9]{4}"
     "|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?")
 
 
 def to_endpoint(match):
-    scheme, host, port, path = match.groups()
-    return Endpoint(scheme, host.strip("[]"), int(port or DEFAULT_PORTS[scheme]), path.rstrip("/"))
-
-
-def to_tunnel(match):
-    user = base64.b64encode(urllib.parse.unquote(match[1] or "").encode()).decode()
-    fields = {"Proxy-Authorization": "Basic " + user} if user else {}
-    return Tunnel(match[2].strip("[]"), int(match[3] or 80), fields)
+    found = defaultdict(str, match.groupdict(""))
+    scheme = found["scheme"] or "http"
+    user, password = [urllib.parse.unquote(found[name]) for name in ("user", "password")]
+    return Endpoint(scheme, found["host"].strip("[]"), int(found["port"] or DEFAULT_PORTS[scheme]),
+                    found["path"].rstrip("/"), user, password)
 
 
 def endpoints(text):
     found = listed(pattern(
-        "(https?)://" + HOST_SHAPE + "((?:/[A-Za-z0-9._~%@:+-]*)*)",
+        "(?P<scheme>https?)://" + HOST_SHAPE + "(?P<path>(?:/[A-Za-z0-9._~%@:+-]*)*)",
         "must be http://HOST[:PORT][/PATH] or https://..., without user, query or fragment",
         to_endpoint))(text)
     require(len(set(found)) == len(found), "must not name the same address twice")
     return found
-
-
-class RedisUrl(NamedTuple):
-    """Where Redis is; without a host at the socket `path`."""
-    host: Optional[str] = None
-    port: int = 6379
-    path: str = ""
-    user: str = ""
-    password: str = ""
-    database: int = 0
-    encrypted: bool = False
-
-
-def to_redis_url(match):
-    path, encrypted, user, password, host, port, database = match.groups()
-    if path:
-        return RedisUrl(path=path)
-    user, password = [urllib.parse.unquote(text or "") for text in (user, password)]
-    return RedisUrl(host.strip("[]"), int(port or 6379), "", user, password, int(database or 0),
-                    bool(encrypted))
 
 
 def read_network(text):
@@ -335,12 +313,21 @@ cpu_number = word_or({"auto": -1, "off": None}, number_between(
 # Those that this process may use, before it stays on one
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 networks = listed(read_network)
-read_tunnel = pattern("(?:http://)?(?:([!-.0-~]*)@)?" + HOST_SHAPE + "/?",
-                      "must be http://[USER:PASSWORD@]HOST[:PORT]", to_tunnel)
-redis_url = pattern(
-    "unix://(/[!-~]{1,100})|redis(s?)://(?:([!-9;-?A-~]*):([!-?A-~]*)@)?" + HOST_SHAPE
-    + "(?:/([0-9]{1,3})?)?", "must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://... or"
-    " unix:///PATH", to_redis_url)
+proxy_url = pattern(
+    "(?:http://)?(?:(?P<user>[!-.0-9;-~]*)(?::(?P<password>[!-.0-~]*))?@)?" + HOST_SHAPE + "/?",
+    "must be http://[USER:PASSWORD@]HOST[:PORT]", to_endpoint)
+redis_server = pattern(
+    "(?P<scheme>rediss?)://(?:(?P<user>[!-9;-?A-~]*):(?P<password>[!-?A-~]*)@)?" + HOST_SHAPE
+    + "(?P<path>/[0-9]{0,3})?", "must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://... or"
+    " unix:///PATH", to_endpoint)
+unix_socket = pattern("(?P<scheme>unix)://(?P<path>/[!-~]{1,100})", "must be unix:///PATH",
+                      to_endpoint)
+
+
+def redis_url(text):
+    return unix_socket(text) if text.startswith("unix:") else redis_server(text)
+
+
 field_name = pattern(
     "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
     "must be the name of a header field that means nothing else", lambda match: match[0].lower())
@@ -850,7 +837,7 @@ SETTING_ROWS = {
          "certificates (PEM) to check https upstreams against, instead of the system's"),
         ("UPSTREAM_TLS_VERIFY=on", on_or_off,
          "off: certificates are not checked, so that whoever is in between reads all"),
-        ("HTTPS_PROXY", read_tunnel,
+        ("HTTPS_PROXY", proxy_url,
          "http://[USER:PASSWORD@]HOST[:PORT] of a proxy to https upstreams, by CONNECT", SECRET),
         ("NO_PROXY", printable, "hosts to reach without that proxy, by commas"),
     ),
@@ -9262,7 +9249,7 @@ class TransportConfig(NamedTuple):
     first_byte_timeout: float
     read_timeout: float
     tls: Optional[ssl.SSLContext] = None
-    tunnel: Optional[Tunnel] = None
+    tunnel: Optional[Endpoint] = None
     no_tunnel: str = ""
 
 
@@ -9452,7 +9439,7 @@ class Address:
             where.host, where.port, timeout=seconds, context=self.tls)
         if tunnel:
             owner.response_class = TunnelResponse
-            owner.set_tunnel(endpoint.host, endpoint.port, tunnel.fields)
+            owner.set_tunnel(endpoint.host, endpoint.port, tunnel.proxy_fields)
         return owner
 
     async def connect(self, context):
@@ -12902,7 +12889,7 @@ class Redis(asyncio.Protocol):
     late_times = 0
     dropped = 0                               # commands and charges that were never sent
 
-    def __init__(self, url: RedisUrl, tls: Optional[ssl.SSLContext],
+    def __init__(self, url: Endpoint, tls: Optional[ssl.SSLContext],
                  loop: asyncio.AbstractEventLoop, name: str):
         """`name` is what the server lists this client as."""
         self.url = url
@@ -13033,8 +13020,8 @@ class Redis(asyncio.Protocol):
         url = self.url
         if url.password:
             await self.ask_first("AUTH", *filter(None, (url.user, url.password)))
-        if url.database:
-            await self.ask_first("SELECT", url.database)
+        if url.host and url.path:
+            await self.ask_first("SELECT", url.path[1:])
         with suppress(RedisFault):  # who may not do this may do all else
             await self.ask_first("CLIENT", "SETNAME", self.name)
         for script in self.scripts:
@@ -15991,7 +15978,7 @@ def build_buckets(config, clock, loop, database):
     url, prefix, tls = config.redis_url, config.redis_prefix, None
     if url is None:
         return Buckets(clock)
-    if url.encrypted:
+    if url.scheme == "rediss":
         tls = ssl.create_default_context(cafile=config.redis_ca_file)
     redis = Redis(url, tls, loop, "%s-%d" % (prefix, os.getpid()))
     known = database.facts.get("processes") if database else None

@@ -1232,7 +1232,12 @@ mple', 'http://a', 'http://b:443')
         HTTPS_PROXY=http:// -> None
         HTTPS_PROXY=http://host:0 -> None
         HTTPS_PROXY=http://user:pw@ -> None
-        BASE_API_URL=https://x | HTTPS_PROXY=h:3128 -> Tunnel(host='h', port=3128, fields={})
+        REDIS_URL=rediss://:a%2Fb@[::1]/3 -> Endpoint(scheme='rediss', host='::1', port=6379, path\
+='/3', user='', password='a/b')
+        REDIS_URL=unix:///a/b:c@d -> Endpoint(scheme='unix', host='', port=0, path='/a/b:c@d', use\
+r='', password='')
+        BASE_API_URL=https://x | HTTPS_PROXY=h:3128 -> Endpoint(scheme='http', host='h', port=3128\
+, path='', user='', password='')
         """
 
     def test_a_value_and_a_default_are_the_documented_ones(self):
@@ -11436,8 +11441,8 @@ class SharedLimitsTest(ProxyCase):
         self.redis.ask("CONFIG", "SET", "requirepass", "right")
         buckets = self.start(REDIS_URL="redis://:hunter2@127.0.0.1:1")
         self.is_away(buckets)
-        with mock.patch.object(buckets.redis, "url", llm_proxy.RedisUrl(
-                path=self.redis.path, password="hunter2")):
+        with mock.patch.object(buckets.redis, "url", llm_proxy.Endpoint(
+                "unix", "", 0, self.redis.path, password="hunter2")):
             wait_for(lambda: buckets.reason == "does not take the user and password")
             self.assert_admitted(10, 11)
         self.assertNotIn("hunter2", self.lines.text() + repr(self.ask(HEALTH).body))
