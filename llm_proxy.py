@@ -11431,7 +11431,7 @@ class Ledger(Writer):
     forget_at = 0.0       # monotonic seconds, as are the others
     sum_at = 0.0
     reopen_at = 0.0
-    is_full = False       # the disk was, and not all is written yet
+    trouble = ""          # why not all is written yet
     version = -1          # of the database, when keys were read
     done: Collection[Order] = ()  # what is good still, and known here
     # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
@@ -11492,7 +11492,9 @@ class Ledger(Writer):
         now = self.clock.monotonic()
         while self.write_batch(now):
             if not self.queue:
-                self.is_full = False
+                if self.trouble:
+                    self.log.say("the database can be written again")
+                self.trouble = ""
                 if now >= self.sum_at and not self.worker:
                     self.add_up(now)
                 return
@@ -11503,14 +11505,14 @@ class Ledger(Writer):
         try:
             if not self.is_open(now):
                 return False
-            if self.is_full:
+            if "full" in self.trouble:
                 self.database.make_room()
             self.read_news()
             rows, names, rules = zip(*batch) if batch else ((), (), ())
             self.write(rows, rules, now)
             self.note_use(dict(zip(names, rows)))
         except sqlite3.Error as failure:
-            self.is_full = "full" in str(failure)
+            self.trouble = str(failure)
             return self.complain(f"the database cannot be written: {failure}")
         except Exception:
             self.log.report()  # and go on without these

@@ -9373,6 +9373,7 @@ class LedgerTest(LedgerCase):
             self.ask()
             wait_for(lambda: text in self.lines.text() and add.call_count > 1)
         self.assertEqual(self.row()["status"], 200)
+        wait_for(lambda: "the database can be written again" in self.lines.text())
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
 
     @contextlib.contextmanager
