@@ -4412,7 +4412,9 @@ def names_made(payload):
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
 # of OpenAI's responses API.
 OPENINGS = (b"{", b'{"response":{')
-# An answer or an event with one of these at one of these keys is an error.
+# An answer or an event with anything at one of these keys is an error (the latter two are .NET's
+# and Apigee's), and so is one with one of these words at one of these.
+ERROR_KEYS = "error errors Error fault".split()
 FAULT_KEYS = "type event_type object status finish_reason".split()
 FAULT = re.compile(r"(?:.*\.)?(?:error|failed)", re.IGNORECASE)
 AMOUNT = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE]-?[0-9]{1,2})?")
@@ -4453,7 +4455,7 @@ def fault_status(*values):
 
 def fault_in(part, payload):
     """Returns the status of the error that a part of a payload is, 0 where it is none."""
-    error = part.get("error") or part.get("errors") or part.get("Error")  # some .NET gateways
+    error = next(filter(None, map(part.get, ERROR_KEYS)), None)
     code = part.get("error_code") or dig(part, "base_resp", "status_code")  # Baidu, MiniMax
     if error or code or (part is payload and part.get("success") is False) or any(
             [FAULT.fullmatch(str(part.get(key))) for key in FAULT_KEYS]):
@@ -4562,7 +4564,8 @@ class Dialect:
     # lists no more is read than there may be choices.
     USAGE_HOLDERS = """response interaction message choices delta x_groq data result results stats
         meta_info meta tokens billed_units metrics details predictions embeddings statistics
-        inlinedResponses per_model_usage amazon-bedrock-invocationMetrics""".split()
+        inlinedResponses per_model_usage amazon-bedrock-invocationMetrics
+        Response Usage token_usage usage_metadata""".split()
     # Those of them that are answers to a prompt each, or sums of some
     ANSWERS = "results predictions inlinedResponses per_model_usage".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
@@ -4576,7 +4579,10 @@ class Dialect:
         output completion_tokens output_tokens outputTokens tokens_predicted eval_count
         output total_output_tokens candidatesTokenCount completionTokens output_token_count
         output generated_token_count generated_tokens generation_token_count outputTokenCount
-        output tokenCount
+        output tokenCount candidates_token_count
+        prompt PromptTokens
+        output CompletionTokens
+        total TotalTokens total_token_count
         total total_tokens totalTokens totalTokenCount token_count
         cached cached_tokens prompt_cache_hit_tokens cache_read_input_tokens num_cached_tokens
         cached cache_read_tokens cacheReadInputTokens cachedContentTokenCount total_cached_tokens
@@ -4585,12 +4591,13 @@ class Dialect:
         minutes ephemeral_5m_input_tokens
         hour ephemeral_1h_input_tokens
         reasoning reasoning_tokens thinking_tokens reasoning_output_tokens thoughtsTokenCount
-        reasoning total_thought_tokens""".splitlines()) for name in names}
+        cached cached_content_token_count
+        reasoning total_thought_tokens thoughts_token_count""".splitlines()) for name in names}
     # What is added up to all of the input, and of the output.
     INPUT = ("prompt", "tools")
     OUTPUT = ("output",)
     # One of these must be reported.
-    NEEDED_COUNTS = set_of("prompt total")
+    NEEDED_COUNTS = set_of("prompt output total")
     # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra, LLM Gateway;
     # xAI's ticks.
     MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
@@ -5152,7 +5159,8 @@ class OpenAI(Dialect):
     MAX_CHOICES = 4  # in a limit reply
     LIMIT_REPLIES = {**COMPLETIONS, "responses": ("%(completed)s", RESPONSE_EVENTS)}
     REPLY_PARTS = OPENAI_PARTS
-    TEXT_KEYS = "content reasoning_content reasoning refusal arguments text response".split()
+    TEXT_KEYS = """content reasoning_content reasoning refusal arguments text response
+        generated_text completion generation outputText""".split()  # TGI's, and some at AWS
     DELTA_KEYS = {"responses": ("delta",)}
     DELTAS = """
         choices.text choices.delta.content choices.delta.content.text
@@ -5312,7 +5320,6 @@ class Anthropic(Dialect):
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
     INPUT = ("prompt", "cached", "written")
-    NEEDED_COUNTS = set_of("prompt output")
     REASON = ("delta", "stop_reason")
     FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)
@@ -5369,6 +5376,7 @@ class Google(Dialect):
     CREDENTIAL = "x-goog-api-key: %s"
     TAKES_COMMENTS = False  # google-genai takes them for data, and fails
     TIERS = "service_tier serviceTier trafficType".split()
+    NEEDED_COUNTS = set_of("prompt total")
     OUTPUT = ("output", "reasoning")
     ERROR = """{"error": {"code": %(status)d, "message": %(message)s, \
 "status": "%(kind)s"%(details)s}}"""
@@ -5543,7 +5551,6 @@ class Ollama(Dialect):
     events = NDJSON
     TAKES_COMMENTS = False
     USAGE_MARK = b'"total_duration"'  # the first of its numbers
-    NEEDED_COUNTS = set_of("prompt output")
     PARSED = {"format": FREE_FORMAT, "suffix": ("",), "raw": (False,)}
     REASON = ("", "done_reason")
     LAST_KEY = "done"
@@ -6228,7 +6235,7 @@ class UsageReader:
         if self.streamed:
             self.read_events(data)
         elif whole:
-            self.ended = True
+            self.ended = bool(data or self.listed)
             self.read_json(data)
 
     def read_events(self, data):
@@ -6242,25 +6249,23 @@ class UsageReader:
             return
         events = 0
         for event in reversed(framing.cut(last)):
-            found = framing.all_data(event)
-            payload = object_in(found)
-            if NAMED_FAULT.search(event):
-                self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
-            if found.strip() == LAST_DATA:  # which may be all that there is
-                self.closed = self.density > 0 or bool(OTHER_DATA.search(data))
-            elif payload:
-                self.note_end(payload, found)
-            else:
-                continue
-            events += 1
+            events += self.note_end(event, data)
             if events == 3:
                 break
         self.ended = self.ended or self.closed or bool(self.final)
 
-    def note_end(self, payload, data):
-        """Notes what one of the last events says of its stream's end."""
-        self.closed = self.closed or self.dialect.is_last(payload)
-        self.ended = self.ended or self.closed or self.dialect.has_reason(payload)
+    def note_end(self, event, data):
+        """Notes what one of the last events of a stream says of its end; returns whether it says
+        anything."""
+        found = self.dialect.events.all_data(event) or event  # some send an error as it is
+        payload = object_in(found)
+        if NAMED_FAULT.search(event):
+            self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
+        if found.strip() == LAST_DATA:  # which may be all that there is
+            self.closed = self.density > 0 or bool(OTHER_DATA.search(data))
+            return True
+        self.closed |= self.dialect.is_last(payload)
+        self.ended |= self.closed or self.dialect.has_reason(payload)
         on_made = self.call.on_made
         names = on_made and self.closed and names_made(payload)
         if names:
@@ -6269,8 +6274,9 @@ class UsageReader:
             self.note_server(payload)
         else:  # it may be told without a mark
             self.note(payload)
-        if not self.counts or may_be_fault(data):
+        if not self.counts or may_be_fault(found):
             self.fault = self.fault or self.dialect.fault(payload)
+        return bool(payload)
 
     def read_json(self, data):
         """Notes what JSON reports. Of a large one, little is parsed."""
@@ -6302,7 +6308,7 @@ class UsageReader:
         self.running = type(state) is str and not self.closed
         if not self.counts or may_be_fault(data):
             self.fault = self.dialect.fault(payload)
-        said = payload.get("message") or payload.get("detail")
+        said = payload.get("message") or payload.get("detail") or payload.get("msg")
         if type(said) is str and self.endpoint not in NO_LIMIT_REPLY and not (
                 self.counts or self.lost or any(map(payload.get, ANSWER_KEYS))
                 or any(self.dialect.said(data, self.endpoint, False))):

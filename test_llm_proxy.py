@@ -3837,6 +3837,13 @@ class UsageReaderTest(ProxyCase):
             {"model": "served", "tiers": ["flex", "ON_DEMAND_FLEX"]}],
         [{"usage": {"prompt_tokens": 0, "completion_tokens": 4, "total_tokens": 4}},
             {"input": 0, "output": 4, "estimated": true}],
+        [{"generated_text": "x", "details": {"generated_tokens": 3}},
+            {"input": 0, "output": 3, "estimated": true}],
+        [{"Response": {"Usage": {"PromptTokens": 1, "CompletionTokens": 3, "TotalTokens": 4}}},
+            {"output": 3}],
+        [{"usage_metadata": {"prompt_token_count": 1, "candidates_token_count": 3,
+            "total_token_count": 4}}, {"output": 3}],
+        [{"token_usage": {"prompt_tokens": 1, "completion_tokens": 3}}, {"output": 3}],
         [{"type": "message", "usage": {"input_tokens": null, "output_tokens": 4}},
             {"input": 0, "output": 4, "estimated": true}],
         [{"usage": {"prompt_tokens": 1, "cost": -1}}, {}],
@@ -4117,6 +4124,11 @@ class UsageReaderTest(ProxyCase):
         reader = self.new_reader()
         reader.feed(b"data: hello\n\ndata: [DONE]\n\n")
         self.assertEqual(reader.ending(True), "ok")
+        reader = self.new_reader()
+        reader.feed(b'{"error": {"code": 400}}')
+        self.assertEqual((reader.ending(True), reader.fault), ("upstream_status", 400))
+        reader = self.new_reader(streamed=False)
+        self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
         for data in self.each([b"", b": ping\n\n", events("[DONE]"), events("[DONE]", "[DONE]"),
                                b": ping\r\n\r\n" * 2000 + b"event: x\ndata:[DONE]\r\n\r\n"]):
             reader = self.new_reader()
@@ -4127,6 +4139,8 @@ class UsageReaderTest(ProxyCase):
         {"error": "no"} -> 502
         {"Error": {"Code": "x", "Message": "y"}} -> 502
         {"Error": {"code": 429}} -> 429
+        {"fault": {"faultstring": "no"}} -> 502
+        {"code": 1301, "msg": "no"} -> 502
         {"error": {"code": 429}} -> 429
         {"error": {"type": "rate_limit_error"}} -> 429
         {"error": {"code": "insufficient_quota"}} -> 429
