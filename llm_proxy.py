@@ -18678,6 +18678,7 @@ class Bench:
         """Returns the status of one call. Raises Refusal."""
         began = context.loop.time()
         with await self.upstream.send_once("POST", self.head, self.body, context) as response:
+            response.streamed = self.streamed
             answered = context.loop.time()
             arrivals = await self.read(response, context)
         self.times["whole"].append(context.loop.time() - began)

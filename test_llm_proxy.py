@@ -16359,6 +16359,17 @@ class BenchTest(ProcessCase):
         self.assertLess(times["jitter"]["min"], 500)
         self.assertTrue(self.stub.last.json()["stream"])
 
+    def test_an_endpoint_that_closes_after_a_stream_fails_no_call(self):
+        """llama.cpp does, a moment later and without a word."""
+        def answer(asked):
+            asked.chunks(event(1), head=STREAM, end=True)
+            time.sleep(0.005)
+            asked.sock.shutdown(socket.SHUT_RDWR)
+        url = self.new_stub(answer)
+        report = self.bench("--stream", "--model", "m", "--requests", "20", "--concurrency", "1",
+                            url=url)
+        self.assertEqual(report["statuses"], {"200": 20})
+
     def test_what_is_asked_is_as_the_options_say(self):
         url, listed = self.new_stub(), b'{"data": [{"id": "first"}, {"id": "second"}]}'
         self.stub.answer = says(listed)
