@@ -10370,19 +10370,19 @@ class SumNames:
         """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        key = len(SUM_KEYS) + 1
-        return [[*self.named(row[:key], answered), *row[key:]] for *row, answered in sums]
+        found = []
+        for start, caller, team, tag, model, *rest, answered in sums:
+            most = self.MOST_NAMES if answered else self.NAMES
+            caller = self.shown((start, "caller"), caller, most)
+            model = self.shown((start, "model"), model, most)
+            found.append([start, caller, team, tag, model, *rest])
+        return found
 
-    def named(self, key, answered):
-        """Returns the key of a sum, with names that are told apart."""
-        start, caller, team, tag, model, upstream = key
-        shown = []
-        for kind, name in (("caller", caller), ("model", model)):
-            names = self.names[start, kind]
-            if len(names) < (self.MOST_NAMES if answered else self.NAMES):
-                names.add(name)
-            shown.append(name if name in names else "other")
-        return start, shown[0], team, tag, shown[1], upstream
+    def shown(self, of, name, most):
+        names = self.names[of]
+        if len(names) < most:
+            names.add(name)
+        return name if name in names else "other"
 
 
 SUM_TYPES = [int, *[str] * len(SUM_KEYS), *[int] * (len(SUM_COUNTS) + 3)]
@@ -10566,14 +10566,6 @@ class Database:
         self.execute("BEGIN IMMEDIATE")
         return self.connection
 
-    @contextmanager
-    def noting(self, **facts):
-        """A transaction, after which these facts hold."""
-        with self.transaction():
-            yield
-            self.note(**facts)
-        self.facts.update(facts)
-
     def insert(self, statement, rows, *values):
         """Does this with many rows, a few dozen by one statement: after each, this thread must wait
         for the interpreter again. `values` are for its marks before the rows."""
@@ -10625,17 +10617,18 @@ class Database:
 
     def add_sums(self, sums, facts, told):
         """Adds to the sums, with those that other boxes are to be told."""
-        with self.noting(**facts):
+        with self.transaction():
             for span in SPANS:
                 self.insert(ADD_TO_SUMS.format(span), [
                     (row[0] // span * span, *row[1:]) for row in sums])
             if told:  # of which so many may wait
                 self.insert(self.TELL, [[json.dumps(row)] for row in told])
                 self.execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
+            self.note(**facts)
+        self.facts.update(facts)
 
     def note(self, **facts):
-        self.connection.executemany(
-            "INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+        self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     # -- what boxes tell each other of sums
 
@@ -11103,8 +11096,11 @@ class LedgerReader(NamedTuple):
         """Returns a page of calls, the newest first, from before a rowid, and from where to go on,
         None at the end. A page may be short, or empty, and not the last: where it had to look at
         very many calls. Raises BadRequest."""
-        values = self.read_filters(filters)
+        values = {name: filters[name] for name in CALL_FILTERS if filters.get(name)}
+        if not re.fullmatch("[0-9]{1,9}", values.get("slow", "0")):
+            raise BadRequest("slow must be a number of milliseconds")
         conditions = [CALL_FILTERS[name] for name in values]
+        where = " AND ".join(where for _, where in conditions) or "1"
         values["before"] = MOST if before is None else before
         with self.ask() as execute:
             if "id" in values:
@@ -11114,18 +11110,9 @@ class LedgerReader(NamedTuple):
                     execute, values, " AND ".join(where for where, _ in conditions))
             else:
                 ranges = self.all_calls(execute)
-            where = " AND ".join(where for _, where in conditions) or "1"
             rows, following = self.look(execute, ranges, values, where, limit)
         return {"calls": [call_fields(dict(zip(COLUMN_NAMES, row)), number)
                           for number, *row in rows], "next": following}
-
-    @staticmethod
-    def read_filters(filters):
-        """Returns those that are set. Raises BadRequest."""
-        values = {name: filters[name] for name in CALL_FILTERS if filters.get(name)}
-        if not re.fullmatch("[0-9]{1,9}", values.get("slow", "0")):
-            raise BadRequest("slow must be a number of milliseconds")
-        return values
 
     @staticmethod
     def all_calls(execute):
