@@ -16036,61 +16036,49 @@ def with_cause(refusal: Union[Refusal, ValueError]) -> str:
 
 
 class Catalogue:
-    """The models of all upstreams. They are asked side by side, and what they say is kept for a
-    minute; who does not answer in time is asked again soon, and what it said before holds until
-    then. Of a named upstream only those count that its calls need no prefix for."""
+    """The models of upstreams. They are asked side by side, and what one says is kept for a minute;
+    who does not answer in time is asked again soon, and what it said before holds until then. Of
+    named upstreams those count that their calls need no prefix for."""
     ASK_SECONDS = 5
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
-    good_until = -inf
-    asking = None  # the task that asks
 
     def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
         self.clock = clock
-        self.lists = {one.name: [] for one in self.upstreams}
-        self.apart = {}  # until when those of an upstream beside these are good
+        self.lists = {}   # by name of an upstream, as are
+        self.due = {}     # when it is to be asked again
+        self.asking = {}  # and the task that asks it
 
-    async def models(self, context: Context, upstream: Optional[str] = None) -> Dict[str, Model]:
-        """Returns them by name, or those of one upstream; the first of a name counts. Who asks
-        while another one's question is under way takes what that brings."""
-        if self.clock.monotonic() >= self.good_until:
-            if self.asking is None:
-                self.asking = context.loop.create_task(self.ask_all(context.loop), name="models")
-            asking = self.asking
+    async def models(self, context: Context, upstreams: List[Upstream]) -> Dict[str, Model]:
+        """Returns theirs by name; the first of a name counts. Who asks while another one's question
+        is under way takes what that brings."""
+        for one in upstreams:
+            if self.clock.monotonic() >= self.due.get(one.name, -inf) and (
+                    one.name not in self.asking):
+                self.asking[one.name] = context.loop.create_task(
+                    self.ask(context.loop, one), name="models")
+        for asking in [self.asking[one.name] for one in upstreams if one.name in self.asking]:
             answered = context.loop.create_future()
-            asking.add_done_callback(lambda _: Stream.wake(answered))
+            asking.add_done_callback(lambda _, answered=answered: Stream.wake(answered))
             with suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         found = {}
-        for name in [upstream] if upstream else [one.name for one in self.upstreams]:
-            for model in self.lists.get(name, ()):
-                found.setdefault(model.name, model)
+        for model in chain.from_iterable(self.lists.get(one.name, ()) for one in upstreams):
+            found.setdefault(model.name, model)
         return found
 
-    async def ask_all(self, loop):
-        try:
-            answered = await asyncio.gather(*[self.ask(loop, one) for one in self.upstreams])
-            seconds = self.KEEP_SECONDS if all(answered) else self.AGAIN_SECONDS
-            self.good_until = self.clock.monotonic() + seconds
-        finally:
-            self.asking = None
-
-    async def ask_apart(self, loop, upstream):
-        """Asks one that is not among these, not too often; others go by what it said before."""
-        now = self.clock.monotonic()
-        if now >= self.apart.get(upstream.name, -inf):
-            self.apart[upstream.name] = now + self.AGAIN_SECONDS
-            await self.ask(loop, upstream)
-
     async def ask(self, loop, upstream):
-        """Returns whether it answered."""
+        seconds, name = self.AGAIN_SECONDS, upstream.name
         try:
-            self.lists[upstream.name] = await ask_models(loop, upstream, self.ASK_SECONDS)
-            return True
+            self.lists[name] = await ask_models(loop, upstream, self.ASK_SECONDS)
+            seconds = self.KEEP_SECONDS
         except (Refusal, ValueError):
-            return False
+            pass
+        finally:
+            del self.asking[name]
+            self.due[name] = self.clock.monotonic() + seconds
 
 
 class Pages:
@@ -16209,29 +16197,28 @@ class Pages:
         if not name:
             models = await self.all_models(request, reply, key)
         elif globs and key.upstream in (None, name):
-            await self.catalogue.ask(proxy.loop, proxy.routes.by_name[name])
-            models = self.catalogue.lists.get(name, ())
+            models = await self.catalogue.models(reply.context, [proxy.routes.by_name[name]])
         else:
             models = None
         if models is None:
             return await proxy.serve(request, reply)
         reply.send(200, self.dialect(request).models([
-            model for model in models if not globs or may_use(globs, model.name)]))
+            model for model in models.values() if not globs or may_use(globs, model.name)]))
 
     async def all_models(self, request, reply, key):
         """Returns None where the list is that of the only upstream."""
         own = key and (key.globs or key.upstream)
         if not (own or self.lists_models) and self.dialect(request).OWN_LIST:
             return None
-        bound = self.proxy.routes.by_name.get(key.upstream) if key else None
-        if bound not in (None, *self.catalogue.upstreams):  # others see it by its prefix alone
-            await self.catalogue.ask_apart(self.proxy.loop, bound)
-        models = await self.catalogue.models(reply.context, key and key.upstream)
+        upstreams = self.catalogue.upstreams
+        if key and key.upstream:  # others may see it by its prefix alone
+            upstreams = [one for one in self.proxy.routes.all if one.name == key.upstream]
+        models = await self.catalogue.models(reply.context, upstreams)
         if not (own or models or self.lists_models):
             return None  # it may speak the client's API alone
         for alias, name in (self.proxy.config.model_aliases or {}).items():
             models.setdefault(alias, models.get(name, Model(alias))._replace(name=alias))
-        return models.values()
+        return models
 
 
 # --------------------------------------------------------------------------------------------------
