@@ -11262,7 +11262,7 @@ class KeyStore(NamedTuple):
 
     show = find
 
-    def add(self, name: str, **fields: Optional[str]) -> NewKey:
+    def add(self, name: str, /, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
         self.check_field("name", KEY_NAME, name)
         with self.change("add key", name, describe_fields(fields)) as execute:
@@ -11275,7 +11275,7 @@ class KeyStore(NamedTuple):
             key = self.write(execute, name, fields)
             return NewKey(key, secret, is_closed(execute) and not was_closed)
 
-    def set(self, name: str, reset: bool = False, **fields: Optional[str]) -> Key:
+    def set(self, name: str, /, reset: bool = False, **fields: Optional[str]) -> Key:
         """Changes these fields; `reset`: its buckets are full then."""
         with self.change("set key", name, describe_fields(fields) + " reset" * reset) as execute:
             if reset:
@@ -16406,25 +16406,24 @@ class Admin:
         reader = LedgerReader(self.path, self.proxy.wall(), zone)
         return await self.run(jobs or self.reading, ask.reply, act, reader, *arguments)
 
-    def work_on_keys(self, mode, actor, act, *arguments, **fields):
+    def work_on_keys(self, mode, actor, act, *arguments):
         """Returns what a method of KeyStore does. By SQLite alone: closing the file that was opened
         otherwise would drop all locks that this process has on it
         (https://www.sqlite.org/howtocorrupt.html, 2.2)."""
         with closing(connect(self.path, mode)) as connection:
-            return act(KeyStore(connection, self.clock, actor), *arguments, **fields)
+            return act(KeyStore(connection, self.clock, actor), *arguments)
 
     async def read_keys(self, ask, act, *arguments):
         """Returns what one does that changes nothing."""
         return await self.run(
             self.reading, ask.reply, self.work_on_keys, "ro", None, act, *arguments)
 
-    async def change_keys(self, ask, act, *arguments, **fields):
+    async def change_keys(self, ask, act, *arguments):
         """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
         after the other. Returns what is told of it, once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
-
-        change = partial(self.work_on_keys, "rw", actor, act, *arguments, **fields)
-        found = await self.run(self.changing, ask.reply, change)
+        found = await self.run(
+            self.changing, ask.reply, self.work_on_keys, "rw", actor, act, *arguments)
         await self.until_read(ask.reply.context)
         return found.as_dict() if found else {}
 
@@ -16585,24 +16584,14 @@ class Admin:
     async def key(self, ask):
         return (await self.read_keys(ask, KeyStore.find, ask.name)).as_dict()
 
-    @staticmethod
-    def fields_of_key(ask, *others):
-        """Returns what is to be said of a key, and the values of the others that may be there.
-        Raises BadRequest."""
-        fields = dict(ask.body)
-        values = [fields.pop(name, None) for name in others]
-        unknown = fields.keys() - KEY_FIELDS.keys()
-        if unknown:
-            raise BadRequest(f"A key has no field {in_ascii(min(unknown))}")
-        return fields, *values
-
     async def add_key(self, ask):
-        fields, name = self.fields_of_key(ask, "name")
-        return await self.change_keys(ask, KeyStore.add, name, **fields)
+        name = ask.body.pop("name", None)
+        return await self.change_keys(ask, partial(KeyStore.add, **ask.body), name)
 
     async def set_key(self, ask):
-        fields, reset = self.fields_of_key(ask, "reset")
-        return await self.change_keys(ask, KeyStore.set, ask.name, reset is True, **fields)
+        reset = ask.body.pop("reset", None) is True
+        return await self.change_keys(
+            ask, partial(KeyStore.set, reset=reset, **ask.body), ask.name)
 
     async def change_key(self, act, ask):
         return await self.change_keys(ask, act, ask.name)
