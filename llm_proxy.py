@@ -10897,16 +10897,15 @@ def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> Li
     day = date_in(zone, start)
     if step == "month":
         day = day.replace(day=1)
-    found = []
     begin = midnight(day, zone)
+    begins = []
     while begin < end:
         day = day_after(day, step)
         following = midnight(day, zone)
-        width = size if size < DAY else following - begin
-        found += [(max(at, start), min(at + width, following, end))
-                  for at in range(begin, following, width)]
+        begins += range(begin, following, size if size < DAY else following - begin)
         begin = following
-    return [(low, high) for low, high in found if low < high]
+    edges = [start, *(at for at in begins if start < at < end), end]
+    return list(zip(edges, edges[1:]))
 
 
 def read_parts(low: int, high: int, sign: int = 1,
@@ -11609,10 +11608,10 @@ class Ledger(Writer):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
         these took is not lost with the process."""
         keys = {key for each in keyed_rules for _, key in each}
-        offset = wall_time(self.clock) - self.clock.monotonic()
-        return {**self.levels, **{one.key: (one.level, one.refilled_at(offset))
-                                  for one in self.limits.buckets.latest(keys)
-                                  if one.rule.unit != RUNNING}} if keys else self.levels
+        if not keys:
+            return self.levels
+        others = {key: level for key, level in self.levels.items() if key not in keys}
+        return {**others, **self.limits.buckets.snapshot(wall_time(self.clock), keys)}
 
     def write(self, rows, keyed_rules, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
@@ -16134,10 +16133,10 @@ class Pages:
                 if proxy.callers.credential(request, request.query):  # it may be guessing
                     entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
-        found = {"ok": True, "version": VERSION, "model": proxy.config.base_model}
-        found.update(self.usual_quota(entry))
-        found["upstreams"] = {one.name: one.stats() for one in proxy.routes.all}
-        found.update(proxy.limits.buckets.health())
+        found = {"ok": True, "version": VERSION, "model": proxy.config.base_model,
+                 **self.usual_quota(entry),
+                 "upstreams": {one.name: one.stats() for one in proxy.routes.all},
+                 **proxy.limits.buckets.health()}
         ledger = proxy.books.ledger
         if ledger:
             found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
