@@ -6616,7 +6616,6 @@ class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
     SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
-    BATCH = 1000  # things that look like some
     LARGE = 4096  # characters: a text of more is searched in steps
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
@@ -6648,12 +6647,11 @@ class Redactor:
         """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
         if not self.may_find(text):
             return
-        large = len(text) > self.LARGE
         if text.find("\\") < 0:
-            yield from self.search_plain(text, large)
+            yield from self.search_plain(text)
             return
         plain, places, missing = yield from self.without_escapes(text)
-        for found in self.search_plain(plain, large):
+        for found in self.search_plain(plain):
             yield [(start + missing[bisect.bisect_left(places, start)],
                     end + missing[bisect.bisect_left(places, end)], kind)
                    for start, end, kind in found]
@@ -6682,37 +6680,30 @@ class Redactor:
             yield ()
         return "".join(pieces), places, missing
 
-    def search_plain(self, text, large):
+    def search_plain(self, text):
         end = 0
         for start in range(0, len(text), self.SLICE):
             found = []
             for one in self.shapes:
                 if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
-                    for batch in self.batches(one, text, start):
-                        found += batch
-                        if large:
+                    for begin in range(start, min(len(text), start + self.SLICE), one.step):
+                        found += self.matches(one, text, begin)
+                        if len(text) > self.LARGE:
                             yield ()
             if found:
                 found = self.apart(sorted(found), end)
                 end = found[-1][1] if found else end
                 yield found
 
-    def batches(self, one, text, start):
-        """Yields what of a Shape begins in a slice, in parts."""
-        kinds = itertools.repeat(one.kind)
-        for begin in range(start, min(len(text), start + self.SLICE), one.step):
-            end = begin + one.step
-            matches = one.search.finditer(text, begin, end + one.step // 4)
-            while True:
-                some = list(islice(matches, self.BATCH))
-                rows = zip(map(re.Match.start, some), map(one.check, some), kinds)
-                found = [row for row in rows if row[1]]
-                if self.allow or (found and found[-1][0] >= end):
-                    found = [row for row in found if row[0] < end and not self.may_leave(
-                        text[row[0]:row[1]])]
-                yield found
-                if len(some) < self.BATCH or some[-1].start() >= end:
-                    break
+    def matches(self, one, text, begin):
+        """Returns what of a Shape begins in a step."""
+        end = begin + one.step
+        some = list(one.search.finditer(text, begin, end + one.step // 4))
+        if not some:  # as nearly always
+            return ()
+        rows = zip(map(re.Match.start, some), map(one.check, some), itertools.repeat(one.kind))
+        return [row for row in rows if row[1] and row[0] < end and not (
+            self.allow and self.may_leave(text[row[0]:row[1]]))]
 
     def may_leave(self, value):
         return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
@@ -6816,7 +6807,7 @@ class Masks:
                 found = map(re.Match.group, self.PLACEHOLDER.finditer(words.text))
                 some = True
                 while some:
-                    some = set(islice(found, self.redactor.BATCH))
+                    some = set(islice(found, 1000))
                     self.taken.update(map(str.upper, some))
                     yield
         masked = dict(payload)
@@ -6905,9 +6896,7 @@ def json_before(text: str) -> str:
 class Restorer:
     """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
     model itself says of what must not be seen is masked for good."""
-    MAX_PLACES = 10_000   # that are looked at in one piece of JSON
     MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
-    PLACEHOLDER_AT = re.compile(rb"(?:\[|\\u005[bB]){2}[A-Za-z]")  # in JSON
     # What may become a placeholder, at the end of a text
     BEGUN = re.compile(r"\[(?:\[[A-Za-z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
@@ -6961,7 +6950,7 @@ class Restorer:
         self.room -= len(value)
         return json.dumps(value, ensure_ascii=False)[1:-1] if is_json else value
 
-    def without_values(self, text, is_json, before="]"):
+    def without_values(self, text, is_json, before):
         """Returns a text without what must not be seen, and the caller did not say; in JSON, behind
         what stands `before`, no number is that."""
         pieces = []
@@ -6977,31 +6966,6 @@ class Restorer:
                 last = end
                 self.masks.counts[kind] += 1
         return "".join((*pieces, text[last:]))
-
-    def mask_json(self, data: bytes) -> bytes:
-        """Returns JSON, or a part of it, of which no string has what must not be seen."""
-        if not self.redactor:
-            return data
-        text = data.decode("utf-8", "surrogateescape")
-        strings = JSON_STRING.findall(text)
-        said = {}  # strings that are JSON, by place
-        for place, key in enumerate(strings[:-1], 1):
-            if key in self.json_texts:
-                said[place], strings[place] = self.mask_string(strings[place]), ""
-        # All others at once: there may be thousands.
-        masked = self.without_values("\n".join(strings), True).split("\n")
-        if len(masked) != len(strings):  # something goes over several
-            masked = [self.without_values(one, True) for one in strings]
-        shown = iter([said.get(place, one) for place, one in enumerate(masked)])
-        return JSON_STRING.sub(
-            lambda match: '"' + next(shown) + match[0][1 + len(match[1]):], text).encode(
-            "utf-8", "surrogateescape")
-
-    def mask_string(self, spelled):
-        """Does so with what stands between the quotes of a string that is JSON itself."""
-        text = read_string('"%s"' % spelled)
-        masked = self.without_values(text, True, "")
-        return spelled if masked == text else spell_string(masked)[1:-1]
 
     def waiting(self, text: str, held: int = 0) -> int:
         """Returns where the end of a text begins that may become something else with what
@@ -7028,32 +6992,41 @@ class Restorer:
                 return end if end < len(text) else start
         return begin
 
-    def restore_json(self, data: bytes) -> bytes:
-        """Returns JSON, or events, with values in all strings; the rest stays as it is spelled."""
-        if data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
+    def restore_json(self, data: bytes, masks: bool = False) -> bytes:
+        """Returns JSON, or events, with values in all strings, and where `masks` says so without
+        what must not be seen; the rest stays as it is spelled."""
+        masks = masks and bool(self.redactor)
+        if not masks and data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
             return data
-        plain = without_escapes(data)
-        pieces = []
-        last = 0
-        for match in islice(self.PLACEHOLDER_AT.finditer(plain), self.MAX_PLACES):
-            if match.start() < last:
-                continue
-            start = plain.rfind(b'"', last, match.start()) + 1 or last
-            end = plain.find(b'"', start)
-            end = len(data) if end < 0 else end
-            is_json = bool(self.before_json.search(data, max(0, start - 64), start))
-            pieces += data[last:start], self.restore_string(data[start:end], is_json)
-            last = end
-        return b"".join((*pieces, data[last:]))
+        text = data.decode("utf-8", "surrogateescape")
+        strings = JSON_STRING.findall(text)
+        are_json = [key in self.json_texts for key in ["", *strings]]
+        words = ["" if is_json else one for one, is_json in zip(strings, are_json)]
+        if masks:
+            words = self.without_values_in(words)
+        rows = zip(strings, words, are_json)
+        shown = iter([self.restore_string(one if is_json else other, is_json, masks)
+                      for one, other, is_json in rows])
+        return JSON_STRING.sub(
+            lambda match: '"' + next(shown) + match[0][1 + len(match[1]):], text).encode(
+                "utf-8", "surrogateescape")
 
-    def restore_string(self, spelled, is_json):
-        """Returns what stands between the quotes of a string of JSON, with values."""
-        try:
-            text = json.loads(b'"%b"' % spelled)
-        except ValueError:
+    def without_values_in(self, strings):
+        """Does so with strings as JSON spells them, all at once: there may be thousands."""
+        found = self.without_values("\n".join(strings), True, "]").split("\n")
+        if len(found) == len(strings):
+            return found
+        return [self.without_values(one, True, "]") for one in strings]  # one goes over several
+
+    def restore_string(self, spelled, is_json, masks):
+        """Does so with what stands between the quotes of a string."""
+        if not is_json and "[[" not in spelled and "\\u005" not in spelled:
             return spelled
-        restored = self.with_values(text, is_json or MAY_BE_JSON.match(text))
-        return spelled if restored == text else json.dumps(restored)[1:-1].encode()
+        text = shown = read_string('"%s"' % spelled)
+        if is_json and masks:
+            shown = self.without_values(text, True, "")
+        shown = self.with_values(shown, is_json or bool(MAY_BE_JSON.match(text)))
+        return spelled if shown == text else spell_string(shown)[1:-1]
 
 
 def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
@@ -7221,7 +7194,7 @@ class Unmasking(Edit):
         restorer = self.restorer
         may_be_json = data[:1] in b'{["' or not self.events
         if may_be_json and (not restorer.redactor or is_whole_json(data)):
-            return restorer.restore_json(restorer.mask_json(event))
+            return restorer.restore_json(event, True)
         if restorer.redactor and data:
             return self.apply_opaque(event, may_be_json)
         return restorer.restore_text(event, may_be_json)
@@ -7316,8 +7289,8 @@ class Unmasking(Edit):
         begin = 0 if self.depth else len(before)
         shown = b"".join((before, data, end))
         if self.restorer.redactor:
-            shown = self.restorer.mask_json(self.without_logprobs(shown))
-        shown = self.restorer.restore_json(shown)
+            shown = self.without_logprobs(shown)
+        shown = self.restorer.restore_json(shown, True)
         return shown[begin:None if self.depth else len(shown) - len(end)]
 
     def without_logprobs(self, data):
