@@ -8820,9 +8820,12 @@ class FairQueue:
         """Returns how many calls may run at once."""
         return self.most
 
+    def waiting(self) -> List[Ticket]:
+        return [ticket for one in self.queues.values() for ticket in one.waiting]
+
     def stats(self) -> Dict[str, int]:
         """Returns the numbers for /health."""
-        waiting = [ticket for one in self.queues.values() for ticket in one.waiting]
+        waiting = self.waiting()
         return {"waiting": len(waiting),
                 "longest_ms": max([ticket.waited() for ticket in waiting], default=0)}
 
@@ -13949,36 +13952,41 @@ class RedisBuckets(Buckets):
                 self.fills.discard(owner)
 
 
-# Gives slots of an upstream: KEYS are the slots that are taken (until when), the processes that
-# wait for one (since when), those that asked lately, and since when there are any of these. Who has
-# waited for longer comes first. ARGV are how many slots there are, how long one is taken, the
-# process, how long it has waited, how many it may have before all have told of theirs and how long
-# that takes, how many of the names that follow are to be given a slot; the others have one. Times
-# are in milliseconds.
+# Tells how many calls of a process run at an upstream, and returns how many more may: KEYS are how
+# many run by process, and until when that holds; the processes that wait for a slot (since when),
+# those that asked lately, and since when there are any of these. Who has waited for longer comes
+# first. ARGV are how many slots there are, how long what is told holds, the process, how many run,
+# how many it wants, how long it has waited, how many more it may have before all have told of
+# theirs, and how long that takes. Times are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local process, running, wanted = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 for _, one in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
   redis.call('ZREM', KEYS[2], one)
   redis.call('ZREM', KEYS[3], one)
 end
-redis.call('ZREM', KEYS[2], ARGV[3])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+redis.call('ZREM', KEYS[2], process)
+local since = now - ARGV[6]
+local room = ARGV[1] - running - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
+local rows = redis.call('HGETALL', KEYS[1])
+for i = 1, #rows, 2 do
+  local count, ends = string.match(rows[i + 1], '(%d+) (%d+)')
+  if tonumber(ends) <= now then redis.call('HDEL', KEYS[1], rows[i])
+  elseif rows[i] ~= process then room = room - count end
+end
 local began = redis.call('GET', KEYS[4]) or now  -- now where Redis has lost what it knew
 redis.call('SET', KEYS[4], began)
-local wanted, given = tonumber(ARGV[7]), 0
-for i = 8 + wanted, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[i]) end
-local since = now - ARGV[4]
-local room = ARGV[1] - redis.call('ZCARD', KEYS[1])
-             - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
-if now - began < tonumber(ARGV[6]) then room = math.min(room, ARGV[5]) end
-while given < math.min(wanted, room) do
-  given = given + 1
-  redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[7 + given])
+if now - began < tonumber(ARGV[8]) then room = math.min(room, ARGV[7]) end
+local given = math.max(0, math.min(wanted, room))
+if running + given > 0 then
+  redis.call('HSET', KEYS[1], process, string.format('%d %.0f', running + given, now + ARGV[2]))
+else
+  redis.call('HDEL', KEYS[1], process)
 end
 if given < wanted then
-  redis.call('ZADD', KEYS[2], since, ARGV[3])
-  redis.call('ZADD', KEYS[3], now + 200, ARGV[3])
+  redis.call('ZADD', KEYS[2], since, process)
+  redis.call('ZADD', KEYS[3], now + 200, process)
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
 redis.call('PEXPIRE', KEYS[4], 100 * ARGV[2])
@@ -13987,10 +13995,11 @@ return given
 
 
 class SharedQueue(FairQueue):
-    """A line before slots that all processes share: a call that comes first asks Redis for one.
-    `most` is how many this process has now; while Redis is away, its part of all. A slot is leased,
-    so that those of a process that died come back."""
-    LEASE_MS = 30_000
+    """A line before slots that all processes share: each tells Redis how many calls it runs, and
+    asks for slots for those that come. `most` is how many may run here now; while Redis is away,
+    its part of all. What a process has told holds for a while only, so the slots of one that died
+    come back."""
+    HOLDS_MS = 30_000
     TELL_MS = 1000       # until all have told of their slots, when Redis has lost them
     RENEW_SECONDS = 10
     POLL_SECONDS = 0.02  # between two questions, while calls wait
@@ -14012,8 +14021,7 @@ class SharedQueue(FairQueue):
         redis.scripts.append(self.script)
         redis.on_return.append(self.begin)
         redis.on_leave.append(lambda fault: self.go_alone())
-        self.keys = [name + end for end in ("", ":line", ":asking", ":began")]
-        self.leases = []  # one for each slot that this process has
+        self.keys = [name + end for end in (":taken", ":line", ":asking", ":began")]
 
     def slots(self) -> int:
         return self.all
@@ -14021,99 +14029,72 @@ class SharedQueue(FairQueue):
     def enter(self, key: CallerKey, weight: int, waited: float = 0) -> Ticket:
         ticket = super().enter(key, weight, waited)
         if not ticket.running:
-            self.ask_soon()
+            self.tell_soon()
         return ticket
 
     def leave(self, ticket: Ticket):
         """Gives the slot back first, for whoever has waited longest anywhere."""
-        if ticket.running and self.leases:
-            self.give_back(self.leases[-1:])
+        if self.redis.available:
+            self.most = self.running - ticket.running
         super().leave(ticket)
-        if self.limits.waiting:
-            self.ask_soon()
+        self.tell_soon()
 
-    def ask_soon(self):
+    def tell_soon(self):
         if self.redis.available and self.task is None:
             if self.timer:
                 self.timer.cancel()
-            self.task = self.redis.loop.create_task(self.ask(), name="asks for slots")
+            self.task = self.redis.loop.create_task(self.tell(), name="asks for slots")
 
-    async def ask(self):
-        """Ask for a slot for each call that waits."""
+    async def tell(self):
+        """Tells how many calls run, and asks for a slot for each that waits."""
         await asyncio.sleep(0)  # more may come in this pass of the loop
-        waiting = [ticket for one in self.queues.values() for ticket in one.waiting]
-        names = self.new_names(min(len(waiting), self.AT_ONCE))
+        running, waiting = self.running, self.waiting()
+        wanted = min(len(waiting), self.AT_ONCE)
         age = max([ticket.waited() for ticket in waiting], default=0)
-        given = 0
         try:
-            if names:
-                given = await self.redis.call(*self.script.parts(
-                    self.keys, self.arguments(age, len(names), names)))
-        except RedisFault as fault:  # it may have given some
-            self.give_back(names)
+            given = await self.redis.call(*self.script.parts(self.keys, [
+                self.all, self.HOLDS_MS, self.redis.process, running, wanted, age,
+                self.part(self.all) - running, self.TELL_MS]))
+            self.take(given)
+            self.short = given < wanted
+        except RedisFault as fault:  # it may have given some, until it is told again
+            given = 0
+            self.go_alone()
             self.redis.heed(fault)
-            names = names if self.redis.available else []
         self.task = None
-        self.short = False
-        self.take(names[:given])
-        if given < len(names):
-            self.be_short()
-        elif any([one.waiting for one in self.queues.values()]):  # who came meanwhile
-            self.ask_soon()
+        if self.short:
+            self.limits.shrink()  # who may wait counts only now
+            self.timer = self.redis.loop.call_later(self.POLL_SECONDS, self.tell_soon)
+        if self.running != running + given or (self.waiting() and not self.short):
+            self.tell_soon()
 
-    def arguments(self, age, wanted, names):
-        return [self.all, self.LEASE_MS, self.redis.process, age,
-                self.part(self.all) - self.running, self.TELL_MS, wanted, *names]
-
-    def new_names(self, count):
-        return [f"{self.redis.process}:{next(self.numbers)}" for _ in range(count)]
-
-    def take(self, names):
-        """Starts calls in these slots; whoever wanted one may have left."""
-        self.leases += names
-        self.most = len(self.leases) if self.redis.available else self.part(self.all)
-        for _ in names:
+    def take(self, count):
+        """Starts so many more calls; whoever wanted a slot may have left."""
+        self.most = self.running + count
+        for _ in range(count):
             self.start_next()
-        self.give_back(self.leases[self.running:])
-
-    def be_short(self):
-        """Not all got a slot: now it counts how many may wait. Ask again in a moment."""
-        self.short = True
-        self.limits.shrink()
-        self.timer = self.redis.loop.call_later(self.POLL_SECONDS, self.ask_soon)
-
-    def give_back(self, names):
-        if names:
-            self.redis.send("ZREM", self.keys[0], *names)
-            self.leases = [one for one in self.leases if one not in names]
-            if self.redis.available:
-                self.most = len(self.leases)
+        self.most = self.running
 
     def begin(self):
         """Redis is there: what runs here has slots, even too many."""
-        self.leases += self.new_names(self.running - len(self.leases))
-        self.most = self.running
+        self.take(0)
         self.short = False
-        self.renew_at = 0.0
-        self.beat()
-        if self.limits.waiting:
-            self.ask_soon()
+        self.tell_soon()
 
     def go_alone(self):
         """Redis is away: this process has its part, beside what it has."""
         if self.timer:
             self.timer.cancel()
+        self.take(max(0, self.part(self.all) - self.running))
         self.most = self.part(self.all)
         self.short = True
-        for _ in range(self.most - self.running):
-            self.start_next()
 
     def beat(self):
-        """Renews what is leased; to be called every second."""
+        """Tells again what holds for a while only; to be called every second."""
         now = self.clock.monotonic()
-        if self.leases and now >= self.renew_at:
+        if self.running and now >= self.renew_at:
             self.renew_at = now + self.RENEW_SECONDS
-            self.redis.send(*self.script.parts(self.keys, self.arguments(0, 0, self.leases)))
+            self.tell_soon()
 
 
 # Returns a hash and how often that was changed, where that is not as often as ARGV[1] says.
