@@ -13409,23 +13409,16 @@ class Batch:
     def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
         self.number = number
         self.describe = describe
-        self.places = {}  # number by bucket
-        self.rules = []
-        self.names = []
-        self.kinds = []
+        self.buckets = {}  # by key: number, rule, name, kind
         self.acts = []
         self.takes = []
         self.charged = Counter()
 
     def place(self, rule, key):
-        found = self.places.get(key)
+        found = self.buckets.get(key)
         if found is None:
-            found = self.places[key] = len(self.places) + 1
-            name, kind = self.describe(rule, key)
-            self.rules.append(rule)
-            self.names.append(name)
-            self.kinds.append(kind)
-        return found
+            found = self.buckets[key] = len(self.buckets) + 1, rule, *self.describe(rule, key)
+        return found[0]
 
     def act(self, word: str, rule: Rule, key: BucketKey, *numbers: int):
         self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
@@ -13442,7 +13435,8 @@ class Batch:
         self.acts.append("take %d %s" % (len(wanted), " ".join(wanted)))
 
     def text(self, mode: str) -> str:
-        return " ".join([str(self.number), mode, *self.kinds, *self.acts])
+        kinds = [kind for _, _, _, kind in self.buckets.values()]
+        return " ".join([str(self.number), mode, *kinds, *self.acts])
 
 
 ONE = ord("1")
@@ -13585,9 +13579,6 @@ class RedisBuckets(Buckets):
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
         self.on_change = lambda change: None
-        self.follow(redis)
-
-    def follow(self, redis):
         redis.scripts += [self.batch_script, self.beat_script]
         redis.on_flush.append(self.flush)
         redis.greetings.append(self.catch_up)
@@ -13713,8 +13704,9 @@ class RedisBuckets(Buckets):
         return self.prefix + name, describe_kind(rule, hour)
 
     def batch_parts(self, batch, mode="-"):
+        names = [name for _, _, name, _ in batch.buckets.values()]
         return self.batch_script.parts(
-            [*self.keys, *batch.names], [batch.text(mode), self.redis.process])
+            [*self.keys, *names], [batch.text(mode), self.redis.process])
 
     # -- what Redis answers
 
@@ -13739,7 +13731,7 @@ class RedisBuckets(Buckets):
         now = self.clock.monotonic()
         found = {}
         rest = iter(words)
-        for rule, key in zip(batch.rules, batch.places):
+        for key, (_, rule, _, _) in batch.buckets.items():
             level, age, gifts = map(int, islice(rest, 3))
             self.since.pop(key, None)
             since = next(rest)
@@ -13748,10 +13740,10 @@ class RedisBuckets(Buckets):
             given = list(map(int, islice(rest, 2 * gifts)))
             found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
-            self.finish_take(one, flag == ONE, found, now)
+            self.finish_take(one, flag == ONE, found)
 
     def note_level(self, rule, key, charged, level, age, given, now):
-        """Keeps what Redis says of a bucket; returns (level, time of the last refill, rule)."""
+        """Keeps what Redis says of a bucket, and returns it, with what is pending still in it."""
         pending = self.charges.note_answer(key, charged)
         refilled = now - age / 1_000_000
         if rule.window:
@@ -13763,7 +13755,7 @@ class RedisBuckets(Buckets):
             self.given[key] = [(amount * scale, now + length / 1_000_000)
                                for amount, length in zip(given[::2], given[1::2])]
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
-        return level * scale, refilled, rule
+        return Level(level * scale, refilled, rule, key, 0, now)
 
     def window_of(self, rule, key, began, now):
         """Returns the rule of a window, and when it began: as that is known already, where the
@@ -13775,14 +13767,13 @@ class RedisBuckets(Buckets):
             rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
         return rule, began
 
-    def finish_take(self, one, taken, found, now):
+    def finish_take(self, one, taken, found):
         """Tells who waits what Redis has decided. Where that was decided here meanwhile, what was
         taken in vain is given back, and what was not taken is charged."""
         levels = []
         for rule, key in one.keyed_rules:
-            level, refilled, rule = found[key]
             cost = one.costs[rule.unit]
-            levels.append(Level(level if taken else level - cost, refilled, rule, key, cost, now))
+            levels.append(found[key]._replace(amount=cost) if taken else found[key].less(cost))
             if taken:
                 self.charges.note_running(rule, key, cost)
         if not one.decided:  # nor here, though its call may be about to
@@ -13791,7 +13782,7 @@ class RedisBuckets(Buckets):
         elif taken != one.admitted:
             for rule, key in one.keyed_rules:
                 amount = stored_amount(rule, one.costs[rule.unit])
-                self.charge(rule, key, -amount if taken else amount, now)
+                self.charge(rule, key, -amount if taken else amount, found[key].now)
 
     # -- while Redis is away
 
@@ -13911,8 +13902,7 @@ class RedisBuckets(Buckets):
         if self.beats % self.RENEW_BEATS == 0:
             for pair in self.charges.running:
                 self.act("renew", *pair)
-        looks = self.LOOKS if self.redis.available else 0
-        for one in list(islice(self.levels.values(), looks)):
+        for one in list(islice(self.levels.values(), self.LOOKS)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
         self.redis.ask(partial(self.on_beat, self.number), *self.beat_parts())
         if self.fills and (self.filling is None or self.filling.done()):
