@@ -13551,10 +13551,10 @@ class RedisBuckets(Buckets):
     LOOKS = 50                # at buckets, with each beat
     state = "returning"       # or "here", or "away"
     reason = "is not there"
-    number = 1                # of the last batch
+    number = 1                # of the last batch; not 0, so that whoever is new notices a loss, too
     loss = 0                  # number of the last time that Redis has lost something
     beats = 0
-    fresh = True              # it was never here
+    fresh = True              # it was never there
     succeeds = False          # a process that died; nobody knows what that took of its share
     charging: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
@@ -14232,7 +14232,7 @@ class SharedFeed(Feed):
     FRESH_SECONDS = 2.5
     MOST_SECONDS = 200  # that Redis keeps, of all processes
     MOST_READ = 500     # of what was told, at once
-    SUMS = "in_flight", "line"
+    ADDED = "in_flight", "line", "running", "buckets"
     COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
     TOLD = "begin", "end", "change", "warning"
     elsewhere = False   # whether pages are open there
@@ -14313,12 +14313,10 @@ class SharedFeed(Feed):
     def add(self, found, other):
         for name, value in found.items():
             more = other.get(name)
-            if name in self.SUMS:
-                found[name] = value + more
+            if name in self.ADDED:
+                found[name] = value + (more or type(value)())
             elif name.startswith("first_"):
                 found[name] = max(value or 0, more or 0) or None
-            elif name in ("running", "buckets"):
-                found[name] = value + (more or [])
             elif name == "upstreams":
                 found[name] = [busier(one, more or ()) for one in value]
 
