@@ -13154,13 +13154,10 @@ local unpack = unpack or table.unpack
 local found = redis.call('MGET', unpack(KEYS, 2))
 local loss = found[1] or '0'
 if mode == 'put' or mode == 'last' then
-  local told = words()
-  if tonumber(told) > tonumber(loss) then
-    loss = told
-    redis.call('SET', KEYS[2], loss)
-  end
+  if words() ~= loss then return 'gap' end  -- all was lost again meanwhile
+elseif mode == '-' and sequence > last + 1 then
+  return 'gap'
 end
-if mode == '-' and sequence > last + 1 then return 'gap' end
 if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
 
 local function read_since(text)
@@ -13876,7 +13873,8 @@ class RedisBuckets(Buckets):
             for act in islice(acts, self.MOST_ACTS):
                 batch.act(*act)
             mode = end.replace("last", "put") if batch.acts else end
-            await self.redis.ask_first(*self.batch_parts(batch, mode))
+            if await self.redis.ask_first(*self.batch_parts(batch, mode)) == b"gap":
+                raise RedisFault("has lost what it knew")
 
     def come_back(self):
         was_away = self.state == "away"

@@ -11194,7 +11194,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.start()
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
         name, _ = store.describe(*pair)
-        self.server.ask("DEL", "{test}:lost")
+        self.server.ask("SET", "{test}:lost", 1)
         stale = None
         for process, mode, act, level in self.each("""[
                 ["c", "last 1", null, null], ["c", "-", ["charge", 1, 0], 9],
@@ -11207,7 +11207,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 ["b", "-", ["charge", 1, 0], 2], ["c", "put 2", ["put", 4, 0, 1, "1:3"], 2],
                 ["a", "put 2", ["put", 3, 0, 1, "1:4"], 2]]"""):
             if not mode:
-                self.server.ask("SET", name, stale)
+                self.server.ask("MSET", name, stale, "{test}:lost", 2)
                 self.server.ask("DEL", *["{test}:p:" + one for one in ("a", "b", "c", "new")])
                 continue
             batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
@@ -11224,7 +11224,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
 
     def test_what_was_charged_after_each_loss_is_charged_once_whoever_has_seen_it(self):
         self.start()
-        self.server.ask("DEL", "{test}:lost")
+        self.server.ask("SET", "{test}:lost", 3)
         pair = self.limits.matching(caller("alice"), "1", "")[0]
         for process, level, since, left in self.each("""[
                 ["a", 8, "1:2", 8], ["b", 6, "1:1,2:1", 5], ["c", 8, "1:2", 5],
@@ -11234,6 +11234,8 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             batch.act("put", *pair, level, 0, 1, since, 0)
             answer = self.answer_to(process, batch, "put 3")
             self.assertEqual(answer.split()[1], b"%d" % left)
+        for mode in ("put 2", "last 4"):  # all was lost after that
+            self.assertEqual(self.answer_to("h", batch, mode), b"gap")
 
     def test_who_has_died_is_counted_for_less_than_five_seconds(self):
         self.start()
