@@ -1777,10 +1777,10 @@ def split_query(query):
     keys = []
     rest = []
     for part in query.split("&"):
-        pairs = urllib.parse.parse_qsl(part, keep_blank_values=True, encoding="latin-1")
-        found = [value for name, value in pairs if name.strip().lower() == "key"]
-        keys += found
-        if not found:
+        name, _, value = [urllib.parse.unquote_plus(one, "latin-1") for one in part.partition("=")]
+        if name.strip().lower() == "key":
+            keys.append(value)
+        else:
             rest.append(part)
     return keys, "&".join(rest)
 
@@ -19279,14 +19279,14 @@ def find_call(execute, name):
 def print_table(names, rows):
     """Prints rows for people: words to the left, numbers to the right. What a terminal would take
     for a command is spelled out."""
-    texts = [[in_ascii(str(value)) for value in row] for row in [names, *rows]]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    is_text = [any(type(value) is str and name != "usd" for value in column)
-               for name, column in zip(names, zip(*rows))]
-    for row in texts:
-        cells = [cell.ljust(width) if left else cell.rjust(width)
-                 for cell, width, left in zip(row, widths, is_text)]
-        print("  ".join(cells).rstrip())
+    table = [names, *rows]
+    columns = []
+    for name, *values in zip(*table):
+        width = max(len(in_ascii(str(value))) for value in [name, *values])
+        is_text = name != "usd" and any(type(value) is str for value in values)
+        columns.append("{:%s%d}" % ("<" if is_text else ">", width))
+    for row in table:
+        print("  ".join(columns).format(*[in_ascii(str(value)) for value in row]).rstrip())
 
 
 def database_in(found):
@@ -19564,23 +19564,23 @@ def show_keys(options, result, found):
         if result.closes and not found.get("PROXY_API_KEYS"):
             tell_user(CLOSED)
     elif options.act == "show":
-        print_table(("field", "value"), list(map_times(result).items()))
-    elif options.act == "list" and options.json:
-        print(json.dumps([key.as_dict() for key in result], indent=2))
-    elif options.act == "list" and result:
-        print_table(list(result[0].as_dict()), [list(map_times(key).values()) for key in result])
+        print_table(("field", "value"), zip(result.as_dict(), readable(result)))
     elif options.act == "list":
-        print("no keys yet")
+        if options.json:
+            print(json.dumps([key.as_dict() for key in result], indent=2))
+        elif result:
+            print_table([*result[0].as_dict()], map(readable, result))
+        else:
+            print("no keys yet")
 
 
-def map_times(key):
-    """Returns a key's fields as people read them."""
-    found = {name: "-" if value in (None, False) else value
-             for name, value in key.as_dict().items()}
+def readable(key):
+    """Returns the values of a key as people read them."""
+    found = {name: value or "-" for name, value in key.as_dict().items()}
     for name in ("created", "expires", "last_used"):
         if found[name] != "-":
             found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
-    return found
+    return [*found.values()]
 
 
 # Panels of the dashboard for Grafana: title and unit, then lines of a legend and what is shown.
