@@ -15909,15 +15909,18 @@ def build_tls(config):
 
 
 def build_buckets(config, clock, loop, database):
-    url, prefix, tls = config.redis_url, config.redis_prefix, None
-    if url is None:
+    if config.redis_url is None:
         return Buckets(clock)
+    known = database.facts.get("processes") if database else None
+    return RedisBuckets(clock, build_redis(config, loop), config.redis_prefix, config.redis_away,
+                        max(known or config.peers, config.workers))
+
+
+def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Redis:
+    url, tls = config.redis_url, None
     if url.scheme == "rediss":
         tls = ssl.create_default_context(cafile=config.redis_ca_file)
-    redis = Redis(url, tls, loop, "%s-%d" % (prefix, os.getpid()))
-    known = database.facts.get("processes") if database else None
-    return RedisBuckets(clock, redis, prefix, config.redis_away,
-                        max(known or config.peers, config.workers))
+    return Redis(url, tls, loop, "%s-%d" % (config.redis_prefix, os.getpid()))
 
 
 WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d",
@@ -18871,15 +18874,15 @@ def faults_of_start(config):
 
 async def fault_of_redis(loop, config):
     """Returns why Redis cannot be used, None where it can."""
-    redis = build_buckets(config, time, loop, None).redis
+    redis = build_redis(config, loop)
     answered = loop.create_future()
 
     async def ask():
         await redis.ask_first("PING")
         answered.cancel()
 
-    redis.greetings = [ask]  # instead of those by which a process joins the others
-    redis.on_leave = [answered.set_result, lambda _: redis.task.cancel()]
+    redis.greetings.append(ask)
+    redis.on_leave += [answered.set_result, lambda _: redis.task.cancel()]
     redis.start()
     await asyncio.wait([answered], timeout=5)
     await redis.close()

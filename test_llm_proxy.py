@@ -11021,6 +11021,17 @@ class RedisTest(RedisCase):
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "does not take the user and password")
 
+    def test_check_asks_it_and_leaves_nothing_there(self):
+        server = RedisServer(self, "--requirepass", "right", port="--port")
+        for password, said in (("right", None), ("wrong", "does not take the user and password")):
+            config = read_config(
+                {**HERE, "REDIS_URL": "redis://:%s@127.0.0.1:%d" % (password, server.port)})
+            fault = self.run_loop(llm_proxy.fault_of_redis(self.loop, config))
+            self.assertEqual(fault and str(fault), said)
+        redis = self.client("redis://:right@127.0.0.1:%d" % server.port)
+        self.wait_for(lambda: redis.available)
+        self.assertEqual(self.run_loop(redis.call("KEYS", "*")), [])
+
     def test_it_comes_back_when_the_server_does(self):
         server = RedisServer(self)
         redis = self.client(server.url)
