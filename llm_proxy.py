@@ -19510,12 +19510,14 @@ def keys_command(options, found):
     store = KeyStore(database.connection, time, Actor(user_name(), "admin", "command line"))
     given = {name: value for name, value in vars(options).items()
              if name not in NOT_OF_KEYS and value not in (None, False)}
+    fields = dict(given)
+    names = [fields.pop("name")] if options.act != "list" else []
     try:
         with closing(database):
             if options.act in ("give", "reset"):
                 require_caller(store, options.name, found)
             compare_with_settings(options, found, database)
-            show_keys(options, getattr(store, options.act)(**given), found)
+            show_keys(options, getattr(store, options.act)(*names, **fields), found)
             if options.act not in ("list", "show"):
                 tell_user(f"done: {options.act} {describe_fields(given)}")
     except KeyFault as fault:
