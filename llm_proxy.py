@@ -7137,8 +7137,8 @@ class Unmasking(Edit):
         # How most events are spelled, and of what they have text, as in the streams before
         known = restorer.redactor.usual if restorer.redactor else {}
         self.usual, self.usual_block = known.get(dialect, (None, ()))
-        self.begun: Dict[Block, bool] = {}  # whether these are JSON,
-        self.said: Dict[Block, str] = {}    # and what is open in those that are
+        # Whether the text of a block is JSON, None while that is open, and what is open in it
+        self.json: Dict[Block, Tuple[Optional[bool], str]] = {}
 
     def find(self, data: bytes) -> int:
         if self.blocks or self.reads_all or self.sliced:
@@ -7367,23 +7367,23 @@ class Unmasking(Edit):
         begin = len(text) if is_end else self.restorer.waiting(text, len(held))
         if begin < len(text):
             self.blocks[block] = text[begin:], event
-        goes, is_json, before = text[:begin], self.is_json(block, text), self.said.get(block, "")
-        if self.begun.get(block, len(self.said) < self.MAX_BLOCKS):
-            self.said[block] = json_before(before + goes)
-        return self.restorer.restore(goes, is_json, before)
+        return self.restored(block, text, text[:begin])
 
-    def is_json(self, block, text):
-        """Returns whether a text is JSON: where its API says so, or where it begins as such."""
-        if block not in self.begun and len(self.begun) < self.MAX_BLOCKS and (
-                text.strip(BEFORE_JSON)):
-            self.begun[block] = self.dialect.is_json_text(block) or bool(MAY_BE_JSON.match(text))
-        return self.begun.get(block, False)
+    def restored(self, block, text, goes):
+        """Returns what goes on of a text, with values: spelled as in JSON where its API says that
+        it is such, or where it begins so."""
+        is_json, before = self.json.get(block, (None, ""))
+        if is_json is None and text.strip(BEFORE_JSON):
+            is_json = self.dialect.is_json_text(block) or bool(MAY_BE_JSON.match(text))
+        if block in self.json or len(self.json) < self.MAX_BLOCKS:
+            after = before if is_json is False else json_before(before + goes)
+            self.json[block] = is_json, after
+        return self.restorer.restore(goes, bool(is_json), before)
 
     def let_go(self, block):
         """Returns an event with the rest of a block."""
         held, event = self.blocks.pop(block)
-        rest = self.restorer.restore(
-            held, self.is_json(block, held), self.said.get(block, ""))
+        rest = self.restored(block, held, held)
         for other, way in self.dialect.texts(self.events.payload(event)):
             if other == block:
                 return self.events.again(event, to_json_bytes(
