@@ -6633,7 +6633,7 @@ class Redactor:
         # always, from the one before, which spares each half a millisecond
         self.usual: Dict[Dialect, Tuple["re.Pattern[bytes]", Block]] = {}
         hints = {one.hint for one in self.shapes} | {r"\\u00"}
-        self.may_hold = re.compile("" if "" in hints else "|".join(sorted(hints))).search
+        self.may_hold = re.compile("|".join(sorted(hints))).search
 
     def find(self, text: str) -> List[Finding]:
         """Returns what must not leave of a text, in order; nothing overlaps."""
@@ -6804,11 +6804,9 @@ class Masks:
         changed; `body` is how it came."""
         if b"[[" in body or b"\\u005" in body:
             for words in words_in(dict(payload)):
-                found = map(re.Match.group, self.PLACEHOLDER.finditer(words.text))
-                some = True
-                while some:
-                    some = set(islice(found, 1000))
-                    self.taken.update(map(str.upper, some))
+                yield
+                for match in self.PLACEHOLDER.finditer(words.text):
+                    self.taken.add(match[0].upper())
                     yield
         masked = dict(payload)
         for words in words_in(masked):
@@ -7279,19 +7277,16 @@ class Unmasking(Edit):
     def apply_slice(self, data, prefix):
         """Does so with a slice of JSON; `prefix` is that of the next one."""
         before, self.prefix = self.prefix, prefix
-        strings = without_escapes(before + data).split(b'"')
-        said = b"".join(strings[::2]) if self.restorer.redactor else b""
-        if self.events:
-            said = EVENT_HEAD.sub(b"", said, 1)
-        if self.is_text or said.translate(None, self.IN_NO_STRING):
-            return self.apply_opaque(data)
-        end = b'"' * (len(strings) % 2 == 0)
         begin = 0 if self.depth else len(before)
-        shown = b"".join((before, data, end))
+        shown = before + data
         if self.restorer.redactor:
+            said = b"".join(without_escapes(shown).split(b'"')[::2])
+            if self.events:
+                said = EVENT_HEAD.sub(b"", said, 1)
+            if self.is_text or said.translate(None, self.IN_NO_STRING):
+                return self.apply_opaque(data)
             shown = self.without_logprobs(shown)
-        shown = self.restorer.restore_json(shown, True)
-        return shown[begin:None if self.depth else len(shown) - len(end)]
+        return self.restorer.restore_json(shown, True)[begin:]
 
     def without_logprobs(self, data):
         """Returns an event, or a slice, without probabilities of tokens, which tell what is masked;
