@@ -12798,19 +12798,19 @@ class RedisScript:
 
 
 class ListeningTime:
-    """Tells the time that passes while the loop listens: it nearly stands still while something
-    holds the loop, or while the machine gives this process no turn, so that no answer is called
-    late that nobody could read. It runs while somebody waits."""
+    """A clock that nearly stands still while something blocks the loop, or while this process gets
+    no turn on a busy machine: then an answer may be here that nobody could read yet, and must not
+    be called late. It runs only while somebody waits."""
     STEP_SECONDS = 0.01
     LATE_SECONDS = 0.01  # that a step may be, on a machine that is not so busy
     SLOWNESS = 20        # of the time after that: nobody waits for ever
     held = 0.0
     due = inf            # the next step
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, look: Callable[[], bool]):
-        """`look` is called at each step, and tells whether somebody goes on waiting."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_step: Callable[[], bool]):
+        """`on_step` is called at each step, and tells whether somebody goes on waiting."""
         self.loop = loop
-        self.look = look
+        self.on_step = on_step
 
     def now(self) -> float:
         now = self.loop.time()
@@ -12825,34 +12825,34 @@ class ListeningTime:
     def step(self):
         self.held = self.loop.time() - self.now()
         self.due = inf
-        if self.look():
+        if self.on_step():
             self.run()
 
 
 class Redis(asyncio.Protocol):
-    """One connection, kept up by a task. What is asked for in one pass of the loop travels in one
-    write, and answers come in that order. It is away from the moment it is refused, cut, silent
-    for SILENT_SECONDS, late with LATE_TIMES answers in a row, or does not do what `greetings` ask;
-    it is `available` again when all of these went well."""
-    ANSWER_SECONDS = 0.08    # that a call waits for an answer
+    """One connection, which a task makes again when it is lost. All commands of one pass of the
+    loop go in one write; replies come in the same order. The server counts as away when it refuses
+    or cuts the connection, says nothing for SILENT_SECONDS, is late LATE_TIMES in a row, or fails
+    what `on_connect` asks; it is `available` again once all of that went well."""
+    ANSWER_SECONDS = 0.08    # for which a call waits
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
     CONNECT_SECONDS = 1
-    STEADY_SECONDS = 1       # after which a connection was a good one
+    STEADY_SECONDS = 1       # a connection that lasted so long was a good one
     LONGEST_PAUSE = 0.4      # between two connections
-    MOST_ASKED = 10_000      # commands that are not answered
-    MOST_WAITING = 10_000    # that wait until Redis is there
+    MOST_ASKED = 10_000      # commands without a reply
+    MOST_WAITING = 10_000    # commands that are kept while Redis is away
 
     available = False
     transport: Optional[asyncio.Transport] = None
     task: Optional[asyncio.Task] = None
-    lost: Optional[asyncio.Future] = None     # of that the connection is no more,
-    reason: Optional[RedisFault] = None       # and why
+    lost: Optional[asyncio.Future] = None     # completed when the connection is no more,
+    reason: Optional[RedisFault] = None       # and why it is not
     flushing = False
-    is_late = False                           # a call has waited in vain, since the last answer
+    has_timed_out = False                     # a call, since the last reply
     late_times = 0
-    dropped = 0                               # commands and charges that were never sent
+    dropped = 0                               # commands and charges without room
 
     def __init__(self, url: Endpoint, tls: Optional[ssl.SSLContext],
                  loop: asyncio.AbstractEventLoop, name: str):
@@ -12861,58 +12861,57 @@ class Redis(asyncio.Protocol):
         self.tls = tls
         self.loop = loop
         self.name = name
-        self.process = os.urandom(8).hex()  # as which others know this one
+        self.process = os.urandom(8).hex()  # the name of this process for the others
         self.scripts = []
-        # Are awaited on each new connection before it is available; they use `ask_first`, and
-        # raise RedisFault.
-        self.greetings = []
+        # Awaited on each new connection before it is available: they use `ask_and_wait`, and raise
+        # RedisFault.
+        self.on_connect = []
         self.on_return = []
-        self.on_leave = []      # are told why, also of each try that failed
-        self.on_flush = []      # ask what has waited for the end of a pass
-        # Commands with what is told of the reply, or of a fault; those without are sent again.
-        self.unsent = []
-        self.asked = deque()    # and when each was sent
-        self.waiting = deque()  # commands, as they are sent
-        self.waits = deque()    # futures of calls that wait, after until when each does
-        self.listening = ListeningTime(loop, self.look)
+        self.on_leave = []         # called with the reason, also after each try that failed
+        self.on_flush = []         # called before commands are sent, to add some
+        self.unsent = []           # (command, callback or None)
+        self.asked = deque()       # (command, callback or None, when it was sent)
+        self.waiting = deque()     # commands, until Redis is there
+        self.deadlines = deque()   # (until when a call waits, its future)
+        self.listening = ListeningTime(loop, self.check_timeouts)
 
     # -- for everyone, on the loop
 
     async def call(self, *parts: RedisPart) -> RedisReply:
-        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS at the latest,
-        though the reply may come yet."""
-        if not self.available or self.is_late:
-            raise RedisFault("answers late" if self.is_late else "is away")
-        return await self.ask_first(*parts, is_bounded=True)
+        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS at the latest;
+        the command may have been done, or may be yet."""
+        if not self.available or self.has_timed_out:
+            raise RedisFault("answers late" if self.has_timed_out else "is away")
+        return await self.ask_and_wait(*parts, is_bounded=True)
 
     def send(self, *parts: RedisPart):
-        """Has a command done, now or when Redis is there again; never waits. Where a connection is
-        lost it may be done twice."""
+        """Sends a command, now or when Redis is there again, and does not wait for the reply. It
+        may be done twice if the connection is lost."""
         if self.available:
             self.ask(None, *parts)
         else:
             self.keep(redis_command(parts))
 
-    async def ask_first(self, *parts: RedisPart, is_bounded: bool = False) -> RedisReply:
-        """Does what `call` does, also before it is available, for as long as that takes unless it
-        `is_bounded`."""
+    async def ask_and_wait(self, *parts: RedisPart, is_bounded: bool = False) -> RedisReply:
+        """Returns the reply to a command, whether or not the connection is available yet; waits as
+        long as that takes, unless it `is_bounded`. Raises RedisFault."""
         answered = self.loop.create_future()
         self.ask(lambda reply: answered.done() or answered.set_result(reply), *parts)
         if is_bounded:
-            self.bound(answered)
+            self.limit_wait(answered)
         reply = await answered
         if isinstance(reply, RedisFault):
             raise reply
         return reply
 
-    def bound(self, future: asyncio.Future):
-        """Has a future completed, if only by a RedisFault, after ANSWER_SECONDS at the latest."""
+    def limit_wait(self, future: asyncio.Future):
+        """Completes a future with a RedisFault if nobody else does within ANSWER_SECONDS."""
         self.listening.run()
-        self.waits.append((self.listening.now() + self.ANSWER_SECONDS, future))
+        self.deadlines.append((self.listening.now() + self.ANSWER_SECONDS, future))
 
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
-        """Sends a command at the end of this pass of the loop; `answer` is told of the reply, or of
-        a fault."""
+        """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
+        a RedisFault. Without it the command is sent again if the connection is lost."""
         one = redis_command(parts), answer
         if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
             return self.drop([one])
@@ -12931,8 +12930,8 @@ class Redis(asyncio.Protocol):
         if self.transport:
             self.transport.abort()
 
-    def heed(self, fault: RedisFault):
-        """Ends the connection where a fault is what Redis said itself."""
+    def leave_if_refused(self, fault: RedisFault):
+        """Ends the connection if Redis itself said no: it is away for us."""
         if fault.code:
             self.leave(fault)
 
@@ -12942,7 +12941,7 @@ class Redis(asyncio.Protocol):
         self.task = self.loop.create_task(self.live(), name="redis")
 
     async def close(self):
-        """Sends what there is, if that is possible at once, and ends."""
+        """Lets what was sent arrive, if Redis is there, and ends."""
         with suppress(RedisFault):
             await self.call("PING")
         if self.task:
@@ -12962,14 +12961,14 @@ class Redis(asyncio.Protocol):
                 await self.lost
             except RedisFault as fault:
                 self.leave(fault)
-            except Exception as bug:  # of ours: it is said, and tried again
+            except Exception as bug:  # of ours: log it and connect again
                 self.leave(RedisFault("is answered wrongly"))
                 self.loop.call_exception_handler({"message": "Redis", "exception": bug})
             finally:
                 self.leave(RedisFault("is away"))
                 if self.transport:
                     await self.lost
-            if moved_to and began == inf:  # who is sent on and on begins anew
+            if moved_to and began == inf:  # not from node to node for ever: begin anew
                 self.reason.moved_to = None
             moved_to = self.reason.moved_to
             for act in self.on_leave:
@@ -12984,18 +12983,18 @@ class Redis(asyncio.Protocol):
         await self.connect(place)
         url = self.url
         if url.password:
-            await self.ask_first("AUTH", *filter(None, (url.user, url.password)))
+            await self.ask_and_wait("AUTH", *filter(None, (url.user, url.password)))
         if url.host and url.path:
-            await self.ask_first("SELECT", url.path[1:])
-        with suppress(RedisFault):  # who may not do this may do all else
-            await self.ask_first("CLIENT", "SETNAME", self.name)
+            await self.ask_and_wait("SELECT", url.path[1:])
+        with suppress(RedisFault):  # a user without this right may have all others
+            await self.ask_and_wait("CLIENT", "SETNAME", self.name)
         for script in self.scripts:
             script.is_loaded = False
             with suppress(RedisFault):
-                digest = await self.ask_first("SCRIPT", "LOAD", script.text)
+                digest = await self.ask_and_wait("SCRIPT", "LOAD", script.text)
                 script.is_loaded = digest == script.digest.encode()
-        for greet in self.greetings:
-            await greet()
+        for act in self.on_connect:
+            await act()
 
     async def connect(self, place):
         connecting = self.loop.create_task(self.open_connection(place), name="redis connects")
@@ -13048,7 +13047,7 @@ class Redis(asyncio.Protocol):
         except RedisFault as fault:
             return self.leave(fault)
         if replies:
-            self.is_late = False
+            self.has_timed_out = False
             self.note_lateness()
         for reply in replies:
             _, answer, _ = self.asked.popleft()
@@ -13089,23 +13088,24 @@ class Redis(asyncio.Protocol):
         if self.late_times >= self.LATE_TIMES:
             self.leave(RedisFault("answers late"))
 
-    def look(self):
-        """Ends waiting that took too long, and a connection that is silent."""
+    def check_timeouts(self):
+        """Ends waits that took too long, and a connection that says nothing; returns whether
+        anything is waited for."""
         self.give_up(self.listening.now())
         if self.asked and self.waited() > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
-        return bool(self.asked or self.waits)
+        return bool(self.asked or self.deadlines)
 
     def give_up(self, until=inf):
-        """Ends the waiting of calls that were to wait until then."""
-        while self.waits and (self.waits[0][0] <= until or self.waits[0][1].done()):
-            _, future = self.waits.popleft()
+        """Ends the waits of calls that have a deadline up to then."""
+        while self.deadlines and (self.deadlines[0][0] <= until or self.deadlines[0][1].done()):
+            _, future = self.deadlines.popleft()
             if not future.done():
-                self.is_late = True
+                self.has_timed_out = True
                 future.set_result(RedisFault("answers late"))
 
     def drop(self, asked):
-        """Nothing of it will be answered."""
+        """Ends commands that will have no reply; those that nobody waits for are kept."""
         for data, answer, *_ in asked:
             if answer:
                 answer(RedisFault("is away"))
@@ -13382,9 +13382,9 @@ return cursor
 
 
 class Take:
-    """What one call would take of its buckets. `future` is completed when Redis has answered, with
-    `levels`, or is not waited for any more. `decided`: its call goes on, and `admitted` tells what
-    was decided here, where it was sent: Redis may have taken it."""
+    """What one call would take of its buckets. `future` is completed when Redis has answered, and
+    `levels` are set, or when the call waits no longer. Then it is `decided`; if Redis had not
+    answered a take that was `sent`, `admitted` is what this process decided instead."""
     levels: Optional[List[Level]] = None
     sent = decided = admitted = False
 
@@ -13395,8 +13395,7 @@ class Take:
 
 
 class Batch:
-    """What travels together, in the words of LUA_BATCH; `number` is its own. `charged` is what it
-    charges, by bucket."""
+    """Acts for one run of LUA_BATCH, in its words. `charged` is what they charge, by bucket."""
 
     def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
         self.number = number
@@ -13435,7 +13434,7 @@ ONE = ord("1")
 
 
 def grain(rule: Rule) -> int:
-    """Returns how much is the least that Redis has of a unit."""
+    """Returns the smallest amount of a unit that Redis counts."""
     return NANODOLLAR if rule.unit == USD else 1
 
 
@@ -13481,12 +13480,12 @@ def describe_kind(rule: Rule, hour: float) -> str:
 
 
 class Charges:
-    """What was charged here, by bucket. `unsent` has yet to go to Redis, `pending` has not been
-    answered; `running` are the calls that run in this process. Amounts are as Redis has them."""
+    """What this process charged, by bucket, in the amounts of Redis: `unsent` is yet to be sent,
+    and of `pending` there is no answer yet. `running` counts the calls that run in this process."""
     MOST = 20_000  # buckets
 
     def __init__(self):
-        # (bucket, when that of which a window gets back was taken, else 0) -> (rule, amount)
+        # (bucket, when it was taken for what a window gets back, else 0) -> (rule, amount)
         self.unsent = {}
         self.pending = Counter()  # by bucket
         self.running = Counter()  # by (rule, bucket)
@@ -13509,7 +13508,7 @@ class Charges:
                 del self.running[rule, key]
 
     def note_answer(self, key: BucketKey, amount: int) -> int:
-        """So much has arrived; returns what has not."""
+        """Notes that Redis has charged so much; returns what is still pending."""
         left = self.pending.pop(key, 0) - amount
         if left:
             self.pending[key] = left
@@ -13518,7 +13517,7 @@ class Charges:
 
 @lru_cache(1000)
 def share_of(rule: Rule, processes: int) -> Rule:
-    """Returns the rule of one process, where so many may take what one rule lets them."""
+    """Returns a rule for one of so many processes that together keep to the given one."""
     amount, seconds = rule.rate
     return rule._replace(
         capacity=max(1, rule.capacity // processes), rate=(max(1, amount // processes), seconds),
@@ -13526,28 +13525,28 @@ def share_of(rule: Rule, processes: int) -> Rule:
 
 
 class RedisBuckets(Buckets):
-    """Every bucket of every rule, in Redis. What was last seen of them is kept, too: for headers
-    and pages, to be put back where Redis has lost it, and to go on with while Redis is away.
+    """Every bucket of every rule, in Redis. The levels last seen are kept here, too: for headers
+    and pages, to put back what Redis loses, and to go on by while Redis is away.
 
-    Takes and charges of one pass of the loop travel as a batch, which has a number. Batches are
-    sent in order until they are answered, and each is done once. `pending` is what was charged here
-    and has not been answered; what comes back of levels does not have it yet."""
-    MOST_BATCHES = 32         # that are not answered: Redis keeps the answers of so many
+    The takes and charges of one pass of the loop are sent as a batch. Batches have numbers; they
+    are sent in order, again until they are answered, and each is done once. Levels in an answer
+    are without what is pending: charges made here that Redis has not answered."""
+    MOST_BATCHES = 32         # without an answer: Redis keeps the answers to so many
     MOST_ACTS = 200           # in one of them
-    MOST_KEPT = 20_000        # acts that wait
+    MOST_KEPT = 20_000        # acts that are not sent yet
     CHARGE_SECONDS = 0.005
-    DRAIN_SECONDS = 2         # for what is not answered when the process ends
+    DRAIN_SECONDS = 2         # to have all answered when the process ends
     BEAT_SECONDS = 0.5
-    START_BEATS = 3           # after which all that were started together are counted
+    START_BEATS = 3           # until all processes that were started together are counted
     RENEW_BEATS = 20          # of running calls, which Redis forgets after 30 s
-    LOOKS = 50                # at buckets, with each beat
+    LOOKS = 50                # buckets whose level is asked for with each beat
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 1                # of the last batch; not 0, so that whoever is new notices a loss, too
     loss = 0                  # number of the last time that Redis has lost something
     beats = 0
     fresh = True              # it was never there
-    succeeds = False          # a process that died; nobody knows what that took of its share
+    replaces_dead = False     # a process that died: nobody knows what it took of its share
     charging: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
     filling: Optional[asyncio.Task] = None
@@ -13573,7 +13572,7 @@ class RedisBuckets(Buckets):
         self.on_change = lambda change: None
         redis.scripts += [self.batch_script, self.beat_script]
         redis.on_flush.append(self.flush)
-        redis.greetings.append(self.catch_up)
+        redis.on_connect.append(self.catch_up)
         redis.on_return.append(self.come_back)
         redis.on_leave.append(self.on_leave)
 
@@ -13589,16 +13588,16 @@ class RedisBuckets(Buckets):
 
     async def take(self, keyed_rules, costs):
         redis = self.redis
-        if self.state == "away" or redis.is_late:
-            return self.take_here(keyed_rules, costs, None)
+        if self.state == "away" or redis.has_timed_out:
+            return self.take_locally(keyed_rules, costs, None)
         one = Take(keyed_rules, costs, redis.loop.create_future())
         self.takes.append(one)
         redis.flush_soon()
-        redis.bound(one.future)
+        redis.limit_wait(one.future)
         await one.future
         one.decided = True
         if one.levels is None:
-            return self.take_here(keyed_rules, costs, one if one.sent else None)
+            return self.take_locally(keyed_rules, costs, one if one.sent else None)
         return tightest_of(one.levels), one.levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
@@ -13613,7 +13612,7 @@ class RedisBuckets(Buckets):
         return tightest
 
     def give(self, rule, key, amount, until, again=False):
-        """It is seen here once Redis has told of it, lest it be put back and given, too."""
+        """Gives it in Redis; it is noted here with the answer, or a loss would give it twice."""
         if again:
             super().give(rule, key, amount, until, again)
         else:
@@ -13646,13 +13645,13 @@ class RedisBuckets(Buckets):
         self.redis.flush_soon()
 
     def charge(self, rule, key, amount, taken_at=0.0):
-        """Has so much charged; nobody waits for it: it goes with the next calls, or alone."""
+        """Charges so much soon, with the next batch or, after CHARGE_SECONDS, alone."""
         self.redis.dropped += not self.charges.add(rule, key, amount, taken_at)
         if not self.charging:
             self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
     def flush(self):
-        """Sends what there is, as far as not too much is on its way."""
+        """Sends batches of all that waits, while fewer than MOST_BATCHES have no answer."""
         if self.charging:
             self.charging.cancel()
             self.charging = None
@@ -13665,7 +13664,7 @@ class RedisBuckets(Buckets):
                 partial(self.on_answer, batch), *self.batch_parts(batch))
 
     async def drain(self, say: Callable[[str], None]):
-        """Waits until Redis has all, for a while."""
+        """Waits until Redis has all, for DRAIN_SECONDS at most."""
         end = self.redis.loop.time() + self.DRAIN_SECONDS
         while self.batches or self.acts or self.charges.unsent:
             if self.redis.loop.time() > end:
@@ -13674,7 +13673,7 @@ class RedisBuckets(Buckets):
             await asyncio.sleep(0.01)
 
     def next_batch(self):
-        """Charges stand before takes, so that what is given back can be taken."""
+        """Returns a batch of what waits. Charges come first: takes may have what they give back."""
         batch = Batch(self.number, self.describe)
         for _ in range(min(len(self.acts), self.MOST_ACTS)):
             batch.act(*self.acts.popleft())
@@ -13704,7 +13703,7 @@ class RedisBuckets(Buckets):
 
     def on_answer(self, batch, reply):
         if isinstance(reply, RedisFault):
-            self.redis.heed(reply)
+            self.redis.leave_if_refused(reply)
         elif not self.batches or self.batches[0] is not batch:
             pass  # it was answered before
         elif reply == b"gap":
@@ -13735,7 +13734,7 @@ class RedisBuckets(Buckets):
             self.finish_take(one, flag == ONE, found)
 
     def note_level(self, rule, key, charged, level, age, given, now):
-        """Keeps what Redis says of a bucket, and returns it, with what is pending still in it."""
+        """Keeps the level of a bucket less what is pending; returns the level that Redis told."""
         pending = self.charges.note_answer(key, charged)
         refilled = now - age / 1_000_000
         if rule.window:
@@ -13750,8 +13749,8 @@ class RedisBuckets(Buckets):
         return Level(level * scale, refilled, rule, key, 0, now)
 
     def window_of(self, rule, key, began, now):
-        """Returns the rule of a window, and when it began: as that is known already, where the
-        times are nearly the same, because answers take a while."""
+        """Returns the rule of a window, and when it began. Answers take a while, so a time that is
+        close to the one known already is the same."""
         known = self.levels.get(key)
         if known and abs(known.refilled - began) < 1:
             return known.rule, known.refilled
@@ -13760,8 +13759,8 @@ class RedisBuckets(Buckets):
         return rule, began
 
     def finish_take(self, one, taken, found):
-        """Tells who waits what Redis has decided. Where that was decided here meanwhile, what was
-        taken in vain is given back, and what was not taken is charged."""
+        """Completes a take as Redis decided. If its call was decided here meanwhile, and otherwise,
+        the amount is given back or charged now."""
         levels = []
         for rule, key in one.keyed_rules:
             cost = one.costs[rule.unit]
@@ -13778,8 +13777,9 @@ class RedisBuckets(Buckets):
 
     # -- while Redis is away
 
-    def take_here(self, keyed_rules, costs, one):
-        """Does what `take` does by what is known here. Raises LimitsAway."""
+    def take_locally(self, keyed_rules, costs, one):
+        """Decides a take without Redis, by the policy for that; `one` is a take that was sent.
+        Raises LimitsAway."""
         if self.policy == "closed":
             raise LimitsAway
         if self.policy == "open":
@@ -13799,8 +13799,8 @@ class RedisBuckets(Buckets):
         return tightest, levels
 
     def local_rules(self, keyed_rules):
-        """Returns the rules by which this process has its share, whose buckets begin with their
-        share of what was there."""
+        """Returns the rules for the share of this process. A local bucket that is new begins with
+        the share of the level last seen."""
         found = []
         for rule, key in keyed_rules:
             share = share_of(rule, self.processes)
@@ -13810,15 +13810,15 @@ class RedisBuckets(Buckets):
                 level = known.level // self.processes
                 if rule.unit == RUNNING:
                     level = share.capacity - self.charges.running[rule, key]
-                elif self.succeeds and key not in self.levels:
+                elif self.replaces_dead and key not in self.levels:
                     level = 0
                 self.local.store([known._replace(level=level, rule=share._replace(
                     began=known.rule.began, interval=share.interval))])
         return found
 
     def on_leave(self, fault):
-        """A connection was lost: Redis is away when the next one cannot be had, there or where a
-        cluster sends us."""
+        """Notes that the connection was lost, or that a new one failed: only then Redis is away. A
+        node of a cluster that sends us to another one has not failed."""
         self.reason = str(fault)
         if self.state == "here":
             self.state = "returning"
@@ -13831,11 +13831,11 @@ class RedisBuckets(Buckets):
     # -- when it is back
 
     async def catch_up(self):
-        """Has all done that was not answered, after what Redis has lost is put back. Raises
+        """Puts back what Redis has lost, then sends the batches without an answer again. Raises
         RedisFault."""
         done = self.batches[0].number - 1 if self.batches else self.number
         existed, last, loss = self.read_beat(
-            await self.redis.ask_first(*self.beat_parts(done, self.loss)))
+            await self.redis.ask_and_wait(*self.beat_parts(done, self.loss)))
         if self.fresh and existed:
             await self.put_back(done, (), "start")
         elif last < done:
@@ -13843,13 +13843,14 @@ class RedisBuckets(Buckets):
         self.fresh = False
         self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
-            self.on_answer(batch, await self.redis.ask_first(*self.batch_parts(batch)))
+            self.on_answer(batch, await self.redis.ask_and_wait(*self.batch_parts(batch)))
         charges = self.charges
         for (rule, key), count in charges.running.items():
             self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
 
     def known_levels(self):
-        """Yields the acts that put back what was seen, without what is pending, and was given."""
+        """Yields the acts that put back the levels last seen, without what is pending, and what was
+        given."""
         for one in self.seen():
             level, refilled, rule, key, _, now = self.level_of(one.rule, one.key)
             given = self.given.get(key, ())
@@ -13861,21 +13862,21 @@ class RedisBuckets(Buckets):
                            for more, until in given]))
 
     async def put_back(self, number, acts, end):
-        """Puts levels back, and has Redis know that batches up to this number were done."""
+        """Puts levels back, then tells Redis that batches up to this number are done."""
         acts, batch = iter(acts), None
         while batch is None or batch.acts:
             batch = Batch(number, self.describe)
             for act in islice(acts, self.MOST_ACTS):
                 batch.act(*act)
             mode = end.replace("last", "put") if batch.acts else end
-            if await self.redis.ask_first(*self.batch_parts(batch, mode)) == b"gap":
+            if await self.redis.ask_and_wait(*self.batch_parts(batch, mode)) == b"gap":
                 raise RedisFault("has lost what it knew")
 
     def come_back(self):
         was_away = self.state == "away"
         self.state = "here"
         self.reason = "is there"
-        self.succeeds = False
+        self.replaces_dead = False
         self.local = Buckets(self.clock)
         if was_away:
             self.on_change("again")
@@ -13914,7 +13915,7 @@ class RedisBuckets(Buckets):
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
-            return self.redis.heed(reply)
+            return self.redis.leave_if_refused(reply)
         try:
             _, last, loss = self.read_beat(reply)
             if last != number:
@@ -13924,7 +13925,7 @@ class RedisBuckets(Buckets):
             self.redis.leave(fault)
 
     async def fill_all(self):
-        """Fills the buckets of callers; what Redis does not do now is done when it is back."""
+        """Fills the buckets of the callers in `fills`; a later beat goes on where Redis fails."""
         with suppress(RedisFault):
             for owner in list(self.fills):
                 pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
@@ -14043,7 +14044,7 @@ class SharedQueue(FairQueue):
         except RedisFault as fault:  # it may have given some, until it is told again
             given = 0
             self.go_alone()
-            self.redis.heed(fault)
+            self.redis.leave_if_refused(fault)
         self.task = None
         if self.short:
             self.limits.shrink()  # who may wait counts only now
@@ -14110,14 +14111,14 @@ class SharedKeys:
         self.heard = ledger.records = deque()
         self.here = {}   # KeyRecords
         self.there = {}  # when each was changed
-        redis.on_return.append(self.look_anew)
+        redis.on_return.append(self.on_redis_return)
         ledger.on_records = self.tell
 
     def tell(self, records: KeyRecords):
         """Runs in the ledger's thread."""
         soon(self.redis.loop, self.offer, records)
 
-    def look_anew(self):
+    def on_redis_return(self):
         """Redis is there: it may have lost all."""
         self.changes = self.UNKNOWN
         if self.timer:
@@ -18873,10 +18874,10 @@ async def fault_of_redis(loop, config):
     answered = loop.create_future()
 
     async def ask():
-        await redis.ask_first("PING")
+        await redis.ask_and_wait("PING")
         answered.cancel()
 
-    redis.greetings.append(ask)
+    redis.on_connect.append(ask)
     redis.on_leave += [answered.set_result, lambda _: redis.task.cancel()]
     redis.start()
     await asyncio.wait([answered], timeout=5)
@@ -19105,7 +19106,7 @@ def run_worker(config, log_stream, worker):
         proxy.tally = worker.tally
         proxy.tally.begin(worker.number)
         if proxy.redis:
-            proxy.limits.buckets.succeeds = worker.again
+            proxy.limits.buckets.replaces_dead = worker.again
         server = Server(proxy, worker.listener)
         take_one_cpu(config.cpu_affinity, config.port, worker.number)
     except (ConfigFaults, DatabaseFault) as fault:

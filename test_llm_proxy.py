@@ -10961,8 +10961,8 @@ class RedisFaultsTest(RedisCase):
         redis = self.client(self.scripted([b"+OK\r\n", b"-MOVED 1 127.0.0.1:%d\r\n" % port]))
 
         async def greet():
-            await redis.ask_first("PING")
-        redis.greetings.append(greet)
+            await redis.ask_and_wait("PING")
+        redis.on_connect.append(greet)
         for lost in self.each(([], ["has closed the connection"])):  # it stays there
             self.wait_for(lambda: redis.available)
             self.assertEqual(redis.transport.get_extra_info("peername")[1], port)
@@ -11588,14 +11588,14 @@ class SharedLimitsTest(ProxyCase):
                                          ("each 90000 requests per hour", 1))):
             self.redis.kill()
             buckets = self.start(limits=rule)
-            buckets.succeeds = True
+            buckets.replaces_dead = True
             self.is_away(buckets)
             self.admitted(1)  # its buckets are there from then on
             time.sleep(0.045)
             self.assertGreaterEqual(self.admitted(2), admitted)
             self.redis.start()
             self.is_back(buckets)
-            self.assertFalse(buckets.succeeds)
+            self.assertFalse(buckets.replaces_dead)
 
     def test_a_take_that_comes_too_late_is_given_back(self):
         buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
