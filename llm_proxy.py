@@ -12094,11 +12094,9 @@ class Metrics(Watcher):
     def totals(self) -> Tuple[int, int, int, int]:
         """Returns how many calls ended, how many of them failed, and their tokens and
         picodollars."""
-        failed = [one.calls for names, one in self.series.items() if names[-1] not in PASSED]
-        series = self.series.values()
-        return (sum(one.calls for one in series), sum(failed),
-                sum(one.input + one.output for one in series),
-                sum(one.picodollars for one in series))
+        counts = [(one.calls, 0 if names[-1] in PASSED else one.calls, one.input + one.output,
+                   one.picodollars) for names, one in self.series.items()]
+        return tuple(map(sum, zip((0, 0, 0, 0), *counts)))
 
     def families(self) -> Families:
         """Returns what was counted."""
@@ -16401,18 +16399,18 @@ class Admin:
 
     def near(self):
         """Returns the buckets that are nearest to their end."""
-        mark, buckets = min(self.proxy.config.warn_at or (0.8,)), self.proxy.limits.buckets
+        least, buckets = 1 - min(self.proxy.config.warn_at or (0.8,)), self.proxy.limits.buckets
+        callers = self.pulse.callers
         found = []
         for seen in buckets.seen():
-            rule = seen.rule
-            owners = [owner for owner in seen.key[1:] if owner in self.pulse.callers]
-            if owners and rule.unit != RUNNING and seen.level <= (1 - mark) * rule.capacity:
-                share = buckets.level_of(rule, seen.key).level / rule.capacity
-                if share <= 1 - mark:
-                    found.append((share, owners[0], seen))
-        return [{"caller": self.pulse.callers[owner][0].label,
-                 **self.pulse.bucket(seen.rule, seen.key)}
-                for _, owner, seen in heapq.nsmallest(20, found, key=lambda one: one[0])]
+            rule, key = seen.rule, seen.key
+            owners = [callers[owner][0] for owner in key[1:] if owner in callers]
+            if owners and rule.unit != RUNNING and seen.level <= least * rule.capacity:
+                share = buckets.level_of(rule, key).level / rule.capacity
+                found.append((share, owners[0].label, rule, key))
+        nearest = heapq.nsmallest(20, found, key=operator.itemgetter(0))
+        return [{"caller": label, **self.pulse.bucket(rule, key)}
+                for share, label, rule, key in nearest if share <= least]
 
     def running(self):
         """Returns the calls that run, the latest last."""
