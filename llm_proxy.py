@@ -2387,7 +2387,8 @@ class Buckets:
                  ) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
         not full; running calls are left out, because they end with the process."""
-        offset = wall - self.clock.monotonic()
+        # To the hundredth: the two clocks are not read at once.
+        offset = round(wall - self.clock.monotonic(), 2)
         return {found.key: (found.level, found.refilled_at(offset))
                 for found in self.latest(self.levels if keys is None else keys)
                 if found.rule.unit != RUNNING and not self.is_full(found)}
@@ -10641,7 +10642,7 @@ class Database:
         execute("DELETE FROM buckets WHERE rule = ? AND subject = ?", map(self.spell_key, gone))
         execute("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", [
             (*self.spell_key(key), max(-1 << 62, level), since)
-            for key, (level, since) in changed.items()])
+            for key, (level, since) in changed])
 
     @staticmethod
     def spell_owners(keys):
@@ -11592,13 +11593,9 @@ class Ledger(Writer):
         things = self.stored.unsaved.copy()
         if not (rows or things) and levels is saved and now < self.forget_at:
             return
-        # The two clocks are not read at once: a hundredth of a second is no difference.
-        changed = {key: (level, since) for key, (level, since) in levels.items()
-                   if key not in saved or level != saved[key][0]
-                   or abs(since - saved[key][1]) > 0.01}
         with self.database.transaction():
             self.database.add(rows)
-            self.database.save(changed, saved.keys() - levels.keys())
+            self.database.save(levels.items() - saved.items(), saved.keys() - levels.keys())
             if things:
                 self.database.add_things(things, self.stored.ROOM)
             if now >= self.forget_at:
@@ -11814,11 +11811,10 @@ class Poster(Writer):
     What is not taken in a few tries is dropped and counted."""
     ROOM = 2048
     PAUSE = 1
-    MOST = 500          # items of one body, where several go into one
+    MOST = 1            # items of one body
     DELAYS = (0, 1, 5)  # seconds before each try
     SECONDS = 10        # to connect, to send and to be answered
     PASSING = "408 429 500 502 503 504".split()  # statuses after which another try may go well
-    bundle = None       # makes one body of many items; without it each goes by itself
 
     def __init__(self, name: str, url: str, tls: Optional[ssl.SSLContext], log: Log,
                  fields: Optional[Texts] = None):
@@ -11837,13 +11833,17 @@ class Poster(Writer):
 
     def write_queued(self):
         while self.queue:
-            batch = self.take(self.MOST if self.bundle else 1)
+            batch = self.take(self.MOST)
             try:
-                taken = self.deliver(self.bundle(batch) if self.bundle else batch[0])
+                taken = self.deliver(self.bundle(batch))
             except Exception:
                 self.log.report()
                 taken = False
             self.dropped += 0 if taken else len(batch)
+
+    def bundle(self, items):
+        """Returns one body of them."""
+        return items[0]
 
     def deliver(self, payload):
         data = to_json_bytes(payload)
@@ -12338,26 +12338,20 @@ class Trace:
         return f"traceparent: 00-{self.number}-{self.span}-{self.flags}\r\n".encode()
 
 
-class Traces(Watcher):
-    """Has one span of each call posted (https://opentelemetry.io/docs/specs/otlp, OTLP/HTTP in
-    JSON: ids in hexadecimal, whole numbers as text)."""
+class Traces(Poster, Watcher):
+    """Posts one span of each call (https://opentelemetry.io/docs/specs/otlp, OTLP/HTTP in JSON: ids
+    in hexadecimal, whole numbers as text)."""
+    MOST = 500
 
-    def __init__(self, service: str, poster: Poster):
+    def __init__(self, service: str, *poster: Any, **options: Any):
         self.resource = {"attributes": self.attributes(
             {"service.name": service, "service.version": VERSION})}
-        self.poster = poster
-        poster.bundle = self.bundle
+        super().__init__(*poster, **options)
 
     def begin(self, entry):
         entry.call.trace = entry.trace
 
-    def record(self, entry):
-        self.poster.record(entry)
-
-    def close(self, wait):
-        self.poster.close(wait)
-
-    # -- in the poster's thread
+    # -- in a thread
 
     def bundle(self, entries):
         return {"resourceSpans": [{"resource": self.resource, "scopeSpans": [{
@@ -12550,7 +12544,7 @@ class Watchers(NamedTuple):
         """Returns what may be added up over workers."""
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
-            "traces": self.traces and self.traces.poster, "webhook": self.warnings.webhook,
+            "traces": self.traces, "webhook": self.warnings.webhook,
             "redis": buckets.redis}
         dropped = {name: one.dropped for name, one in writers.items() if one}
         return {**self.metrics.families(), **load_families(routes), **process_families(),
@@ -15867,21 +15861,22 @@ def build_books(config, clock, log, limits, stored, database, keys, secret, work
 
 
 def build_watchers(config, clock, log, limits):
-    def poster(name, url, **options):
+    def poster(make, name, url, **options):
         tls = None
         if url.startswith("https:"):  # always checked, by the system's certificates or the own ones
             tls = ssl.create_default_context()
             if config.upstream_ca_file:
                 tls.load_verify_locations(config.upstream_ca_file)
-        return Poster(name, url, tls, log, **options)
+        return make(name, url, tls, log, **options)
 
     traces = webhook = None
     if config.otel_exporter_otlp_endpoint:
-        traces = Traces(config.otel_service_name, poster(
-            "traces", config.otel_exporter_otlp_endpoint.rstrip("/") + "/v1/traces",
-            fields=config.otel_exporter_otlp_headers))
+        traces = poster(
+            partial(Traces, config.otel_service_name), "traces",
+            config.otel_exporter_otlp_endpoint.rstrip("/") + "/v1/traces",
+            fields=config.otel_exporter_otlp_headers)
     if config.webhook_url:
-        webhook = poster("webhook", config.webhook_url)
+        webhook = poster(Poster, "webhook", config.webhook_url)
     buckets = limits.buckets
     feed = SharedFeed(clock, buckets.redis, buckets.prefix) if buckets.redis else Feed(clock)
     warnings = Warnings(clock, log, feed, webhook)
@@ -16235,9 +16230,7 @@ class Jobs:
         answered = context.loop.create_future()
 
         def end():
-            self.owners[owner] -= 1
-            if not self.owners[owner]:
-                del self.owners[owner]
+            self.owners -= Counter([owner])
             Stream.wake(answered)
 
         self.owners[owner] += 1

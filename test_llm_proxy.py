@@ -10580,7 +10580,7 @@ class TracesTest(SignalsCase):
 
     def test_a_collector_that_is_away_holds_up_nothing_and_its_address_is_not_told(self):
         self.start_traced(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1/secret-path")
-        self.proxy.traces.poster.room = 3
+        self.proxy.traces.room = 3
         client = self.connect()
         for _ in range(10):
             client.answers(200, call("sk-1"))
