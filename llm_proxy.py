@@ -186,7 +186,8 @@ sixteen_bits = number_between(1, 65535)
 
 
 def one_of(*words):
-    return pattern("|".join(words), "must be " + " or ".join(words))
+    *others, last = words
+    return pattern("|".join(words), f"must be {', '.join(others)} or {last}")
 
 
 on_or_off = one_of("on", "off")
@@ -18836,8 +18837,8 @@ def check(config):
 
 
 def faults_of_start(config):
-    """Yields why a start could not use the database, which stays as it is, write its log of usage,
-    or listen; says where it would go without the first. Notes whether keys are stored."""
+    """Yields why a start could not use the database, which stays as it is, its log of usage, Redis
+    or the port; says where it would go without the first. Notes whether keys are stored."""
     try:
         if config.database != "off":
             look_at_database(config)
@@ -18987,7 +18988,7 @@ def offer_dashboard(config, has_admin, path):
         if path is None:
             return page + " needs ADMIN_KEY to be set: no terminal, and no DATABASE, to tell one"
         path = config.admin_key_file = path + ".admin-key"
-        place = "in " + path
+        place = "in " + os.path.abspath(path)
         try:
             write_secret(path, key)
         except OSError as failure:

@@ -16700,7 +16700,7 @@ class CommandsTest(ProcessCase):
                 [1, 1, "no calls are recorded in NONE (DATABASE)\n", "usage", {"DATABASE": "NONE"}],
                 [2, 1, "TEXT is not a database of llm_proxy; it was left as it is\n", "usage",
                  {"DATABASE": "TEXT"}],
-                [2, 1, "--by must be caller or", "usage --by day,x", {"DATABASE": "NONE"}],
+                [2, 1, "--by must be caller, team, ", "usage --by day,x", {"DATABASE": "NONE"}],
                 [2, 1, "--since", "usage --since soon", {"DATABASE": "NONE"}]]""".replace(
                     "A_URL", '"BASE_API_URL": "NOWHERE"').replace("NOWHERE", self.NOWHERE).replace(
                         "TEXT", text).replace("NONE", none)):
