@@ -6056,7 +6056,7 @@ class UsageReader:
     MAX_KEPT = 3 << 12
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
-    LAST_EVENTS = 1 << 12
+    LAST_EVENTS = 1 << 11
     MAX_UNPACKED = 1 << 20
     MAX_ANSWERS = 1 << 12  # read at once
 
@@ -6093,7 +6093,7 @@ class UsageReader:
         if call.usage_requested_by_us and streamed and readable and not packed:
             self.editor = Editor(self.dialect.events, [HiddenUsage(self.dialect)])
         self.kept = bytearray()
-        self.compact_above = 2 * self.LAST_EVENTS if streamed else self.MAX_KEPT
+        self.compact_above = 3 * self.LAST_EVENTS if streamed else self.MAX_KEPT
 
     def __repr__(self) -> str:
         return (f"<UsageReader {self.dialect.name} {self.endpoint}, keeps {len(self.kept)} bytes,"
