@@ -6242,8 +6242,9 @@ class UsageReader:
 
     def read_events(self, data):
         """Notes what events report, and what the last three say of their stream's end."""
-        self.scan_for_usage(data)
         framing = self.dialect.events
+        if not self.read_usual_end(data.removesuffix(framing.event(LAST_DATA)).rstrip(b"\r\n")):
+            self.scan_for_usage(data)
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 last.find(b"{") >= 0 and not may_be_fault(last)):
@@ -6254,7 +6255,15 @@ class UsageReader:
             events += self.note_end(event, data)
             if events == 3:
                 break
-        self.ended = self.ended or self.closed or bool(self.final)
+        self.ended |= self.closed or bool(self.final)
+
+    def read_usual_end(self, data):
+        """Returns whether the last event alone tells of usage, and as most servers do."""
+        begin = begin_of_line(data, len(data))
+        if not self.counts and data.find(self.dialect.USAGE_MARK) >= begin:
+            event = data[begin + len(self.dialect.events.prefix):]
+            self.usual = self.dialect.usual_usage(event, self.call.upstream_model)
+        return self.usual is not None
 
     def note_end(self, event, data):
         """Notes what one of the last events of a stream says of its end; returns whether it says
@@ -14805,8 +14814,6 @@ class Reply:
         """Await a metered answer that is no stream, unless it is large or takes its time. Raises
         UpstreamFailed."""
         stream, adapter, loop = response.stream, self.adapter, self.context.loop
-        if not self.entry.reader or self.call.stream or response.streamed:
-            return
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:
@@ -15221,36 +15228,34 @@ class Proxy:
 
     async def pass_on(self, response, reply, entry):
         """Pass a response on; returns how it ended: its body, and by what it says itself."""
-        if response.status < 300 and reply.call.makes_things():
-            reply.call.on_made = partial(self.note_made, entry, response.address.name)
-        if reply.call.withheld:
+        call, ending = entry.call, "ok"
+        if response.status < 300 and call.makes_things():
+            call.on_made = partial(self.note_made, entry, response.address.name)
+        if call.withheld:
             raise AskedElsewhere
-        ending = "ok"
         entry.held_up += self.loop.time() - reply.context.since
         if reply.early:
             await reply.require_stream(response)
-        adapter = reply.receive(response)
-        ended = adapter.framing.ended
-        if not ended:
+        framing = reply.receive(response).framing
+        if not framing.ended and entry.reader and not (call.stream or response.streamed):
             await reply.receive_whole(response)
-            ended = adapter.framing.ended
-        if ended:
+        if framing.ended:
             response.release()  # before the caller knows, who may call again at once
         if response.status >= 400:
             entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
-        elif ended:
+        elif framing.ended:
             ending = entry.reader.ending(whole=True) if entry.reader else "ok"
             self.settle(entry, ending)
         reply.begin(response)
         try:
-            if not ended:
+            if not framing.ended:
                 ending = await reply.carry(response)
                 if entry.reader:
                     ending = entry.reader.ending(ending == "ok")
             return ending
         finally:
-            entry.passed = adapter.passed
+            entry.passed = reply.adapter.passed
 
     def find_thing(self, call, caller):
         """Returns what the call speaks of that an upstream stores, if it is known."""
@@ -15523,17 +15528,17 @@ class Proxy:
             return
         if reader and reader.said_nothing:
             return hold.settle(self.fault_costs(reader.fault))
-        # Nobody knows how much a call used whose caller did not wait for its end, or whose text is
-        # lost.
-        is_held = entry.gave_up, ending == CallerGone.outcome, reader and reader.lost
-        held = hold.output_tokens if any(is_held) else 0
+        held = 0  # unless nobody knows how much it used
+        if entry.gave_up or ending == CallerGone.outcome or reader and reader.lost:
+            held = hold.output_tokens
         usage = self.estimator.usage(call, entry.caller.key, reader, ending == "ok", held)
-        if (usage.estimated or reader.running) and (
-                call.runs_in_background() and self.may_run(entry, usage, ending)):
-            return self.await_usage(call, hold, reader)
-        entry.usage = usage.with_others() if usage.others else usage
+        if (usage.estimated or reader.running) and self.may_run(entry, usage, ending):
+            return self.await_usage(entry)
+        entry.usage = usage.with_others()
         entry.picodollars, entry.priced = self.prices.cost(usage, call.upstream_model)
-        estimate = hold.costs[-1] and self.estimate_to_charge(hold, usage, ending)
+        estimate = hold.costs[-1]
+        if ending not in ("ok", CallerGone.outcome):  # no more is charged than came
+            estimate = min(estimate, usage.input + usage.output or 1)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
     def traced_settle(self, entry, ending):
@@ -15541,14 +15546,6 @@ class Proxy:
         if entry.reader and not entry.reasons:
             entry.reasons = entry.reader.finish_reasons()
         Proxy.settle(self, entry, ending)
-
-    @staticmethod
-    def estimate_to_charge(hold, usage, ending):
-        """Of an answer that broke off no more is charged than came."""
-        estimate = hold.costs[-1]
-        if ending in ("ok", CallerGone.outcome):
-            return estimate
-        return min(estimate, max(1, usage.input + usage.output))
 
     def settle_unended(self, reply, entry, reason):
         """Do so for a call whose caller has left, or did not want to wait so long."""
@@ -15565,14 +15562,15 @@ class Proxy:
     def may_run(self, entry, usage, ending):
         """Returns whether a call in the background has not told that it ended."""
         reader = entry.reader
-        return not reader or reader.running or (
-            usage.estimated and not self.told_usage(entry, ending)[1])
+        return entry.call.runs_in_background() and (not reader or reader.running or (
+            usage.estimated and not self.told_usage(entry, ending)[1]))
 
-    def await_usage(self, call, hold, reader):
+    def await_usage(self, entry):
         """Leave the charge of a call in the background as it was held, until its usage is told."""
+        call, hold = entry.call, entry.hold
         hold.settle(hold.costs)
         if call.made:
-            seen = reader.output_characters() if reader else 0
+            seen = entry.reader.output_characters() if entry.reader else 0
             self.stored.owe(call.made[0], Bill(hold, call, seen))
 
     @staticmethod
@@ -17712,8 +17710,11 @@ class ClientConnection:
         try:
             if refusal:
                 self.refuse(self.new_reply(), refusal)
-            else:
-                await self.converse_or_refuse()
+            elif not self.client.encrypted or await self.shake_hands():
+                with suppress(QuietEnd, TimeoutError):
+                    while await self.exchange():
+                        if self.client.read_buffer:  # requests that never wait would hold the loop
+                            await asyncio.sleep(0)
             await self.say_goodbye()
         except (QuietEnd, CallerGone):
             pass
@@ -17735,22 +17736,19 @@ class ClientConnection:
         entry.cause = "TLS failed: %s" % (failure.reason or "cut").lower().replace("_", " ")
         self.proxy.books.record(entry.close(self.proxy.clock))
 
-    async def converse_or_refuse(self):
+    async def shake_hands(self):
+        """Returns False for a client that does not speak TLS, which is told so."""
+        if not self.proxy.callers.trusts(self.peer):
+            await self.await_turn(self.server.handshakes.seconds_to_turn(self.address))
         try:
-            if self.client.encrypted:
-                if not self.proxy.callers.trusts(self.peer):
-                    await self.await_turn(self.server.handshakes.seconds_to_turn(self.address))
-                await self.client.handshake(self.context, self.HEAD_SECONDS)
+            await self.client.handshake(self.context, self.HEAD_SECONDS)
+            return True
         except ssl.SSLError as failure:
             if failure.reason != "HTTP_REQUEST":
                 raise
             self.client.give_up_tls()
             self.refuse(self.new_reply(), BadRequest("This port speaks https", close_after=True))
-        else:
-            with suppress(QuietEnd, TimeoutError):
-                while await self.exchange():
-                    if self.client.read_buffer:  # requests that never wait would hold the loop
-                        await asyncio.sleep(0)
+            return False
 
     async def await_turn(self, seconds):
         """Let time pass, unless the client leaves: nothing reads what it sends meanwhile."""
