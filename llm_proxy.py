@@ -9523,11 +9523,10 @@ FAILING = (502, 503, 504, 529)  # statuses by which an address says that it cann
 
 class Upstream:
     """Where calls go: one name, one key, one or more addresses that can do the same."""
-    complain_at = 0.0  # monotonic seconds
 
     def __init__(self, config: UpstreamConfig, transport: TransportConfig, retries: int,
                  breaking: Tuple[int, float], limits: QueueLimits, clock: Any,
-                 say: Callable[[str], None]):
+                 say: Callable[..., None]):
         """`breaking` is (failures in a row, seconds) of the breakers; `say` is called with what the
         operator should know."""
         self.name = config.name
@@ -9613,10 +9612,8 @@ class Upstream:
             response.hides |= {"content-encoding"}  # it is unpacked
         if response.status != 401 or self.key in (None, PASSTHROUGH):
             return
-        now = self.clock.monotonic()
-        if now >= self.complain_at:
-            self.complain_at = now + 60
-            self.say("UPSTREAM %s REFUSES ITS KEY (status 401): nobody can call it" % self.name)
+        self.say("UPSTREAM %s REFUSES ITS KEY (status 401): nobody can call it" % self.name,
+                 "the key of " + self.name)
         raise KeyRefused
 
     def breaker_open(self, subject: Optional[Subject]) -> Optional[BreakerOpen]:
@@ -10169,19 +10166,15 @@ class Log(Writer):
         self.clock = clock
         self.stream = stream
         self.as_json = as_json
-        self.quiet_until = {}  # by what was complained of, in monotonic seconds
+        self.quiet_until = {}  # by what was said something about, in monotonic seconds
         self.thread.start()
 
-    def say(self, text: str):
-        """Queues a line."""
-        self.record(self.message(text))
-
-    def complain(self, about: str, text: str):
-        """Queues a line, but of the same thing once a minute at most."""
+    def say(self, text: str, about: Optional[str] = None):
+        """Queues a line; one a minute of what is said about the same thing."""
         now = self.clock.monotonic()
-        if now >= self.quiet_until.get(about, 0):
+        if about is None or now >= self.quiet_until.get(about, 0):
             self.quiet_until[about] = now + self.QUIET_SECONDS
-            self.say(text)
+            self.record(self.message(text))
 
     def message(self, text):
         if self.speaker and len(text) > self.LONGEST:
@@ -11487,7 +11480,7 @@ class Ledger(Writer):
             self.note_use(dict(zip(names, rows)))
         except sqlite3.Error as failure:
             self.trouble = str(failure)
-            return self.complain(f"the database cannot be written: {failure}")
+            return self.log.say(f"the database cannot be written: {failure}", "DATABASE")
         except Exception:
             self.log.report()  # and go on without these
             self.dropped += len(batch)
@@ -11556,7 +11549,7 @@ class Ledger(Writer):
             if self.on_records and (rows != self.keys.rows or self.version < 0):
                 self.on_records(self.database.key_records())
         except sqlite3.Error as failure:
-            return self.complain(f"the keys in DATABASE cannot be read: {failure}")
+            return self.log.say(f"the keys in DATABASE cannot be read: {failure}", "DATABASE")
         self.version = version
         if rows != self.keys.rows:
             self.keys = read_keys(rows, self.secret, self.keys.closed)
@@ -11581,10 +11574,7 @@ class Ledger(Writer):
             self.database.note_use(used)
             self.database.note_processes(self.limits.buckets.processes)
         except sqlite3.Error as failure:  # which is no reason to write the calls again
-            self.complain(f"the keys in DATABASE cannot be written: {failure}")
-
-    def complain(self, text):
-        self.log.complain("DATABASE", text)
+            self.log.say(f"the keys in DATABASE cannot be written: {failure}", "DATABASE")
 
     def recent_levels(self, keyed_rules):
         """Returns the levels as they were saved last, but for buckets of calls that ended: what
@@ -11866,7 +11856,7 @@ class Poster(Writer):
             if fault.startswith("status") and fault.split()[1] not in self.PASSING:
                 break
         name = self.thread.name
-        self.log.complain(name, f"{name} cannot be delivered: {fault}")
+        self.log.say(f"{name} cannot be delivered: {fault}", name)
         return False
 
     def post(self, data):
@@ -15929,7 +15919,7 @@ def tell_of_redis(proxy, change):
             "limits_degraded" if change == "away" else "limits_shared", (), None, text=line)
 
 
-def build_routes(config: Config, clock: Any, say: Callable[[str], None]) -> Routes:
+def build_routes(config: Config, clock: Any, say: Callable[..., None]) -> Routes:
     tls = build_tls(config) if config.speaks_https() else None
     transport = TransportConfig(
         config.open_timeout, config.first_byte_timeout or config.read_timeout,
@@ -17929,9 +17919,9 @@ class LoopWatch:
         late = now - self.due
         if late > self.PERIOD and self.thread:
             self.metrics.held += late
-            self.log.complain(
-                "loop", f"the event loop was held for {late:.2f} s{self.culprit}: the process had"
-                f" {time.process_time() - self.used:.2f} s of CPU")
+            self.log.say(
+                f"the event loop was held for {late:.2f} s{self.culprit}: the process had"
+                f" {time.process_time() - self.used:.2f} s of CPU", "loop")
         self.metrics.sort_in()
         self.culprit = ""
         self.used = time.process_time()
@@ -18522,7 +18512,7 @@ def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
     """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
     ConfigFaults."""
     config = read_config({**environ, "BASE_API_URL": url, "BASE_API_KEY": key or ""})
-    return build_routes(config, time, lambda news: None).base
+    return build_routes(config, time, lambda *news: None).base
 
 
 class Bench:
@@ -18820,7 +18810,7 @@ def check(config):
     for line in [*greeting(config)[1:], *["fault: " + fault for fault in faults]]:
         print(visible(line))
     code = int(bool(faults))
-    for upstream in build_routes(config, time, lambda row: None).all:
+    for upstream in build_routes(config, time, lambda *row: None).all:
         upstream.model = None  # its own list is asked for
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
