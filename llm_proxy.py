@@ -12833,8 +12833,7 @@ class Redis(asyncio.Protocol):
     CONNECT_SECONDS = 1
     STEADY_SECONDS = 1       # a connection that lasted so long was a good one
     LONGEST_PAUSE = 0.4      # between two connections
-    MOST_ASKED = 10_000      # commands without a reply
-    MOST_WAITING = 10_000    # commands that are kept while Redis is away
+    MOST_COMMANDS = 10_000   # without a reply, or kept while Redis is away
 
     available = False
     transport: Optional[asyncio.Transport] = None
@@ -12863,7 +12862,6 @@ class Redis(asyncio.Protocol):
         self.on_flush = []         # called before commands are sent, to add some
         self.unsent = []           # (command, callback or None)
         self.asked = deque()       # (command, callback or None, when it was sent)
-        self.waiting = deque()     # commands, until Redis is there
         self.deadlines = deque()   # (until when a call waits, its future)
         self.listening = ListeningTime(loop, self.check_timeouts)
 
@@ -12879,10 +12877,7 @@ class Redis(asyncio.Protocol):
     def send(self, *parts: RedisPart):
         """Sends a command, now or when Redis is there again, and does not wait for the reply. It
         may be done twice if the connection is lost."""
-        if self.available:
-            self.ask(None, *parts)
-        else:
-            self.keep(redis_command(parts))
+        self.ask(None, *parts)
 
     async def ask_and_wait(self, *parts: RedisPart, is_bounded: bool = False) -> RedisReply:
         """Returns the reply to a command, whether or not the connection is available yet; waits as
@@ -12903,12 +12898,16 @@ class Redis(asyncio.Protocol):
 
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
-        a RedisFault. Without it the command is sent again if the connection is lost."""
-        one = redis_command(parts), answer
-        if self.transport is None or len(self.asked) + len(self.unsent) >= self.MOST_ASKED:
-            return self.drop([one])
-        self.unsent.append(one)
-        self.flush_soon()
+        a RedisFault. Without it the command waits until Redis is there, and is sent again if the
+        connection is lost."""
+        has_room = len(self.asked) + len(self.unsent) < self.MOST_COMMANDS
+        if has_room and (self.transport or answer is None):
+            self.unsent.append((redis_command(parts), answer))
+            self.flush_soon()
+        elif answer:
+            answer(RedisFault("is away"))
+        else:
+            self.dropped += 1
 
     def flush_soon(self):
         if not self.flushing:
@@ -13017,8 +13016,6 @@ class Redis(asyncio.Protocol):
             raise self.reason
         self.available = True
         self.late_times = 0
-        self.unsent += [(data, None) for data in self.waiting]
-        self.waiting.clear()
         self.flush_soon()
         for act in self.on_return:
             act()
@@ -13049,9 +13046,12 @@ class Redis(asyncio.Protocol):
     def connection_lost(self, failure):
         self.leave(RedisFault("has closed the connection"))
         self.transport = None
-        asked, self.asked = self.asked, deque()
-        self.drop([*asked, *self.unsent])
-        self.unsent = []
+        lost = [*self.asked, *self.unsent]
+        self.asked = deque()
+        self.unsent = [(data, None) for data, answer, *_ in lost if answer is None]
+        for _, answer, *_ in lost:
+            if answer:
+                answer(RedisFault("is away"))
         Stream.wake(self.lost)
 
     # -- what becomes of commands
@@ -13063,7 +13063,12 @@ class Redis(asyncio.Protocol):
                 ask()
         finally:
             self.flushing = False
+        if self.transport is None:
+            return
         unsent, self.unsent = self.unsent, []
+        if not self.available:
+            self.unsent = [one for one in unsent if one[1] is None]
+            unsent = [one for one in unsent if one[1]]
         if unsent:
             self.listening.run()
             now = self.listening.now()
@@ -13095,21 +13100,6 @@ class Redis(asyncio.Protocol):
             if not future.done():
                 self.has_timed_out = True
                 future.set_result(RedisFault("answers late"))
-
-    def drop(self, asked):
-        """Ends commands that will have no reply; those that nobody waits for are kept."""
-        for data, answer, *_ in asked:
-            if answer:
-                answer(RedisFault("is away"))
-            else:
-                self.keep(data)
-
-    def keep(self, data):
-        """Keeps a command until Redis is there."""
-        if len(self.waiting) < self.MOST_WAITING:
-            self.waiting.append(data)
-        else:
-            self.dropped += 1
 
 
 # What holds for both scripts: KEYS[1] is the hash of the process that asks, KEYS[2] the number of
@@ -14073,19 +14063,19 @@ class SharedQueue(FairQueue):
             self.tell_soon()
 
 
-# Returns a hash and how often that was changed, where that is not as often as ARGV[1] says.
-LUA_CHANGED = """
+# Keeps what is newer, and returns all where that is not what the process knows: KEYS are a hash
+# and how often it was changed, ARGV how often it was when the process read it, then a name, when
+# that was changed, and the text, of each.
+LUA_KEYS = """
+for i = 2, #ARGV, 3 do
+  local old = redis.call('HGET', KEYS[1], ARGV[i]) or ''
+  if (tonumber(string.match(old, '%S+')) or 0) < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1] .. ' ' .. ARGV[i + 2])
+    redis.call('INCR', KEYS[2])
+  end
+end
 local changes = redis.call('GET', KEYS[2]) or ''
 return changes ~= ARGV[1] and {changes, redis.call('HGETALL', KEYS[1])}
-"""
-
-# Keeps what was changed last: KEYS are a hash and how often that was changed; ARGV a name in it,
-# when it was changed, and the text.
-LUA_NEWER = """
-local old = redis.call('HGET', KEYS[1], ARGV[1])
-if old and tonumber(string.match(old, '%S+')) >= tonumber(ARGV[2]) then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
-return redis.call('INCR', KEYS[2])
 """
 
 
@@ -14093,56 +14083,49 @@ class SharedKeys:
     """Keeps stored keys alike on all boxes: each has all of them in its DATABASE, by which it goes
     on while Redis is away. The last change of a key counts, by the clocks of the boxes."""
     LOOK_SECONDS = 0.3
-    UNKNOWN = b"?"
+    AT_ONCE = 200      # keys that are told
     timer: Optional[asyncio.TimerHandle] = None
-    changes = UNKNOWN  # how often the hash was changed when it was read
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
         self.names = prefix + "keys", prefix + "keys:changes"
         self.heard = ledger.records = deque()
         self.here = {}   # KeyRecords
-        self.there = {}  # when each was changed
-        redis.on_return.append(self.on_redis_return)
-        ledger.on_records = self.tell
+        self.news = {}   # of these, those that the others may not have
+        redis.on_return.append(self.begin)
+        ledger.on_records = partial(soon, redis.loop, self.note)
 
-    def tell(self, records: KeyRecords):
-        """Runs in the ledger's thread."""
-        soon(self.redis.loop, self.offer, records)
+    def note(self, records: KeyRecords):
+        """Notes the keys that this box has."""
+        self.news.update({name: one for name, one in records.items() if self.here.get(name) != one})
+        self.here = records
 
-    def on_redis_return(self):
-        """Redis is there: it may have lost all."""
-        self.changes = self.UNKNOWN
+    def begin(self):
+        """Exchanges all, which Redis may have lost."""
+        self.changes = b"?"
+        self.news = dict(self.here)
         if self.timer:
             self.timer.cancel()
-        self.look()
+        self.exchange()
 
-    def look(self):
-        self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.look)
+    def exchange(self):
+        self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.exchange)
         if self.redis.available:  # before, it may not be the database that is meant
-            self.redis.ask(self.on_keys, "EVAL", LUA_CHANGED, 2, *self.names, self.changes)
+            told = [(name, *self.news.pop(name)) for name in list(islice(self.news, self.AT_ONCE))]
+            self.redis.ask(self.on_keys, "EVAL", LUA_KEYS, 2, *self.names, self.changes,
+                           *chain(*[(name, repr(when), text) for name, when, text in told]))
 
     def on_keys(self, reply):
-        if type(reply) is not list:  # nothing new, or a fault
+        if isinstance(reply, RedisFault):
+            self.news = dict(self.here)
+        if type(reply) is not list:  # there is nothing new
             return
         self.changes, rows = reply
-        self.there = {}
         for name, text in zip(rows[::2], rows[1::2]):
             when, _, record = text.decode("utf-8", "replace").partition(" ")
             with suppress(ValueError):
-                name = name.decode("utf-8", "replace")
-                self.there[name] = float(when)
-                if float(when) > self.here.get(name, (0,))[0]:
+                if float(when) > self.here.get(name.decode("utf-8", "replace"), (0,))[0]:
                     self.heard.append(record)
-        self.offer(self.here)
-
-    def offer(self, records: KeyRecords):
-        """Tells the others what is newer here."""
-        self.here = records
-        for name, (when, record) in records.items() if self.changes != self.UNKNOWN else ():
-            if when > self.there.get(name, 0):
-                self.there[name] = when
-                self.redis.send("EVAL", LUA_NEWER, 2, *self.names, name, repr(when), record)
 
 
 def entry_after(name: bytes) -> str:

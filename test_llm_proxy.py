@@ -10935,12 +10935,12 @@ class RedisFaultsTest(RedisCase):
     def test_what_is_sent_meanwhile_goes_when_it_is_there_and_is_bounded(self):
         url = self.scripted([b"+OK\r\n"])
         redis = self.client(url)
-        with mock.patch.object(llm_proxy.Redis, "MOST_WAITING", 2):
+        with mock.patch.object(llm_proxy.Redis, "MOST_COMMANDS", 2):
             for name in "abc":
                 redis.send("SET", name)
-        self.assertEqual((len(redis.waiting), redis.dropped), (2, 1))
+        self.assertEqual((len(redis.unsent), redis.dropped), (2, 1))
         self.wait_for(lambda: redis.available)
-        self.wait_for(lambda: not redis.waiting)
+        self.wait_for(lambda: not redis.unsent)
 
     def test_three_late_answers_in_a_row_are_too_many(self):
         redis = self.start([b"+OK\r\n"] + [b":1\r\n"] * 9)
