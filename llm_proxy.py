@@ -2800,13 +2800,16 @@ PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
 
 
 def kind_of_text(text):
-    """Returns 0 for prose in Latin letters, 1 for code, 2 for other scripts, by what the beginning
-    holds that is rare in prose: their tokens differ in length."""
+    """Returns 0 for prose in Latin letters, 1 to 3 for code, by how many signs are in it, and 4 for
+    other scripts, by what the beginning holds: their tokens differ in length."""
     data = text[:1000].encode("utf-8", "surrogatepass")
-    rare = len(data.translate(None, PROSE))
-    if rare * 25 <= len(data):
+    size, rare = len(data), len(data.translate(None, PROSE))
+    if rare * 25 <= size:
         return 0  # as nearly always
-    return 2 if rare * 2 > len(data) else 1
+    if rare * 2 > size:
+        return 4
+    signs = rare - data.count(b"  ") * 4 // 5  # spaces that indent are one token
+    return 1 + (signs * 20 > size) + (signs * 9 > size)
 
 
 NUMBERS = frozenset((int, float))
@@ -3051,7 +3054,7 @@ class Habits:
     def __init__(self):
         self.calls = 0
         self.known: Dict[HabitName, Tuple[int, float]] = {}
-        self.recent = array.array("q")
+        self.recent: List[int] = []
 
     def move(self, name: HabitName, value: float):
         """Moves a mean; the first values count fully."""
@@ -3060,11 +3063,8 @@ class Habits:
         self.known[name] = count, mean + (value - mean) / count
 
     def note_output(self, tokens: int):
-        self.recent.append(tokens)
+        self.recent = [*self.recent[1 - self.MEMORY:], tokens]
         count = len(self.recent)
-        if count > self.MEMORY:
-            count = self.MEMORY
-            del self.recent[0]
         self.known["peak"] = count, sorted(self.recent)[-1 - count // 20]
 
 
@@ -4004,8 +4004,7 @@ class Call:
 
     def count_prompts(self):
         names = {"messages"} if self.endpoint == "batch" else PROMPTS
-        found = [self.payload[name] for name in names.intersection(self.payload)]
-        return math.prod([len(many) for many in found
+        return math.prod([len(many) for many in map(self.payload.get, names)
                           if type(many) is list and many and type(many[0]) in HOLD_WORDS])
 
     def tiers(self) -> Tuple[str, ...]:
@@ -6352,8 +6351,7 @@ class UsageReader:
     def reported_usage(self, whole: bool) -> Tuple[Optional[Usage], bool]:
         """Returns the usage that was reported, if it was; and whether nothing is missing from
         it."""
-        if not self.end_is_read:
-            self.read_end(whole)
+        self.read_end(whole)
         usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
         complete = whole if self.final is None else self.final
         return usage, usage is not None and complete

@@ -2639,9 +2639,11 @@ class UsageTest(ProxyCase):
             if is_plain:
                 self.assertEqual(found, llm_proxy.text_length({"messages": messages}))
 
-    def test_prose_and_code_and_other_scripts_are_three_kinds_of_text(self):
-        rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 1), ("a = b[key]", 1),
-                ("\u4e2d\u6587 etc.", 2), ("\ud800", 2), (ENGLISH * 9 + CHINESE * 99, 0)]
+    def test_prose_and_code_and_other_scripts_are_kinds_of_text(self):
+        """And so is code by how many signs it has."""
+        rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 3), ("a = b[key]", 3),
+                ("        return found_value + other\n" * 9, 1), (CODE * 9, 2),
+                ("\u4e2d\u6587 etc.", 4), ("\ud800", 4), (ENGLISH * 9 + CHINESE * 99, 0)]
         for text, kind in self.each(rows):
             self.assertEqual(llm_proxy.kind_of_text(text), kind)
 
