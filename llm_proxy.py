@@ -7456,30 +7456,23 @@ class Head(Fields):
         lines.pop()
         if len(self.start) > MAX_START_LINE:
             raise HeadTooLarge(status=414)
-        if len(lines) > self.MAX_FIELDS or (
-                len(data) > self.MAX_LINE and any(map(self.is_too_long, lines))):
+        if len(lines) > self.MAX_FIELDS:
             raise HeadTooLarge(status=431)
-        self.lines = {line[:line.index(":")].lower(): line for line in lines}
-        if len(self.lines) < len(lines):
-            self.join_repeated(lines)
-        self.options = []
-        if "connection" in self.lines:
-            options = self.get("connection").lower().split(",")
-            self.options = [option.strip(" \t") for option in options]
-
-    def is_too_long(self, line):
-        return len(line) > self.MAX_LINE and (
-            len(line) > MAX_LONG_LINE or line.partition(":")[0].lower() not in LONG_FIELDS)
-
-    def join_repeated(self, lines):
         self.lines = {}
         for line in lines:
             name = line[:line.index(":")].lower()
+            if len(line) > self.MAX_LINE and (
+                    len(line) > MAX_LONG_LINE or name not in LONG_FIELDS):
+                raise HeadTooLarge(status=431)
             if name in self.lines:
                 if name in SINGLE:
                     raise Malformed
                 line = self.lines[name] + "\r\n" + line
             self.lines[name] = line
+        self.options = []
+        if "connection" in self.lines:
+            options = self.get("connection").lower().split(",")
+            self.options = [option.strip(" \t") for option in options]
 
     @classmethod
     def read(cls, data: bytes, last: Optional["Head"]) -> "Head":
@@ -7750,8 +7743,9 @@ class Chunked:
 Framing = Union[Sized, Chunked]
 
 
-def encode_chunk(payload: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+def encode_chunk(payload: bytes, is_last: bool = False) -> bytes:
+    chunk = b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+    return chunk + LAST_CHUNK if is_last else chunk
 
 
 AS_IS, PLAIN, CHUNKED = range(3)  # styles of a BodyAdapter
@@ -7783,15 +7777,10 @@ class BodyAdapter:
             ended = self.framing.ended
             if ended and self.reader:
                 payload += self.reader.flush()
-            out = self.frame(payload, ended)
+            out = encode_chunk(payload, ended) if self.style == CHUNKED else payload
         self.passed += len(payload)
         self.tail = payload if len(payload) > 3 else (self.tail + payload)[-4:]
         return out
-
-    def frame(self, payload, ended):
-        if self.style != CHUNKED:
-            return payload
-        return encode_chunk(payload) + (LAST_CHUNK if ended else b"")
 
     def insert(self, event: bytes) -> bytes:
         """Returns `event` as it can be put in here, between two events and two chunks; else
@@ -7808,7 +7797,7 @@ class BodyAdapter:
         payload = self.reader.flush() if self.reader else b""
         self.passed += len(payload)
         self.tail = (self.tail + payload)[-4:]
-        return whole, self.frame(payload, whole)
+        return whole, encode_chunk(payload, whole) if self.style == CHUNKED else payload
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9474,35 +9463,27 @@ class Address:
         owner = self.new_owner(seconds)
         opened = loop.create_future()
 
-        def deliver(failure):
+        def deliver(job):
             self.connecting -= 1
             if opened.done():  # nobody waits for it any more
                 owner.close()
-            elif failure:
-                opened.set_exception(failure)
+            elif job.exception():
+                owner.close()
+                opened.set_exception(job.exception())
             else:
                 opened.set_result(owner.sock)
 
-        def connect():
-            failure = None
-            try:
-                if not opened.done():
-                    owner.connect()
-            except Exception as caught:
-                owner.close()
-                failure = caught
-            try:
-                loop.call_soon_threadsafe(deliver, failure)
-            except RuntimeError:  # the loop was closed meanwhile
-                owner.close()
-
-        self.connecting += 1
         try:
-            self.helpers.submit(connect)
-        except RuntimeError:  # can't start new thread; an old one may still come to it
-            opened.cancel()
+            job = self.helpers.submit(owner.connect)
+        except RuntimeError:  # can't start new thread
             raise Overloaded from None
-        return await context.wait(opened, seconds, "a connection to %s" % self.endpoint.origin)
+        self.connecting += 1
+        job.add_done_callback(partial(soon, loop, deliver))
+        try:
+            return await context.wait(
+                opened, seconds, "a connection to %s" % self.endpoint.origin)
+        finally:
+            job.cancel()  # if it has not begun
 
     def location(self, value: str, prefix: str) -> str:
         """Returns a redirect to the endpoint itself as callers know it: its address is not theirs
