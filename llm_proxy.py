@@ -509,7 +509,7 @@ def read_amount(text, unit):
     shape = USD_SHAPE if unit == "usd" else AMOUNT_SHAPE
     require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
             " of requests, tokens, input_tokens, output_tokens or usd")
-    return read_rule(f"each {text} {unit} per day").capacity
+    return count_units(text, unit)
 
 
 def check_rule(text, words, kinds):
@@ -9454,7 +9454,8 @@ class Address:
         try:
             self.keep(await self.connect(context), False)
         except Refusal as refusal:
-            hint = " (does it speak https?)" if self.tls and refusal.cause == "timed out" else ""
+            is_other = self.tls and refusal.cause in ("timed out", "TLS failed")
+            hint = " (does it speak https?)" if is_other else ""
             return "upstream %s: %s%s" % (self.endpoint.origin, refusal.cause, hint)
 
     async def connect_in_helper(self, context):
@@ -19693,7 +19694,7 @@ def read_dotenv_file():
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as failure:
-        raise ConfigFaults(f".env cannot be read: {failure}") from None
+        raise ConfigFaults(f".env must be a file of UTF-8 that can be read: {failure}") from None
 
 
 def run_command(options, environ):

@@ -16794,7 +16794,7 @@ class CommandsTest(ProcessCase):
         rows = wait_for(lambda: [row for row in process.rows if " upstream http" in row][1:]
                         and "".join(process.rows), "the lines")
         self.assertIn("upstream %s: connection refused\n" % gone.url, rows)
-        self.assertRegex(rows, r"upstream https.*: (timed out \(does it speak https|TLS failed)")
+        self.assertRegex(rows, r"upstream https.*: (timed out|TLS failed) \(does it speak")
 
     def test_it_starts_without_a_home_in_a_directory_it_cannot_write_to(self):
         folder = "/proc" if os.path.isdir("/proc") else "/"
