@@ -662,8 +662,7 @@ VENDORS = table_of("""
 PARSER = getattr(re, "_parser", None) or re.sre_parse  # Python 3.10
 COMPILER = getattr(re, "_compiler", None) or re.sre_compile
 TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
-REPEAT = "MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"
-ARE_GROUPS = "SUBPATTERN", "ATOMIC_GROUP"
+REPEAT = "MAX_REPEAT", "MIN_REPEAT"
 # The characters that a part of an expression may begin with, and how many rounds of repetitions may
 # follow each
 Begin = Dict[str, int]
@@ -707,9 +706,8 @@ class LinearPattern:
                 after = self.begin_of_repetition(*parts[place][1], after, repeated)
             elif op.name == "BRANCH":
                 after = self.begin_of_choice(value[1], after, repeated)
-            elif op.name in ARE_GROUPS:
-                inner = value if op.name == "ATOMIC_GROUP" else value[-1]
-                after = self.begin(inner, after, repeated)
+            elif op.name == "SUBPATTERN":
+                after = self.begin(value[-1], after, repeated)
             else:
                 require(op.name == "AT", f"must not look around or back: {op.name.lower()}")
         return after
@@ -4225,7 +4223,9 @@ class Words(NamedTuple):
     holder: Any
     key: Union[str, int]
     text: str
-    kind: str  # text; json, in a string; key; or echo, which must come back as the upstream said it
+    # text; json, in a string; argument, in an object for a tool; key; or echo, which must come back
+    # as the upstream said it
+    kind: str
     place: Tuple[Any, ...]
 
     def put(self, text: str) -> None:
@@ -4238,13 +4238,6 @@ class Words(NamedTuple):
     def is_json(self) -> bool:
         """Returns whether the text is JSON, or begins as such."""
         return self.kind == "json" or bool(MAY_BE_JSON.match(self.text))
-
-    def is_argument(self) -> bool:
-        """Returns whether the text is a string in the object that a model gives to a tool."""
-        place = self.place[0]
-        while place and place[1] not in ARGUMENTS:
-            place = place[0]
-        return place is not None
 
 
 # How JSON begins, in Markdown or not, but for arrays of numbers and of arrays
@@ -4266,17 +4259,18 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
     """Yields what persons and tools wrote in a payload, in the order in which it is read. Objects
     and lists within it are copied before they are looked at, so that they may be changed."""
     for key in as_read(payload):
-        yield from words_at(payload, key, (None, key), False)
+        yield from words_at(payload, key, (None, key), "")
 
 
 def words_at(holder, key, place, of_tool):
+    """`of_tool`: the key of what a tool is given or gives, in which this stands."""
     value = holder[key]
     keys = ()
     if type(value) is str:
-        yield Words(holder, key, value, kind_of_words(holder, key), place)
+        yield Words(holder, key, value, kind_of_words(holder, key, of_tool), place)
     elif type(value) is dict:
         holder[key] = value = dict(value)
-        of_tool = of_tool or key in TOOL_DATA
+        of_tool = of_tool or (key if key in TOOL_DATA else "")
         if of_tool:
             for name in list(value):
                 yield Words(value, name, name, "key", place)
@@ -4293,10 +4287,12 @@ def as_read(payload):
     return [key for key in READ_FIRST if key in payload] + keys
 
 
-def kind_of_words(holder, key):
+def kind_of_words(holder, key, of_tool):
     if key == "thinking" and "signature" in holder:
         return "echo"
-    return "json" if key == "arguments" else "text"
+    if key == "arguments":
+        return "json"
+    return "argument" if of_tool in ARGUMENTS else "text"
 
 
 def spell_place(place: Tuple[Any, ...]) -> str:
@@ -6699,10 +6695,15 @@ class Redactor:
                         found += self.matches(one, text, begin)
                         if len(text) > self.LARGE:
                             yield ()
-            if found:
-                found = self.apart(sorted(found), end)
-                end = found[-1][1] if found else end
-                yield found
+            # Of two that overlap the first one counts, or the longer one.
+            found.sort(key=operator.itemgetter(1), reverse=True)
+            found.sort(key=operator.itemgetter(0))
+            apart = []
+            for one in found:
+                if one[0] >= end:
+                    apart.append(one)
+                    end = one[1]
+            yield apart
 
     def matches(self, one, text, begin):
         """Returns what of a Shape begins in a step."""
@@ -6716,21 +6717,6 @@ class Redactor:
 
     def may_leave(self, value):
         return any([fnmatch.fnmatchcase(value.lower(), glob) for glob in self.allow])
-
-    @staticmethod
-    def apart(found, end):
-        """Returns findings from `end` on; of two that overlap the first, or the longer one."""
-        kept = []
-        begin = -1
-        for one in found:
-            if one[0] == begin:
-                kept[-1] = one
-            elif one[0] < end:
-                continue
-            else:
-                kept.append(one)
-            begin, end, _ = one
-        return kept
 
 
 spell_string = json.encoder.encode_basestring_ascii  # as dumps does, which takes ten times as long
@@ -7329,7 +7315,8 @@ class Unmasking(Edit):
         """Masks what an event says beside its texts; returns whether it is another."""
         changed = False
         for words in words_in(payload):
-            before = "]" if words.is_argument() else ""  # there numbers are outside of the text
+            # Numbers of an object for a tool are not in its strings.
+            before = "]" if words.kind == "argument" else ""
             text = self.restorer.restore(words.text, words.is_json(), before)
             if text != words.text:
                 changed = True

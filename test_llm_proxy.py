@@ -5155,6 +5155,8 @@ class RedactionTest(ProxyCase):
                 "arguments": before}}]}]})
             got = sent and sent["messages"][0]["tool_calls"][0]["function"]["arguments"]
             self.assertEqual(got or before, after)
+            _, sent = self.masked({"input": [{"type": "function_call", "arguments": before}]})
+            self.assertEqual(sent["input"][0]["arguments"] if sent else before, after)
 
     def test_a_pattern_of_ones_own_takes_no_quote_of_a_string_with_it(self):
         pattern = llm_proxy.LinearPattern(r"[^@\s]+@corp\.example").compiled
