@@ -2099,7 +2099,7 @@ class Origins:
 USD = UNITS.index("usd")
 RUNNING = UNITS.index("running")
 PROMPT = UNITS.index("input_tokens")
-RUNNING_SECONDS = 2  # until one who found too many calls running is to ask again: nobody knows
+RUNNING_SECONDS = 2  # to ask again after, where too many calls run: nobody knows when they end
 NO_COST = (0,) * len(UNITS)
 Amount = Union[int, str]                       # str: in dollars
 Costs = Tuple[int, ...]                        # in the order of UNITS
@@ -2147,8 +2147,8 @@ class Quota(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What a bucket holds at the moment `now`, without the `amount` that one call takes. A `level`
-    below 0 is a debt, or what is missing. `refilled` is the time of the last refill."""
+    """What a bucket holds at the moment `now`, after one call has taken `amount`. A `level` below 0
+    is a debt, or what that call lacks. `refilled` is the time of the last refill."""
     level: int
     refilled: float
     rule: Rule
@@ -2196,8 +2196,8 @@ class Level(NamedTuple):
 
 
 def tightest_of(levels):
-    """Returns the bucket that is emptiest, as a share of what it holds. One of running calls, which
-    says nothing of the day, comes last unless it is short."""
+    """Returns the bucket with the least left, as a share of its capacity. A bucket of running calls
+    comes last unless it is short: it says nothing of the day."""
     if len(levels) == 1:
         return levels[0]
     return min(levels, key=lambda one: (
@@ -2257,12 +2257,13 @@ def window_at(rule: Rule, known: Optional[Level], capacity: int, now: float, wal
 
 
 class Buckets:
-    """Every bucket of every rule, in memory. A full bucket and no bucket are the same thing, so the
-    table keeps few full ones."""
-    is_degraded: Optional[bool] = None  # whether Redis is away, where it is used
-    processes = 0                       # that share what is there, where they do
+    """Every bucket of every rule, in memory. A bucket that is not in the table is full, so full
+    ones need not be kept."""
+    # Of a store in Redis: whether it is away, how many processes share it, names of keys.
+    is_degraded: Optional[bool] = None
+    processes = 0
     redis: Optional["Redis"] = None
-    prefix = ""                         # of the names there
+    prefix = ""
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2273,31 +2274,31 @@ class Buckets:
         self.given: Dict[BucketKey, List[Tuple[int, float]]] = {}
 
     def health(self) -> JsonObject:
-        """Returns what is told of a store outside of this process."""
+        """Returns what /health says of a store outside of this process."""
         return {}
 
     def given_to(self, key, now):
-        """Returns how much more than its rule says a bucket holds, for a time."""
+        """Returns how much a bucket was given beyond its rule, of what has not ended."""
         found = [one for one in self.given.pop(key, ()) if one[1] > now]
         if found:
             self.given[key] = found
         return sum([amount for amount, _ in found])
 
     def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
-        """Lets a bucket hold so much more until then, and adds that, unless it was added before.
-        What is left of it afterwards is kept as far as the rule lets it."""
+        """Raises a bucket's capacity until then, and its level too, unless `again`: then that was
+        done before. What is left afterwards is kept up to the rule's capacity."""
         if not again:
             self.store([self.level_of(rule, key).less(-amount)])
         self.given.setdefault(key, []).append((amount, until))
 
     def fill(self, owner: CallerKey):
-        """Fills all buckets of a caller; calls that run go on to count."""
+        """Fills all buckets of a caller but those of running calls."""
         self.drop([found.key for found in self.seen()
                    if owner in found.key[1:] and found.rule.unit != RUNNING])
 
     def levels_after(self, keyed_rules, costs, taken, taken_at=0.0):
-        """Returns what the buckets hold once `costs` are charged instead of what was taken. The
-        time of the last refill moves by whole intervals, so nothing drifts. It starts when the
+        """Returns the buckets' levels once `costs` are charged instead of what was `taken`. The
+        time of the last refill moves by whole intervals, so it does not drift; it starts when a
         bucket stops being full."""
         now = self.clock.monotonic()
         levels = []
@@ -2337,8 +2338,8 @@ class Buckets:
         return self.levels_after(((rule, key),), NO_COST, NO_COST)[0]
 
     async def take(self, keyed_rules: KeyedRules, costs: Costs) -> Tuple[Level, List[Level]]:
-        """Takes `costs` of all buckets, or nothing where one would hold less than 0 then; returns
-        the tightest of them and all, as they are, or would be."""
+        """Takes `costs` from all buckets, or nothing if one of them lacks some; returns the
+        tightest and all of them, as they are or would have been."""
         levels = self.levels_after(keyed_rules, costs, NO_COST)
         tightest = tightest_of(levels)
         if tightest.level >= 0:
@@ -2347,21 +2348,21 @@ class Buckets:
 
     def settle(self, keyed_rules: KeyedRules, costs: Costs, taken: Costs,
                taken_at: float) -> Level:
-        """Charges `costs` instead of what was taken then; returns the tightest bucket. It never
-        waits: a store outside of this process would have to queue this."""
+        """Charges `costs` instead of what was taken at that time; returns the tightest bucket. It
+        never waits: a store outside of this process queues it."""
         levels = self.levels_after(keyed_rules, costs, taken, taken_at)
         self.store(levels)
         return tightest_of(levels)
 
     def peek(self, keyed_rules: KeyedRules, amount: int) -> Tuple[Quota, int]:
-        """Returns the tightest bucket as it is, and the whole seconds until `amount`, or all that
-        it can hold, could be taken of each. It makes no bucket."""
+        """Returns the tightest bucket, and the whole seconds until `amount`, or as much as it can
+        hold, could be taken from each. It adds no bucket to the table."""
         levels = [self.level_of(rule, key) for rule, key in keyed_rules]
         waits = [one.less(min(amount, one.rule.capacity)).wait for one in levels]
         return tightest_of(levels).quota, ceil(max(waits))
 
     def store(self, levels):
-        """Keeps `levels`; their buckets are then those used last."""
+        """Keeps `levels`, whose buckets become the most recently used."""
         for level in levels:
             _, _, _, key, _, _ = level
             if self.levels.pop(key, None) is None:
@@ -2369,9 +2370,9 @@ class Buckets:
             self.levels[key] = level
 
     def make_room(self):
-        """Drops old buckets that are full by now: two for each that is added, so this never takes
-        long. In a table without room the least recently used goes even when it is not full, which
-        errs in its caller's favour."""
+        """Drops old buckets that are full by now, at most two for each that is added, so this never
+        takes long. If the table has no room, the least recently used goes even when it is not full,
+        in favour of its caller."""
         for key in list(islice(self.levels, 2)):
             if len(self.levels) < self.room and not self.is_full(self.levels[key]):
                 break
@@ -2384,8 +2385,8 @@ class Buckets:
 
     def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
                  ) -> Dict[BucketKey, Tuple[int, float]]:
-        """Returns {key: (level, wall-clock time of the last refill)} of those, or of all, that are
-        not full; running calls are left out, because they end with the process."""
+        """Returns {key: (level, wall-clock time of the last refill)} of the given buckets, or of
+        all, that are not full; running calls are left out, because they end with the process."""
         # To the hundredth: the two clocks are not read at once.
         offset = round(wall - self.clock.monotonic(), 2)
         return {found.key: (found.level, found.refilled_at(offset))
@@ -2393,7 +2394,7 @@ class Buckets:
                 if found.rule.unit != RUNNING and not self.is_full(found)}
 
     def seen(self) -> List[Level]:
-        """Returns all that are known here as they were last seen, which may be long ago."""
+        """Returns all known buckets as they were last seen, which may be long ago."""
         return list(self.levels.values())
 
     def drop(self, keys: Iterable[BucketKey]):
@@ -2402,8 +2403,8 @@ class Buckets:
             del self.levels[key]
 
     def latest(self, keys: Iterable[BucketKey]) -> List[Level]:
-        """Returns buckets as they were last seen, those that are there. Any thread may ask: what
-        is in the table is never changed, only replaced."""
+        """Returns those of the buckets that are in the table, as they were last seen. Any thread
+        may ask: what is in the table is never changed, only replaced."""
         return [one for one in map(self.levels.get, keys) if one is not None]
 
     def restore(self, rule: Rule, key: BucketKey, level: int, since: float):
@@ -2416,9 +2417,9 @@ class Buckets:
 
 
 class Hold:
-    """What is set aside for one call in all its buckets. It ends once: settled, or given back,
-    which leaving the with-block does too. `tightest` is the emptiest bucket as it was last seen,
-    None where the call takes nothing."""
+    """Amounts that are reserved for one call in all its buckets. It ends once, settled or given
+    back; leaving the with-block gives it back. `tightest` is the tightest bucket as it was last
+    seen, None if the call takes nothing."""
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None,
@@ -2435,8 +2436,8 @@ class Hold:
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
 
     def settle(self, costs: Costs):
-        """Charges what the call did cost: the rest goes back, a shortfall becomes a debt. It does
-        not run any more."""
+        """Charges what the call really cost: a surplus goes back, a shortfall becomes a debt. The
+        call counts as running no longer."""
         if self.ended:
             return
         self.ended = True
@@ -2456,7 +2457,7 @@ class Hold:
 
     @property
     def output_tokens(self) -> int:
-        """The output that it is meant for."""
+        """The output tokens that it reserves."""
         _, total, prompt, output, *_ = self.costs
         return min(output, max(0, total - prompt))
 
@@ -2517,9 +2518,9 @@ def may_use(globs: Sequence[str], model: str) -> bool:
 
 
 class Limits:
-    """Which rules a call must pass. Of each family the first that matches counts, those for `each`
-    last, so that the special may stand before the general; those of the caller's own key, which are
-    in `own` by its subject, come before all."""
+    """Which rules a call must pass. Of each family only the first rule that matches counts: the
+    rules of the caller's own key (in `own`, by its subject), then special ones, then those for
+    `each`."""
     MAX_KNOWN = 4_000
     own: Dict[bytes, Tuple[Rule, ...]] = {}
 
@@ -2534,7 +2535,7 @@ class Limits:
         self.known = {}
 
     def all_rules(self) -> List[Rule]:
-        """Returns the rules, and those of keys."""
+        """Returns the general rules and those of single keys."""
         return [*self.rules, *chain.from_iterable(self.own.values())]
 
     def units(self) -> Set[str]:
@@ -2544,7 +2545,7 @@ class Limits:
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
         """Returns the rules that a call must pass, each with the key of its bucket: those of
         `model`, and of the `others` that may serve it instead."""
-        kinds = self.kinds  # what no rule names would only fill the table
+        kinds = self.kinds  # in `known` only what a rule asks for
         call = (caller.key, caller.name, address if "address" in kinds else None,
                 model if "model" in kinds else None, upstream, caller.stored_key)
         found = self.known.get(call)
@@ -2573,12 +2574,12 @@ class Limits:
 
     @staticmethod
     def owners(key, address, team):
-        """Returns whose bucket it is by each kind of scope, None where there is nobody such."""
+        """Returns {kind of scope: who has the bucket, None if the call has nobody of this kind}."""
         return {"each": key, "key": key if key[0] == "key" else None,
                 "address": ("address", address), "team": team and ("team", team)}
 
     def not_full(self) -> Dict[CallerKey, Dict[BucketKey, Rule]]:
-        """Returns {caller: {key of a bucket: its rule}} of all that are not full."""
+        """Returns {caller: {key of a bucket: its rule}} of all that may not be full."""
         found = defaultdict(dict)
         for one in self.buckets.seen():
             for owner in one.key[1:]:
@@ -2609,8 +2610,8 @@ class Limits:
         return len(found)
 
     def means(self, kind, glob, name):
-        """Returns whether a scope means what is named. A model must not slip through in another
-        spelling, but one that a rule spells out is just that."""
+        """Returns whether a scope's glob matches a name. A model matches in its other spellings,
+        too, unless some rule names that spelling itself."""
         if kind == "model":
             glob = glob.casefold()
             if name not in self.models and fnmatch.fnmatchcase(
@@ -2637,13 +2638,13 @@ class Limits:
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float, keys: Optional[Iterable[BucketKey]] = None):
-        """Has those buckets, or all, whose rules are no more go over to those that are."""
+        """Moves the given buckets, or all, whose rules are gone to the rules that replace them."""
         moved = self.buckets.snapshot(wall, keys)
         self.buckets.drop(moved)
         self.restore(moved, wall)
 
     def take_keys(self, own: Dict[bytes, Tuple[Rule, ...]], wall: float):
-        """Goes by other rules of keys; the buckets of those that were changed go over."""
+        """Replaces the rules of single keys; buckets of those that were changed go over."""
         changed = {subject for subject in {*self.own, *own}
                    if self.own.get(subject) != own.get(subject)}
         self.own = own
@@ -2684,9 +2685,9 @@ class Limits:
     async def admit(self, caller: Caller, address: str, model: Optional[str], costs: Costs,
                     upstream: str = "base", least: Optional[Costs] = None,
                     others: Sequence[str] = ()) -> Hold:
-        """Sets aside what the call costs, by every rule that counts. Raises LimitReached. NO_COST
-        touches no bucket. What of the costs is above `least` was not asked for but guessed: where
-        less than that is left, it is enough, or nobody would come to what is left."""
+        """Reserves what the call costs, by every rule that counts. Raises LimitReached. NO_COST
+        touches no bucket. Only `least` of the costs was asked for, the rest is a guess: if less
+        than that is left, it is enough, or nobody could ever use what is left."""
         matching = self.matching(caller, address, model, upstream, others)
         if not matching or costs is NO_COST:
             return Hold(costs=costs)
@@ -2704,13 +2705,13 @@ class Limits:
         bounded = list(costs)
         for one in levels:
             unit = one.rule.unit
-            left = max(1, one.untaken().level)  # of nothing, nothing is enough
+            left = max(1, one.untaken().level)  # an empty bucket has nothing to give
             bounded[unit] = max(least[unit], min(bounded[unit], left))
         return tuple(bounded)
 
     def refusal(self, levels):
-        """Returns what to say of buckets that are short: the longest wait, in the operator's words,
-        or, where a bucket never holds so much, that no wait will do."""
+        """Returns the refusal for buckets that are short: the longest wait, in the operator's
+        words, or, if a bucket can never hold so much, that waiting does not help."""
         worst = max(levels, key=lambda one: (one.amount > one.rule.capacity, one.wait))
         rule = worst.rule
         unit = rule.text.split(" ")[2]
@@ -2731,7 +2732,7 @@ class Limits:
 
 
 class WrongKeys:
-    """Counts the wrong keys that come from each address. A right one always passes, because many
+    """Limits the wrong keys that come from each address. A right key always passes, because many
     people may share an address."""
     # All ten come back together, when the minute is over.
     RULE = read_rule("address 10 requests per minute")._replace(refill=10, interval=60.0)
@@ -2740,7 +2741,7 @@ class WrongKeys:
         self.buckets = Buckets(clock)
 
     def refusal(self, address: str) -> Refusal:
-        """Returns what to say of one more."""
+        """Returns the refusal for one more wrong key."""
         level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.level < 0:
             return TooManyGuesses(wait=level.wait)
@@ -13928,10 +13929,10 @@ return given
 
 
 class SharedQueue(FairQueue):
-    """A line before slots that all processes share: each tells Redis how many calls it runs, and
-    asks for slots for those that come. `most` is how many may run here now; while Redis is away,
-    its part of all. What a process has told holds for a while only, so the slots of one that died
-    come back."""
+    """A fair queue before slots that all processes share: each tells Redis how many calls it runs,
+    and asks for slots for those that come. `most` is how many may run here now; while Redis is
+    away, its part of all. What a process has told holds for a while only, so the slots of one that
+    died come back."""
     HOLDS_MS = 30_000
     TELL_MS = 1000       # until all have told of their slots, when Redis has lost them
     RENEW_SECONDS = 10
@@ -14113,9 +14114,9 @@ return redis.call('XRANGE', KEYS[1], ARGV[2], '+', 'COUNT', ARGV[1])
 
 
 class SharedSums:
-    """Has the sums of each box tell of all: it tells the others what it adds to them, and adds what
-    they tell, by which it goes on while Redis is away. Who is away for longer than that waits in
-    Redis misses some, and so do all where Redis loses what it was told in the last seconds."""
+    """Keeps the hourly sums of each box for all boxes: each tells the others what it adds to its
+    own, and adds what they tell. A box that is away for longer than a week misses some; all miss
+    what Redis loses before they have read it."""
     AT_ONCE = 200
     WAIT_SECONDS = 1
     SUM = re.compile(b"([0-9]{1,18}) (.*)", re.DOTALL)
@@ -14277,9 +14278,9 @@ LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL'
 
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
-    there until it is charged, and is claimed while calls of one process run that ask for its
-    answer; those that ask another process meanwhile are refused, or they would be told what nobody
-    charges. A claim is a lease, so that of a process that died ends."""
+    there until it is charged. While calls of one process ask for its answer, that process has
+    claimed it, and calls to other processes are refused: they would be told what nobody charges.
+    A claim is a lease, so it ends with its process."""
     LEASE_SECONDS = 30
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # that are looked for at once
@@ -14307,9 +14308,9 @@ class SharedStored(Stored):
             self.keep(self.key("thing", name), [owner, thing.upstream, thing.address], "NX")
 
     async def recall(self, call: Call, method: str, owner: CallerKey):
-        """Finds out what is not known here of the things that a call speaks of, and has the bill
-        claimed whose answer its caller may ask for. Raises AskedElsewhere; what cancels is not put
-        off, but its answer is withheld."""
+        """Looks up the things that a call names and this process does not know, and claims the bill
+        if the call asks for its answer. Raises AskedElsewhere; a call that cancels is not put off,
+        but its answer is withheld."""
         names, path = call.references(), call.stored
         if path and path.name:
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
@@ -14372,7 +14373,7 @@ class SharedStored(Stored):
         self.end_poll(entry.call)
 
     def end_poll(self, call):
-        """What calls have not settled when the last of them ends waits for the next one."""
+        """Puts a bill back that is not settled when the last call that asks for it ends."""
         name = self.polls.pop(call, None)
         if not name or name in self.polls.values():
             return
