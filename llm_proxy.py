@@ -2936,17 +2936,15 @@ def usual_prices() -> Dict[str, Price]:
     found = {}
     for shared, rows in USUAL_PRICES:
         words = [part.split() for part in shared.split(";") if part]
-        tiers = {name: factors[0] for name, *factors in words if not name.isdigit()}
+        sizes = [part for part in words if part[0].isdigit()]
+        tiers = dict([part for part in words if part not in sizes])
         for row in re.findall(r"[^;\n]*[^;\s]", rows):
             name, *values = row.split()
-            cost = dict(zip(Price._fields, map(Decimal, values)), tiers=tiers)
-            price = read_price(cost)
-            for tokens, times, output_times in [part for part in words if part[0].isdigit()]:
-                above = price.times(Decimal(times))
-                output = round(price.output * Decimal(output_times))
-                price = price._replace(
-                    above_tokens=int(tokens), above=above._replace(output=output))
-            found[name] = price
+            cost, above = dict(zip(Price._fields, map(Decimal, values))), {}
+            for tokens, times, output_times in sizes:
+                above = {key: value * Decimal(times) for key, value in cost.items()}
+                above.update(tokens=tokens, output=cost["output"] * Decimal(output_times))
+            found[name] = read_price({**cost, "tiers": tiers, "above": above})
     return found
 
 
@@ -3481,9 +3479,9 @@ class JsonBody:
         sample = data[start:start + 1024] + data[end - 1024:end]
         return (BEFORE_MEDIA.search(data, max(0, start - 64), start) is not None
                 and sample.isascii() and data[end + 1:end + 64].lstrip()[:1] != b":"
-                and data.find(b",", start + 256, end) < 0  # else it is what stands between strings
-                and not any([data.find(sign, start + 256, end) >= 0 for sign in (b"@", b";")])
-                and data.find(b" ", start, end) < 0 and data.find(b"\\", start, end) < 0)
+                and max([data.find(sign, start, end) for sign in b" \\"]) < 0
+                # These are what stands between strings.
+                and max([data.find(sign, start + 256, end) for sign in b",@;"]) < 0)
 
     def with_value(self, key, value):
         """Returns the object with another value at one of its keys. Raises BadRequest for one that
@@ -3933,7 +3931,7 @@ class Call:
     def makes_things(self) -> bool:
         """Returns whether the upstream may store what comes of it, for the account."""
         if self.endpoint == "chat":
-            return not KEPT.isdisjoint(self.payload) and True in map(self.payload.get, KEPT)
+            return True in map(self.payload.get, KEPT)
         if self.stored and self.stored.collection in HAVE_RESULTS and self.stored.name:
             return self.path.endswith("/" + self.stored.name)
         if self.endpoint == "messages":  # some of Anthropic's tools run in containers it names
@@ -4540,10 +4538,6 @@ class Dialect:
     SEARCH_MARK = b'"web_search_call"'
     # Is named in the error of an upstream that does not take a request for usage.
     USAGE_OPTION = b""
-    # Stands in events that do more than report usage.
-    CONTENT = re.compile(b"(?!)")  # nothing
-    # What else stands in events that do no more than that.
-    ENVELOPE = frozenset()
     # Templates of errors, and their types by status; those of others are below 500, and above.
     ERROR = ""
     ERRORS = {}
@@ -4931,11 +4925,6 @@ class Dialect:
             told = [max(told) + PICODOLLARS * sum(own)]
         return min(MAX_COST, round(max(told))) if told else None
 
-    def without_usage(self, payload):
-        """Returns what an event says besides usage, {} where that is nothing."""
-        rest = {name: value for name, value in payload.items() if name != self.usage_key}
-        return rest if any([rest[name] for name in rest.keys() - self.ENVELOPE]) else {}
-
     def said(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
         """Returns what the model said in JSON or in events, cut ones too. One search for all of
         them: parsing each event of a stream takes ten times as long."""
@@ -5138,6 +5127,7 @@ class OpenAI(Dialect):
     LIST_PATHS = ("/v1/models", "/models")
     OWN_LIST = True
     USAGE_OPTION = b"stream_options"
+    # Stands in events that do more than report usage, and what else does in those that do not.
     CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
     ENVELOPE = set_of("""
         id object created model choices service_tier system_fingerprint provider obfuscation p
@@ -5205,8 +5195,11 @@ class OpenAI(Dialect):
             call.upstream_body = b'{"stream_options":{"include_usage":true},' + rest
 
     def without_usage(self, payload):
-        """Returns an event that has a choice: many clients look at the first one of each event."""
-        rest = super().without_usage(payload)
+        """Returns what an event says besides usage, {} where that is nothing. It has a choice: many
+        clients look at the first one of each event."""
+        rest = {name: value for name, value in payload.items() if name != self.usage_key}
+        if not any([rest[name] for name in rest.keys() - self.ENVELOPE]):
+            return {}
         if rest.get("choices") == [] and rest != payload:
             rest["choices"] = [{"index": 0, "delta": {}, "text": "", "finish_reason": None}]
         return rest
@@ -5876,7 +5869,7 @@ class Edit:
 class HiddenUsage(Edit):
     """Takes out the usage that we asked for, and its caller did not."""
 
-    def __init__(self, dialect: Dialect):
+    def __init__(self, dialect: OpenAI):
         self.dialect = dialect
         self.mark = dialect.USAGE_MARK
         self.search = dialect.usage_begin.search
