@@ -762,7 +762,7 @@ def linear_patterns(text):
             *REDACTED, *found), "must be name=regex, by lines or ;, each name once")
         fault = fault_of(expression)
         if fault:
-            begins = (expression[:end] for end in range(1, len(expression) + 1))
+            begins = itertools.accumulate(expression)
             part = next(one for one in begins if fault_of(one) == fault)
             raise ValueError(f"is at fault: {name} {fault}, as in {part}")
         found[name] = LinearPattern(expression).compiled
@@ -6394,20 +6394,14 @@ class Shape(NamedTuple):
     hint: str = ""
 
 
-URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:")
+URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")  # before it
 
 
 def end_of_email(match: "re.Match[str]") -> int:
     """Leaves out a password before the host of a URL."""
-    if not match.lastindex:
-        return 0
-    text = match.string
-    start, end = match.span()
-    if text[start - 1:start] == ":":
-        url = text.rfind("://", max(0, start - 80), start)
-        if url > 0 and URL_PASSWORD.fullmatch(text, url - 1, start):
-            return 0
-    return end
+    before = match.string[max(0, match.start() - 80):match.start()]
+    is_password = before.endswith(":") and URL_PASSWORD.search(before)
+    return match.end() if match.lastindex and not is_password else 0
 
 
 DOUBLED = bytes.maketrans(b"0123456789", bytes([48 + n for n in (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)]))
@@ -7041,11 +7035,11 @@ def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional["re.
     """Returns an expression for events that say the same as one does, but for the text at a key,
     which is its group, and for ids, times and counts; None where there is none that is sure. At
     the keys `fixed` stands what is the same."""
-    places = list(re.finditer(rb'"%b"\s*:\s*(%b)' % (key.encode(), STRING), event))
-    around = [event[:places[0].start(1)], event[places[0].end(1):]] if len(places) == 1 else []
-    if not around or places[0][1] == b'""' or b"\\" in b"".join(around):
+    parts = re.split(rb'("%b"\s*:\s*)(%b)' % (key.encode(), STRING), event)
+    if len(parts) != 4 or parts[2] == b'""' or b"\\" in parts[0] + parts[3]:
         return None
-    return re.compile((b"(%b)" % STRING).join([varied(data, fixed) for data in around]))
+    before, name, _, after = parts
+    return re.compile((b"(%b)" % STRING).join([varied(before + name, fixed), varied(after, fixed)]))
 
 
 def varied(data, fixed):
@@ -7054,8 +7048,9 @@ def varied(data, fixed):
     last = 0
     for fact in FACT.finditer(data):
         key = fact[1].decode("latin-1")
-        if key not in fixed and (fact[2][:1] != b'"' or not is_words(key, "")):
-            other = rb'"[^"\\]+"' if fact[2][:1] == b'"' else b"[0-9][0-9.]*"
+        is_text = fact[2][:1] == b'"'
+        if key not in fixed and not (is_text and is_words(key, "")):
+            other = rb'"[^"\\]+"' if is_text else b"[0-9][0-9.]*"
             pieces += re.escape(data[last:fact.start(2)]), other
             last = fact.end(2)
     return b"".join((*pieces, re.escape(data[last:])))
@@ -7095,8 +7090,7 @@ class Unmasking(Edit):
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_SLICE = MAX_HELD = 1 << 14  # bytes of JSON in which all words are looked at, at once
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
-    MAX_BLOCKS = 64       # that wait at once,
-    MAX_EVENT = 1 << 16   # each with an event of so many bytes
+    MAX_BLOCKS = 64       # that wait at once, each with an event of a slice's size
     MAX_USUAL = 1 << 12   # bytes of an event like most,
     left_to_learn = 4     # of which a new sort takes half a millisecond
     # An escape, or a character, of which the rest is to come
@@ -7149,13 +7143,11 @@ class Unmasking(Edit):
             goes = self.apply_slice(event, b"")
             self.sliced = self.is_text = False
             return goes
-        payload = self.payload(event)
-        if not payload:
-            return self.apply_other(event)
-        if self.restorer.redactor and self.dialect.LOGPROBS.search(event):
+        self.depth = 0
+        if self.restorer.redactor:
             event = self.without_logprobs(event)
-            payload = self.payload(event)
-        return self.apply_object(event, payload)
+        payload = self.payload(event)
+        return self.apply_object(event, payload) if payload else self.apply_other(event)
 
     def apply_object(self, event, payload):
         texts = list(self.dialect.texts(payload)) if self.events else ()
@@ -7338,7 +7330,7 @@ class Unmasking(Edit):
         """Puts what goes on of a text into its event; returns whether that is another."""
         holder, key = way[-1]
         came = holder[key]
-        is_end = self.sliced or len(event) > self.MAX_EVENT or (
+        is_end = self.sliced or len(event) > self.MAX_SLICE or (
             self.dialect.ends_block(payload, block))
         holder[key] = Said(self.feed(block, came, event, is_end))
         return holder[key] != came

@@ -5792,6 +5792,9 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(json.loads(shown.split(b"data: ")[-1]), {
                 "choices": [{"logprobs": None, "delta": {"content": "x "}}], "logprobs": []})
             self.assertEqual(self.unmask("chat", data, events=events_of is events), data)
+        listed = json.dumps([{"choices": [choice]}]).encode()
+        self.assertEqual(json.loads(self.unmask("chat", listed, answers=True, events=False)),
+                         [{"choices": [{"logprobs": None}]}])
 
     def test_in_a_text_that_begins_as_json_values_are_spelled_as_in_json(self):
         value = self.VALUES["[[SECRETS_12]]"]
