@@ -8031,11 +8031,11 @@ class Stream:
         data = self.read_buffer
         if data.startswith(b"\r"):
             self.read_buffer = data = EMPTY_LINES.sub(b"", data, 1)
-        head, blank_line, rest = data.partition(b"\r\n\r\n")
-        if not blank_line or len(head) > MAX_HEAD - 4:
+        end = data.find(b"\r\n\r\n") + 4
+        if not 4 <= end <= MAX_HEAD:
             return None
-        self.read_buffer = rest
-        return head + blank_line
+        self.read_buffer = data[end:]
+        return data[:end]
 
     def take_all(self) -> bytes:
         taken = self.read_buffer
@@ -14412,7 +14412,8 @@ REPLACED = HOP_BY_HOP.union(map(str.lower, RATE_FIELDS), """
     llm_provider-set-cookie x-litellm-model-api-base x-litellm-key-spend
 
     alt-svc strict-transport-security public-key-pins nel report-to
-    reporting-endpoints clear-site-data x-accel-redirect x-sendfile""".split())
+    reporting-endpoints clear-site-data x-accel-redirect x-accel-buffering
+    x-sendfile""".split())
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in """
     allow-origin allow-headers allow-methods allow-credentials expose-headers
     max-age allow-private-network""".split())
@@ -14793,8 +14794,6 @@ class Reply:
         lines = (f"{self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
-        if "content-type" in response.hides:
-            lines += "Content-Type: application/json" + CRLF
         if "date" not in response.head.lines:  # it is for us to say (RFC 9110 6.6.1)
             lines += format_date(now // 10 ** 9) + CRLF
         usage = entry.usage
@@ -14804,8 +14803,8 @@ class Reply:
                       f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        key = response.secret.encode()
-        if key and key in self.first:  # an error inside a 200
+        if response.secret:  # which an error inside a 200 may quote
+            key = response.secret.encode()
             self.first = self.first.replace(key, b"*" * len(key))
         answer = self.head(response.status, lines) + self.first
         is_whole = self.adapter.framing.ended and not self.close_after
@@ -14818,12 +14817,9 @@ class Reply:
         if hides in head.cache:
             return head.cache[hides]
         replaced = REPLACED if self.common.origins.none else REPLACED_WITH_CORS
-        unbuffered = []
+        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced | hides)]
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
-            replaced |= {"x-accel-buffering"}
-            unbuffered = [UNBUFFERED]
-        replaced |= hides
-        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced), *unbuffered]
+            lines.append(UNBUFFERED)
         redirects = [name for name in ("location", "content-location") if name in head]
         for name in redirects:
             prefix = "/" + self.call.prefix if self.call.prefix else ""
@@ -14831,7 +14827,9 @@ class Reply:
             lines.append("%s: %s" % (name.title(), where))
         if "x-request-id" in head:
             lines.append("X-Upstream-Request-ID: " + head.get("x-request-id"))
-        text = "".join(line + CRLF for line in lines)
+        if "content-type" in hides:
+            lines.append("Content-Type: application/json")
+        text = CRLF.join([*lines, ""])
         if response.secret:
             text = text.replace(response.secret, "*" * len(response.secret))
         if not redirects:  # which depend on the call
