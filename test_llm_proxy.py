@@ -5075,6 +5075,51 @@ class RedactionTest(ProxyCase):
         for sort in self.each(sorts):
             self.assertEqual(self.found("\n".join([sort() for _ in range(10_000)])), [])
 
+    def test_five_hundred_true_ones_of_each_kind_are_found(self):
+        draw = random.Random(2)
+
+        def digits(count):
+            return "".join(draw.choices("0123456789", k=count))
+
+        def letters(count, alphabet="abcdefghijkmnpqrstuvwxyz"):
+            return "".join(draw.choices(alphabet, k=count))
+
+        def card():
+            begin, size = draw.choice((
+                ("4", 16), ("51", 16), ("2221", 16), ("34", 15), ("6011", 16), ("62", 19)))
+            number = begin + digits(size - len(begin) - 1)
+            check = sum([sum(divmod(2 * int(one), 10)) for one in number[::-2]])
+            return number + str(-(check + sum(map(int, number[-2::-2]))) % 10)
+
+        def iban():
+            country, size = draw.choice((("DE", 22), ("FR", 27), ("NL", 18), ("NO", 15)))
+            account = digits(size - 4)
+            number = "".join([str(int(one, 36)) for one in account + country]) + "00"
+            return "%s%02d%s" % (country, 98 - int(number) % 97, account)
+
+        def groups(text, size, between):
+            return between.join([text[at:at + size] for at in range(0, len(text), size)])
+
+        def secret():
+            begin, size = draw.choice((
+                ("sk-proj-", 40), ("ghp_", 36), ("glpat-", 20), ("hf_", 34), ("AIza", 35)))
+            return begin + letters(size, "aBcDeFgHiJkL0123456789")
+        sorts = {
+            "email": lambda: "%s.%s@%s.example.org" % (letters(5), digits(3), letters(6)),
+            "card": lambda: draw.choice((card(), groups(card(), 4, draw.choice(" -")))),
+            "iban": lambda: draw.choice((iban(), groups(iban(), 4, " "))),
+            "phone": lambda: draw.choice((
+                "+49 151 " + digits(8), "+1 415-555-" + digits(4), "+4479" + digits(8))),
+            "ssn": lambda: "%03d-%02d-%04d" % (
+                draw.randrange(1, 600), draw.randrange(1, 100), draw.randrange(1, 10_000)),
+            "ip": lambda: "%d.%d.%d.%d" % (draw.randrange(11, 100), *[
+                draw.randrange(1, 256) for _ in range(3)]),
+            "secrets": secret}
+        for kind, sort in self.each(sorts.items()):
+            values = [sort() for _ in range(500)]
+            found = self.found("".join(["see %s, or\n" % value for value in values]), [kind])
+            self.assertEqual([value for _, value in found], values)
+
     @staticmethod
     def product(number):
         """The 13 digits of an EAN."""
