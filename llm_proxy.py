@@ -7550,9 +7550,9 @@ class HeadScanner:
 
 class Request(Head):
     """A request head that every RFC 9112 reader would read the same way. `path` and `query` come
-    from its target; `length` is None for a chunked body; `plain`: nothing is said of the body but
+    from its target; `length` is None for a chunked body; `sized`: nothing is said of the body but
     its length."""
-    __slots__ = ("method", "path", "query", "version", "plain")
+    __slots__ = ("method", "path", "query", "version", "sized")
     MAX_LINE = 8192
     MAX_FIELDS = 100
 
@@ -7574,7 +7574,7 @@ class Request(Head):
         self.read_framing(self.version)
         if not self.chunked:
             self.length = self.length or 0
-        self.plain = not self.chunked and (
+        self.sized = not self.chunked and (
             "expect" not in self.lines and "content-encoding" not in self.lines)
 
     def origin_form(self, target, host):
@@ -7721,12 +7721,12 @@ def encode_chunk(payload: bytes, is_last: bool = False) -> bytes:
     return chunk + LAST_CHUNK if is_last else chunk
 
 
-AS_IS, PLAIN, CHUNKED = range(3)  # styles of a BodyAdapter
+AS_IS, PAYLOAD, CHUNKED = range(3)  # styles of a BodyAdapter
 
 
 class BodyAdapter:
     """A body on its way from one side's framing to the other's: `feed` turns what came into what
-    goes out. AS_IS passes the sender's bytes, PLAIN the payload alone, CHUNKED the payload in
+    goes out. AS_IS passes the sender's bytes, PAYLOAD that alone, CHUNKED the payload in
     chunks of ours. A `reader` is fed the payload, and returns what of it goes on where the style is
     not AS_IS. With `events`, something can be inserted between two of them."""
     __slots__ = ("framing", "style", "reader", "events", "passed", "tail")
@@ -7762,7 +7762,7 @@ class BodyAdapter:
         if in_chunk or not self.events or not self.events.at_boundary(self.tail):
             return b""
         self.passed += len(event)
-        return event if self.style == PLAIN else encode_chunk(event)
+        return event if self.style == PAYLOAD else encode_chunk(event)
 
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
         """The sender closed; returns (whether that is a proper end, what is left to send)."""
@@ -8552,7 +8552,7 @@ class Upload(Transfer):
 
     def __init__(self, body: RequestBody, upstream: Stream, seconds: float):
         self.body = body
-        style = CHUNKED if body.length is None else PLAIN
+        style = CHUNKED if body.length is None else PAYLOAD
         super().__init__(body.client, upstream, BodyAdapter(body.framing, style), seconds, seconds)
 
     def __enter__(self) -> "Upload":
@@ -9680,8 +9680,8 @@ class Upstream:
         """Returns its models. Raises UpstreamFailed, UpstreamTimeout, BreakerOpen, and ValueError
         where it answers with something else."""
         if self.model is not None or self.key == PASSTHROUGH:  # one only, or no key to ask with
-            plain = [name for name in self.globs if not re.search(r"[*?[]", name)]
-            return list(map(Model, plain or ([self.model] if self.model else [])))
+            named = [name for name in self.globs if not re.search(r"[*?[]", name)]
+            return list(map(Model, named or ([self.model] if self.model else [])))
         found = [one._replace(name=self.dialect.model_name(one.name))
                  for one in await self.list_models(context)]
         return [one for one in found if self.serves(one.name)] if self.globs else found
@@ -14431,10 +14431,6 @@ def format_date(second):
     return "Date: " + email.utils.formatdate(second, usegmt=True)
 
 
-def status_line(status, reason):
-    return "HTTP/1.1 %d %s" % (status, reason)
-
-
 class Common:
     """What all replies have in common."""
     __slots__ = "config clock dialects budget turns origins id_begin".split()
@@ -14506,7 +14502,7 @@ class Reply:
         self.entry.method = request.method
         self.entry.path = request.path
         client = self.client
-        if request.plain and request.length <= len(client.read_buffer):
+        if request.sized and request.length <= len(client.read_buffer):
             self.content = client.read_buffer[:request.length]
             client.read_buffer = client.read_buffer[request.length:]
         else:
@@ -14589,11 +14585,8 @@ class Reply:
         """Returns the head of a stream of ours."""
         if self.request.version == 0:
             self.close_after = self.until_close = True
-        lines = [status_line(200, "OK"), self.date_line(), "Content-Type: " + content_type,
-                 *STREAM_LINES]
-        if not self.until_close:
-            lines.append("Transfer-Encoding: chunked")
-        return self.head(200, "".join([line + CRLF for line in lines]))
+        chunked = [] if self.until_close else ["Transfer-Encoding: chunked"]
+        return self.own_head(200, ["Content-Type: " + content_type, *STREAM_LINES, *chunked])
 
     @asynccontextmanager
     async def streaming(self, content_type: str):
@@ -14726,7 +14719,7 @@ class Reply:
             if length is not None and response.status != 204:
                 self.framing_line = f"Content-Length: {length}\r\n"
         elif self.request.version == 0:  # HTTP/1.0 knows no chunks: closing ends the body
-            style = PLAIN
+            style = PAYLOAD
             self.close_after = self.until_close = True
         else:
             if drops or not isinstance(framing, Chunked):
@@ -14817,7 +14810,8 @@ class Reply:
         if hides in head.cache:
             return head.cache[hides]
         replaced = REPLACED if self.common.origins.none else REPLACED_WITH_CORS
-        lines = [status_line(response.status, head.reason), *head.end_to_end(replaced | hides)]
+        lines = ["HTTP/1.1 %d %s" % (response.status, head.reason),
+                 *head.end_to_end(replaced | hides)]
         if head.get("content-type", "").lower().startswith(EVENT_TYPES):
             lines.append(UNBUFFERED)
         redirects = [name for name in ("location", "content-location") if name in head]
@@ -14924,14 +14918,12 @@ class Reply:
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
         """Send a whole answer."""
-        lines = [status_line(status, REASONS.get(status, "Error")), self.date_line(), *lines]
-        if status != 204:
-            lines += ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
+        described = ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
+        head = self.own_head(status, [*lines, *(described if status != 204 else ())])
         if self.request and self.request.method == "HEAD":
             body = b""
         self.entry.passed = len(body)
-        text = "".join([line + "\r\n" for line in lines])
-        self.client.write(self.head(status, text) + body)
+        self.client.write(head + body)
 
     def refuse(self, refusal: Refusal):
         """Say no: a limited call gets an assistant that says so, everybody else an error."""
@@ -15013,8 +15005,11 @@ class Reply:
                             self.common.config.warn_at)
         return f"X-RateLimit-Warning: {text}\r\n" if text else ""
 
-    def date_line(self):
-        return format_date(self.common.clock.time_ns() // 10 ** 9)
+    def own_head(self, status, lines):
+        """Returns the head of an answer of ours."""
+        begin = "HTTP/1.1 %d %s" % (status, REASONS.get(status, "Error"))
+        date = format_date(self.common.clock.time_ns() // 10 ** 9)
+        return self.head(status, CRLF.join([begin, date, *lines, ""]))
 
     def cors_lines(self) -> str:
         origins = self.common.origins
@@ -15427,7 +15422,7 @@ class Proxy:
     async def send_with_question(self, upstream, method, head, call, context):
         """A stream reports its usage only when asked; an upstream that takes the question for an
         error is not asked again."""
-        plain = call.upstream_body
+        unasked = call.upstream_body
         call.dialect.request_usage(call)
         response = await upstream.send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
@@ -15438,7 +15433,7 @@ class Proxy:
                 stack.pop_all()
                 return response
         call.usage_requested_by_us = False
-        response = await upstream.send(method, head, plain, context)
+        response = await upstream.send(method, head, unasked, context)
         if response.status < 400 and len(upstream.without_options) < KNOWN_MODELS:
             upstream.without_options.add(call.upstream_model)  # else the fault was another one
         return response

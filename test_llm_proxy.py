@@ -6450,7 +6450,7 @@ class FramingTest(ProxyCase):
         chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
         for framing, style, data, expected in self.each([
                 (llm_proxy.Chunked(), llm_proxy.AS_IS, chunks, chunks),
-                (llm_proxy.Chunked(), llm_proxy.PLAIN, chunks, b"hello!"),
+                (llm_proxy.Chunked(), llm_proxy.PAYLOAD, chunks, b"hello!"),
                 (llm_proxy.Sized(6), llm_proxy.AS_IS, b"hello!", b"hello!"),
                 (until_close(), llm_proxy.AS_IS, b"hello!", b"hello!"),
                 (until_close(), llm_proxy.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
