@@ -3459,9 +3459,10 @@ class JsonBody:
 
     def parse(self) -> JsonObject:
         """Raises BadRequest."""
-        decoder, parse_int = QUICK_JSON, int
-        if may_have_long_number(self.short):
-            decoder, parse_int = STRICT_JSON, short_integer
+        decoder, parse_int = STRICT_JSON, short_integer
+        asks = not HAS_SCANNER or self.short.count(b",") > MANY_NUMBERS  # which takes its time, too
+        if len(self.short) <= LONG_NUMBER or (asks and not may_have_long_number(self.short)):
+            decoder, parse_int = QUICK_JSON, int
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
             decoder = strict_decoder(partial(with_cuts, sizes), parse_int)
