@@ -2788,11 +2788,7 @@ def text_weight(text: str) -> int:
 
 class CutText(str):
     """A long string without spaces of which only the beginning was read; `size` is its length."""
-
-    def __new__(cls, text: str, size: int) -> "CutText":
-        found = super().__new__(cls, text)
-        found.size = size
-        return found
+    size = 0
 
 
 PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
@@ -3340,8 +3336,10 @@ def with_cuts(sizes, pairs):
 def cut_text(value, sizes):
     if type(value) is list:
         return [cut_text(one, sizes) for one in value]
-    size = sizes.get(value[32:]) if type(value) is str else None
-    return value if size is None else CutText(value, size)
+    if type(value) is str and value[32:] in sizes:
+        value = CutText(value)
+        value.size = sizes[value[32:]]
+    return value
 
 
 def strict_decoder(hook, parse_int):
