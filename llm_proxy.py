@@ -18491,9 +18491,10 @@ class Bench:
             answered = context.loop.time()
             arrivals = await self.read(response, context)
         self.times["whole"].append(context.loop.time() - began)
-        told = [response.head.get("x-upstream-request-" + name, "") for name in ("start", "stop")]
-        if all(re.fullmatch("[0-9]{1,19}", text) for text in told):
-            upstream = (int(told[1]) - int(told[0])) / 1e9
+        start, stop = [
+            response.head.get("x-upstream-request-" + name, "") for name in ("start", "stop")]
+        if re.fullmatch("[0-9]{1,19} [0-9]{1,19}", f"{start} {stop}"):
+            upstream = (int(stop) - int(start)) / 1e9
             self.times["upstream"].append(upstream)
             self.times["proxy"].append(answered - began - upstream)
         if self.streamed:
@@ -18623,7 +18624,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
             raise UpstreamFailed(f"calls failed: {dict(bench.statuses)}")
         return bench
 
-    async def compared(self, name, payload, calls, concurrency):
+    async def added_milliseconds(self, name, payload, calls, concurrency):
         """Returns how many milliseconds the proxy adds, by the medians of a time."""
         direct, proxied = [
             (await self.timed(url, payload, calls, concurrency)).report()["milliseconds"]
@@ -18631,7 +18632,8 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
         return proxied[name]["p50"] - direct[name]["p50"]
 
     async def measure_calls(self):
-        self.tell("added to the first byte", await self.compared("whole", self.CALL, range(200), 1))
+        added = await self.added_milliseconds("whole", self.CALL, range(200), 1)
+        self.tell("added to the first byte", added)
         clock = asyncio.get_running_loop().time
         until = clock() + self.CALL_SECONDS
         calls = itertools.takewhile(lambda _: clock() < until, itertools.count())
@@ -18640,7 +18642,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 
     async def measure_streams(self, count, before):
         """Two rounds of so many streams; their memory is not given back to the system at once."""
-        added = await self.compared("event", self.STREAM, range(2 * count), count)
+        added = await self.added_milliseconds("event", self.STREAM, range(2 * count), count)
         more = self.scrape(self.MEMORY) - before
         self.tell(f"added to an event, {count} streams", added)
         if count == max(self.STREAMS):
@@ -18720,7 +18722,7 @@ def settings_help():
     return "\n".join(rows)
 
 
-def ask_at_once(upstream):
+def models_listed_by(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
     with closing(asyncio.SelectorEventLoop()) as loop:
         try:
@@ -18743,7 +18745,7 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [in_ascii(model.name) for model in ask_at_once(upstream)]
+                names = [in_ascii(model.name) for model in models_listed_by(upstream)]
                 models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
@@ -18937,16 +18939,16 @@ def run(config: Config, remarks: List[str]) -> int:
         say(cannot_listen(config, failure))
         return 1
     page = offer_dashboard(config, keys.has_admin(time.time()), database and database.path)
-    words = [*greeting(config), *remarks, page]
+    lines = [*greeting(config), *remarks, page]
     if config.workers > 1:
         common = Worker(listener, database and database.lock, secret, Tally(config.workers))
         if database:
             leave_to_workers(database)
-        code = run_workers(config, log_stream, say, common, words)
+        code = run_workers(config, log_stream, say, common, lines)
     else:
         server = Server(build(config, log_stream, database=database), listener)
         take_one_cpu(config.cpu_affinity, config.port)
-        code = run_loop(server, words)
+        code = run_loop(server, lines)
     remove_admin_key(config)
     return code
 
@@ -18965,17 +18967,17 @@ def remove_admin_key(config):
             os.remove(config.admin_key_file)
 
 
-def run_loop(server, words, lifeline=None):
+def run_loop(server, lines, lifeline=None):
     """Serve until a signal says stop; returns the exit code."""
     proxy = server.proxy
-    proxy.loop.run_until_complete(serve(server, words, lifeline))
+    proxy.loop.run_until_complete(serve(server, lines, lifeline))
     proxy.books.close(5)
     if any(address.connecting for address in proxy.routes.addresses()):
         os._exit(0)  # a helper thread hangs in a look-up; the interpreter would wait for it
     return 0
 
 
-def run_workers(config, log_stream, say, common, words):
+def run_workers(config, log_stream, say, common, lines):
     """Serve by several processes, whose common Worker this is; returns the exit code."""
     def take_settings():  # for those that are started from now on
         with suppress(ConfigFaults):
@@ -18989,7 +18991,7 @@ def run_workers(config, log_stream, say, common, words):
         return run_worker(config, log_stream, common._replace(
             number=number, lifeline=lifeline, again=again))
 
-    for line in words:
+    for line in lines:
         say(line)
     workers = Workers(config.workers, work, time, say)
     return workers.run({"SIGTERM": stop, "SIGINT": stop,
@@ -19041,8 +19043,8 @@ def reload(server: Server):
         proxy.books.usage_log.reopen()
 
 
-async def serve(server: Server, words: Sequence[str], lifeline: Optional[int]):
-    """Accept until a signal says stop, or the parent of a worker ends, then drain. The `words` are
+async def serve(server: Server, lines: Sequence[str], lifeline: Optional[int]):
+    """Accept until a signal says stop, or the parent of a worker ends, then drain. The `lines` are
     said when signals are heard."""
     say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
@@ -19053,7 +19055,7 @@ async def serve(server: Server, words: Sequence[str], lifeline: Optional[int]):
         "SIGHUP": stop if stops_when_hung_up(config) else partial(reload, server)})
     if lifeline is not None:
         watch_parent(server, lifeline, stop)
-    for line in words:
+    for line in lines:
         say(line)
     threading.Thread(target=server.serve_forever, args=(server.LOOK_SECONDS,), name="accept",
                      daemon=True).start()
@@ -19315,7 +19317,7 @@ def bench_of(options, environ):
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
-            payload["model"] = options.model or ask_at_once(upstream)[0].name
+            payload["model"] = options.model or models_listed_by(upstream)[0].name
     except (Refusal, ValueError, IndexError) as fault:
         raise ConfigFaults("bench: " + with_cause(fault)) from None
     if options.stream:
