@@ -1718,7 +1718,8 @@ class NoPrice(Refusal):
     """What a call will cost is unknown, and a rule counts money."""
     status = 403
     code = "model_has_no_price"
-    message = "The model has no price here, and a limit counts money"
+    message = ("The model has no price here, and a limit counts money: PRICES or UNPRICED can give"
+               " it one")
 
 
 class LimitReached(Refusal):
@@ -17293,16 +17294,16 @@ function phasesOf({queue_ms, connect_ms, first_ms, ms, upstream, input, output})
     ["connecting", connect, `${name} was slow to take a connection`],
     ["to first byte", first, `${name} took so long to begin, for ${count(input)} tokens`],
     ["streaming", rest, `${count(output)} tokens of output, ${pace} a second`]]; }
-const ofThem = (number, kind) => number ? `, ${count(number)} of them ${kind}` : "";
+const CAUSES = {model_has_no_price: "its model has no price: PRICES or UNPRICED can give it one"};
 function callParts(call) {
   const phases = phasesOf(call), [name, most, why] = phases.reduce((a, b) => b[1] > a[1] ? b : a);
-  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: call.cause, Status: call.status,
-    Upstream: call.upstream, Charged: call.charges && call.charges.split(";").map(charge),
-    Input: `${count(call.input)} tokens` + ofThem(call.cached, "cached"),
-    Output: `${count(call.output)} tokens` + ofThem(call.reasoning, "reasoning"),
+  const facts = {[call.outcome === "limited" ? "Rule" : "Cause"]: CAUSES[call.cause] ?? call.cause,
+    Status: call.status, Upstream: call.upstream, From: call.address, Agent: call.agent,
+    Charged: call.charges && call.charges.split(";").map(charge), Tag: call.tag,
+    Input: plural(call.input, "token"), Cached: call.cached > 0 && count(call.cached),
+    Output: plural(call.output, "token"), Reasoning: call.reasoning > 0 && count(call.reasoning),
     "Served by": call.served !== call.model && call.served, Path: `${call.method} ${call.path}`,
-    From: call.address, Agent: call.agent, Tag: call.tag, Redacted: call.redacted,
-    "Request id": [call.id, " ", copyButton("Copy", call.id)]};
+    Redacted: call.redacted, "Request id": [call.id, " ", copyButton("Copy", call.id)]};
   const told = Object.entries(facts).filter(([, value]) => value || value === 0);
   const bar = phases.map(([, ms], at) => ms > 0
     && h("div", {style: `background: var(--s${at + 1}); flex-grow: ${ms}`}));

@@ -15089,7 +15089,7 @@ class PageTest(AdminCase):
         self.see("gemma")
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
         self.see("Mostly streaming", "to first byte", "Request id")
-        self.assertNotIn("0 of them", self.text())
+        self.assertNotIn("Cached", self.text())
 
     def made_key(self):
         self.see("The key of ann, shown only now")
@@ -15281,6 +15281,15 @@ class PageTest(AdminCase):
         self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
         self.see("Rule\neach 1 requests per day")
         self.assertNotIn("Charged", self.text())
+
+    def test_a_call_that_was_refused_for_want_of_a_price_says_what_gives_one(self):
+        self.start(LIMITS="each 1 usd per day")
+        self.call("ann", model="unheard-of")
+        self.log_in()
+        self.click("Calls")
+        self.until(lambda: self.count("tr") == 1)
+        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.see("PRICES or UNPRICED can give it one")
 
     def test_a_small_budget_is_told_as_exactly_as_it_is_spent(self):
         self.start(LIMITS="each 0.02 usd per day")
