@@ -19488,7 +19488,8 @@ def show_keys(options, result, found):
 
 def readable(key):
     """Returns the values of a key as people read them."""
-    found = {name: value or "-" for name, value in key.as_dict().items()}
+    found = {name: "yes" if value is True else value or "-"
+             for name, value in key.as_dict().items()}
     for name in ("created", "expires", "last_used"):
         if found[name] != "-":
             found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
