@@ -5835,7 +5835,8 @@ def may_be_fault(data):
     """Returns whether JSON, or a part of it, may be an error. It asks `find`, as `in` takes three
     times as long: CPython raises an exception for what is no number, and drops it."""
     find = data.find
-    return find(b'"error') >= 0 or find(b'failed"') >= 0 or find(b'"base_resp"') >= 0
+    return (find(b'"error') >= 0 or find(b'"Error"') >= 0 or find(b'failed"') >= 0
+            or find(b'"base_resp"') >= 0)
 
 
 def front(data: bytes) -> JsonObject:

@@ -4069,6 +4069,8 @@ class UsageReaderTest(ProxyCase):
         ["chat", [{"error": {"code": "server_error"}}, "[DONE]"],
             "ended closed 502 upstream_status"],
         ["chat", [{"error": {"code": 400}}], "400 upstream_status"],
+        ["chat", ["text", {"Error": {"code": 429}}, "[DONE]"],
+            "ended closed 429 upstream_status"],
         ["chat", [{"error": {"type": "invalid_request_error"}}], "400 upstream_status"],
         ["chat", [{"choices": [{"finish_reason": "error"}]}], "ended 502 upstream_status"],
         ["chat", [{"type": "response.failed", "response": {"error": {"code": "x"}}}],
