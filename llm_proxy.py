@@ -677,6 +677,7 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # and of more than one character so many
     MOST_OPEN = 64       # rounds behind a repetition that can take the same as what follows
     MOST_CHOICES = 3     # whose ways begin alike
+    MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
 
     def __init__(self, text: str):
         """Raises ValueError, whose message says what is wrong."""
@@ -690,11 +691,11 @@ class LinearPattern:
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
         self.alphabet = {*map(chr, range(256)), *text}
         self.choices = 0
-        self.begin(self.tree, {}, False)
+        self.begin(self.tree, {}, 0)
         self.compiled = COMPILER.compile(self.tree)
 
     def begin(self, parts, after: Begin, repeated) -> Begin:
-        """Judges parts, before what begins as `after` says; `repeated`: in a repetition. What is
+        """Judges parts, before what begins as `after` says, within so many repetitions. What is
         unlimited, which else takes quadratic time, has a limit then."""
         for place in reversed(range(len(parts))):
             op, value = parts[place]
@@ -724,10 +725,11 @@ class LinearPattern:
         return least, most, inner
 
     def begin_of_repetition(self, least, most, inner, after, repeated):
-        begin = self.begin(inner, after, repeated or most > 1)
+        begin = self.begin(inner, after, repeated + (most > 1))
         if most > 1:
             require(inner.getwidth()[0], "must not repeat what may be empty")
-            begin = self.begin(inner, {**after, **begin}, True)  # and before its next round
+            require(repeated < self.MOST_WITHIN, "must have fewer repetitions of repetitions")
+            begin = self.begin(inner, {**after, **begin}, repeated + 1)  # and before its next round
         if least < most:
             rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
             require((most - least + 1) * rounds <= (0 if repeated else self.MOST_OPEN),

@@ -5306,7 +5306,8 @@ class RedactionTest(ProxyCase):
         a{2,9}b?a{2,9}b?a{2,9}
         (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y (a|a)+y (?:a|ab?)+c (ab|a|a)+y
         (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9,
-                                                              "(aa|a)" * 6]
+                                                              "(aa|a)" * 6,
+                                                              "(?:" * 40 + "a" + "b)+" * 40]
 
     def test_fifty_ordinary_patterns_are_taken(self):
         patterns = re.split(" ; |\n", self.ORDINARY.strip())
