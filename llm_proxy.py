@@ -13073,11 +13073,11 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # of running calls '(process count until)...'. No key is a full bucket.
 #
 # The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
-# of the loss, or 'start' where the process is new. What Redis has lost each process puts back as it
-# saw it last, and charges again what it had no answer for. They saw it at different times, between
-# different losses. So a text also tells what was charged after each loss of the last minute,
-# 'loss:amount,...'; without that it is what was there before. Of several that are put back the
-# least of these counts, less the most that was seen of each of those.
+# of the loss. What Redis has lost each process puts back as it saw it last, and charges again what
+# it had no answer for. They saw it at different times, between different losses. So a text also
+# tells what was charged after each loss of the last minute, 'loss:amount,...'; without that it is
+# what was there before. Of several that are put back the least of these counts, less the most that
+# was seen of each of those.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
@@ -13774,10 +13774,9 @@ class RedisBuckets(Buckets):
         done = self.batches[0].number - 1 if self.batches else self.number
         existed, last, loss = self.read_beat(
             await self.redis.ask_and_wait(*self.beat_parts(done, self.loss)))
-        if self.fresh and existed:
-            await self.put_back(done, (), "start")
-        elif last < done:
-            await self.put_back(done, self.known_levels(), f"last {loss}")
+        if last < done:
+            levels = () if self.fresh and existed else self.known_levels()
+            await self.put_back(done, iter(levels), loss)
         self.fresh = False
         self.loss = loss  # not before: whoever has put back only some does so again
         for batch in list(self.batches):
@@ -13799,14 +13798,14 @@ class RedisBuckets(Buckets):
                            (stored_amount(rule, more), microseconds(until - now))
                            for more, until in given]))
 
-    async def put_back(self, number, acts, end):
+    async def put_back(self, number, acts, loss):
         """Puts levels back, then tells Redis that batches up to this number are done."""
-        acts, batch = iter(acts), None
+        batch = None
         while batch is None or batch.acts:
             batch = Batch(number, self.describe)
             for act in islice(acts, self.MOST_ACTS):
                 batch.act(*act)
-            mode = end.replace("last", "put") if batch.acts else end
+            mode = "%s %d" % ("put" if batch.acts else "last", loss)
             if await self.redis.ask_and_wait(*self.batch_parts(batch, mode)) == b"gap":
                 raise RedisFault("has lost what it knew")
 
@@ -13923,13 +13922,11 @@ class SharedQueue(FairQueue):
     died come back."""
     HOLDS_MS = 30_000
     TELL_MS = 1000       # until all have told of their slots, when Redis has lost them
-    RENEW_SECONDS = 10
     POLL_SECONDS = 0.02  # between two questions, while calls wait
     AT_ONCE = 32         # slots that are asked for at once
     short = False
     task: Optional[asyncio.Task] = None  # while it asks
     timer: Optional[asyncio.TimerHandle] = None
-    renew_at = 0.0
 
     def __init__(self, most: int, limits: QueueLimits, clock: Any, redis: Redis, name: str,
                  part: Callable[[int], int]):
@@ -14013,9 +14010,7 @@ class SharedQueue(FairQueue):
 
     def beat(self):
         """Tells again what holds for a while only; to be called every second."""
-        now = self.clock.monotonic()
-        if self.running and now >= self.renew_at:
-            self.renew_at = now + self.RENEW_SECONDS
+        if self.running:
             self.tell_soon()
 
 

@@ -11266,7 +11266,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 ["c", "last 1", null, null], ["c", "-", ["charge", 1, 0], 9],
                 ["a", "put 1", ["put", 8, 0, 1, "-"], 7], ["a", "last 1", null, null],
                 ["a", "-", ["charge", 2, 0], 5],
-                ["new", "start", null, null], ["new", "-", ["charge", 1, 0], 4],
+                ["new", "last 1", null, null], ["new", "-", ["charge", 1, 0], 4],
                 ["b", "put 1", ["put", 7, 0, 1, "-"], 3], ["b", "put 1", ["put", 9, 0, 1, "-"], 3],
                 ["lost again", null, null, null],
                 ["b", "put 2", ["put", 3, 0, 1, "1:4"], 3], ["b", "last 2", null, null],
@@ -11971,7 +11971,7 @@ class SharedQueueTest(RedisCase):
         self.wait_until(2)
 
     def test_slots_of_a_dead_process_come_back_and_those_of_a_living_one_stay(self):
-        self.patch_seconds(SharedQueue_HOLDS_MS=200, SharedQueue_RENEW_SECONDS=0)
+        self.patch_seconds(SharedQueue_HOLDS_MS=200)
         first, second = self.queue(2), self.queue(2)
         tickets = [one.enter("a", 1) for one in (first, second)]
         self.wait_until(1, 1)
@@ -12022,7 +12022,6 @@ class SharedQueueTest(RedisCase):
         for _ in range(2):
             second.enter("b", 1)
         self.wait_until(3, 1)
-        first.renew_at = 0
         first.beat()
         self.wait_for(lambda: self.taken() == 4)
         for ticket in tickets[:2]:
