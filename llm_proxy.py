@@ -7742,7 +7742,7 @@ class BodyAdapter:
         self.reader = reader
         self.events = events
         self.passed = 0  # bytes of payload
-        self.tail = b""  # the end of it, by which something may be inserted
+        self.tail = b""  # the last bytes of it, where something may be inserted
 
     def feed(self, data: bytes) -> bytes:
         """Raises Malformed as soon as the framing is broken."""
@@ -7755,7 +7755,8 @@ class BodyAdapter:
                 payload += self.reader.flush()
             out = encode_chunk(payload, ended) if self.style == CHUNKED else payload
         self.passed += len(payload)
-        self.tail = payload if len(payload) > 3 else (self.tail + payload)[-4:]
+        if self.events:
+            self.tail = (self.tail + payload)[-4:]
         return out
 
     def insert(self, event: bytes) -> bytes:
