@@ -10487,9 +10487,11 @@ class Database:
         execute("PRAGMA synchronous = NORMAL")
 
     def make_room(self):
-        """Has what was written go to its place: SQLite puts it beside the file first, and may wait
-        with the rest until that has 4 MB (https://www.sqlite.org/wal.html)."""
+        """Has what was written go to its place, from now on soon: SQLite puts it beside the file
+        first, up to 4 MB (https://www.sqlite.org/wal.html), which may be all that a disk has."""
         with suppress(sqlite3.Error):
+            self.connection.rollback()
+            self.execute("PRAGMA wal_autocheckpoint = 64")
             self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def transaction(self):
