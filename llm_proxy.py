@@ -4762,14 +4762,13 @@ class Dialect:
         """Returns whether a response of this type is cut into events."""
         return content_type.lower().startswith(self.events.content_type)
 
-    def usage_counts(self, payload):
-        """Returns what a response or an event reports of usage, by the API's own names, if
-        anything; and whether nothing more will come: None where that is known at the end."""
-        counts = self.counts_in(payload)
+    def is_final(self, payload, counts):
+        """Returns whether no more usage will be reported than the `counts` of a response or an
+        event: None where that is known at the end."""
         if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
-            return counts, False  # what it tells of the output is no count
+            return False  # what it tells of the output is no count
         ended = self.has_reason(payload) or self.is_last(payload)
-        return counts, ended or bool(  # some tell of the prompt first
+        return ended or bool(  # some tell of the prompt first
             not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
 
     def parts(self, payload):
@@ -5508,9 +5507,9 @@ class Interactions(Google):
         return sum([one["count"] for one in tools if dig(one, "type") == "google_search"
                     and is_count(one.get("count"))])
 
-    def usage_counts(self, payload):
-        """Takes those of the whole interaction, which its last event has."""
-        return self.counts_in(payload), payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
+    def is_final(self, payload, counts):
+        """The last event has those of the whole interaction."""
+        return payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
 
 OLLAMA_PARTS = {
@@ -6065,7 +6064,7 @@ class UsageReader:
     inflater = None
     editor: Optional[Editor] = None
     cut = False           # the beginning of a line or of JSON is gone
-    final: Optional[bool] = None  # whether nothing more will be reported, by usage_counts
+    final: Optional[bool] = None  # whether nothing more will be reported, by is_final
     end_is_read = False
     running = False       # it has not ended, which is told
     fault = 0             # the status of the error that the response is
@@ -6164,20 +6163,22 @@ class UsageReader:
         with suppress(ValueError):
             for _ in range(self.MAX_ANSWERS):
                 payload, end = PLAIN_JSON.raw_decode(text, at)
-                self.note_answer(payload, self.listed in self.dialect.ANSWERS)
+                if type(payload) is dict:
+                    self.note_answer(payload, self.listed in self.dialect.ANSWERS)
                 at = SEPARATOR.match(text, end).end()
             self.final = False  # the rest waits, and may never be read
         return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
     def note_answer(self, payload, adds=False):
-        """What several models used together has no price: then not all is told."""
-        if type(payload) is dict:
-            before = self.model
-            counts = self.dialect.counts_in(payload)
-            self.counts = merged(self.counts, counts, operator.add if adds else max)
-            self.note_server(payload)
-            if adds and before not in (None, self.model):
-                self.final = False
+        """Takes what one of several answers reports, too; returns its counts. What several models
+        used together has no price: then not all is told."""
+        before = self.model
+        counts = self.dialect.counts_in(payload)
+        self.counts = merged(self.counts, counts, operator.add if adds else max)
+        self.note_server(payload)
+        if adds and before not in (None, self.model):
+            self.final = False
+        return counts
 
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
@@ -6206,12 +6207,11 @@ class UsageReader:
 
     def note(self, payload: JsonObject) -> None:
         """Takes what a response, an event or a part of one reports, if it does."""
-        counts, final = self.dialect.usage_counts(payload)
+        counts = self.note_answer(payload)
         if counts:
-            self.counts = merged(self.counts, counts)
+            final = self.dialect.is_final(payload, counts)
             if final is not None or not self.final:
                 self.final = final
-        self.note_server(payload)
 
     def note_server(self, payload):
         """Takes which model served, and how."""
