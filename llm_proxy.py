@@ -14630,7 +14630,8 @@ class Reply:
         streamed, encoding, may_tell_usage = self.kind_of(head)
         response.streamed = streamed
         # A part of what is owed for settles nothing, though nobody asked for one.
-        if may_tell_usage and response.status < (201 if call.owes else 400):
+        if may_tell_usage and not response.bodiless and (
+                response.status < (201 if call.owes else 400)):
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
         reader = self.unmasking(response) if call.masks else self.entry.reader
