@@ -196,6 +196,13 @@ free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0
 # start_demo SETTING=VALUE ...: an environment of its own, in a directory without .env: settings that stand elsewhere do
 # not reach it.
 start_demo() {
+    starts=0
+    until start_on_free_port "$@"; do  # somebody else may have taken the port meanwhile
+        starts=$((starts + 1))
+        [ $starts -lt 3 ] && grep -q "cannot listen" "$dir/log" || fail "llm_proxy.py --demo did not start"
+    done
+}
+start_on_free_port() {
     stop_demo
     port=$(free_port)
     url=http://127.0.0.1:$port key=smoke-key
@@ -206,7 +213,7 @@ start_demo() {
     demo=$!
     tries=0
     until curl -q -s -o "$dir/body" "$url/health"; do
-        kill -0 "$demo" 2>/dev/null || fail "llm_proxy.py --demo did not start"
+        kill -0 "$demo" 2>/dev/null || return 1
         tries=$((tries + 1))
         [ $tries -lt 100 ] || fail "llm_proxy.py --demo is not ready after 10 s"
         nap 0.1
