@@ -673,9 +673,8 @@ class LinearPattern:
     reads it, from its end to its begin: where it is open how to go on, what follows must be short.
     A search that has begun cannot be stopped, and holds all threads."""
     LONGEST = 300        # characters
-    MOST_ROUNDS = 64     # what is unlimited takes so many,
-    MOST_OF_GROUPS = 16  # and of more than one character so many
-    MOST_OPEN = 64       # rounds behind a repetition that can take the same as what follows
+    MOST_ROUNDS = 64     # of what is unlimited, or of all that is open together,
+    MOST_OF_GROUPS = 16  # and of what is unlimited and has more than one character
     MOST_CHOICES = 3     # whose ways begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
 
@@ -732,7 +731,7 @@ class LinearPattern:
             begin = self.begin(inner, {**after, **begin}, repeated + 1)  # and before its next round
         if least < most:
             rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
-            require((most - least + 1) * rounds <= (0 if repeated else self.MOST_OPEN),
+            require((most - least + 1) * rounds <= (0 if repeated else self.MOST_ROUNDS),
                     "must not have repetitions, one soon after the other, that can take the same")
         begin = {one: rounds * most for one, rounds in begin.items()}
         return begin if least else {**after, **begin}
@@ -6906,8 +6905,7 @@ class Restorer:
         self.redactor = redactor
         self.json_texts = json_texts
         self.room = self.MAX_VALUES
-        may_hold_all = redactor and redactor.may_hold("")
-        self.words = self.ANY_WORDS if may_hold_all else self.WORDS
+        self.words = self.ANY_WORDS if redactor and redactor.may_hold("") else self.WORDS
         self.before_json = re.compile(
             b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
 
@@ -7060,7 +7058,7 @@ def varied(data, fixed):
 
 
 CLOSING = {b"{": b"}", b"[": b"]"}
-EVENT_HEAD = re.compile(rb"(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
+EVENT_HEAD = re.compile(rb"\A(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
 
 
 def what_closes(plain: bytes) -> bytes:
@@ -7265,8 +7263,7 @@ class Unmasking(Edit):
         shown = before + data
         if self.restorer.redactor:
             said = b"".join(without_escapes(shown).split(b'"')[::2])
-            if self.events:
-                said = EVENT_HEAD.sub(b"", said, 1)
+            said = EVENT_HEAD.sub(b"", said, 1)
             if self.is_text or said.translate(None, self.IN_NO_STRING):
                 return self.apply_opaque(data)
             shown = self.without_logprobs(shown)
