@@ -6977,7 +6977,7 @@ class Restorer:
     def restore_json(self, data: bytes, masks: bool = False) -> bytes:
         """Returns JSON, or events, with values in all strings, and where `masks` says so without
         what must not be seen; the rest stays as it is spelled."""
-        masks = masks and bool(self.redactor)
+        masks = masks and self.redactor
         if not masks and data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
             return data
         text = data.decode("utf-8", "surrogateescape")
@@ -7007,7 +7007,7 @@ class Restorer:
         text = shown = read_string('"%s"' % spelled)
         if is_json and masks:
             shown = self.without_values(text, True, "")
-        shown = self.with_values(shown, is_json or bool(MAY_BE_JSON.match(text)))
+        shown = self.with_values(shown, is_json or MAY_BE_JSON.match(text))
         return spelled if shown == text else spell_string(shown)[1:-1]
 
 
@@ -7355,7 +7355,7 @@ class Unmasking(Edit):
         if block in self.json or len(self.json) < self.MAX_BLOCKS:
             after = before if is_json is False else json_before(before + goes)
             self.json[block] = is_json, after
-        return self.restorer.restore(goes, bool(is_json), before)
+        return self.restorer.restore(goes, is_json, before)
 
     def let_go(self, block):
         """Returns an event with the rest of a block."""
