@@ -4339,7 +4339,7 @@ REFERENCES = set_of("""
     environment_id skill_id prompt video agent uri fileName file_name""")
 # At these there may be something else, too: so the names of stored things begin.
 MIXED = set_of("skill_id prompt video agent uri fileName file_name")
-MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://[^/]*google.*/)?files/", re.I)
+MIXED_NAME = re.compile("(?:skill|pmpt|video|agent)_|(?:https?://(?=[^/]*google).*/)?files/", re.I)
 # Objects of these types name one by their id, as do those that have nothing else.
 REFERENCE_TYPES = ("item_reference", "file_id")
 # In evals, those of these without a source are all that anybody has stored.
@@ -4359,7 +4359,7 @@ CONVERSATIONS = set_of("conversation conversation_id thread_id assistant_id")
 ECHO = re.compile("tool_use$|_call$|_call_output$|_tool_result$")
 # A name of its own, or Gemini's: of a collection and a thing in it, in a URL or not
 THING_NAME = re.compile(
-    r"(?:https?://[^/]*google[^/]*/.*/|projects/.*/)?"
+    r"(?:https?://(?=[^/]*google)[^/]*/.*/|projects/.*/)?"
     r"((?:files|cachedContents|fileSearchStores)/[^/:?#\s]+)"
     r"|([^/:]+)", re.IGNORECASE)
 RESOURCE_NAME = re.compile("(?:.*/)?([A-Za-z]+/[^/:]+)")

@@ -7596,6 +7596,13 @@ class StoredTest(ManyCase):
     def answers(self, payload):
         self.stub.answer = says(json.dumps(payload).encode())
 
+    def test_a_name_of_thousands_of_words_is_read_soon(self):
+        for key, name in self.each((("file_id", "google" * 20000),
+                                    ("uri", "google" * 10000 + "/" * 60000))):
+            began = cpu_seconds()
+            llm_proxy.names_of_things("https://" + name, key)
+            self.assertLess(cpu_seconds() - began, CPU_SECONDS)
+
     def test_what_a_caller_made_is_its_own_and_everybody_else_s_is_a_404(self):
         self.start(**self.KEYS)
         for path, body, answered, paths, references in self.each(self.MADE):
