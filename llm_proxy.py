@@ -10851,14 +10851,15 @@ def read_steps(step: str, start: float, end: float, zone: datetime.tzinfo) -> Li
 def read_parts(low: int, high: int, sign: int = 1,
                spans: Tuple[int, ...] = SPANS) -> Iterator[Tuple[int, int, int, int]]:
     """Yields (length of spans, from, to, sign): the days that are next to a range, and the hours
-    and quarters that are to be added at its ends, or taken away (-1)."""
+    and quarters that are to be added at its ends, or taken away (-1). Where days begin within a
+    quarter, all of it counts or nothing."""
     span, *shorter = spans
     first, last = [(at + span // 2) // span * span for at in (low, high)]
     if first < last:
         yield span, first, last, sign
     else:
         first = last = high
-    for start, end in (low, first), (last, high):
+    for start, end in ((low, first), (last, high)) if shorter else ():
         if start < end:
             yield from read_parts(start, end, sign, shorter)
         elif end < start:

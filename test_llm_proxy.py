@@ -9850,7 +9850,8 @@ class SumsTest(TableCase):
         Europe/Berlin 2026-01-01T23:00 72 -> 24:72 1:1 1:-1
         Europe/Berlin 2026-01-01T14:00 7 -> 1:7
         Asia/Kathmandu 2026-01-01T14:15 1 -> 1:1 0.25:-0.25 0.25:0.25
-        - 2026-01-01T14:45 0.25 -> 0.25:0.25"""
+        - 2026-01-01T14:45 0.25 -> 0.25:0.25
+        +0:17 2026-01-01T23:43 24 -> 24:24 0.25:0.25 0.25:-0.25"""
 
     def test_a_day_anywhere_is_that_of_utc_and_some_hours(self):
         for case, parts in self.each(row.split(" -> ") for row in self.PARTS.splitlines()):
