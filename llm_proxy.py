@@ -18894,13 +18894,30 @@ def open_database(config, remarks):
 def open_patiently(path, lock, shared=False):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
-    for left in reversed(range(12)):
-        try:
-            return Database(path, lock, shared=shared)
-        except InUse as fault:
-            if not left:
-                raise
-            tell_user(f"{fault}, waiting")
+    with telling_of_index(path):
+        for left in reversed(range(12)):
+            try:
+                return Database(path, lock, shared=shared)
+            except InUse as fault:
+                if not left:
+                    raise
+                tell_user(f"{fault}, waiting")
+
+
+@contextmanager
+def telling_of_index(path):
+    """Says where an older version has left calls without one: millions of them take a minute."""
+    calls = 0
+    with suppress(DatabaseFault, sqlite3.Error), closing(Database(path, reading=True)) as database:
+        (calls,), = database.execute(
+            "SELECT CASE WHEN EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'calls_id') THEN 0"
+            " ELSE (SELECT count(*) FROM calls) END")
+    if calls:
+        tell_user(f"DATABASE {path} is of an older version: an index of {calls} calls is made")
+    began = time.monotonic()
+    yield
+    if calls:
+        tell_user(f"the index was made within {time.monotonic() - began:.1f} seconds")
 
 
 def offer_dashboard(config, has_admin, path):

@@ -16943,6 +16943,17 @@ class CommandsTest(ProcessCase):
                     llm_proxy.open_patiently(path, None)
                 self.assertEqual(stream.getvalue().count("locked by another"), 11)
 
+    def test_who_starts_with_calls_of_an_older_version_is_told_what_takes_a_while(self):
+        path = self.ledger()
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("DROP INDEX calls_id")
+        for lines in self.each(("DATABASE .* is of an older version: an index of 4 calls is made\n"
+                                "the index was made within [0-9.]+ seconds\n", "")):
+            stream = io.StringIO()
+            with contextlib.redirect_stderr(stream):
+                llm_proxy.open_patiently(path, None).close()
+            self.assertRegex(stream.getvalue(), "^%s$" % lines)
+
     def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
         self.serve()
         host, port = self.address
