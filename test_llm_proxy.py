@@ -14359,7 +14359,7 @@ class CatalogueTest(CallCase):
         silent.answer = None
         client = self.connect().send(request("GET", "/v1/models"))
         self.awaiting("the lists of models")
-        wait_for(lambda: silent.calls and self.server.admin.lists["base"], "the other's list")
+        wait_for(lambda: silent.calls and self.server.admin.lists.get("base"), "the other's list")
         self.pass_seconds(llm_proxy.Catalogue.ASK_SECONDS)
         self.assertEqual([row["id"] for row in client.read("GET").json()["data"]], ["b"])
         silent.next().wait_for_hang_up()
