@@ -735,10 +735,12 @@ class ProxyCase(TableCase):
             cls.addClassCleanup(patch.stop)
 
     def start(self, answer=says(), clock=time, base="", reads=True, **settings):
-        """`settings` are llm_proxy's; without others the log is JSON, and buckets are large."""
+        """`settings` are llm_proxy's; without others the log is JSON, and buckets are large. By
+        the machine's own clock these gain nothing, however slow it is."""
         self.stub = Stub(answer, reads)
         self.addCleanup(self.stub.close)
         settings = {"BASE_API_URL": self.stub.url + base, "LOG_FORMAT": "json", "MAX_TOKENS": 1000,
+                    "REFILL_INTERVAL_SECONDS": 10 ** 6 if clock is time else 300,
                     "DATABASE": "off", **settings}
         self.run_proxy(read_config({name: str(value) for name, value in settings.items()}), clock)
 
