@@ -12799,7 +12799,7 @@ class Redis(asyncio.Protocol):
     CONNECT_SECONDS = 1
     STEADY_SECONDS = 1       # a connection that lasted so long was a good one
     LONGEST_PAUSE = 0.4      # between two connections
-    MOST_COMMANDS = 10_000   # without a reply, or kept while Redis is away
+    MOST_COMMANDS = 10_000   # kept while Redis is away; as many more may have no reply
 
     available = False
     transport: Optional[asyncio.Transport] = None
@@ -12866,7 +12866,9 @@ class Redis(asyncio.Protocol):
         """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
         a RedisFault. Without it the command waits until Redis is there, and is sent again if the
         connection is lost."""
-        has_room = len(self.asked) + len(self.unsent) < self.MOST_COMMANDS
+        # What is kept leaves room to greet Redis, which would stay away else.
+        most = 2 * self.MOST_COMMANDS if answer else self.MOST_COMMANDS
+        has_room = len(self.asked) + len(self.unsent) < most
         if has_room and (self.transport or answer is None):
             self.unsent.append((redis_command(parts), answer))
             self.flush_soon()

@@ -11018,13 +11018,13 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(self.seen[1], b"*1\r\n$1\r\nA\r\n*2\r\n$1\r\nB\r\n$1\r\n7\r\n")
 
     def test_what_is_sent_meanwhile_goes_when_it_is_there_and_is_bounded(self):
-        url = self.scripted([b"+OK\r\n"])
-        redis = self.client(url)
+        redis = self.client(self.scripted([b"+OK\r\n", b"+PONG\r\n"]))
+        redis.on_connect.append(lambda: redis.ask_and_wait("PING"))
         with mock.patch.object(llm_proxy.Redis, "MOST_COMMANDS", 2):
             for name in "abc":
                 redis.send("SET", name)
-        self.assertEqual((len(redis.unsent), redis.dropped), (2, 1))
-        self.wait_for(lambda: redis.available)
+            self.assertEqual((len(redis.unsent), redis.dropped), (2, 1))
+            self.wait_for(lambda: redis.available)  # though there is room for no more
         self.wait_for(lambda: not redis.unsent)
 
     def test_three_late_answers_in_a_row_are_too_many(self):
