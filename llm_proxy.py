@@ -13990,7 +13990,7 @@ class SharedQueue(FairQueue):
             self.short = given < wanted
         except RedisFault as fault:  # it may have given some, until it is told again
             given = 0
-            self.go_alone()
+            self.short = True  # as far as is known: ask again
             self.redis.leave_if_refused(fault)
         self.task = None
         if self.short:

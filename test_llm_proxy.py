@@ -12031,6 +12031,19 @@ class SharedQueueTest(RedisCase):
         self.wait_until(3, 1)
         self.assertEqual(self.taken(), 4)
 
+    def test_while_redis_is_late_nobody_gets_a_slot_that_is_taken_and_each_waits_on(self):
+        first, second = self.queue(2), self.queue(2)
+        tickets = [first.enter("a", 1) for _ in range(2)]
+        self.wait_until(2, 0)
+        late = llm_proxy.RedisFault("answers late")
+        with mock.patch.object(second.redis, "call", side_effect=late) as ask:
+            second.enter("b", 1)
+            self.wait_for(lambda: ask.call_count > 1)
+            second.enter("c", 1)
+            self.assertEqual(self.running(), [2, 0])
+        tickets[0].leave()
+        self.wait_until(1, 1)
+
     def test_a_connection_that_is_cut_costs_no_slot(self):
         queue = self.queue(2)
         ticket = queue.enter("a", 1)
