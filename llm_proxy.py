@@ -14162,6 +14162,7 @@ class SharedFeed(Feed):
     """The feed of all processes: each tells the others every second what was in it, and, while
     anybody looks, what happens."""
     FRESH_SECONDS = 2.5
+    GONE_SECONDS = 60   # after which Redis forgets what nobody reads
     MOST_SECONDS = 200  # that Redis keeps, of all processes
     MOST_READ = 500     # of what was told, at once
     ADDED = "in_flight", "line", "running", "buckets"
@@ -14208,6 +14209,7 @@ class SharedFeed(Feed):
         self.elsewhere = elsewhere
 
     def ask(self, key):
+        self.redis.send("EXPIRE", key, self.GONE_SECONDS)
         after = self.read_to.setdefault(key, b"%d-0" % (wall_time(self.clock) * 1000))
         self.redis.ask(partial(self.on_entries, key),
                        "XRANGE", key, entry_after(after), "+", "COUNT", self.MOST_READ)

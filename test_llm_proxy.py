@@ -14870,6 +14870,8 @@ class SharedEventsTest(AdminCase):
         while not pulse["calls"]:
             _, pulse = self.hear(client, "pulse")
         self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
+        for name in ("pulses", "events"):
+            self.assertIn(self.redis.ask("TTL", "{llm_proxy}:" + name), range(50, 61))
         client.close()
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
         self.assertEqual(two.watchers.feed.listeners, 0)
