@@ -2640,7 +2640,10 @@ class Limits:
         return sum([since > wall + 60 for _, since in saved.values()])
 
     def take_over(self, wall: float, keys: Optional[Iterable[BucketKey]] = None):
-        """Moves the given buckets, or all, whose rules are gone to the rules that replace them."""
+        """Moves the given buckets, or all whose rules are gone, to the rules that replace them."""
+        if keys is None:
+            texts = {rule.text for rule in self.all_rules()}
+            keys = [one.key for one in self.buckets.seen() if one.key[0] not in texts]
         moved = self.buckets.snapshot(wall, keys)
         self.buckets.drop(moved)
         self.restore(moved, wall)

@@ -11333,6 +11333,15 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         for mode in ("put 2", "last 4"):  # all was lost after that
             self.assertEqual(self.answer_to("h", batch, mode), b"gap")
 
+    def test_settings_that_are_read_again_touch_no_bucket_whose_rule_stays(self):
+        self.start()
+        self.admit(4)
+        name, _ = self.buckets.describe(*self.limits.matching(caller("alice"), "1", "")[0])
+        self.server.ask("DEL", name)  # others gave all of it back
+        self.limits.take_over(0)
+        self.assertEqual(self.buckets.state, "here")
+        self.assertEqual(self.server.ask("EXISTS", name), 0)
+
     def test_who_has_died_is_counted_for_less_than_five_seconds(self):
         self.start()
         store, counted = self.buckets, []
