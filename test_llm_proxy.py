@@ -11333,14 +11333,17 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         for mode in ("put 2", "last 4"):  # all was lost after that
             self.assertEqual(self.answer_to("h", batch, mode), b"gap")
 
-    def test_settings_that_are_read_again_touch_no_bucket_whose_rule_stays(self):
-        self.start()
+    def test_settings_that_are_read_again_move_buckets_whose_rules_are_gone_and_no_others(self):
+        self.start("each 10 tokens per hour")
         self.admit(4)
         name, _ = self.buckets.describe(*self.limits.matching(caller("alice"), "1", "")[0])
         self.server.ask("DEL", name)  # others gave all of it back
         self.limits.take_over(0)
         self.assertEqual(self.buckets.state, "here")
         self.assertEqual(self.server.ask("EXISTS", name), 0)
+        self.limits.rules = llm_proxy.rules("each 20 tokens per hour")
+        self.limits.take_over(0)
+        self.assertEqual(self.levels(), [("each 20 tokens per hour", 12)])
 
     def test_who_has_died_is_counted_for_less_than_five_seconds(self):
         self.start()
