@@ -2266,6 +2266,7 @@ class Buckets:
     processes = 0
     redis: Optional["Redis"] = None
     prefix = ""
+    offset = 0.0  # how far the wall clock was ahead of the monotonic one
 
     def __init__(self, clock: Any, room: int = 10_000):
         self.clock = clock
@@ -2389,11 +2390,17 @@ class Buckets:
                  ) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of the given buckets, or of
         all, that are not full; running calls are left out, because they end with the process."""
-        # To the hundredth: the two clocks are not read at once.
-        offset = round(wall - self.clock.monotonic(), 2)
-        return {found.key: (found.level, found.refilled_at(offset))
-                for found in self.latest(self.levels if keys is None else keys)
-                if found.rule.unit != RUNNING and not self.is_full(found)}
+        return self.as_saved(wall, [
+            found for found in self.latest(self.levels if keys is None else keys)
+            if not self.is_full(found)])
+
+    def as_saved(self, wall: float, levels: Iterable[Level]) -> Dict[BucketKey, Tuple[int, float]]:
+        """Returns a snapshot of these levels. Any thread may ask."""
+        offset = wall - self.clock.monotonic()
+        if abs(offset - self.offset) > 0.01:  # less is none: the two clocks are not read at once
+            self.offset = offset
+        return {found.key: (found.level, found.refilled_at(self.offset))
+                for found in levels if found.rule.unit != RUNNING}
 
     def seen(self) -> List[Level]:
         """Returns all known buckets as they were last seen, which may be long ago."""
@@ -11551,8 +11558,8 @@ class Ledger(Writer):
         keys = {key for each in keyed_rules for _, key in each}
         if not keys:
             return self.levels
-        others = {key: level for key, level in self.levels.items() if key not in keys}
-        return {**others, **self.limits.buckets.snapshot(wall_time(self.clock), keys)}
+        buckets = self.limits.buckets
+        return {**self.levels, **buckets.as_saved(wall_time(self.clock), buckets.latest(keys))}
 
     def write(self, rows, keyed_rules, now):
         """Writes calls and levels, and removes old calls, in one transaction."""
