@@ -9523,7 +9523,8 @@ class LedgerTest(LedgerCase):
                     client.answers(200, call("k"))
                 said = "the database cannot be written: database or disk is full"
                 wait_for(lambda: said in self.lines.text(), said)
-                with mock.patch.object(ledger, "write_queued"):
+                with self.held_up(ledger, "write_queued") as held:
+                    self.assertTrue(held.wait(PATIENCE))
                     for _ in range(2000):
                         ledger.record(entries[0])
                     dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
