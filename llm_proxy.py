@@ -9457,9 +9457,13 @@ class Address:
         owner = self.new_owner(seconds)
         opened = loop.create_future()
 
+        def connect():
+            if not opened.done():
+                owner.connect()
+
         def deliver(job):
             self.connecting -= 1
-            if opened.done():  # nobody waits for it any more
+            if opened.done():
                 owner.close()
             elif job.exception():
                 owner.close()
@@ -9468,8 +9472,9 @@ class Address:
                 opened.set_result(owner.sock)
 
         try:
-            job = self.helpers.submit(owner.connect)
-        except RuntimeError:  # can't start new thread
+            job = self.helpers.submit(connect)
+        except RuntimeError:  # can't start new thread; an old one may still come to it
+            opened.cancel()
             raise Overloaded from None
         self.connecting += 1
         job.add_done_callback(partial(soon, loop, deliver))
@@ -9477,7 +9482,7 @@ class Address:
             return await context.wait(
                 opened, seconds, "a connection to %s" % self.endpoint.origin)
         finally:
-            job.cancel()  # if it has not begun
+            opened.cancel()  # nobody waits for it any more
 
     def location(self, value: str, prefix: str) -> str:
         """Returns a redirect to the endpoint itself as callers know it: its address is not theirs

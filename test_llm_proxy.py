@@ -8015,6 +8015,27 @@ class UpstreamsTest(CallCase):
             self.assertEqual(client.read().body, b"mine")
             self.assert_traffic(2, 2)
 
+    def test_nothing_is_connected_for_a_call_that_ended_before_a_thread_came_to_it(self):
+        self.patch_seconds(Address_MAX_CONNECTING=2)
+        self.start()
+        address, = self.proxy.routes.base.addresses
+        owner, free = mock.Mock(), threading.Event()
+        self.addCleanup(free.set)
+        fails = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError)
+        ended = llm_proxy.Context(self.proxy.loop)
+        ended.end(llm_proxy.CallerGone())
+        with mock.patch.object(address, "new_owner", return_value=owner):
+            for context, failing, refusal in (
+                    (llm_proxy.Context(self.proxy.loop), fails, llm_proxy.Overloaded),
+                    (ended, contextlib.nullcontext(), llm_proxy.CallerGone)):
+                address.helpers.submit(free.wait, PATIENCE)
+                with failing, self.assertRaises(refusal):
+                    asyncio.run_coroutine_threadsafe(
+                        address.connect_in_helper(context), self.proxy.loop).result(PATIENCE)
+        free.set()
+        wait_for(lambda: address.connecting == 0)
+        owner.connect.assert_not_called()
+
     def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
         for late in self.each((b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")):
             self.start(None)
