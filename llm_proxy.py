@@ -6360,7 +6360,7 @@ class UsageReader:
         it."""
         self.read_end(whole)
         usage = self.usual or self.dialect.usage(self.counts, self.model, self.tier)
-        complete = whole if self.final is None else self.final
+        complete = whole or self.closed if self.final is None else self.final
         return usage, usage is not None and complete
 
     def most_characters(self) -> float:

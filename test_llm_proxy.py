@@ -3834,7 +3834,8 @@ class UsageReaderTest(ProxyCase):
                     reader.call.upstream_model = "m"
                     reader.feed(body)
                     with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
-                        found.append((reader.reported_usage(True), reader.fault, reader.usual))
+                        told_usage = [reader.reported_usage(whole) for whole in (True, False)]
+                    found.append((told_usage, reader.fault, reader.usual))
                 self.assertEqual(found[0], (*found[1][:2], usage))
 
     def test_usage_is_read_in_every_dialect(self):
