@@ -4612,6 +4612,7 @@ class Dialect:
              "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
     # How it was served.
     TIERS = "service_tier speed inference_geo".split()
+    TIER_MARK = b'"service_tier"'
     # The key of the model that served.
     SERVED = "model"
     # Where a response or an event says why the model stopped,
@@ -5225,7 +5226,7 @@ class OpenAI(Dialect):
         start, named = data.rfind(self.USAGE_MARK), find(b'"model"')
         if (find(b"_tokens", 0, start) >= 0 or not data.startswith(model_marks(model), named)
                 or find(b'"model"', named + 1) >= 0
-                or find(b'"service_tier"') >= 0 or find(b'"status"') >= 0):
+                or find(self.TIER_MARK) >= 0 or find(b'"status"') >= 0):
             return None
         end = USUAL_END.fullmatch(data, start)
         told = end.groups() if end else ()
@@ -6207,12 +6208,21 @@ class UsageReader:
                 event = data[events.last_end(data, match.start()):]
                 payload = events.payload(events.cut(event)[0])
             self.note(payload)
+        if not self.tier:
+            self.scan_for_tier(data)
         if self.repeats_text(data):
             for event in SGLANG_END.findall(data):
                 self.note_answer(events.payload(event), adds=True)
         if self.counts and self.final is None:  # what was told before more text is not all of it
             rest = data[found[-1].end():] if found else data
             self.final = False if self.count_characters(rest) else None
+
+    def scan_for_tier(self, data):
+        """Finds the last event that says how the call was served: it may report no usage."""
+        mark = data.rfind(self.dialect.TIER_MARK)
+        if mark >= 0:
+            line = LINE.match(data, begin_of_line(data, mark))[0]
+            self.note_server(self.dialect.events.payload(line))
 
     def repeats_text(self, data):
         """Returns whether each event has all of the text, as in SGLang's own streams, which tell
@@ -6266,7 +6276,8 @@ class UsageReader:
     def read_usual_end(self, data):
         """Returns whether the last event alone tells of usage, and as most servers do."""
         begin = begin_of_line(data, len(data))
-        if not self.counts and data.find(self.dialect.USAGE_MARK) >= begin:
+        if not self.counts and not self.tier and data.rfind(self.dialect.TIER_MARK) < 0 and (
+                data.find(self.dialect.USAGE_MARK) >= begin):
             event = data[begin + len(self.dialect.events.prefix):]
             self.usual = self.dialect.usual_usage(event, self.call.upstream_model)
         return self.usual is not None

@@ -3922,6 +3922,17 @@ class UsageReaderTest(ProxyCase):
                 facts = {"input": 1, **facts, "tiers": tuple(facts.get("tiers", ()))}
                 self.assertEqual(used, llm_proxy.Usage(**facts))
 
+    def test_how_a_stream_was_served_may_stand_in_any_of_its_events(self):
+        flex, last = delta("word", model="m", service_tier="flex"), {**USAGE_EVENT, "model": "m"}
+        for before, after, end in self.each(itertools.product(
+                (0, 400), (0, 400), ([], ["[DONE]"]))):
+            reader = self.new_reader()
+            reader.call.upstream_model = "m"
+            for told in ([delta("word")] * before, [flex], [delta("word")] * after, [last], end):
+                reader.feed(events(*told))
+            usage, _ = reader.reported_usage(True)
+            self.assertEqual((usage[:2], usage.tiers), ((20, 4), ("flex",)))
+
     LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]},
             "interactions": {"event_type": "interaction.completed"}}
 
