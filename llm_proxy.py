@@ -14219,6 +14219,7 @@ class SharedFeed(Feed):
         self.others = {name: one for name, one in self.others.items() if one[0] > oldest}
         self.note_interest()
         if not self.redis.available:
+            self.read_to.clear()  # what is missed must not all be counted in one second
             return
         looking = self.listeners > self.elsewhere
         self.send(self.seconds_key, self.MOST_SECONDS, "pulse", {**payload, "looking": looking})

@@ -14947,6 +14947,8 @@ class SharedEventsTest(AdminCase):
             one.pulse({})
             told.append((found["calls"], found["tokens"], found["usd"]))
         self.assertEqual(told[:4], [(5, 10, "1"), (0, 0, "0"), (2, 4, "0.5"), (0, 0, "0")])
+        one.exchange({})  # while Redis is away: what others count meanwhile is not of one second
+        self.assertEqual(one.read_to, {})
 
     def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
         (_, here), (_, there) = self.start_two()
