@@ -13115,7 +13115,7 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # it had no answer for. They saw it at different times, between different losses. So a text also
 # tells what was charged after each loss of the last minute, 'loss:amount,...'; without that it is
 # what was there before. Of several that are put back the least of these counts, less the most that
-# was seen of each of those.
+# was seen of each of those. A charge that others saw before its process was told counts twice.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
