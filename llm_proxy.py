@@ -7057,7 +7057,7 @@ def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
     return value
 
 
-STRING = rb'"(?:[^"\\]|\\.)*"'
+STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 # A key and a value of JSON that may be another one in the next event
 FACT = re.compile(rb'"([^"\\]*)"\s*:\s*("[^"\\]+"|[0-9][0-9.]*)')
 

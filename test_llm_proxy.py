@@ -3241,17 +3241,19 @@ class JsonTest(ProxyCase):
         self.assertEqual(self.stub.last.body, b'{"\\u006dodel": "real"}')
 
     @unittest.skipUnless(CPYTHON, "it asks CPython for memory")
-    def test_an_escape_takes_no_memory_though_a_string_is_nothing_else(self):
+    def test_a_long_string_takes_little_memory_though_it_is_all_escapes(self):
         import tracemalloc  # which PyPy has not
         text = '{"%s": 1, "model": "a"}' % ("\\n" * (1 << 17))
         masks = llm_proxy.Masks(llm_proxy.Redactor(["email"]))
         restorer = llm_proxy.Restorer(masks, (), masks.redactor)
+        usual = llm_proxy.usual_event(b'{"a": "b"}', "a", ())
         self.addCleanup(tracemalloc.stop)
         for look in self.each((
                 lambda: llm_proxy.JsonBody(text.encode()).with_value("model", "b"),
                 lambda: finish(masks.mask_strings(text)),
                 lambda: llm_proxy.json_before(text),
-                lambda: restorer.restore_json(text.encode(), True))):
+                lambda: restorer.restore_json(text.encode(), True),
+                lambda: usual.fullmatch(b'{"a": "%b"}' % (b"x" * len(text))))):
             tracemalloc.start()
             look()
             self.assertLess(tracemalloc.get_traced_memory()[1], 12 * len(text))
