@@ -10396,6 +10396,7 @@ class Database:
     MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
     BATCH = 5000                # calls that are added up at once,
     FORGOTTEN = 500             # and that are removed
+    MOST_UNTOLD = 100_000       # sums that wait until others can be told
     TELL = "INSERT INTO untold(sum) VALUES %s"
     SCHEMA = """PRAGMA application_id = 0x%s;
         CREATE TABLE IF NOT EXISTS calls (%s);
@@ -10587,9 +10588,10 @@ class Database:
             for span in SPANS:
                 self.insert(ADD_TO_SUMS.format(span), [
                     (row[0] // span * span, *row[1:]) for row in sums])
-            if told:  # of which so many may wait
+            if told:
                 self.insert(self.TELL, [[json.dumps(row)] for row in told])
-                self.execute("DELETE FROM untold WHERE id < last_insert_rowid() - 100000")
+                self.execute("DELETE FROM untold WHERE id <= (SELECT id FROM untold "
+                             "ORDER BY id DESC LIMIT 1 OFFSET ?)", (self.MOST_UNTOLD,))
             self.note(**facts)
         self.facts.update(facts)
 

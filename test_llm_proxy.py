@@ -12324,6 +12324,17 @@ class SharedSumsTest(ProxyCase):
             self.assertTrue(moment < number < moment + 60_000, number)
         database.close()
 
+    def test_as_many_sums_wait_to_be_told_as_there_is_room_for_whatever_their_numbers(self):
+        database = llm_proxy.Database(new_path(self, "box.db"))
+        database.insert(database.TELL, [["before"]])
+        database.begin_to_tell()  # from a higher number on
+        added = [[0, *"abcde", *[1] * 13]]
+        database.MOST_UNTOLD = 2
+        for first in self.each(("before", json.dumps(added[0]))):
+            database.add_sums(added, {}, added)
+            self.assertEqual((len(database.untold(9)), database.untold(1)[0][1]), (2, first))
+        database.close()
+
     def test_what_is_no_sum_is_left_out(self):
         one = self.box()
         good = [0, *"abcde", *[1] * 13]
