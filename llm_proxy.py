@@ -677,6 +677,8 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # and of what is unlimited and has more than one character
     MOST_CHOICES = 3     # whose ways begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
+    # A letter, a digit, a space and a sign of other scripts, and some of the last ones
+    OTHERS = "\u0436\u0663\u3000\u2030\U00020000\U0001d7d8\U0001f600"
 
     def __init__(self, text: str):
         """Raises ValueError, whose message says what is wrong."""
@@ -688,7 +690,8 @@ class LinearPattern:
         require(not re.search(r"\\[uUN]", text), "must have letters as they are, for \\u or \\N")
         require(self.tree.getwidth()[0], "must not match an empty text")
         self.flags = re.IGNORECASE if re.search("[(][?][a-zA-Z]*i", text) else 0
-        self.alphabet = {*map(chr, range(256)), *text}
+        self.alphabet = {*map(chr, range(256)), *self.OTHERS, *text}
+        self.alphabet.update([chr(min(ord(one) + 1, sys.maxunicode)) for one in text])
         self.choices = 0
         self.begin(self.tree, {}, 0)
         self.compiled = COMPILER.compile(self.tree)

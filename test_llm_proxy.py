@@ -5343,6 +5343,8 @@ class RedactionTest(ProxyCase):
         a{1,9}a{1,9} (?:a?a?)?a{40}a? a{1,3}a{1,3}b+c (?:a{1,2}b?a{1,2}){2} a?a?a?a?a?a?a?
         a{2,9}b?a{2,9}b?a{2,9}
         (?:ab)+(?:ab)+c a{1,1000} a{100} a* (|a)+y (a|a)+y (?:a|ab?)+c (ab|a|a)+y
+        [^\x00-\xff]+[^\x00-\xff]+y (?:[^\W\x00-\xff]+)+y (?:[^\D\x00-\xff]+)+y
+        (?:[^\S\x00-\xff]+)+y (?:[^\w\s\x00-\xff]+)+y (?:[^\x00-𠀁]+)+y
         (?:(?:ab|a)(?:c|bc))+d (?:[a-z]+(?:-|x))+y""".split() + ["(?:ab|a)(?:c|bc)" * 9,
                                                               "(aa|a)" * 6,
                                                               "(?:" * 40 + "a" + "b)+" * 40]
