@@ -3776,6 +3776,9 @@ class EventFraming(NamedTuple):
             data.rstrip().endswith(b"}") and bool(self.payload(event))))
 
 
+NO_BRACES = bytes({*range(256)}.difference(b"{}"))
+
+
 class ArrayFraming(EventFraming):
     """Cuts a JSON array into the objects in it; what stands before one belongs to it."""
     __slots__ = ()
@@ -3796,9 +3799,13 @@ class ArrayFraming(EventFraming):
         return b",\n" + data
 
     def cut(self, data: bytes) -> List[bytes]:
+        plain = without_escapes(data)
+        braces = b"".join(plain.split(b'"')[::2]).translate(None, NO_BRACES)  # outside of strings
+        if 0 not in itertools.accumulate(map((124).__sub__, braces)):  # { adds 1, } takes 1 away
+            return [data]  # far sooner known than by steps
         ends = [0]
         depth = 0
-        for step in JSON_STEP.finditer(without_escapes(data)):
+        for step in JSON_STEP.finditer(plain):
             if step[0] in b"{}":
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:

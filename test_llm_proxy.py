@@ -5655,6 +5655,13 @@ class UnmaskingTest(ProxyCase):
                 self.assertEqual(self.unmask(endpoint, data, step), data)
             self.assertLess(cpu_seconds() - began, 5)
 
+    def test_an_object_of_an_array_is_gone_through_when_it_has_ended(self):
+        for data, events in self.each((
+                (b'[{"a": [1, {"b": "}\\"}"}, 2', None),
+                (b'[{"a": {}}, {"b', [b'[{"a": {}}', b', {"b']))):
+            with mock.patch.object(llm_proxy, "JSON_STEP", events and llm_proxy.JSON_STEP):
+                self.assertEqual(llm_proxy.JSON_ARRAY.cut(data), events or [data])
+
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
         for told, shown in self.each(r"""
                 {"content": "[[EMAIL_1]]", "n": 1.50} -> {"content": "ann@example.com", "n": 1.50}
