@@ -1359,6 +1359,12 @@ def set_variables(environ, written):
     return {name: text.strip() for name, text in rows if text.strip()}
 
 
+def shown_value(text, secret=False):
+    """Returns what a message may tell of a value."""
+    hidden = secret or "@" in text or "-----" in text
+    return "a value not shown here" if hidden else repr(text)
+
+
 def read_values(texts, faults):
     """Returns {variable: value}. Adds to `faults` what is wrong with one; its value is None."""
     values = dict.fromkeys(texts)
@@ -1367,9 +1373,7 @@ def read_values(texts, faults):
         try:
             values[name] = text and setting.read(text)
         except ValueError as fault:
-            hidden = setting.secret or "@" in text or "-----" in text
-            value = "a value not shown here" if hidden else repr(text)
-            faults.append(f"{name} {fault} (got {value})")
+            faults.append(f"{name} {fault} (got {shown_value(text, setting.secret)})")
     return values
 
 
@@ -19196,7 +19200,7 @@ def read_option(name, read, text):
     try:
         return read(text)
     except ValueError as fault:
-        raise ConfigFaults(f"{name} {fault} (got {text!r})") from None
+        raise ConfigFaults(f"{name} {fault} (got {shown_value(text)})") from None
 
 
 def usage_query(execute, by, since):

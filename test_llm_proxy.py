@@ -16613,6 +16613,7 @@ class BenchTest(ProcessCase):
         url = self.new_stub()
         for arguments, said in self.each("""
                 ftp://x -> URL must be http
+                http://user:secret@x -> (got a value not shown here)
                 URL --requests 0 -> between 1 and
                 URL --concurrency many -> between 1 and
                 URL --payload [] -> a JSON object
