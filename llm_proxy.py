@@ -19441,9 +19441,10 @@ def bench_command(options, environ):
         print_table(list(found), [list(found.values())])
         print()
         print_table(("answered", "calls"), statuses.items())
-        print()
-        print_table(("milliseconds", "mean", *SHARES),
-                    [(name, *row.values()) for name, row in times.items()])
+        if times:
+            print()
+            print_table(("milliseconds", "mean", *SHARES),
+                        [(name, *row.values()) for name, row in times.items()])
     return int(bool(bench.failures))
 
 

@@ -16605,9 +16605,11 @@ class BenchTest(ProcessCase):
         self.addCleanup(stub.close)
         for settings, code, status in self.each((
                 ({"UPSTREAM_CA_FILE": file}, 0, "200"), ({}, 1, "certificate not trusted"))):
-            report = self.bench("--model", "m", "--requests", "2", "--concurrency", "1",
-                                url=stub.url, code=code, **settings)
+            options = "--model", "m", "--requests", "2", "--concurrency", "1"
+            report = self.bench(*options, url=stub.url, code=code, **settings)
             self.assertEqual([*report["statuses"]], [status])
+            _, out, _ = self.finish("bench", stub.url, *options, **settings)
+            self.assertEqual("milliseconds" in out, status == "200")
 
     def test_what_is_wrong_with_the_options_is_told(self):
         url = self.new_stub()
