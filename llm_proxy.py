@@ -10403,6 +10403,11 @@ def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
 CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
 
 
+def is_nothing(path: str) -> bool:
+    """Returns whether no database is there yet."""
+    return not os.path.exists(path) or not os.path.getsize(path)
+
+
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
@@ -10414,6 +10419,7 @@ class Database:
     MOST_UNTOLD = 100_000       # sums that wait until others can be told
     TELL = "INSERT INTO untold(sum) VALUES %s"
     SCHEMA = """PRAGMA application_id = 0x%s;
+        DROP TABLE IF EXISTS ids;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
         CREATE INDEX IF NOT EXISTS calls_id ON calls (id);
@@ -10433,7 +10439,6 @@ class Database:
         address TEXT, what TEXT, target TEXT, detail TEXT);
         CREATE TABLE IF NOT EXISTS sums (span INTEGER, start INTEGER, %s, %s, first INTEGER,
         last INTEGER, slowest INTEGER, PRIMARY KEY (span, start, %s)) WITHOUT ROWID;
-        DROP TABLE IF EXISTS ids;
         CREATE TABLE IF NOT EXISTS untold (id INTEGER PRIMARY KEY AUTOINCREMENT, sum TEXT)""" % (
             APPLICATION.hex(), ", ".join(map(" ".join, COLUMNS)),
             ", ".join(name + " TEXT" for name in SUM_KEYS),
@@ -10455,7 +10460,7 @@ class Database:
         self.lock = lock
         self.shared = shared
         self.names = SumNames()
-        is_new = not os.path.exists(path) or not os.path.getsize(path)
+        is_new = is_nothing(path)
         if is_new and reading:
             raise NothingRecorded(f"no calls are recorded in {path} (DATABASE)")
         try:
@@ -18819,7 +18824,7 @@ def faults_of_start(config):
         if config.database != "off":
             look_at_database(config)
     except DatabaseFault as fault:
-        if isinstance(fault, Unwritable) and config.texts["DATABASE"] == DEFAULT_DATABASE:
+        if isinstance(fault, Unwritable) and may_do_without(config):
             print(IN_MEMORY % fault)
         else:
             yield str(fault)
@@ -18881,6 +18886,12 @@ def look_at_database(config):
         raise Unwritable(path, OSError("no such folder, permission or room"))
 
 
+def may_do_without(config):
+    """Returns whether a start goes on where DATABASE cannot be written: it is the default one, and
+    holds nothing. Without the keys in one anybody would be let in."""
+    return config.texts["DATABASE"] == DEFAULT_DATABASE and is_nothing(config.database)
+
+
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
 
 
@@ -18927,14 +18938,14 @@ DEMO_HINT = (
 
 
 def open_database(config, remarks):
-    """Returns the database. Where only the default one cannot be written, nothing is remembered,
+    """Returns the database. Where only a new default one cannot be written, nothing is remembered,
     and `remarks` say so. Raises DatabaseFault."""
     if config.database == "off":
         return None
     try:
         return open_for_service(config.database, open_patiently)
     except Unwritable as fault:
-        if config.texts["DATABASE"] != DEFAULT_DATABASE:
+        if not may_do_without(config):
             raise
         remarks.append(IN_MEMORY % fault)
 

@@ -16978,12 +16978,18 @@ class CommandsTest(ProcessCase):
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
 
     def test_check_knows_that_a_start_goes_without_the_usual_database(self):
-        for path, is_usual in self.each("""[["", true], ["x.db", false]]"""):
+        for path, is_new, is_usual in self.each((
+                ("", True, True), ("", False, False), ("x.db", True, False))):
             config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
             nowhere = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError)
-            with contextlib.redirect_stdout(out), nowhere, mock.patch.object(llm_proxy, "listen"):
-                faults = list(llm_proxy.faults_of_start(config))
-            self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
+            with contextlib.redirect_stdout(out), nowhere, mock.patch.multiple(
+                    llm_proxy, listen=mock.DEFAULT, is_nothing=lambda path, is_new=is_new: is_new,
+                    open_for_service=mock.Mock(side_effect=llm_proxy.Unwritable(path, OSError()))):
+                faults, remarks = list(llm_proxy.faults_of_start(config)), []
+                with contextlib.suppress(llm_proxy.Unwritable):
+                    llm_proxy.open_database(config, remarks)
+            self.assertEqual((not faults, "in memory only" in out.getvalue(), bool(remarks)),
+                             (is_usual,) * 3)
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
@@ -17054,13 +17060,15 @@ class CommandsTest(ProcessCase):
     def test_who_starts_with_calls_of_an_older_version_is_told_what_takes_a_while(self):
         path = self.ledger()
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.execute("DROP INDEX calls_id")
+            connection.executescript("DROP INDEX calls_id; CREATE TABLE ids (call); VACUUM")
+            size = os.path.getsize(path)
         for lines in self.each(("DATABASE .* is of an older version: an index of 4 calls is made\n"
                                 "the index was made within [0-9.]+ seconds\n", "")):
             stream = io.StringIO()
             with contextlib.redirect_stderr(stream):
                 llm_proxy.open_patiently(path, None).close()
             self.assertRegex(stream.getvalue(), "^%s$" % lines)
+            self.assertEqual(os.path.getsize(path), size)  # what it needs is what went
 
     def test_a_second_start_on_the_same_port_says_so_in_one_line(self):
         self.serve()
