@@ -732,11 +732,13 @@ class LinearPattern:
             require(inner.getwidth()[0], "must not repeat what may be empty")
             require(repeated < self.MOST_WITHIN, "must have fewer repetitions of repetitions")
             begin = self.begin(inner, {**after, **begin}, repeated + 1)  # and before its next round
+        rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
         if least < most:
-            rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
             require((most - least + 1) * rounds <= (0 if repeated else self.MOST_ROUNDS),
                     "must not have repetitions, one soon after the other, that can take the same")
-        begin = {one: rounds * most for one, rounds in begin.items()}
+        adds = inner.getwidth() == (1, 1) and (least == most or not rounds)  # one way to its end
+        begin = {one: rounds + most - 1 if adds else rounds * most
+                 for one, rounds in begin.items()}
         return begin if least else {**after, **begin}
 
     def begin_of_choice(self, ways, after, repeated):
