@@ -242,7 +242,7 @@ class Endpoint(NamedTuple):
     def proxy_fields(self) -> Texts:
         """The header fields for a proxy on the way to upstreams, and for nobody else."""
         user = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Proxy-Authorization": "Basic " + user} if self.user else {}
+        return {"Proxy-Authorization": "Basic " + user} if self.user or self.password else {}
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379, "unix": 0}

@@ -9006,17 +9006,19 @@ class HttpsTest(CallCase):
 
     def test_a_proxy_on_the_way_out_is_asked_to_connect_and_sees_nothing_else(self):
         tunnel = self.stub_of("tunnel", self.tunnel)
-        way_out = "http://user:hush@127.0.0.1:%d" % tunnel.port
-        self.start(UPSTREAM_CA_FILE=self.file, HTTPS_PROXY=way_out)
-        self.assert_status(200)
-        asked, = tunnel.requests
         there = "127.0.0.1:%d" % self.box.port
-        self.assertEqual((asked.method, asked.target), ("CONNECT", there))
-        self.assert_fields(asked, "proxy-authorization: Basic dXNlcjpodXNo")
-        self.assert_fields(self.behind, "proxy-authorization:", "host: " + there)
+        for who in self.each(("user:hush", ":hush")):
+            way_out = "http://%s@127.0.0.1:%d" % (who, tunnel.port)
+            self.start(UPSTREAM_CA_FILE=self.file, HTTPS_PROXY=way_out)
+            self.assert_status(200)
+            asked = tunnel.last
+            self.assertEqual((asked.method, asked.target), ("CONNECT", there))
+            shown = base64.b64encode(who.encode()).decode()
+            self.assert_fields(asked, "proxy-authorization: Basic " + shown)
+            self.assert_fields(self.behind, "proxy-authorization:", "host: " + there)
         self.start(UPSTREAM_CA_FILE=self.file, HTTPS_PROXY=way_out, NO_PROXY="127.0.0.1")
         self.assert_status(200)
-        self.assertEqual((tunnel.calls, self.box.calls), (1, 1))
+        self.assertEqual((tunnel.calls, self.box.calls), (2, 1))
 
 
 # --------------------------------------------------------------------------------------------------
