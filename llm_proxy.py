@@ -3203,7 +3203,8 @@ class CostEstimator:
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
             if reported.estimated:  # its input was not told
-                return reported._replace(input=self.estimated_input(call, caller))
+                least = self.estimated_input(call, caller)
+                return reported._replace(input=max(least, reported.input))
             # Where no rule counts tokens, what is learned is for the books alone.
             if self.needs_estimate or random.random() < LEARN_SHARE:
                 self.learn(call, caller, reported, source)
@@ -4909,13 +4910,14 @@ class Dialect:
         found = self.found(parts)
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
+        is_told = "prompt" in found or "total" in found
         prompt, output = self.sides(found)
         cached = min(prompt, found["cached"])
         written = min(prompt - cached, found["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]), not prompt,
-                     min(written, found["hour"]), model, tuple(tiers), self.picodollars(parts), (),
-                     found["searches"])
+        return Usage(prompt, output, cached, written, min(output, found["reasoning"]),
+                     not (prompt and is_told), min(written, found["hour"]), model, tuple(tiers),
+                     self.picodollars(parts), (), found["searches"])
 
     def found(self, parts):
         """Returns counts by what they are; what is not among them is 0."""

@@ -3866,6 +3866,8 @@ class UsageReaderTest(ProxyCase):
             {"model": "served", "tiers": ["flex", "ON_DEMAND_FLEX"]}],
         [{"usage": {"prompt_tokens": 0, "completion_tokens": 4, "total_tokens": 4}},
             {"input": 0, "output": 4, "estimated": true}],
+        [{"usage": {"completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 9}}},
+            {"input": 9, "cached": 9, "output": 4, "estimated": true}],
         [{"generated_text": "x", "details": {"generated_tokens": 3}},
             {"input": 0, "output": 3, "estimated": true}],
         [{"Response": {"Usage": {"PromptTokens": 1, "CompletionTokens": 3, "TotalTokens": 4}}},
@@ -12589,6 +12591,12 @@ class SettlingTest(LedgerCase):
             self.assertEqual([*levels(self.proxy).values()], [level])
             self.assert_ending("ok", left)
             self.assertFalse(self.entry()["estimated"])
+
+    def test_an_input_of_which_only_what_was_in_a_cache_is_told_is_estimated_as_that_at_least(self):
+        for cached, charged in self.each(((9, "9"), (1, "3"))):
+            self.start(says_json({"usage": {
+                "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": cached}}}))
+            self.assert_used(self.assert_status(200), charged, "4", "true")
 
     POLLED = [  # the call, its answer, where that is polled, how often nothing is told
         (b'{"background": true, "max_output_tokens": 500}', {"id": "resp_1", "usage": None},
