@@ -693,26 +693,31 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *self.OTHERS, *text}
         self.alphabet.update([chr(min(ord(one) + 1, sys.maxunicode)) for one in text])
         self.choices = 0
+        self.repeated = set()  # characters that repetitions judged so far take
         self.begin(self.tree, {}, 0)
         self.compiled = COMPILER.compile(self.tree)
 
     def begin(self, parts, after: Begin, repeated) -> Begin:
         """Judges parts, before what begins as `after` says, within so many repetitions. What is
         unlimited, which else takes quadratic time, has a limit then."""
+        follows = ""
         for place in reversed(range(len(parts))):
             op, value = parts[place]
             if op.name in TAKE_ONE:
                 after = dict.fromkeys(
                     self.characters(parts[place]), max(after.values(), default=1))
+                self.repeated.update(after if repeated else ())
             elif op.name in REPEAT:
                 parts[place] = op, self.limited(*value)
-                after = self.begin_of_repetition(*parts[place][1], after, repeated)
+                parted = follows in TAKE_ONE and self.repeated.isdisjoint(after)
+                after = self.begin_of_repetition(*parts[place][1], after, repeated, parted)
             elif op.name == "BRANCH":
                 after = self.begin_of_choice(value[1], after, repeated)
             elif op.name == "SUBPATTERN":
                 after = self.begin(value[-1], after, repeated)
             else:
                 require(op.name == "AT", f"must not look around or back: {op.name.lower()}")
+            follows = op.name
         return after
 
     def characters(self, part):
@@ -726,17 +731,21 @@ class LinearPattern:
                 f"must not repeat more than {self.MOST_ROUNDS} times")
         return least, most, inner
 
-    def begin_of_repetition(self, least, most, inner, after, repeated):
+    def begin_of_repetition(self, least, most, inner, after, repeated, parted):
+        """`parted`: a character follows that no later repetition takes, so that from each place
+        where rounds may end, these get no further than to the next such place."""
         begin = self.begin(inner, after, repeated + (most > 1))
         if most > 1:
             require(inner.getwidth()[0], "must not repeat what may be empty")
             require(repeated < self.MOST_WITHIN, "must have fewer repetitions of repetitions")
             begin = self.begin(inner, {**after, **begin}, repeated + 1)  # and before its next round
         rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
+        is_single = inner.getwidth() == (1, 1)
         if least < most:
-            require((most - least + 1) * rounds <= (0 if repeated else self.MOST_ROUNDS),
+            meet = min(rounds, 1) if parted and is_single else rounds
+            require((most - least + 1) * meet <= (0 if repeated else self.MOST_ROUNDS),
                     "must not have repetitions, one soon after the other, that can take the same")
-        adds = inner.getwidth() == (1, 1) and (least == most or not rounds)  # one way to its end
+        adds = is_single and (least == most or not rounds)  # one way to its end
         begin = {one: rounds + most - 1 if adds else rounds * most
                  for one, rounds in begin.items()}
         return begin if least else {**after, **begin}
