@@ -13722,14 +13722,15 @@ class RedisBuckets(Buckets):
         else:
             self.batches.popleft()
             try:
-                self.read_answer(batch, *reply.split())
+                self.read_answer(batch, reply)
             except (AttributeError, ValueError, StopIteration):  # somebody else has written there
                 self.redis.give_up()
                 self.redis.leave(RedisFault("has other things under these names"))
             if not self.charging:  # what there is was too much for one batch
                 self.redis.flush_soon()
 
-    def read_answer(self, batch, flags, *words):
+    def read_answer(self, batch, reply):
+        flags, *words = reply.split()  # none where an answer was asked again too late
         now = self.clock.monotonic()
         found = {}
         rest = iter(words)

@@ -11623,6 +11623,14 @@ class SharedLimitsTest(ProxyCase):
             self.assert_status(200)
             self.redis.ask("FLUSHALL")
 
+    def test_an_answer_that_redis_has_no_more_is_not_waited_for_again(self):
+        buckets = self.start_here()
+        self.assert_admitted(1, 1)
+        self.redis.ask("HSET", buckets.keys[0], "last", 10 ** 9)
+        self.assert_status(200)
+        self.is_back(buckets)
+        self.assertNotIn("Traceback", self.lines.text())
+
     def test_a_wrong_password_is_told_and_shown_nowhere(self):
         self.redis.ask("CONFIG", "SET", "requirepass", "right")
         buckets = self.start(REDIS_URL="redis://:hunter2@127.0.0.1:1")
