@@ -662,21 +662,38 @@ VENDORS = table_of("""
 PARSER = getattr(re, "_parser", None) or re.sre_parse  # Python 3.10
 COMPILER = getattr(re, "_compiler", None) or re.sre_compile
 TAKE_ONE = "LITERAL", "NOT_LITERAL", "ANY", "IN"
-REPEAT = "MAX_REPEAT", "MIN_REPEAT"
-# The characters that a part of an expression may begin with, and how many rounds of repetitions may
-# follow each
-Begin = Dict[str, int]
+REPEAT = "MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"
+ARE_GROUPS = "SUBPATTERN", "ATOMIC_GROUP"
+
+
+class Rest(NamedTuple):
+    """What is left of an expression: the characters that it may begin with, the steps that it may
+    need, and (characters, least, most) of its parts: how often each takes one of these."""
+    begin: FrozenSet[str] = frozenset()
+    steps: int = 0
+    takes: Tuple[Tuple[FrozenSet[str], int, int], ...] = ()
+
+    def may_take(self, characters):
+        return sum(most for one, _, most in self.takes if not characters.isdisjoint(one))
+
+    def may_take_rounds(self, begin, taken):
+        """Tells how many rounds it may take instead of what comes before it, and begins and takes
+        so: the begin of each, and all that it needs."""
+        return min([self.may_take(begin & self.begin) - 1,
+                   *(self.may_take(one) for one, least, _ in taken if least)])
 
 
 class LinearPattern:
     """A regular expression that any text is searched for in linear time, judged as Python's parser
-    reads it, from its end to its begin: where it is open how to go on, what follows must be short.
-    A search that has begun cannot be stopped, and holds all threads."""
+    reads it, from its end to its begin: where it is open how to go on, what follows must be short,
+    or such that it cannot take what a next round would. A search that has begun cannot be stopped,
+    and holds all threads."""
     LONGEST = 300        # characters
-    MOST_ROUNDS = 64     # of what is unlimited, or of all that is open together,
+    MOST_ROUNDS = 64     # of what is unlimited, or steps after what is open,
     MOST_OF_GROUPS = 16  # and of what is unlimited and has more than one character
     MOST_CHOICES = 3     # whose ways begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
+    MOST_STEPS = 2500    # of a search from one character
     # A letter, a digit, a space and a sign of other scripts, and some of the last ones
     OTHERS = "\u0436\u0663\u3000\u2030\U00020000\U0001d7d8\U0001f600"
 
@@ -693,70 +710,70 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *self.OTHERS, *text}
         self.alphabet.update([chr(min(ord(one) + 1, sys.maxunicode)) for one in text])
         self.choices = 0
-        self.repeated = set()  # characters that repetitions judged so far take
-        self.begin(self.tree, {}, 0)
+        steps = self.judge(self.tree, Rest(), 0).steps
+        require(steps <= self.MOST_STEPS, "must have fewer or shorter repetitions")
         self.compiled = COMPILER.compile(self.tree)
 
-    def begin(self, parts, after: Begin, repeated) -> Begin:
-        """Judges parts, before what begins as `after` says, within so many repetitions. What is
-        unlimited, which else takes quadratic time, has a limit then."""
-        follows = ""
+    def judge(self, parts, after: Rest, repeated) -> Rest:
+        """Judges parts, before `after`, within so many repetitions. What is unlimited, which else
+        takes quadratic time, has a limit then."""
         for place in reversed(range(len(parts))):
             op, value = parts[place]
             if op.name in TAKE_ONE:
-                after = dict.fromkeys(
-                    self.characters(parts[place]), max(after.values(), default=1))
-                self.repeated.update(after if repeated else ())
+                taken = self.characters(parts[place])
+                after = Rest(taken, after.steps + 1, ((taken, 1, 1), *after.takes))
             elif op.name in REPEAT:
                 parts[place] = op, self.limited(*value)
-                parted = follows in TAKE_ONE and self.repeated.isdisjoint(after)
-                after = self.begin_of_repetition(*parts[place][1], after, repeated, parted)
+                after = self.judge_repetition(*parts[place][1], after, repeated)
             elif op.name == "BRANCH":
-                after = self.begin_of_choice(value[1], after, repeated)
-            elif op.name == "SUBPATTERN":
-                after = self.begin(value[-1], after, repeated)
+                after = self.judge_choice(value[1], after, repeated)
+            elif op.name in ARE_GROUPS:
+                inner = value if isinstance(value, PARSER.SubPattern) else value[-1]
+                after = self.judge(inner, after, repeated)
             else:
                 require(op.name == "AT", f"must not look around or back: {op.name.lower()}")
-            follows = op.name
         return after
 
     def characters(self, part):
         one = COMPILER.compile(PARSER.SubPattern(self.tree.state, [part]), self.flags)
-        return filter(one.fullmatch, self.alphabet)
+        return frozenset(filter(one.fullmatch, self.alphabet))
 
     def limited(self, least, most, inner):
         if most == PARSER.MAXREPEAT:
             most = self.MOST_ROUNDS if inner.getwidth() == (1, 1) else self.MOST_OF_GROUPS
         require(least <= most <= self.MOST_ROUNDS,
                 f"must not repeat more than {self.MOST_ROUNDS} times")
+        require(most < 2 or inner.getwidth()[0], "must not repeat what may be empty")
         return least, most, inner
 
-    def begin_of_repetition(self, least, most, inner, after, repeated, parted):
-        """`parted`: a character follows that no later repetition takes, so that from each place
-        where rounds may end, these get no further than to the next such place."""
-        begin = self.begin(inner, after, repeated + (most > 1))
+    def judge_repetition(self, least, most, inner, after, repeated):
+        last = self.judge(inner, after, repeated + (most > 1))
+        taken = last.takes[:len(last.takes) - len(after.takes)]  # by one round
+        begin = last.begin | after.begin
+        found = Rest(begin, after.steps + (last.steps - after.steps) * most, (
+            *((one, low * least, high * most) for one, low, high in taken), *after.takes))
         if most > 1:
-            require(inner.getwidth()[0], "must not repeat what may be empty")
             require(repeated < self.MOST_WITHIN, "must have fewer repetitions of repetitions")
-            begin = self.begin(inner, {**after, **begin}, repeated + 1)  # and before its next round
-        rounds = max([after[one] for one in begin.keys() & after.keys()], default=0)
-        is_single = inner.getwidth() == (1, 1)
-        if least < most:
-            meet = min(rounds, 1) if parted and is_single else rounds
-            require((most - least + 1) * meet <= (0 if repeated else self.MOST_ROUNDS),
+            self.judge(inner, found, repeated + 1)  # before its next round
+        open_rounds = min(most - least, after.may_take_rounds(last.begin, taken))
+        if open_rounds > 0:
+            steps = after.steps * (open_rounds + 1)
+            require(steps <= (0 if repeated else self.MOST_ROUNDS),
                     "must not have repetitions, one soon after the other, that can take the same")
-        adds = is_single and (least == most or not rounds)  # one way to its end
-        begin = {one: rounds + most - 1 if adds else rounds * most
-                 for one, rounds in begin.items()}
-        return begin if least else {**after, **begin}
+            found = found._replace(steps=found.steps + steps)
+        return found._replace(begin=last.begin) if least else found
 
-    def begin_of_choice(self, ways, after, repeated):
-        begins = [self.begin(way, after, repeated) for way in ways]
-        begin = dict(sorted(chain.from_iterable(map(dict.items, begins)), key=lambda one: one[1]))
-        self.choices += sum(map(len, begins)) > len(begin)
+    def judge_choice(self, ways, after, repeated):
+        found = [self.judge(way, after, repeated) for way in ways]
+        begin = frozenset().union(*[one.begin for one in found])
+        alike = sum(len(one.begin) for one in found) > len(begin)
+        self.choices += alike
         require(self.choices <= (0 if repeated else self.MOST_CHOICES),
                 "must not have many choices that begin alike, nor repeat one")
-        return begin
+        taken = [(characters, 0, most) for one in found
+                 for characters, _, most in one.takes[:len(one.takes) - len(after.takes)]]
+        steps = [one.steps for one in found]
+        return Rest(begin, sum(steps) if alike else max(steps), (*taken, *after.takes))
 
 
 def fault_of(expression):
