@@ -10433,11 +10433,6 @@ def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
 CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
 
 
-def is_nothing(path: str) -> bool:
-    """Returns whether no database is there yet."""
-    return not os.path.exists(path) or not os.path.getsize(path)
-
-
 class Database:
     """The SQLite file of calls and bucket levels. A file that is not ours, or damaged, is never
     written to."""
@@ -10480,6 +10475,7 @@ class Database:
         SELECT * FROM calls ORDER BY rowid DESC LIMIT 1;"""
 
     connection: Optional[sqlite3.Connection] = None
+    facts: Dict[str, int] = {}  # known where it can be written
     tells = False               # other boxes of these sums
 
     def __init__(self, path: str, lock: Optional[BinaryIO] = None, reading: bool = False,
@@ -10488,9 +10484,10 @@ class Database:
         levels of buckets are not here. Raises DatabaseFault."""
         self.path = path
         self.lock = lock
+        self.reading = reading
         self.shared = shared
         self.names = SumNames()
-        is_new = is_nothing(path)
+        is_new = not os.path.exists(path) or not os.path.getsize(path)
         if is_new and reading:
             raise NothingRecorded(f"no calls are recorded in {path} (DATABASE)")
         try:
@@ -10734,8 +10731,10 @@ class Database:
         return found
 
     def secret(self) -> bytes:
-        """Returns a random secret of this file's own."""
-        self.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
+        """Returns a random secret of this file's own. Raises ValueError where it has none, and can
+        only be read."""
+        if not self.reading:
+            self.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
         (found,), = self.execute("SELECT value FROM facts WHERE name = 'secret'")
         return bytes(found)
 
@@ -11454,10 +11453,13 @@ class Ledger(Writer):
 
     def __init__(self, config: Config, database: Optional[Database], limits: Limits, stored: Stored,
                  clock: Any, log: Log, keys: StoredKeys, secret: bytes, worker: Optional[int]):
-        """`secret` is what digests of keys are blinded by. Without a database one is looked for
-        once in a while. `worker` is the number of one of several processes that have it, of
-        which the first keeps the sums."""
+        """`secret` is what digests of keys are blinded by. Without a database that can be written
+        one is looked for once in a while. `worker` is the number of one of several processes that
+        have it, of which the first keeps the sums."""
         super().__init__("ledger")
+        if database and database.reading:
+            database.close()
+            database = None
         self.database = database
         self.path = config.database
         self.limits = limits
@@ -11568,6 +11570,9 @@ class Ledger(Writer):
                 self.log.say(f"calls and buckets are kept in {self.path}")
             except DatabaseFault as fault:
                 self.log.say(f"calls and buckets are kept in memory only: {fault}")
+                with suppress(DatabaseFault, sqlite3.Error), (
+                        closing(Database(self.path, reading=True))) as database:
+                    self.tell(database.key_rows(), ())
         return self.database is not None
 
     def read_news(self):
@@ -11595,6 +11600,10 @@ class Ledger(Writer):
         except sqlite3.Error as failure:
             return self.log.say(f"the keys in DATABASE cannot be read: {failure}", "DATABASE")
         self.version = version
+        self.tell(rows, orders)
+
+    def tell(self, rows, orders):
+        """Tells of keys, where they were changed, and of orders."""
         if rows != self.keys.rows:
             self.keys = read_keys(rows, self.secret, self.keys.closed)
             for fault in self.keys.faults:
@@ -15712,7 +15721,8 @@ def new_loop(clock, log):
 def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
     """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
-    without a `database` everything is kept in memory. A `worker` is one of several processes."""
+    without a `database` that can be written everything is kept in memory. A `worker` is one of
+    several processes."""
     log = Log(stream, config.log_format == "json", clock,
               "worker %d: " % (worker.number + 1) if worker else "")
     secret = worker.secret if worker else file_secret(database)
@@ -15730,8 +15740,7 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
     hear_of_others(proxy)
-    if database:
-        go_on(proxy)
+    go_on(proxy)
     return proxy
 
 
@@ -15781,7 +15790,10 @@ def share(proxy, buckets):
 
 def file_secret(database: Optional[Database]) -> bytes:
     """Returns the secret of a database, or one that ends with this process."""
-    return database.secret() if database else os.urandom(32)
+    with suppress(sqlite3.Error, ValueError):
+        if database:
+            return database.secret()
+    return os.urandom(32)
 
 
 def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
@@ -15801,8 +15813,8 @@ def stored_keys(database, secret, say):
         return StoredKeys(secret)
     try:
         found = read_keys(database.key_rows(), secret)
-    except sqlite3.Error:
-        return StoredKeys(secret, closed=True)
+    except sqlite3.Error as failure:  # an old file may have none, and could not be widened
+        return StoredKeys(secret, closed="no such table" not in str(failure))
     for fault in found.faults:
         say(fault)
     return found
@@ -15811,8 +15823,9 @@ def stored_keys(database, secret, say):
 def go_on(proxy):
     """Does again what was ordered before, and holds still, before a call could find it undone."""
     proxy.routes.disable(proxy.callers.stored.disabled)
+    ledger = proxy.books.ledger
     with suppress(sqlite3.Error, ValueError):
-        for order in proxy.books.ledger.new_orders():
+        for order in ledger.new_orders() if ledger and ledger.database else ():
             proxy.carry_out(order)
 
 
@@ -18855,7 +18868,7 @@ def faults_of_start(config):
         if config.database != "off":
             look_at_database(config)
     except DatabaseFault as fault:
-        if isinstance(fault, Unwritable) and may_do_without(config):
+        if isinstance(fault, Unwritable) and config.texts["DATABASE"] == DEFAULT_DATABASE:
             print(IN_MEMORY % fault)
         else:
             yield str(fault)
@@ -18906,21 +18919,16 @@ def can_be_written(path):
 def look_at_database(config):
     """Raises DatabaseFault where a service could not use it."""
     path = config.database
-    with suppress(NothingRecorded, sqlite3.Error), (
-            closing(Database(path, reading=True))) as database:
-        if is_closed(database.execute):
-            config.note_stored_keys()
+    database = database_to_read(config)
+    if database:
+        with suppress(sqlite3.Error), closing(database):
+            if is_closed(database.execute):
+                config.note_stored_keys()
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or nullcontext():
             pass
     if not can_be_written(path):
         raise Unwritable(path, OSError("no such folder, permission or room"))
-
-
-def may_do_without(config):
-    """Returns whether a start goes on where DATABASE cannot be written: it is the default one, and
-    holds nothing. Without the keys in one anybody would be let in."""
-    return config.texts["DATABASE"] == DEFAULT_DATABASE and is_nothing(config.database)
 
 
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
@@ -18968,17 +18976,30 @@ DEMO_HINT = (
     """"stream":true}'""")
 
 
-def open_database(config, remarks):
-    """Returns the database. Where only a new default one cannot be written, nothing is remembered,
-    and `remarks` say so. Raises DatabaseFault."""
+def database_to_read(config):
+    """Returns the database as it is, None where there is none. Raises DatabaseFault, for whoever
+    may not call would be let in where it is not known that keys are stored."""
+    try:
+        return Database(config.database, reading=True)
+    except NothingRecorded:
+        return None
+    except Unwritable as fault:
+        if config.proxy_api_keys is None and os.path.isfile(config.database):
+            raise DatabaseFault(f"{fault}: the keys in it cannot be read") from None
+
+
+def open_database(config, remarks, shared=False):
+    """Returns the database. Where only the default one cannot be written, `remarks` say so, and it
+    is read, for its keys: nothing else is remembered. Raises DatabaseFault."""
     if config.database == "off":
         return None
     try:
-        return open_for_service(config.database, open_patiently)
+        return open_for_service(config.database, open_patiently, shared)
     except Unwritable as fault:
-        if not may_do_without(config):
+        if config.texts["DATABASE"] != DEFAULT_DATABASE:
             raise
         remarks.append(IN_MEMORY % fault)
+        return database_to_read(config)
 
 
 def open_patiently(path, lock, shared=False):
@@ -19074,7 +19095,8 @@ def leave_to_workers(database):
     """Closes a database that is made now, or brought up to date: SQLite's connections must not be
     carried through a fork (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
     database.connection.close()
-    let_workers_in(database.lock)
+    if database.lock:
+        let_workers_in(database.lock)
 
 
 def remove_admin_key(config):
@@ -19125,10 +19147,11 @@ def say_at_once(stream, as_json, text):
 
 def run_worker(config, log_stream, worker):
     """Serve as one of several processes; returns the exit code."""
-    database = None
     try:
         if worker.lock:
             database = open_patiently(config.database, worker.lock, shared=True)
+        else:
+            database = open_database(config, [], shared=True)
         proxy = build(config, log_stream, database=database, worker=worker)
         proxy.tally = worker.tally
         proxy.tally.begin(worker.number)

@@ -13378,6 +13378,20 @@ class KeysTest(KeysCase):
         self.assert_statuses([401], "x")
         self.assert_statuses([200], self.add("ben"))
 
+    def test_keys_of_a_file_that_can_only_be_read_by_a_later_try_hold_too(self):
+        self.start()
+        ledger, lock = self.proxy.books.ledger, llm_proxy.lock_name(self.path)
+        ledger.reopen_at = math.inf
+        os.unlink(lock)
+        os.mkdir(lock)
+        wait_for(lambda: ledger.database is None)
+        ann = self.store().add("ann").secret
+        self.assert_statuses([200], "x")
+        ledger.reopen_at = 0
+        wait_for(lambda: self.statuses(ann) == [200] and self.proxy.callers.stored.closed)
+        self.assert_statuses([401, 401, 200], "x", None, ann)
+        self.assert_said("in memory only: DATABASE must be")
+
     def test_when_a_key_was_used_is_known_to_the_minute(self):
         clock = Clock()
         self.start(clock=clock)
@@ -17003,18 +17017,71 @@ class CommandsTest(ProcessCase):
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
 
     def test_check_knows_that_a_start_goes_without_the_usual_database(self):
-        for path, is_new, is_usual in self.each((
-                ("", True, True), ("", False, False), ("x.db", True, False))):
+        for path, is_usual in self.each("""[["", true], ["x.db", false]]"""):
             config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
             nowhere = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError)
-            with contextlib.redirect_stdout(out), nowhere, mock.patch.multiple(
-                    llm_proxy, listen=mock.DEFAULT, is_nothing=lambda path, is_new=is_new: is_new,
-                    open_for_service=mock.Mock(side_effect=llm_proxy.Unwritable(path, OSError()))):
-                faults, remarks = list(llm_proxy.faults_of_start(config)), []
-                with contextlib.suppress(llm_proxy.Unwritable):
-                    llm_proxy.open_database(config, remarks)
-            self.assertEqual((not faults, "in memory only" in out.getvalue(), bool(remarks)),
-                             (is_usual,) * 3)
+            with contextlib.redirect_stdout(out), nowhere, mock.patch.object(llm_proxy, "listen"):
+                faults = list(llm_proxy.faults_of_start(config))
+            self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
+
+    def usual_database(self):
+        """Returns the settings of a start with the usual database, and its path, where nothing can
+        be written."""
+        path = new_path(self, "llm_proxy.db")
+        os.mkdir(llm_proxy.lock_name(path))
+        config = read_config({**HERE, "DATABASE": ""})
+        config.database = path
+        return config, path
+
+    def test_the_usual_database_is_read_where_it_cannot_be_written(self):
+        for closed, statement in self.each((
+                (None, ""), (True, llm_proxy.CLOSE_DOOR), (False, "SELECT 1"),
+                (False, "DELETE FROM facts; DROP TABLE keys"),  # of an earlier version
+                (True, "ALTER TABLE keys RENAME COLUMN role TO x"))):
+            config, path = self.usual_database()
+            if statement:
+                with contextlib.closing(llm_proxy.Database(path)) as database:
+                    secret = database.secret()
+                    database.connection.executescript(statement)
+            database = llm_proxy.open_database(config, [])
+            self.assertEqual(database is None, closed is None)
+            if database:
+                found = llm_proxy.file_secret(database)
+                self.assertEqual(found == secret, "DELETE" not in statement)
+                with contextlib.closing(database):
+                    keys = llm_proxy.stored_keys(database, found, print)
+                self.assertEqual(keys.closed, closed)
+
+    def test_the_usual_database_that_cannot_be_read_is_a_fault_unless_the_settings_have_keys(self):
+        for keys, said in self.each((
+                (None, "be read"), ({}, "in memory only"), ({"k": "k"}, "in memory only"))):
+            config, path = self.usual_database()
+            llm_proxy.Database(path).close()
+            config.proxy_api_keys = keys
+            out, remarks, found = io.StringIO(), [], None
+            with mock.patch.object(llm_proxy, "connect", side_effect=PermissionError), (
+                    mock.patch.object(llm_proxy, "listen")), contextlib.redirect_stdout(out):
+                faults = list(llm_proxy.faults_of_start(config))
+                try:
+                    self.assertIsNone(llm_proxy.open_database(config, remarks))
+                except llm_proxy.DatabaseFault as fault:
+                    found = fault
+            self.assertEqual((type(found), len(faults)), (
+                (type(None), 0) if keys is not None else (llm_proxy.DatabaseFault, 1)))
+            self.assertIn(said, str(found or remarks))
+            self.assertIn(said, "".join(faults) or out.getvalue())
+
+    def test_a_closed_door_stays_closed_where_the_usual_database_cannot_be_written(self):
+        settings = [{}]
+        if shutil.which("redis-server"):
+            settings.append({"WORKERS": 2, "REDIS_URL": RedisServer(self).url})
+        for more in self.each(settings):
+            _, path = self.usual_database()
+            with contextlib.closing(llm_proxy.Database(path)) as database:
+                keys = llm_proxy.KeyStore(database.connection, time, KeysCase.ACTOR)
+                ann = keys.add("ann").secret
+            self.serve(cwd=os.path.dirname(path), DATABASE="", **more)
+            self.assertEqual([self.ask(key).status for key in (None, "x", ann)], [401, 401, 200])
 
     def test_an_upstream_that_is_not_there_is_told_at_the_start(self):
         good, gone = self.new_stub(), Stub()
