@@ -6590,19 +6590,31 @@ SECRETS = r"""
 KEY_HEADERS = r"(?:[\\\s]{1,8}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}(?![^\n\\])){0,3}"
 PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----%s
     [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?""" % KEY_HEADERS
-# Global addresses (RFC 6890) that follow no word for a version, and look like none (2.7.2.2), nor
-# like an OID of certificates (2.5.29.15), but as a host's; of IPv6 those that are given out.
-IPV4 = r"""([1-9])(?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
+# Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
+IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
     (?<!(?<![A-Za-z])[Ss]ection\ .)(?<!ersion\ .)(?<!ersion:\ .)
     (?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
     (?!(?<=1)(?:0|27|69\.254|72\.(?:1[6-9]|2[0-9]|3[01])|92\.(?:168|0\.[02])|98\.(?:1[89]|51\.100)
         |00\.(?:6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\.
-    |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.])
-    |(?<![@/=].)(?<!from\ .)(?<!host\ .)(?<!nameserver\ .)(?<!\b[Ii][Pp]\ .)(?<!"ip":\ ".)
-    (?<!\bping\ .)(?<!\bssh\ .)(?!\.\1\.\1\.\1|\.8\.4\.4|[.0-9]+\ -\ -)
-    \.[0-9]\.(?:[0-9]|29)\.[0-9]{1,2}(?![0-9]|[:/][0-9]))
+    |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
     (?:(?<=1)[0-9]{0,2}|(?<=2)(?:[0-4][0-9]?|5[0-5]?|[6-9]?)|(?<=[3-9])[0-9]?)
     (?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}(?![A-Za-z0-9_+-]|\.[A-Za-z0-9])"""
+# What may as well be a version, or the number of a section or of a field of certificates
+# (2.5.29.15); and the words for these, before it, with none for a host in between
+SHORT_NUMBERS = re.compile(r"([1-9])(?!\.\1\.\1\.\1|\.8\.4\.4)"
+                           r"\.[0-9]\.(?:[0-9]|29)\.[0-9]{1,2}(?![0-9]|[:/][0-9])")
+NUMBERED = re.compile(r"""\b(?:versions?|sections?|OID|pip|e\.g\.)(?![a-z])
+    (?!.*\b(?:address|client|dns|from|host|ip|nameserver|peer|server)\b)(?!.*[@/=]\Z)
+    """, re.I | re.S | re.X)
+
+
+def end_of_ipv4(match: "re.Match[str]") -> int:
+    """Wants no word for versions and the like shortly before a number that may be one."""
+    before = match.string[max(match.start() - 200, 0):match.start()]
+    is_short = SHORT_NUMBERS.match(match.string, match.start())
+    return 0 if is_short and NUMBERED.search(before) else match.end()
+
+
 IPV6 = r"""[23](?<![A-Za-z0-9_:.].)(?!(?:[0-9a-f]{0,4}:){8})
     (?!(?<=2)(?:001:(?:0?db8|0?[01]?[0-9a-f]{0,2}):|002:)|(?<=3)fff:0)
     [0-9a-f]{3}(?:(?::[0-9a-f]{1,4}){7}|(?::[0-9a-f]{1,4}){0,5}::
@@ -6640,7 +6652,7 @@ SHAPES = (
         (?<!(?<![0-9])[0-9][ ]...)(?<!(?<![0-9])[0-9]{2}[ ]...)(?<!(?<![0-9])[0-9]{3}[ ]...)
         [ ](?!00)[0-9]{2}[ ](?!0000)[0-9]{4}
         (?![A-Za-z0-9_-]|[ ][0-9]{1,3}(?![0-9])(?![ ][0-9]{2}[ ][0-9]{4}))""", hint="[0-9]{4}"),
-    shape("ip", IPV4, mark=".", hint=r"[0-9]\.[0-9]"),
+    shape("ip", IPV4, end_of_ipv4, ".", hint=r"[0-9]\.[0-9]"),
     shape("ip", IPV6, mark=":", hint="[0-9a-f]:"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
         "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()]), hint=LONG_WORD),
