@@ -6600,19 +6600,19 @@ IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
     (?:(?<=1)[0-9]{0,2}|(?<=2)(?:[0-4][0-9]?|5[0-5]?|[6-9]?)|(?<=[3-9])[0-9]?)
     (?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}(?![A-Za-z0-9_+-]|\.[A-Za-z0-9])"""
 # What may as well be a version, or the number of a section or of a field of certificates
-# (2.5.29.15); and the words for these, before it, with none for a host in between
-SHORT_NUMBERS = re.compile(r"([1-9])(?!\.\1\.\1\.\1|\.8\.4\.4)"
+# (2.5.29.15); and the words for these, as a group, or for hosts
+SHORT_NUMBERS = re.compile(r"([1-9])(?<![@/=].)(?!\.\1\.\1\.\1|\.8\.4\.4)"
                            r"\.[0-9]\.(?:[0-9]|29)\.[0-9]{1,2}(?![0-9]|[:/][0-9])")
-NUMBERED = re.compile(r"""\b(?:versions?|sections?|OID|pip|e\.g\.)(?![a-z])
-    (?!.*\b(?:address|client|dns|from|host|ip|nameserver|peer|server)\b)(?!.*[@/=]\Z)
-    """, re.I | re.S | re.X)
+TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip|e\.g)"
+                         r"|address|client|dns|from|host|ip|nameserver|peer|server)\b")
 
 
 def end_of_ipv4(match: "re.Match[str]") -> int:
-    """Wants no word for versions and the like shortly before a number that may be one."""
-    before = match.string[max(match.start() - 200, 0):match.start()]
-    is_short = SHORT_NUMBERS.match(match.string, match.start())
-    return 0 if is_short and NUMBERED.search(before) else match.end()
+    """Wants no number that may be a version, where the last word shortly before it is for such."""
+    if not SHORT_NUMBERS.match(match.string, match.start()):
+        return match.end()
+    told = TOLD_BEFORE.findall(match.string[max(match.start() - 200, 0):match.start()].lower())
+    return 0 if told and told[-1] else match.end()
 
 
 IPV6 = r"""[23](?<![A-Za-z0-9_:.].)(?!(?:[0-9a-f]{0,4}:){8})
