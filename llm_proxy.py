@@ -6608,7 +6608,7 @@ TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip
 
 
 def end_of_ipv4(match: "re.Match[str]") -> int:
-    """Wants no number that may be a version, where the last word shortly before it is for such."""
+    """Wants none that may be a version, where the last word shortly before it is for such."""
     if not SHORT_NUMBERS.match(match.string, match.start()):
         return match.end()
     told = TOLD_BEFORE.findall(match.string[max(match.start() - 200, 0):match.start()].lower())
