@@ -11636,6 +11636,7 @@ class SharedLimitsTest(ProxyCase):
         self.assert_admitted(1, 1)
         self.redis.ask("HSET", buckets.keys[0], "last", 10 ** 9)
         self.assert_status(200)
+        self.redis.ask("FLUSHALL")
         self.is_back(buckets)
         self.assertNotIn("Traceback", self.lines.text())
 
