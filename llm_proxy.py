@@ -792,12 +792,12 @@ def linear_patterns(text):
         name, equals, expression = map(str.strip, row.partition("="))
         require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
             *REDACTED, *found), "must be name=regex, by lines or ;, each name once")
-        fault = fault_of(expression)
-        if fault:
+        try:
+            found[name] = LinearPattern(expression).compiled
+        except ValueError as fault:
             begins = itertools.accumulate(expression)
-            part = next(one for one in begins if fault_of(one) == fault)
-            raise ValueError(f"is at fault: {name} {fault}, as in {part}")
-        found[name] = LinearPattern(expression).compiled
+            part = next(one for one in begins if fault_of(one) == str(fault))
+            raise ValueError(f"is at fault: {name} {fault}, as in {part}") from None
     return found
 
 
