@@ -1486,6 +1486,14 @@ r='', password='')
         prose = [line for line in readme if not line.startswith("|")]
         self.assertLessEqual(len(prose), 300)
         self.assertEqual([line for line in prose if len(line) > 110], [])
+        cells = [line for line in readme if line.startswith("|")]
+        self.assertEqual([line[:80] for line in cells if len(line) > 430], [])
+
+    def test_every_link_of_readme_leads_to_a_heading_of_it(self):
+        readme = source(os.path.join(FOLDER, "README.md"))
+        headings = [re.sub("[^a-z -]", "", line.lower()).replace(" ", "-")
+                    for line in re.findall("^## (.*)", readme, re.M)]
+        self.assertEqual(set(re.findall(r"\]\(#(.*?)\)", readme)) - set(headings), set())
 
     def test_the_examples_of_readme_are_without_a_fault(self):
         readme = source(os.path.join(FOLDER, "README.md"))
