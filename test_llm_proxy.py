@@ -16,16 +16,13 @@ import asyncio
 import atexit
 import base64
 import bisect
-import collections
 import concurrent.futures
-import contextlib
 import datetime
 import decimal
 import dis
 import errno
 import fcntl
 import fractions
-import functools
 import gc
 import gzip
 import hashlib
@@ -58,18 +55,31 @@ import textwrap
 import threading
 import time
 import tokenize
-import types
 import unittest
 import urllib.parse
 import uuid
 import warnings
 import zlib
 import zoneinfo
+from collections import Counter, defaultdict
+from contextlib import (ExitStack, closing, contextmanager, nullcontext, redirect_stderr,
+                        redirect_stdout, suppress)
+from functools import lru_cache, partial
+from math import ceil, inf
+from random import Random
+from threading import Event, Thread
+from types import SimpleNamespace
 from unittest import mock
+from unittest.mock import patch
 
 import llm_proxy
-from llm_proxy import (SETTINGS, SETTINGS_BY_NAME, UNITS, Buckets, ConfigFaults, Limits,
-                       LimitReached, Malformed, build, read_config)
+from llm_proxy import (REDACTED, SETTINGS, SETTINGS_BY_NAME, UNITS, VERSION, Admin, Anthropic,
+                       BadRequest, Batch, Buckets, Caller, CallerGone, Chunked, ClientConnection,
+                       ConfigFaults, Context, Database, JsonBody, LedgerReader, LimitReached,
+                       Limits, LinearPattern, Log, Malformed, Masks, OpenAI, Prices, Redactor,
+                       Redis, RedisBuckets, RedisFault, RedisReader, Restorer, SelfTest, Stream,
+                       Usage, build, json_before, read_config, read_price, read_rule, read_usage,
+                       server_context, text_weight)
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
@@ -124,7 +134,7 @@ class Clock:
     def now(self, seconds):
         self.seconds = seconds
         for loop in self.loops:
-            with contextlib.suppress(RuntimeError):  # it is closed
+            with suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(id, None)
 
 
@@ -268,7 +278,7 @@ class Answered(Message):
 
 def hang_up(sock):
     """Ends a connection with a RST."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
@@ -314,7 +324,7 @@ class Client:
     def rest(self):
         """Read the body to its end, or to its cut."""
         found = [self.answered.body]
-        with contextlib.suppress(Cut):
+        with suppress(Cut):
             found.extend(self.pieces)
             self.answered.whole = True
         self.answered.body = b"".join(found)
@@ -370,7 +380,7 @@ class Asked(Message):
         self.method, self.target, _ = start.split(" ")
         self.size = 0
         self.digest = None
-        self.over = threading.Event()
+        self.over = Event()
         self.kept = True
 
     def read_body(self):
@@ -418,7 +428,7 @@ class Asked(Message):
         """Fails unless the proxy closes this connection, here where its Client hangs up."""
         if client:
             client.reset()
-        with contextlib.suppress(ConnectionError):
+        with suppress(ConnectionError):
             while self.sock.recv(65536):
                 pass
 
@@ -442,7 +452,7 @@ class Stub:
         self.port = self.listener.getsockname()[1]
         self.sockets = []
         self.threads = []
-        self.thread = threading.Thread(target=self.accept, daemon=True)
+        self.thread = Thread(target=self.accept, daemon=True)
         self.thread.start()
 
     def accept(self):
@@ -455,7 +465,7 @@ class Stub:
             sock.settimeout(PATIENCE)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.sockets.append(sock)
-            thread = threading.Thread(target=self.converse, args=(sock,), daemon=True)
+            thread = Thread(target=self.converse, args=(sock,), daemon=True)
             self.threads.append(thread)
             thread.start()
 
@@ -500,7 +510,7 @@ class Stub:
         return self.requests[-1]
 
     def stop_listening(self):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         self.thread.join(PATIENCE)
@@ -517,15 +527,21 @@ class Stub:
         for asked in self.requests:
             asked.over.set()
         for sock in self.sockets:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for thread in self.threads:
             thread.join(PATIENCE)
 
 
+def encoded(body):
+    """Bytes as they are, and anything else as JSON."""
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
 def request(method="POST", path=CHAT, body=b"", *fields, key=None, host="proxy.test",
             version="1.1"):
     """A well-formed request. `fields` are whole lines, such as 'X-Name: value'."""
+    body = encoded(body)
     rows = ["%s %s HTTP/%s" % (method, path, version), "Host: " + host, *fields]
     if key:
         rows.append("Authorization: Bearer " + key)
@@ -545,7 +561,7 @@ def unsized(path, *fields, key=None):
 def chat(**payload):
     """The body of a small chat call; its prompt has the 10 characters of 'user hello'."""
     messages = [{"role": "user", "content": "hello"}]
-    return json.dumps({"model": "m", "messages": messages, **payload}).encode()
+    return encoded({"model": "m", "messages": messages, **payload})
 
 
 def call(key=None, *fields, **payload):
@@ -554,6 +570,7 @@ def call(key=None, *fields, **payload):
 
 def answer(body=b'{"said": "hi"}', status="200 OK", *fields):
     """A well-formed answer, by Content-Length."""
+    body = encoded(body)
     rows = ["HTTP/1.1 " + status, "Content-Length: %d" % len(body), *fields]
     if not any(row.startswith("Content-Type") for row in fields):
         rows.append("Content-Type: application/json")
@@ -629,6 +646,13 @@ def pem_file(case, text=KEY_AND_CERTIFICATE):
     return path
 
 
+def patch_until(add_cleanup, *patches):
+    """Start these; they stop with the test or the class whose `add_cleanup` this is."""
+    for one in patches:
+        one.start()
+        add_cleanup(one.stop)
+
+
 class TableCase(unittest.TestCase):
     def each(self, rows):
         """Go through a table: any rows, or a text: JSON, or a row a line, its cells between ->.
@@ -654,12 +678,10 @@ class TableCase(unittest.TestCase):
         """Set deadlines and other constants, `Class_NAME=value`, for this test."""
         for name, value in seconds.items():
             owner, _, constant = name.partition("_")
-            patch = mock.patch.object(getattr(llm_proxy, owner), constant, value)
-            patch.start()
-            self.addCleanup(patch.stop)
+            patch_until(self.addCleanup, patch.object(getattr(llm_proxy, owner), constant, value))
 
 
-COLLECTING = collections.Counter()  # the CPU seconds of each thread that collected garbage
+COLLECTING = Counter()  # the CPU seconds of each thread that collected garbage
 
 
 def note_collection(phase, _):
@@ -711,7 +733,7 @@ def run_and_measure(handle):
         held.append("%s: %.3f s of CPU, %.3f s" % (callback, cpu, took))
 
 
-usual_prices = functools.lru_cache(None)(llm_proxy.usual_prices)
+usual_prices = lru_cache(None)(llm_proxy.usual_prices)
 
 
 class ProxyCase(TableCase):
@@ -722,17 +744,16 @@ class ProxyCase(TableCase):
     @classmethod
     def setUpClass(cls):
         # Most tests wait for the log, and many for a caller that closed to be taken for gone.
-        for patch in (mock.patch.object(llm_proxy, "usual_prices", usual_prices),
-                      mock.patch.object(llm_proxy.Log, "PAUSE", 0.005),
-                      mock.patch.object(llm_proxy.Writer, "PAUSE", 0.01),
-                      mock.patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0.05),
-                      mock.patch.object(llm_proxy.Admin, "BEAT_SECONDS", 0.01),
-                      mock.patch.object(llm_proxy.ClientConnection, "HALF_CLOSE_SECONDS", 0.02),
-                      mock.patch.object(llm_proxy.RedisBuckets, "DRAIN_SECONDS", 0.05),
-                      mock.patch.object(llm_proxy.Redis, "LONGEST_PAUSE", 0.05),
-                      mock.patch.object(asyncio.events.Handle, "_run", run_and_measure)):
-            patch.start()
-            cls.addClassCleanup(patch.stop)
+        patch_until(cls.addClassCleanup,
+                    patch.object(llm_proxy, "usual_prices", usual_prices),
+                    patch.object(Log, "PAUSE", 0.005),
+                    patch.object(llm_proxy.Writer, "PAUSE", 0.01),
+                    patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0.05),
+                    patch.object(Admin, "BEAT_SECONDS", 0.01),
+                    patch.object(ClientConnection, "HALF_CLOSE_SECONDS", 0.02),
+                    patch.object(RedisBuckets, "DRAIN_SECONDS", 0.05),
+                    patch.object(Redis, "LONGEST_PAUSE", 0.05),
+                    patch.object(asyncio.events.Handle, "_run", run_and_measure))
 
     def start(self, answer=says(), clock=time, base="", reads=True, **settings):
         """`settings` are llm_proxy's; without others the log is JSON, and buckets are large. By
@@ -758,8 +779,8 @@ class ProxyCase(TableCase):
         self.proxy.loop.held = []
         if isinstance(clock, Clock):
             clock.loops.append(self.proxy.loop)
-        threads = [threading.Thread(target=self.proxy.loop.run_forever, name="loop"),
-                   threading.Thread(target=self.server.serve_forever, args=(0.002,), name="accept")]
+        threads = [Thread(target=self.proxy.loop.run_forever, name="loop"),
+                   Thread(target=self.server.serve_forever, args=(0.002,), name="accept")]
         for thread in threads:
             thread.daemon = True
             thread.start()
@@ -779,7 +800,7 @@ class ProxyCase(TableCase):
             thread.join(PATIENCE)
         for task in asyncio.all_tasks(loop):  # such as one that asks for models
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError):
                 loop.run_until_complete(task)
         loop.run_until_complete(asyncio.sleep(0))  # a transport is closed in the round after
         self.assertEqual(len(loop._selector.get_map()), 1, "what is left but the loop's own")
@@ -790,7 +811,7 @@ class ProxyCase(TableCase):
 
     def on_loop(self, act, *arguments):
         """Have the proxy's thread do this, and wait for it."""
-        done = threading.Event()
+        done = Event()
         self.proxy.loop.call_soon_threadsafe(lambda: (act(*arguments), done.set()))
         self.assertTrue(done.wait(PATIENCE))
 
@@ -878,7 +899,7 @@ class ProxyCase(TableCase):
         """How many bytes of this Client's were not read; None where its connection is not open."""
         for connection in self.server.open.copy():
             sock = connection.client.sock
-            with contextlib.suppress(OSError, ValueError):  # it is closed by now
+            with suppress(OSError, ValueError):  # it is closed by now
                 if sock.getpeername() == client.sock.getsockname():
                     asked = (client.sock, termios.TIOCOUTQ), (sock, termios.FIONREAD)
                     return sum(struct.unpack("i", fcntl.ioctl(*one, bytes(4)))[0] for one in asked)
@@ -986,7 +1007,7 @@ def source(path=FILE):
         return file.read()
 
 
-@functools.lru_cache(None)
+@lru_cache(None)
 def tree():
     return ast.parse(source())
 
@@ -1068,7 +1089,7 @@ class FileTest(TableCase):
         """Each statement may use its own again, as in a comprehension."""
         names = [name for statement in tree().body
                  for name in set(names_of(statement)) if hasattr(llm_proxy, name)]
-        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        twice = [name for name, count in Counter(names).items() if count > 1]
         self.assertEqual(twice, [])
 
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
@@ -1589,7 +1610,7 @@ Europe/Berlin
         for zone in self.each(("Europe/Atlantis", "Europe", "Europe/")):
             with self.assertRaisesRegex(ConfigFaults, "known here, which '%s' is not .got" % zone):
                 read_config({**HERE, "LIMITS": text + zone})
-        with mock.patch("zoneinfo.ZoneInfo", side_effect=zoneinfo.ZoneInfoNotFoundError):
+        with patch("zoneinfo.ZoneInfo", side_effect=zoneinfo.ZoneInfoNotFoundError):
             read_config({**HERE, "LIMITS": text + "UTC"})
             with self.assertRaisesRegex(ConfigFaults, "no time zone data, install"):
                 read_config({**HERE, "LIMITS": text + "Europe/Berlin"})
@@ -1724,7 +1745,7 @@ class CallersTest(ProxyCase):
         self.assertIn('"outcome": "refused"', outcomes[-1])
 
     def test_an_unknown_key_is_refused_on_every_path_but_health_and_preflights(self):
-        self.patch_seconds(WrongKeys_RULE=llm_proxy.read_rule("address 99 requests per minute"))
+        self.patch_seconds(WrongKeys_RULE=read_rule("address 99 requests per minute"))
         self.start(PROXY_API_KEYS="alice=sk-1", BASE_MODEL="m")
         paths = """POST /v1/chat/completions, POST /v1/completions, GET /v1/models, HEAD /v1/models,
             POST /v1/files, GET /, GET //health, DELETE /v1/files/1, GET /health/, POST /health"""
@@ -1882,8 +1903,8 @@ class TrustTest(ProxyCase):
     def test_two_people_are_not_one_because_their_key_and_name_join_alike(self):
         settings = {**HERE, "TRUSTED_PROXIES": "127.0.0.1", "CALLER_HEADER": "x-user"}
         callers = llm_proxy.Callers(read_config(settings), b"", llm_proxy.StoredKeys(b""))
-        keys = [(llm_proxy.Caller(("key", b"a"), None), "bc"),
-                (llm_proxy.Caller(("key", b"ab"), None), "c")]
+        keys = [(Caller(("key", b"a"), None), "bc"),
+                (Caller(("key", b"ab"), None), "c")]
         one, two = [callers.end_user({"x-user": name}, "127.0.0.1", key) for key, name in keys]
         self.assertNotEqual(one.key, two.key)
 
@@ -1928,7 +1949,7 @@ class ModelBucket:
 
 
 def caller(name, kind="key"):
-    return llm_proxy.Caller((kind, name), name)
+    return Caller((kind, name), name)
 
 
 def costs(*amounts):
@@ -1938,7 +1959,7 @@ def costs(*amounts):
 
 def awaited(coroutine):
     """What a coroutine returns that never waits."""
-    with contextlib.closing(coroutine):
+    with closing(coroutine):
         try:
             coroutine.send(None)
         except StopIteration as end:
@@ -2023,7 +2044,7 @@ class LimitsTest(LimitsCase):
         return hold
 
     def test_any_schedule_gives_what_the_exact_model_gives(self):
-        choose = random.Random(20)
+        choose = Random(20)
         rows = [(10, 2, 300), (7, 3, 1), (100, 7, 60), (1, 1, 5), (5, 100, 10)]
         for capacity, refill, interval in self.each(rows):
             self.start(None, capacity, refill, interval)
@@ -2039,7 +2060,7 @@ class LimitsTest(LimitsCase):
                 self.assertEqual(quota.remaining, max(0, model.level), step)
 
     def test_no_wait_is_a_moment_too_short_or_too_long(self):
-        choose = random.Random(3)
+        choose = Random(3)
         for text, in self.each("""
                 each 200 requests per minute
                 each 7 requests per hour
@@ -2056,7 +2077,7 @@ class LimitsTest(LimitsCase):
                     self.admit(cost)
                     continue
                 wait = self.refused(cost).wait
-                self.assertEqual(seconds, math.ceil(wait))
+                self.assertEqual(seconds, ceil(wait))
                 self.clock.now += wait - rule.interval / 2
                 self.refused(cost)
                 self.clock.now += rule.interval / 2
@@ -2306,7 +2327,7 @@ class KeysRulesTest(LimitsCase):
 
     def caller(self, name, **fields):
         key = self.key(name, **fields)
-        return llm_proxy.Caller(("key", key.subject), name, stored_key=key)
+        return Caller(("key", key.subject), name, stored_key=key)
 
     def ask(self, one, *amounts):
         return self.awaited(self.limits.admit(one, "1", "m", costs(*amounts)))
@@ -2670,9 +2691,9 @@ class UsageTest(ProxyCase):
                 \ud55c\uae00 -> 300 -> 400
                 \U0001f642 -> 60 -> 40
                 \u201chm\u201d -> 8 -> 8"""):
-            weight = llm_proxy.text_weight(text * int(times))
+            weight = text_weight(text * int(times))
             self.assertEqual(weight / llm_proxy.CHARACTERS_PER_TOKEN, int(tokens))
-        self.assertEqual(llm_proxy.text_weight("\ud800"), 2)  # half of a pair
+        self.assertEqual(text_weight("\ud800"), 2)  # half of a pair
 
     def assert_estimates(self, text, **words):
         """Rows of `text`: a path, else CHAT, a body and its cost. `words` stand for longer ones."""
@@ -2836,8 +2857,8 @@ class LearningTest(ProxyCase):
         seen = tokens_of(self.said)
         usage = {"prompt_tokens": 9 + tokens_of(prompt), "completion_tokens": seen + self.hidden,
                  "completion_tokens_details": {self.detail: self.hidden}}
-        asked.answer(json.dumps({"choices": [{"message": {"content": self.said}}],
-                                 **({"usage": usage} if self.tells else {})}).encode())
+        asked.answer({"choices": [{"message": {"content": self.said}}],
+                                 **({"usage": usage} if self.tells else {})})
 
     def used(self, prompt, key="alice", **payload):
         """The tokens of input and of output that a call is said to have used."""
@@ -2855,13 +2876,13 @@ class LearningTest(ProxyCase):
         def note(*arguments):
             costs.append(estimate(*arguments)[0])
             return estimate(*arguments)
-        with mock.patch.object(self.proxy.estimator, "estimate", note):
+        with patch.object(self.proxy.estimator, "estimate", note):
             self.ask(call(key, **payload))
         return costs[0]
 
     def test_estimates_are_within_a_tenth_after_fifty_calls_in_any_language(self):
         """Also of one who mixes them, and where the answer is another kind of text."""
-        choose = random.Random(13)
+        choose = Random(13)
         every = ENGLISH, CODE, CHINESE
         alike = [(text, text) for text in every]
         rows = [alike[:1], alike[1:2], alike[2:], alike[:2], alike,
@@ -2907,8 +2928,8 @@ class LearningTest(ProxyCase):
             usage = {"prompt_tokens": 9, "completion_tokens": 1000,
                      "completion_tokens_details": {"reasoning_tokens": 900}}
             message = {"reasoning_content": "why " * 900, "content": "seen" + " seen" * 99}
-            asked.answer(json.dumps({"choices": [{"message": message}], **(
-                {"usage": usage} if self.tells else {})}).encode())
+            asked.answer({"choices": [{"message": message}], **(
+                {"usage": usage} if self.tells else {})})
         self.stub.answer = answer
         for tells in (True, False):
             self.tells = tells
@@ -2977,7 +2998,7 @@ class LearningTest(ProxyCase):
 
     def test_sixty_calls_at_once_use_no_more_than_twice_the_bucket_once_ten_have_answered(self):
         self.start("seen " * 5071, LIMITS="all 10000 tokens per day", LIMIT_REPLY="error")
-        gate = threading.Event()
+        gate = Event()
         used = []
 
         def answer(asked):
@@ -2991,17 +3012,17 @@ class LearningTest(ProxyCase):
             self.ask("teacher")
         clock.now += 10 ** 6
         self.stub.answer = answer
-        with threads(functools.partial(self.ask, call("k%d" % number)) for number in range(60)):
+        with threads(partial(self.ask, call("k%d" % number)) for number in range(60)):
             wait_for(lambda: len(self.lines.entries()) >= 10 + 58, "all others")
             gate.set()
         self.assertEqual(sum(used), 10160)
 
     def test_what_is_known_of_models_and_callers_is_bounded(self):
         config = read_config({**HERE, "IMAGE_TOKENS": "500"})
-        estimator = llm_proxy.CostEstimator(config, llm_proxy.Prices(None), {"tokens"})
+        estimator = llm_proxy.CostEstimator(config, Prices(None), {"tokens"})
         source = mock.Mock(most_characters=lambda: 400, output_characters=lambda: 400,
-                           reported_usage=lambda whole: (llm_proxy.Usage(100, 100), True))
-        asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
+                           reported_usage=lambda whole: (Usage(100, 100), True))
+        asked = llm_proxy.Call(OpenAI(), "chat", CHAT, "")
         for number in range(2000):
             asked.upstream_model = "m%d" % number if number < 1500 else "m"
             estimator.usage(asked, ("key", b"%d" % number), source, True, 0)
@@ -3010,10 +3031,10 @@ class LearningTest(ProxyCase):
 
 
 class PricesTest(TableCase):
-    USED = llm_proxy.Usage(input=1000, output=10, cached=300, cache_write=200, reasoning=5)
+    USED = Usage(input=1000, output=10, cached=300, cache_write=200, reasoning=5)
 
     def test_a_cost_is_exact_and_cached_tokens_have_their_own_price(self):
-        prices = llm_proxy.Prices({
+        prices = Prices({
             "m": llm_proxy.Price(3000000, 15000000, 1000000, 4000000, 9000000)})
         picodollars = (500 * 3 + 10 * 15 + 300 * 1 + 200 * 4) * 10 ** 6
         self.assertEqual(prices.cost(self.USED, "m"), (picodollars, True))
@@ -3021,11 +3042,11 @@ class PricesTest(TableCase):
         self.assertEqual(prices.cost(used, "m"), (picodollars + 150 * 5 * 10 ** 6, True))
 
     def test_a_thousandth_of_a_cent_is_not_lost(self):
-        cost, _ = llm_proxy.Prices(None).cost(llm_proxy.Usage(1, 1), "gpt-4o-mini")
+        cost, _ = Prices(None).cost(Usage(1, 1), "gpt-4o-mini")
         self.assertEqual((cost, llm_proxy.format_usd(cost * 3)), (750000, "0.00000225"))
 
     def test_all_spellings_of_a_model_have_its_price_and_others_are_unpriced(self):
-        prices = llm_proxy.Prices(None)
+        prices = Prices(None)
         for name, same in self.each("""
                 gpt-4o-2024-08-06 -> gpt-4o
                 openai/gpt-4o -> gpt-4o
@@ -3063,7 +3084,7 @@ class PricesTest(TableCase):
             grok-4.7 -> 200000 -> 4 1 4 8 12"""
         for model, prompt, usd in self.each(rows):
             prompt = int(prompt)
-            costs = [llm_proxy.Prices().cost(llm_proxy.Usage(prompt, *counts), model)[0]
+            costs = [Prices().cost(Usage(prompt, *counts), model)[0]
                      for counts in ((0,), (0, prompt), (0, 0, prompt),
                                     (0, 0, prompt, 0, False, prompt), (prompt,))]
             costs[-1] -= costs[0]
@@ -3073,8 +3094,8 @@ class PricesTest(TableCase):
     def test_the_operators_prices_go_before_the_usual_ones_and_may_be_globs(self):
         rows = {"gpt-*": 1, "gpt-4o": 2, "openai/gpt-4o": 3, "claude-*-4.5": 4, "kimi-k9:free": 5,
                 "a/kimi-k8": 6, "kimi-k8": 7, "my-meta.x": 9, "GPT-4o-2024-05-13": 8, "sonnet*": 0}
-        prices = llm_proxy.Prices({
-            name: llm_proxy.read_price({"input": usd}) for name, usd in rows.items()})
+        prices = Prices({
+            name: read_price({"input": usd}) for name, usd in rows.items()})
         for name, usd in self.each("""
                 gpt-4o -> 2
                 GPT-4O-2024-11-20 -> 2
@@ -3093,12 +3114,12 @@ class PricesTest(TableCase):
             self.assertIsNone(prices.find(name))
 
     def test_the_model_that_served_is_paid_where_it_has_a_price_else_the_one_asked_for(self):
-        prices = llm_proxy.Prices({"a": llm_proxy.read_price({"input": 1}),
-                                   "b": llm_proxy.read_price({"input": 2})})
+        prices = Prices({"a": read_price({"input": 1}),
+                                   "b": read_price({"input": 2})})
         for asked, served, found in self.each("""[
                 ["a", null, [1, true]], ["a", "b-2026-01-01", [2, true]], ["a", "x", [1, true]],
                 ["x", "b", [2, true]], ["x", "y", [0, false]], ["x", "", [0, false]]]"""):
-            cost, known = prices.cost(llm_proxy.Usage(1, model=served), asked)
+            cost, known = prices.cost(Usage(1, model=served), asked)
             self.assertEqual([cost / 10 ** 6, known], found)
 
     TIERS = """
@@ -3122,47 +3143,47 @@ class PricesTest(TableCase):
         """
 
     def test_how_it_was_served_is_paid(self):
-        prices = llm_proxy.Prices({"own": llm_proxy.read_price({
+        prices = Prices({"own": read_price({
             "input": 1, "tiers": {"flex": 3, "fast": {"input": 9}}})})
         for model, tiers, usd in self.each(self.TIERS):
-            cost, _ = prices.cost(llm_proxy.Usage(1, tiers=tuple(tiers.split())), model)
+            cost, _ = prices.cost(Usage(1, tiers=tuple(tiers.split())), model)
             self.assertEqual(llm_proxy.format_usd(cost * 10 ** 6), usd)
 
     def test_own_prices_keep_the_usual_tiers_and_a_tier_of_a_long_prompt_is_that_times_its_price(
             self):
-        prices = llm_proxy.Prices({"claude-opus-4.6": llm_proxy.read_price({"input": 1})})
+        prices = Prices({"claude-opus-4.6": read_price({"input": 1})})
         for model, tokens, usd in self.each("""[
                 ["claude-opus-4-6", 1, 6], ["gpt-5.4", 272001, 10]]"""):
-            cost, _ = prices.cost(llm_proxy.Usage(tokens, tiers=("fast",)), model)
+            cost, _ = prices.cost(Usage(tokens, tiers=("fast",)), model)
             self.assertEqual(cost, tokens * usd * 10 ** 6)
 
     def test_what_others_did_is_added_and_what_the_upstream_tells_is_the_bill(self):
-        prices = llm_proxy.Prices({"a": llm_proxy.read_price({"input": 1}),
-                                   "b": llm_proxy.read_price({"input": 5})})
-        one = llm_proxy.Usage(2, model="b")
+        prices = Prices({"a": read_price({"input": 1}),
+                                   "b": read_price({"input": 5})})
+        one = Usage(2, model="b")
         for others, told, found in self.each((
                 ((one, one), None, (30, True)), ((one._replace(model=None),), None, (12, True)),
                 ((one,), 7 * 10 ** 6, (7, True)), ((), 0, (0, True)))):
-            used = llm_proxy.Usage(10, model="a", others=others, picodollars=told)
+            used = Usage(10, model="a", others=others, picodollars=told)
             cost, known = prices.cost(used, "a")
             self.assertEqual((cost / 10 ** 6, known), found)
-        cost = prices.cost(llm_proxy.Usage(model="x", picodollars=1 << 80), "x")
+        cost = prices.cost(Usage(model="x", picodollars=1 << 80), "x")
         self.assertEqual(cost, (llm_proxy.MAX_COST, True))
-        cost = prices.cost(llm_proxy.Usage(1 << 39, 1 << 39, model="b"), "b")
+        cost = prices.cost(Usage(1 << 39, 1 << 39, model="b"), "b")
         self.assertEqual(cost, (llm_proxy.MAX_COST, True))
 
     def test_a_search_of_the_web_costs_what_the_maker_asks_but_at_a_server_that_costs_nothing(self):
         for model, usd in self.each("""[
                 ["gpt-4o", 0.0300025], ["gpt-4o:free", 0], ["gemini-3-flash-preview", 0.0420005],
                 ["models/gemini-2.5-flash-001", 0.0350003]]"""):
-            cost, _ = llm_proxy.Prices(None).cost(llm_proxy.Usage(1, searches=3), model)
+            cost, _ = Prices(None).cost(Usage(1, searches=3), model)
             self.assertEqual(cost / llm_proxy.PICODOLLARS, usd)
 
     def test_invented_models_do_not_fill_the_memory(self):
-        prices = llm_proxy.Prices(None)
+        prices = Prices(None)
         for number in range(5000):
             prices.find("model-%d" % number)
-            prices.cost(llm_proxy.Usage(model="served-%d" % number), "m")
+            prices.cost(Usage(model="served-%d" % number), "m")
         for find in (prices.find, prices.find_served):
             self.assertLessEqual(find.cache_info().currsize, llm_proxy.KNOWN_MODELS)
 
@@ -3201,15 +3222,15 @@ class JsonTest(ProxyCase):
                 '{}', ' {"a": [1, -2.5e3, true, null, "\\u00e4"]} ',
                 '{"a": [%s-1]}' % ("12, 3," * 50000),
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
-            self.assertEqual(llm_proxy.JsonBody(text.encode()).parse(), json.loads(text))
+            self.assertEqual(JsonBody(text.encode()).parse(), json.loads(text))
 
     def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
-        with mock.patch.object(llm_proxy, "HAS_SCANNER", False):
-            self.assertEqual(llm_proxy.JsonBody(b'{"a": "\\": ", "b": {"a": 1.5}}').parse(),
+        with patch.object(llm_proxy, "HAS_SCANNER", False):
+            self.assertEqual(JsonBody(b'{"a": "\\": ", "b": {"a": 1.5}}').parse(),
                              {"a": '": ', "b": {"a": 1.5}})
             for body in self.each(self.REFUSED):
-                with self.assertRaises(llm_proxy.BadRequest):
-                    llm_proxy.JsonBody(body).parse()
+                with self.assertRaises(BadRequest):
+                    JsonBody(body).parse()
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         for body in self.each(self.REFUSED):
@@ -3252,14 +3273,14 @@ class JsonTest(ProxyCase):
     def test_a_long_string_takes_little_memory_though_it_is_all_escapes(self):
         import tracemalloc  # which PyPy has not
         text = '{"%s": 1, "model": "a"}' % ("\\n" * (1 << 17))
-        masks = llm_proxy.Masks(llm_proxy.Redactor(["email"]))
-        restorer = llm_proxy.Restorer(masks, (), masks.redactor)
+        masks = Masks(Redactor(["email"]))
+        restorer = Restorer(masks, (), masks.redactor)
         usual = llm_proxy.usual_event(b'{"a": "b"}', "a", ())
         self.addCleanup(tracemalloc.stop)
         for look in self.each((
-                lambda: llm_proxy.JsonBody(text.encode()).with_value("model", "b"),
+                lambda: JsonBody(text.encode()).with_value("model", "b"),
                 lambda: finish(masks.mask_strings(text)),
-                lambda: llm_proxy.json_before(text),
+                lambda: json_before(text),
                 lambda: restorer.restore_json(text.encode(), True),
                 lambda: usual.fullmatch(b'{"a": "%b"}' % (b"x" * len(text))))):
             tracemalloc.start()
@@ -3277,7 +3298,7 @@ class JsonTest(ProxyCase):
                 ({"messages": [{"url": "x" * 100000}]}, 25000, 25020),
                 ({"prompt": ["a", "x" * 100000]}, 25000, 25020))):
             before = self.left()
-            self.ask(request("POST", CHAT, json.dumps({"model": "m", **payload}).encode()))
+            self.ask(request("POST", CHAT, {"model": "m", **payload}))
             cost = before - self.left()
             self.assertTrue(least <= cost <= most, cost)
 
@@ -3296,8 +3317,8 @@ class JsonTest(ProxyCase):
                 b'{"a":[' + b"1," * 60000 + b"1" * 600 + b"]}",
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
             began = cpu_seconds()
-            with self.assertRaises(llm_proxy.BadRequest):
-                llm_proxy.JsonBody(body).parse()
+            with self.assertRaises(BadRequest):
+                JsonBody(body).parse()
             self.assertLess(cpu_seconds() - began, CPU_SECONDS)
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
@@ -3492,15 +3513,15 @@ class PathsTest(ManyCase):
                 ["usage", {"text": "ten tokens, as they are counted: 40 long"}, 20, {}],
                 ["usage", {"text": "ten tokens, as they are counted: 40 long",
                            "usage": {"prompt_tokens": 30, "completion_tokens": 5}}, 35, {}]]"""):
-            self.start(says_json(answered), TOKEN_COST_MODE=mode)
-            body = json.dumps({"model": "m", "input": "ten tokens" * 4, **more}).encode()
+            self.start(says(answered), TOKEN_COST_MODE=mode)
+            body = encoded({"model": "m", "input": "ten tokens" * 4, **more})
             self.ask(request("POST", "/v1/score", body))
             self.assertEqual(1000 - self.left(), cost)
 
     def test_a_limit_larger_than_any_number_is_too_much_for_every_rule(self):
         self.start(TOKEN_COST_MODE="estimate")
         for limit in self.each((10 ** 350, 1e308)):
-            body = json.dumps({"max_tokens": limit, "max_new_tokens": limit}).encode()
+            body = encoded({"max_tokens": limit, "max_new_tokens": limit})
             self.assert_status(429, request("POST", "/v1/score", body))
 
     def test_the_method_cannot_be_overridden_further_on(self):
@@ -3774,7 +3795,7 @@ def lines_of(*payloads):
 
 class UsageReaderTest(ProxyCase):
     """What is understood of an answer, in whatever pieces it comes."""
-    DIALECTS = {"messages": llm_proxy.Anthropic(), "generate": llm_proxy.Gemini(),
+    DIALECTS = {"messages": Anthropic(), "generate": llm_proxy.Gemini(),
                 "interactions": llm_proxy.Interactions(), "ollama": llm_proxy.Ollama()}
     STREAMS = [  # endpoint, events, usage; of the first events: number, usage, characters
         ("chat", [delta("hello you"), LAST_DELTA, USAGE_EVENT, "[DONE]"],
@@ -3795,7 +3816,7 @@ class UsageReaderTest(ProxyCase):
         {"usage": TOLD, "data": [LONG]}"""
 
     def dialect(self, endpoint):
-        return self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
+        return self.DIALECTS.get(endpoint) or OpenAI()
 
     def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False, prompts=1):
         asked = llm_proxy.Call(self.dialect(endpoint), endpoint, CHAT, "")
@@ -3834,7 +3855,7 @@ class UsageReaderTest(ProxyCase):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
             data = text.replace("TOLD_COUNTS", told[9:-1]).replace("TOLD", told).encode()
-            usage = llm_proxy.OpenAI().usual_usage(data, "m")
+            usage = OpenAI().usual_usage(data, "m")
             self.assertEqual(str(usage is not None), is_usual)
             stream = events(delta("word")) + b"data: %b\n\ndata: [DONE]\n\n" % data
             for body in (data, stream):
@@ -3843,7 +3864,7 @@ class UsageReaderTest(ProxyCase):
                     reader = self.new_reader(streamed=body is not data)
                     reader.call.upstream_model = "m"
                     reader.feed(body)
-                    with mock.patch.object(llm_proxy.OpenAI, "usual_usage", return_value=short):
+                    with patch.object(OpenAI, "usual_usage", return_value=short):
                         told_usage = [reader.reported_usage(whole) for whole in (True, False)]
                     found.append((told_usage, reader.fault, reader.usual))
                 self.assertEqual(found[0], (*found[1][:2], usage))
@@ -3928,11 +3949,11 @@ class UsageReaderTest(ProxyCase):
         for told, facts in self.each(self.FACTS):
             endpoint = self.endpoint_of(told)
             last = {**self.LAST.get(endpoint, {}), **told}
-            for data, streamed in ((json.dumps(told).encode(), False), (events(last), True)):
+            for data, streamed in ((encoded(told), False), (events(last), True)):
                 self.hear(data, streamed=streamed, endpoint=endpoint)
                 used, _ = self.reader.reported_usage(True)
                 facts = {"input": 1, **facts, "tiers": tuple(facts.get("tiers", ()))}
-                self.assertEqual(used, llm_proxy.Usage(**facts))
+                self.assertEqual(used, Usage(**facts))
 
     def test_how_a_stream_was_served_may_stand_in_any_of_its_events(self):
         flex, last = delta("word", model="m", service_tier="flex"), {**USAGE_EVENT, "model": "m"}
@@ -3951,20 +3972,20 @@ class UsageReaderTest(ProxyCase):
     def test_what_another_model_did_for_a_call_is_told_apart(self):
         entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
         told = {"input_tokens": 20, "output_tokens": 4, "iterations": [entry]}
-        used = llm_proxy.Anthropic().usage(told, "served")
-        other = llm_proxy.Usage(7, 8, model="other")
-        self.assertEqual(used, llm_proxy.Usage(20, 4, model="served", others=(other,)))
-        self.assertEqual(used.with_others(), llm_proxy.Usage(27, 12, model="served"))
+        used = Anthropic().usage(told, "served")
+        other = Usage(7, 8, model="other")
+        self.assertEqual(used, Usage(20, 4, model="served", others=(other,)))
+        self.assertEqual(used.with_others(), Usage(27, 12, model="served"))
         steps = {**told, "server_tool_use": {"web_search_requests": 3}, "iterations": [
             {"input_tokens": 30, "output_tokens": 9}]}
-        self.assertEqual(llm_proxy.Anthropic().usage(steps, "served"),
-                         llm_proxy.Usage(30, 9, model="served", searches=3))
+        self.assertEqual(Anthropic().usage(steps, "served"),
+                         Usage(30, 9, model="served", searches=3))
         for name, served in self.each("""[
                 ["claude-sonnet-4.5", "claude-sonnet-4-5-20250929"], ["x", "X"], [null, "x"],
                 ["x", null], [["x"], "x"], [7, null], ["a", "a"]]"""):
             told["iterations"] = [{**entry, "model": name}, {**entry, "input_tokens": 30}] if (
                 served is None) else [{**entry, "model": name}]
-            used = llm_proxy.Anthropic().usage(told, served)
+            used = Anthropic().usage(told, served)
             self.assertEqual(used.others, ())
 
     ODD_PLACES = json.loads("""[
@@ -4003,7 +4024,7 @@ class UsageReaderTest(ProxyCase):
         one = '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}'
         whole = '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}' % (one, one)
         self.hear(whole.encode(), streamed=False, endpoint="generate")
-        self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(10, 4), True))
+        self.assertEqual(self.reader.reported_usage(True), (Usage(10, 4), True))
         one = '{"usage":{"prompt_tokens":5,"completion_tokens":2,"cost":%s}}'
         for text, tokens, usd in self.each((
                 ("[%s,%s]" % (one % 0.5, one % 0.3), (10, 4), 0.8),
@@ -4033,7 +4054,7 @@ class UsageReaderTest(ProxyCase):
                 self.hear(body, 50, streamed=streamed)
                 used, final = self.reader.reported_usage(True)
                 self.assertEqual((used, final), (
-                    llm_proxy.Usage(20, 4, 7 * (b"cache" in data)), True))
+                    Usage(20, 4, 7 * (b"cache" in data)), True))
         planted = {"usage": {"input_tokens": 1, "output_tokens": 1}}
         response = {"metadata": planted, "tools": [planted], "input": [planted], "text": planted}
         self.assert_nothing_told({"type": "response.completed", "response": response})
@@ -4051,7 +4072,7 @@ class UsageReaderTest(ProxyCase):
                 ("generate", {"candidates": [{"groundingMetadata": {"webSearchQueries": ["a"]},
                                               "content": {"parts": [{"text": text}]}}],
                               "usageMetadata": {"promptTokenCount": 1, "totalTokenCount": 2}}))):
-            self.hear(json.dumps(told).encode(), 16384, endpoint=endpoint, streamed=False)
+            self.hear(encoded(told), 16384, endpoint=endpoint, streamed=False)
             self.assertEqual(self.reader.reported_usage(True)[0].searches, 1)
 
     SGLANG = [  # number and tokens of each event's answer, whether it is the last; tokens of all
@@ -4292,7 +4313,7 @@ class UsageReaderTest(ProxyCase):
             compact = json.dumps(told, separators=(",", ":"))
             for text in (json.dumps(told), json.dumps(told, indent=2) + "\n", compact):
                 self.hear(text.encode(), 50, streamed=False)
-                self.assertEqual(self.reader.reported_usage(True), (llm_proxy.Usage(20, 4), True))
+                self.assertEqual(self.reader.reported_usage(True), (Usage(20, 4), True))
 
     def test_a_stream_that_comes_under_another_type_is_read_as_one(self):
         told = [*[delta("word ")] * 99, LAST_DELTA, USAGE_EVENT, "[DONE]"]
@@ -4302,7 +4323,7 @@ class UsageReaderTest(ProxyCase):
 
     def test_a_stream_of_gemini_as_a_json_array_is_understood(self):
         for step, size in self.each(((30, 0), (5000, 50_000))):
-            data = json.dumps([{"x": [0] * size}, *GEMINI_EVENTS]).encode()
+            data = encoded([{"x": [0] * size}, *GEMINI_EVENTS])
             found = self.hear(data, step, endpoint="generate", streamed=False)
             self.assertEqual(found, (data, (25, 7), True, 9))
 
@@ -4316,7 +4337,7 @@ class UsageReaderTest(ProxyCase):
         response = (
             b'data: {"type": "response.completed", "response": {"instructions": "%b", '
             b'"usage": {"input_tokens": 20, "output_tokens": 4, "total_tokens": 24}}}\n\n')
-        usage = json.dumps(TOLD).encode()
+        usage = encoded(TOLD)
         many = events(*[delta("word ")] * 5000, USAGE_EVENT, "[DONE]")
         return [(many, 1 << 13, 25000, "chat", True),
                 (b'{"data": ["%b"], "usage": %b}' % (large, usage), 2 << 20, 0, "other", False),
@@ -4343,10 +4364,10 @@ class UsageReaderTest(ProxyCase):
                 (1, {**large, **counts}, 503), (1, {"x": "x" * 20_000, **counts, **large}, 503),
                 (1, {**counts, "probs": ["x"] * 9000}, 43), (5, {**counts, **large}, 215),
                 (5, {"probs": ["x" * 2_000_000], **counts}, 2503))):
-            self.start(says_json([told] * size if size > 1 else told), MAX_TOKENS=9000,
+            self.start(says([told] * size if size > 1 else told), MAX_TOKENS=9000,
                        TOKEN_COST_MODE="usage")
             body = {"prompt": ["four char"] * size, "n_predict": 500}
-            self.ask(request("POST", "/completion", json.dumps(body).encode()))
+            self.ask(request("POST", "/completion", body))
             self.assertLessEqual(abs(9000 - self.left() - charged), 3 * size)
 
     def test_what_is_said_in_chunks_is_counted_as_a_parser_would(self):
@@ -4357,12 +4378,12 @@ class UsageReaderTest(ProxyCase):
                 "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\": \"b\"}"}}],
                 "reasoning_content": "why"}}]}]""")
         chunks = [*map(delta, said), *odd]
-        expected = llm_proxy.text_weight("".join([*said, "more", '{"a": "b"}', "why"]))
+        expected = text_weight("".join([*said, "more", '{"a": "b"}', "why"]))
         for ascii_only in self.each([True, False]):
             texts = [json.dumps(one, ensure_ascii=ascii_only).encode() for one in chunks]
             data = b"".join(b"data: %b\n\n" % text for text in texts)
-            found = llm_proxy.OpenAI().said(data, "chat", True)
-            self.assertEqual(sum(map(llm_proxy.text_weight, found)), expected)
+            found = OpenAI().said(data, "chat", True)
+            self.assertEqual(sum(map(text_weight, found)), expected)
 
     def test_an_answer_nested_too_deeply_for_a_parser_is_no_crash(self):
         deep = b"[" * 100000
@@ -4436,7 +4457,7 @@ class UsageReaderTest(ProxyCase):
             self.assertLess(len(self.reader.kept), 2 << 20)
 
     def test_what_cannot_be_read_is_not_held_back(self):
-        asked = llm_proxy.Call(llm_proxy.OpenAI(), "chat", CHAT, "")
+        asked = llm_proxy.Call(OpenAI(), "chat", CHAT, "")
         asked.usage_requested_by_us = True
         reader = llm_proxy.UsageReader(asked, True, False)
         self.assertEqual(reader.feed(b"\x0b\x02"), b"\x0b\x02")
@@ -4450,7 +4471,7 @@ class UsageReaderTest(ProxyCase):
                 ({"content": "\u4f60" * 600}, 1600)]):
             chunks = events({"choices": [{"delta": parts}]}) * 2
             self.assertEqual(self.hear(chunks)[3], 2 * weight)
-            whole = json.dumps({"choices": [{"message": parts}]}).encode()
+            whole = encoded({"choices": [{"message": parts}]})
             self.assertEqual(self.hear(whole, streamed=False)[3], weight)
 
     def test_an_event_that_is_whole_is_never_held_back(self):
@@ -4519,7 +4540,7 @@ class DialectsTest(ProxyCase):
         /v1beta//models/m:generateContent /openai/deployments/m//chat/completions"""
 
     def ask_at(self, path, *fields, key="k", **payload):
-        return self.ask(request("POST", path, json.dumps(payload).encode(), *fields, key=key))
+        return self.ask(request("POST", path, payload, *fields, key=key))
 
     def test_errors_come_in_the_shape_of_the_dialect(self):
         self.start(PROXY_API_KEYS="sk-1")
@@ -4798,7 +4819,7 @@ class LimitReplyTest(ProxyCase):
 
     def limited(self, path=CHAT, *fields, **payload):
         """The answer to a call at an empty bucket."""
-        data = request("POST", path, json.dumps({"model": "asked", **payload}).encode(), *fields)
+        data = request("POST", path, {"model": "asked", **payload}, *fields)
         self.ask(data)
         answered = self.ask(data)
         self.assertEqual((answered.whole, self.stub.calls), (True, 1))
@@ -4987,7 +5008,7 @@ class LimitReplyTest(ProxyCase):
 # Redaction: the way up
 # --------------------------------------------------------------------------------------------------
 
-KINDS = llm_proxy.REDACTED
+KINDS = REDACTED
 TRUE_ONES = """\
 email -> write to bob@example.com. -> bob@example.com
 email -> <o'neil+x_1.y@mail.co-op.example.museum>, -> o'neil+x_1.y@mail.co-op.example.museum
@@ -5070,13 +5091,13 @@ class RedactionTest(ProxyCase):
     """What must not leave is found, and taken out of calls on their way up."""
 
     def found(self, text, kinds=KINDS, **options):
-        redactor = llm_proxy.Redactor(kinds, **options)
+        redactor = Redactor(kinds, **options)
         return [(kind, text[start:end]) for start, end, kind in redactor.find(text)]
 
     def masked(self, payload, kinds=("email", "card")):
         """Returns the Masks of a payload, and what goes up of it."""
-        masks = llm_proxy.Masks(llm_proxy.Redactor(kinds))
-        body = json.dumps(payload).encode()
+        masks = Masks(Redactor(kinds))
+        body = encoded(payload)
         return masks, finish(masks.mask_payload(json.loads(body), body))
 
     def test_each_kind_is_found_as_it_is_written(self):
@@ -5122,7 +5143,7 @@ class RedactionTest(ProxyCase):
                 self.found("at %s," % number, countries=[country]), [("phone", number)])
 
     def test_ten_thousand_ids_of_each_sort_stay(self):
-        draw = random.Random(1)
+        draw = Random(1)
         sorts = (
             lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4)),
             lambda: "%040x" % draw.getrandbits(160),
@@ -5135,7 +5156,7 @@ class RedactionTest(ProxyCase):
             self.assertEqual(self.found("\n".join([sort() for _ in range(10_000)])), [])
 
     def test_five_hundred_true_ones_of_each_kind_are_found(self):
-        draw = random.Random(2)
+        draw = Random(2)
 
         def digits(count):
             return "".join(draw.choices("0123456789", k=count))
@@ -5188,7 +5209,7 @@ class RedactionTest(ProxyCase):
 
     def test_a_search_in_slices_finds_what_lies_across_them(self):
         value = "bob@example.com"
-        redactor = llm_proxy.Redactor(["email", "card"])
+        redactor = Redactor(["email", "card"])
         size = redactor.SLICE
         for at in (0, size - len(value), size - 7, size - 1, size, 2 * size - 3):
             text = " " * at + value + " " * (3 * size - at)
@@ -5263,12 +5284,12 @@ class RedactionTest(ProxyCase):
             self.assertEqual(sent["input"][0]["arguments"] if sent else before, after)
 
     def test_a_pattern_of_ones_own_takes_no_quote_of_a_string_with_it(self):
-        pattern = llm_proxy.LinearPattern(r"[^@\s]+@corp\.example").compiled
+        pattern = LinearPattern(r"[^@\s]+@corp\.example").compiled
         own = [llm_proxy.Shape("corp", "", pattern, llm_proxy.re.Match.end, 1 << 13)]
-        masks = llm_proxy.Masks(llm_proxy.Redactor([], own))
+        masks = Masks(Redactor([], own))
         told, shown = '{"to":"bob@corp.example","n":1}', '{"to":"[[CORP_1]]","n":1}'
         self.assertEqual(finish(masks.mask_strings(told)), shown)
-        restorer = llm_proxy.Restorer(llm_proxy.Masks(masks.redactor), (), masks.redactor)
+        restorer = Restorer(Masks(masks.redactor), (), masks.redactor)
         found = restorer.restore_json(told.encode(), True)
         self.assertEqual(found.decode(), shown.replace("_1", ""))
 
@@ -5306,8 +5327,8 @@ class RedactionTest(ProxyCase):
 
     def test_a_long_list_of_addresses_is_no_picture(self):
         text = ";".join(["joe%d@acme.com" % number for number in range(5000)])
-        body = json.dumps({"model": "m", "input": ["x", text]}).encode()
-        found = llm_proxy.JsonBody(body).parse()
+        body = encoded({"model": "m", "input": ["x", text]})
+        found = JsonBody(body).parse()
         self.assertEqual(found["input"][1], text)
 
     def test_signed_thoughts_hold_what_the_upstream_said(self):
@@ -5322,10 +5343,10 @@ class RedactionTest(ProxyCase):
         for message in self.each((
                 {"content": 10_000 * "[[A_1]]"},
                 {"tool_calls": [{"function": {"arguments": "[%s0]" % (160_000 * "[0],")}}]})):
-            masks = llm_proxy.Masks(llm_proxy.Redactor(["email", "card"]))
+            masks = Masks(Redactor(["email", "card"]))
             payload = {"messages": [message]}
             began = cpu_seconds()
-            steps = list(masks.mask_payload(payload, json.dumps(payload).encode()))
+            steps = list(masks.mask_payload(payload, encoded(payload)))
             self.assertGreater(len(steps), 10)
             self.assertLess(cpu_seconds() - began, CPU_SECONDS * 10)
             self.assertEqual(masks.counts, {})
@@ -5378,7 +5399,7 @@ class RedactionTest(ProxyCase):
         self.assertGreaterEqual(len(patterns), 50)
         patterns += ["a++b", "(?>a+)b"] * (sys.version_info >= (3, 11))
         for text in self.each(patterns):
-            llm_proxy.LinearPattern(text.strip())
+            LinearPattern(text.strip())
 
     def test_two_hundred_catastrophic_patterns_are_refused(self):
         patterns = [shape.replace("@", one) for shape in self.CATASTROPHES for one in self.SETS]
@@ -5386,12 +5407,12 @@ class RedactionTest(ProxyCase):
         self.assertGreater(len(patterns), 200)
         for text in self.each(patterns):
             with self.assertRaises(ValueError):
-                llm_proxy.LinearPattern(text)
+                LinearPattern(text)
 
     def test_a_pattern_that_is_taken_repeats_as_often_as_it_says(self):
         for shape, least, most in self.each("""[
                 ["(?:ab){%d}c", 20, 20], ["(?:ab){1,%d}c", 1, 20], ["(?:ab)+c", 1, 16]]"""):
-            pattern = llm_proxy.LinearPattern(shape.replace("%d", "20")).compiled
+            pattern = LinearPattern(shape.replace("%d", "20")).compiled
             for times in (least, most):
                 self.assertTrue(pattern.fullmatch("ab" * times + "c"))
             self.assertFalse(pattern.fullmatch("ab" * 21 + "c"))
@@ -5399,14 +5420,14 @@ class RedactionTest(ProxyCase):
     def test_a_pattern_that_is_taken_holds_nothing_up(self):
         for text in self.each(r"""[a-z0-9-]+\.x (?:[a-z0-9-]+\.)+x <[^>]*> \s*a \d+,
                 (?:[a-z]+-)*[a-z]+\.x""".split()):
-            pattern = llm_proxy.LinearPattern(text).compiled
+            pattern = LinearPattern(text).compiled
             for seed in ("a", "1", " ", "<", "a.", "a-"):
                 start = cpu_seconds()
                 list(pattern.finditer(seed * 8192))
                 self.assertLess(cpu_seconds() - start, CPU_SECONDS)
 
     def test_a_pattern_that_begins_with_a_repetition_is_found_in_a_word_of_any_length(self):
-        pattern = llm_proxy.LinearPattern(r"[^@\s]+@corp\.example").compiled
+        pattern = LinearPattern(r"[^@\s]+@corp\.example").compiled
         found = pattern.search("%s,bob@corp.example" % ("x" * 99))
         self.assertTrue(found[0].endswith(",bob@corp.example"))
 
@@ -5479,23 +5500,23 @@ class UnmaskingTest(ProxyCase):
     """What comes back for placeholders, in whatever pieces they come."""
     RANDOM_STREAMS = 300
     DIALECTS = {**UsageReaderTest.DIALECTS, "array": llm_proxy.Gemini(),
-                "chat": llm_proxy.OpenAI()}
+                "chat": OpenAI()}
     VALUES = {"[[EMAIL_1]]": "ann@example.com", "[[SECRETS_12]]": 'a"b\\c\nd\u00e9'}
     TEXTS = ["hi [[EMAIL_1]] x", "a[b[[SECRETS_12]][", "\u20ac[[EMAIL_2]]\U0001f600[["]
     JSON_TEXTS = ['{"a":"[[EMAIL_1]]","b":["[[SECRETS_12]]"]}', '{"k":[["x"]]}']
 
     def masks(self):
-        masks = llm_proxy.Masks(llm_proxy.Redactor(["email"]))
+        masks = Masks(Redactor(["email"]))
         for placeholder, value in self.VALUES.items():
             masks.placeholders[value] = placeholder
             masks.values[placeholder] = value
         return masks
 
     def editor(self, endpoint, answers=False, events=True, masks=None):
-        dialect = self.DIALECTS.get(endpoint) or llm_proxy.OpenAI()
+        dialect = self.DIALECTS.get(endpoint) or OpenAI()
         events = events and (llm_proxy.JSON_ARRAY if endpoint == "array" else dialect.events)
         masks = masks or self.masks()
-        restorer = llm_proxy.Restorer(
+        restorer = Restorer(
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         return llm_proxy.Editor(
             events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
@@ -5563,7 +5584,7 @@ class UnmaskingTest(ProxyCase):
             for text in self.JSON_TEXTS if self.is_json(row) else self.TEXTS:
                 size = len(text)
                 cuts = [(cut, cut) for cut in range(size)]
-                cuts += random.Random(size).sample(
+                cuts += Random(size).sample(
                     list(itertools.combinations(range(size), 2)), 12)
                 for first, second in cuts:
                     parts = text[:first], text[first:second], text[second:]
@@ -5597,8 +5618,8 @@ class UnmaskingTest(ProxyCase):
 
     @tested_once
     def test_texts_at_random_in_streams_at_random_leak_nothing_and_come_back(self):
-        chance = random.Random(17)
-        redactor = llm_proxy.Redactor(llm_proxy.REDACTED)
+        chance = Random(17)
+        redactor = Redactor(REDACTED)
         for _ in range(self.RANDOM_STREAMS):
             row = chance.choice(TEXT_STREAMS)
             found = [self.text_at_random(chance) for _ in range(2 if "N" in row[1] else 1)]
@@ -5607,8 +5628,8 @@ class UnmaskingTest(ProxyCase):
                 texts = [json.dumps({"k": [text]}, ensure_ascii=chance.random() < 0.5)
                          for text in texts]
             payload = {"messages": [{"role": "user", "content": text} for text in texts]}
-            masks = llm_proxy.Masks(redactor)
-            sent = finish(masks.mask_payload(payload, json.dumps(payload).encode()))
+            masks = Masks(redactor)
+            sent = finish(masks.mask_payload(payload, encoded(payload)))
             seen = [one["content"] for one in (sent or payload)["messages"]]
             for (_, leaks), text in zip(found, seen):
                 self.assertEqual([one for one in leaks if one in text], [], text)
@@ -5658,7 +5679,7 @@ class UnmaskingTest(ProxyCase):
     def test_a_large_event_holds_up_none_after_it(self):
         masks = self.masks()
         editor = llm_proxy.Editor(llm_proxy.SSE, [llm_proxy.Unmasking(
-            llm_proxy.OpenAI(), llm_proxy.SSE, llm_proxy.Restorer(masks, ()))])
+            OpenAI(), llm_proxy.SSE, Restorer(masks, ()))])
         large, small = b'data: {"said": "%s"}\n\n' % (5000 * b"[["), b'data: {"n": "[["}\n\n'
         for pieces in self.each((
                 (large[:9000], large[9000:] + small + small[:4], small[4:]),
@@ -5685,7 +5706,7 @@ class UnmaskingTest(ProxyCase):
         for data, events in self.each((
                 (b'[{"a": [1, {"b": "}\\"}"}, 2', None),
                 (b'[{"a": {}}, {"b', [b'[{"a": {}}', b', {"b']))):
-            with mock.patch.object(llm_proxy, "JSON_STEP", events and llm_proxy.JSON_STEP):
+            with patch.object(llm_proxy, "JSON_STEP", events and llm_proxy.JSON_STEP):
                 self.assertEqual(llm_proxy.JSON_ARRAY.cut(data), events or [data])
 
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
@@ -5716,7 +5737,7 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
             cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
             found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
-                                masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+                                masks=Masks(Redactor(KINDS)))
             self.assertEqual(json.loads(found), [
                 4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
             for size in range(4):
@@ -5740,7 +5761,7 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(len(shown), count + waits)
 
     def test_an_answer_that_says_one_placeholder_again_and_again_does_not_grow_without_end(self):
-        with mock.patch.object(llm_proxy.Restorer, "MAX_VALUES", 100):
+        with patch.object(Restorer, "MAX_VALUES", 100):
             found = self.unmask("chat", b'["%b"]' % (b"[[EMAIL_1]]" * 50), events=False)
         self.assertEqual(found.count(b"@"), 100 // len("ann@example.com"))
 
@@ -5763,7 +5784,7 @@ class UnmaskingTest(ProxyCase):
                 (at, at + 1 + at % 7) for at in range(len(text))]
             for first, last in cuts:
                 said = [delta(text[:first]), delta(text[first:last]), delta(text[last:])]
-                masks = llm_proxy.Masks(llm_proxy.Redactor(["phone"]))
+                masks = Masks(Redactor(["phone"]))
                 found = self.unmask("chat", events(*said, "[DONE]"), answers=True, masks=masks)
                 shown, = self.said(self.payloads("chat", found)).values()
                 self.assertNotIn("1234567", shown, (first, last))
@@ -5797,12 +5818,12 @@ class UnmaskingTest(ProxyCase):
                 for many in (data, 2 * data):
                     found = self.unmask(endpoint, many, answers=True)
                     self.assertEqual(self.payloads(endpoint, found)[-1], shown)
-            found = self.unmask(endpoint, json.dumps(told).encode(), answers=True, events=False)
+            found = self.unmask(endpoint, encoded(told), answers=True, events=False)
             self.assertEqual(json.loads(found), shown)
 
     def test_events_that_end_in_one_line_end_are_not_taken_for_one(self):
         for data in self.each((b"data: %b\ndata: %b\n\n", b"data: %b\ndata:%b\n\n")):
-            data %= tuple(json.dumps(delta(one)).encode() for one in ("to bob@exa", "mple.org "))
+            data %= tuple(encoded(delta(one)) for one in ("to bob@exa", "mple.org "))
             self.assertNotIn(b"mple.org", self.unmask("chat", data, answers=True))
 
     def test_a_large_object_in_an_array_is_awaited_whole(self):
@@ -5828,7 +5849,7 @@ class UnmaskingTest(ProxyCase):
         self.assertIn(b"ordinary", self.unmask("chat", odd + events("[DONE]"), answers=True))
 
     def test_events_that_are_spelled_alike_but_for_ids_and_times_are_read_as_others_are(self):
-        chance = random.Random(3)
+        chance = Random(3)
         text = "to bob@example.org, \u4eba\n\"the\" fox [[EMAIL_1]] at 8.8.8.8 and so on. [["
         shown = text.replace("bob@example.org", "[[EMAIL]]")
         shown = shown.replace("[[EMAIL_1]]", "ann@example.com")
@@ -5846,7 +5867,7 @@ class UnmaskingTest(ProxyCase):
         """It takes each half a millisecond, and hundreds may begin at once."""
         masks, learn = self.masks(), mock.Mock(wraps=llm_proxy.usual_event)
         opening = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-        with mock.patch.object(llm_proxy, "usual_event", learn):
+        with patch.object(llm_proxy, "usual_event", learn):
             for times in self.each((2, 1)):
                 learn.reset_mock()
                 found = self.unmask("chat", events(opening, delta("bob@x.org "), delta("x ")),
@@ -5867,16 +5888,16 @@ class UnmaskingTest(ProxyCase):
         shown = json.loads(said.replace('"4111111111111111', '"[[CARD]]'))
         whole = said[:said.rindex('"')]
         for at in range(len(whole)):
-            before = llm_proxy.json_before(llm_proxy.json_before(whole[:at]) + whole[at:])
-            self.assertEqual(before, llm_proxy.json_before(whole))
+            before = json_before(json_before(whole[:at]) + whole[at:])
+            self.assertEqual(before, json_before(whole))
         for row in self.each([row for row in TEXT_STREAMS if self.is_json(row)]):
             for at in range(len(said)):
-                masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
+                masks = Masks(Redactor(KINDS))
                 data = self.stream(row, [(0, said[:at]), (0, said[at:])])
                 found = self.unmask(row[0], data, answers=True, masks=masks)
                 text, = self.said(self.payloads(row[0], found)).values()
                 self.assertEqual(json.loads(text), shown)
-            whole = json.dumps({"arguments": said, "card": "4111111111111111"}).encode()
+            whole = encoded({"arguments": said, "card": "4111111111111111"})
             found = json.loads(self.unmask("chat", whole, answers=True, events=False, masks=masks))
             self.assertEqual((json.loads(found["arguments"]), found["card"]), (shown, "[[CARD]]"))
 
@@ -5889,7 +5910,7 @@ class UnmaskingTest(ProxyCase):
             shown = said.replace("@", "[[CARD]]")
             said = said.replace("@", number)
             for at in range(len(said)):
-                masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
+                masks = Masks(Redactor(KINDS))
                 data = events(delta(said[:at]), delta(said[at:]))
                 found = self.unmask("chat", data, answers=True, masks=masks)
                 text, = self.said(self.payloads("chat", found)).values()
@@ -5897,23 +5918,23 @@ class UnmaskingTest(ProxyCase):
             nested = '{"n": %s}' % number
             whole = {"content": said, "arguments": json.dumps({"content": nested}),
                      "input": {"content": [nested]}}
-            found = json.loads(self.unmask("chat", json.dumps(whole).encode(), answers=True,
+            found = json.loads(self.unmask("chat", encoded(whole), answers=True,
                                            events=False, masks=masks))
             self.assertEqual(found["content"], shown)
             self.assertNotIn(number, json.dumps(found))
-        large = json.dumps({"a": "[ %s" % number, "b": 20_000 * "x"}).encode()
+        large = encoded({"a": "[ %s" % number, "b": 20_000 * "x"})
         found = self.unmask("chat", large, answers=True, events=False, masks=masks)
         self.assertNotIn(number.encode(), found)
 
     def test_no_probabilities_tell_what_is_masked(self):
         choice = {"logprobs": {"content": [{"token": "bob@", "top_logprobs": []}]}}
-        for events_of in self.each((events, lambda one: json.dumps(one).encode())):
+        for events_of in self.each((events, encoded)):
             data = events_of({"choices": [{**choice, "delta": {"content": "x "}}], "logprobs": []})
             shown = self.unmask("chat", data, answers=True, events=events_of is events)
             self.assertEqual(json.loads(shown.split(b"data: ")[-1]), {
                 "choices": [{"logprobs": None, "delta": {"content": "x "}}], "logprobs": []})
             self.assertEqual(self.unmask("chat", data, events=events_of is events), data)
-        listed = json.dumps([{"choices": [choice]}]).encode()
+        listed = encoded([{"choices": [choice]}])
         self.assertEqual(json.loads(self.unmask("chat", listed, answers=True, events=False)),
                          [{"choices": [{"logprobs": None}]}])
 
@@ -5927,7 +5948,7 @@ class UnmaskingTest(ProxyCase):
                 found = self.unmask("chat", events(delta(said[:cut]), delta(said[cut:])))
                 text, = self.said(self.payloads("chat", found)).values()
                 self.assertEqual(text, shown)
-            found = self.unmask("chat", json.dumps({"content": said}).encode(), events=False)
+            found = self.unmask("chat", encoded({"content": said}), events=False)
             self.assertEqual(json.loads(found), {"content": shown})
 
     TOKEN = "eyJ%s.eyJ%s.%s" % ("hbGci9" * 9, "zdWIi9" * 150, "SflKx9" * 9)
@@ -5941,14 +5962,14 @@ class UnmaskingTest(ProxyCase):
             self.PRIVATE_KEY, "ya29." + "aB3_" * 110, block, self.TOKEN, "x" * 400)
         shown = 'a "[[SECRETS]]", [[SECRETS]] [[SECRETS]], [[SECRETS]]. [[SSN]]) %s' % ("x" * 400)
         for size in self.each((4, 5, 47, 800)):
-            masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS))
+            masks = Masks(Redactor(KINDS))
             found = self.unmask("chat", events(*[
                 delta(said[at:at + size]) for at in range(0, len(said), size)], "[DONE]"),
                 answers=True, masks=masks)
             self.assertEqual(list(self.said(self.payloads("chat", found)).values()), [shown])
 
     def test_a_long_secret_is_not_searched_again_at_each_piece(self):
-        search = mock.Mock(wraps=llm_proxy.Restorer.BEGUN_SECRET)
+        search = mock.Mock(wraps=Restorer.BEGUN_SECRET)
         self.patch_seconds(Restorer_BEGUN_SECRET=search)
         for text in self.each((self.PRIVATE_KEY, self.TOKEN)):
             search.reset_mock()
@@ -5962,7 +5983,7 @@ class UnmaskingTest(ProxyCase):
             for size in range(290, 325):
                 said = delta("call (%s)%s" % (value, size * "x")), delta(" ok "), "[DONE]"
                 found = self.unmask("chat", events(*said), answers=True,
-                                    masks=llm_proxy.Masks(llm_proxy.Redactor(KINDS)))
+                                    masks=Masks(Redactor(KINDS)))
                 self.assertNotIn(value[-6:], str(self.payloads("chat", found)), size)
 
     def test_a_value_of_which_the_rest_comes_in_a_large_event_is_masked(self):
@@ -5976,7 +5997,7 @@ class UnmaskingTest(ProxyCase):
         tokens = [{"token": one, "top": [[], {}]} for one in ("]", "bob", "@corp", '"\\"', ".com")]
         choices = [{"message": {"content": size * "w "}, "logprobs": logprobs, "n": 1}
                    for size in (9, 40_000) for logprobs in ({"content": tokens}, tokens * 2000)]
-        data = json.dumps({"choices": choices, "logprobs": None}).encode()
+        data = encoded({"choices": choices, "logprobs": None})
         for step in self.each((1448, 16384)):
             found = json.loads(self.unmask("chat", data, step, answers=True, events=False))
             self.assertEqual(found, {"logprobs": None, "choices": [
@@ -5992,9 +6013,9 @@ class UnmaskingTest(ProxyCase):
             said = "".join([said.replace("[[SECRETS]]", one)
                             for one in (self.TOKEN, self.PRIVATE_KEY) * (1 + 15_000 // size)])
             payload = {"choices": [{"message": {"content": said}, "n": 4111111111111111}]}
-            for events_of, step in ((events, 16384), (lambda one: json.dumps(one).encode(), 5000)):
+            for events_of, step in ((events, 16384), (encoded, 5000)):
                 masks = self.masks()
-                masks.redactor = llm_proxy.Redactor(KINDS)
+                masks.redactor = Redactor(KINDS)
                 data = events_of(payload)
                 found = self.unmask("chat", data + events(delta("x")) * (events_of is events),
                                     step, answers=True, events=events_of is events, masks=masks)
@@ -6012,9 +6033,9 @@ class UnmaskingTest(ProxyCase):
                 (9, 1, 16384), (20_000, 1, 16384), (8631, 1, 1448), (9, 999, 1448))):
             message = {"content": size * "w ", "tool_calls": [{"function": {
                 "name": "f", "arguments": json.dumps([said] * times)}}]}
-            data = json.dumps({"choices": [{"message": message}]}).encode()
+            data = encoded({"choices": [{"message": message}]})
             masks = self.masks()
-            masks.redactor = llm_proxy.Redactor(KINDS)
+            masks.redactor = Redactor(KINDS)
             found = json.loads(self.unmask(
                 "chat", data, step, answers=True, events=False, masks=masks))
             call_of, = found["choices"][0]["message"]["tool_calls"]
@@ -6022,7 +6043,7 @@ class UnmaskingTest(ProxyCase):
 
     def test_of_an_event_of_any_size_a_slice_is_looked_at_at_once(self):
         """Of a text in it that goes on, too; and nothing of it is passed over."""
-        seen, find = [], llm_proxy.Redactor.find
+        seen, find = [], Redactor.find
         unit = 'to bob@x.org, [[EMAIL_1]] \u00e9 4111 1111 1111 1111 "q"\n'
         shown = unit.replace("bob@x.org", "[[EMAIL]]").replace(
             "[[EMAIL_1]]", "ann@example.com").replace("4111 1111 1111 1111", "[[CARD]]")
@@ -6031,9 +6052,7 @@ class UnmaskingTest(ProxyCase):
         def look(redactor, text):
             seen.append(len(text))
             return find(redactor, text)
-        patch = mock.patch.object(llm_proxy.Redactor, "find", look)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patch_until(self.addCleanup, patch.object(Redactor, "find", look))
         for endpoint, event, step in self.each((
                 *[(row[0], row[1].replace("N", "0", 1), 16384) for row in TEXT_STREAMS
                   if row[0] != "array" and not self.is_json(row)],
@@ -6045,7 +6064,7 @@ class UnmaskingTest(ProxyCase):
             said = "at b" if "delta" in event else "x"
             small, large = [event.replace("TEXT", json.dumps(one)) for one in (said, times * unit)]
             masks = self.masks()
-            masks.redactor = llm_proxy.Redactor(KINDS)
+            masks.redactor = Redactor(KINDS)
             line = "%s\n" if endpoint == "ollama" else "event: x\ndata: %s\n\n"
             data = "".join([line % one for one in (small, large, small)]).encode()
             found = self.unmask(endpoint, data, step, answers=True, masks=masks)
@@ -6073,7 +6092,7 @@ class UnmaskingTest(ProxyCase):
         for is_stream, step in self.each(itertools.product((True, False), (1448, 16384))):
             data = b"data: %b\n\n" % said if is_stream else said
             for opaque in ("pass", "refuse"):
-                masks = llm_proxy.Masks(llm_proxy.Redactor(KINDS), opaque)
+                masks = Masks(Redactor(KINDS), opaque)
                 after = events("[DONE]") if is_stream else b""
                 found = self.unmask("chat", data + after, step, answers=True, events=is_stream,
                                     masks=masks)
@@ -6090,7 +6109,7 @@ class UnmaskingTest(ProxyCase):
         said = [delta("bob@x.org "), delta("x ")]
         shown = [delta("[[EMAIL]] "), delta("x ")]
         for data, passed in self.each((
-                (json.dumps(said).encode(), shown),
+                (encoded(said), shown),
                 (b"data: some words\n" + events("[DONE]", *[
                     delta(one) for one in ("mail bob@", "x.org ")], end="\n"), None))):
             found = self.unmask("chat", data, answers=True, events=not passed)
@@ -6116,7 +6135,7 @@ class RedactedAnswersTest(ProxyCase):
     def told(self, answer, path=CHAT, version=b"1.1", **payload):
         """What a caller sees whose prompt has an address."""
         self.start(answer, **self.settings)
-        body = json.dumps({"model": "m", "prompt": self.MAIL, **payload}).encode()
+        body = encoded({"model": "m", "prompt": self.MAIL, **payload})
         data = request("POST", path, body).replace(b"HTTP/1.1", b"HTTP/" + version)
         return self.ask(data)
 
@@ -6126,7 +6145,7 @@ class RedactedAnswersTest(ProxyCase):
     def test_an_answer_speaks_of_what_its_caller_said_and_the_vendor_never_sees_it(self):
         for status in self.each(("200 OK", "400 Bad Request")):
             for version in (b"1.1", b"1.0"):
-                told = self.told(says(json.dumps(self.SAID).encode(), status), version=version)
+                told = self.told(says(self.SAID, status), version=version)
                 self.assertTrue(told.whole)
                 self.assertEqual(told.body.decode(),
                                  json.dumps(self.SAID).replace("[[EMAIL_1]]", self.MAIL))
@@ -6176,13 +6195,13 @@ class RedactedAnswersTest(ProxyCase):
                          ["to ", self.MAIL])
         parts = [{"candidates": [{"content": {"parts": [{"text": text}]}}]}
                  for text in ("to [[EMA", "IL_1]]")]
-        told = self.told(says(json.dumps(parts).encode()),
+        told = self.told(says(parts),
                          "/v1beta/models/m:streamGenerateContent")
         self.assertEqual(UnmaskingTest.said(told.json()), {
             ("candidates", "content", "parts", "text"): "to " + self.MAIL})
 
     def test_an_answer_that_cannot_be_read_is_counted_and_passed_or_refused(self):
-        packed = gzip.compress(json.dumps(self.SAID).encode())
+        packed = gzip.compress(encoded(self.SAID))
         for body, field, opaque, status in self.each([
                 (*answer, *way) for way in (("pass", 200), ("refuse", 502))
                 for answer in ((packed, "Content-Encoding: gzip"),
@@ -6470,7 +6489,7 @@ class FramingTest(ProxyCase):
 
     def feed(self, *pieces):
         """(What was passed on, the payload); what comes after the end is `trailing`."""
-        self.framing = framing = llm_proxy.Chunked()
+        self.framing = framing = Chunked()
         passed = payload = b""
         for piece in pieces:
             if framing.ended:
@@ -6525,8 +6544,8 @@ class FramingTest(ProxyCase):
         passage, until_close = llm_proxy.BodyAdapter, llm_proxy.UntilClose
         chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
         for framing, style, data, expected in self.each([
-                (llm_proxy.Chunked(), llm_proxy.AS_IS, chunks, chunks),
-                (llm_proxy.Chunked(), llm_proxy.PAYLOAD, chunks, b"hello!"),
+                (Chunked(), llm_proxy.AS_IS, chunks, chunks),
+                (Chunked(), llm_proxy.PAYLOAD, chunks, b"hello!"),
                 (llm_proxy.Sized(6), llm_proxy.AS_IS, b"hello!", b"hello!"),
                 (until_close(), llm_proxy.AS_IS, b"hello!", b"hello!"),
                 (until_close(), llm_proxy.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
@@ -6613,7 +6632,7 @@ class StreamTest(ProxyCase):
 
     def test_what_is_posted_goes_with_the_loops_next_pass_or_before_what_follows_it(self):
         loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
-        stream = llm_proxy.Stream(loop, ours)
+        stream = Stream(loop, ours)
         theirs.setblocking(False)
         for one in (loop, theirs, stream):
             self.addCleanup(one.close)
@@ -6632,7 +6651,7 @@ class StreamTest(ProxyCase):
 
     def test_what_is_posted_and_is_not_little_goes_at_once(self):
         loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
-        stream = llm_proxy.Stream(loop, ours)
+        stream = Stream(loop, ours)
         for one in (loop, theirs, stream):
             self.addCleanup(one.close)
         stream.post(b"x" * 4097)
@@ -6648,7 +6667,7 @@ class StreamTest(ProxyCase):
 
         def pair():
             sides = socket.socketpair()
-            stream = llm_proxy.Stream(loop, theirs.wrap_socket(
+            stream = Stream(loop, theirs.wrap_socket(
                 sides[0], server_side=True, do_handshake_on_connect=False))
             self.addCleanup(stream.sock.close)
             self.addCleanup(sides[1].close)
@@ -6658,7 +6677,7 @@ class StreamTest(ProxyCase):
             stream, sock = pair()
             with threads([lambda: peers.append(ours.wrap_socket(
                     sock, server_hostname="127.0.0.1"))]):
-                loop.run_until_complete(stream.handshake(llm_proxy.Context(loop), PATIENCE))
+                loop.run_until_complete(stream.handshake(Context(loop), PATIENCE))
             self.addCleanup(peers[-1].close)
             return stream
 
@@ -6668,7 +6687,7 @@ class StreamTest(ProxyCase):
             stream, sock = pair()
             sock.send(bad)
             with self.assertRaises(OSError):
-                loop.run_until_complete(stream.handshake(llm_proxy.Context(loop), PATIENCE))
+                loop.run_until_complete(stream.handshake(Context(loop), PATIENCE))
             broken = shake()
             os.write(peers[-1].fileno(), bad)
             healthy.on_readable()
@@ -6679,7 +6698,7 @@ class StreamTest(ProxyCase):
     def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
         loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
         self.addCleanup(loop.close)
-        turns, gone = llm_proxy.Turns(loop), llm_proxy.Context(loop)
+        turns, gone = llm_proxy.Turns(loop), Context(loop)
 
         def next_round():
             rounds.append(loop.call_soon(next_round))
@@ -6691,13 +6710,13 @@ class StreamTest(ProxyCase):
         async def understand_all():
             next_round()
             tasks = [loop.create_task(understand(name, gone if name == "a2" else
-                     llm_proxy.Context(loop))) for name in ("a1", "a2", "a3", "a4", "b1")]
-            loop.call_soon(gone.end, llm_proxy.CallerGone())
+                     Context(loop))) for name in ("a1", "a2", "a3", "a4", "b1")]
+            loop.call_soon(gone.end, CallerGone())
             return await asyncio.gather(*tasks, return_exceptions=True)
         ended = loop.run_until_complete(understand_all())
         self.assertEqual([name for name, _ in seen], ["a1", "b1", "a3", "a4"])
         self.assertEqual(len({number for _, number in seen}), 4)
-        self.assertIsInstance(ended[1], llm_proxy.CallerGone)
+        self.assertIsInstance(ended[1], CallerGone)
         self.assertFalse(turns.waiting)
 
     def test_trailers_are_dropped(self):
@@ -6730,12 +6749,12 @@ class StreamTest(ProxyCase):
         sent = [0]
 
         def run():
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 for block in self.blocks():
                     asked.chunks(block)
                     sent[0] += len(block)
                 asked.chunks(end=True)
-        thread = threading.Thread(target=run, daemon=True)
+        thread = Thread(target=run, daemon=True)
         thread.start()
         return sent, thread
 
@@ -6851,7 +6870,7 @@ class LineTest(ProxyCase):
     def test_nobody_is_starved_by_those_who_come_again_and_again_or_are_ever_new(self):
         for most, flood, weight in self.each(itertools.product((1, 2), (False, True), (1, 3))):
             line = self.start_line(most, 10 ** 6, 10 ** 6)
-            begun = collections.Counter()
+            begun = Counter()
             weights = {"a": weight, "b": 1, "c": 1}
             for key in "aaabc":
                 self.enter(key, weights[key])
@@ -6898,7 +6917,7 @@ class LineTest(ProxyCase):
         for key, turned_away in self.each("""[["c", "a"], ["c", "b"], ["c", null], ["b", null]]"""):
             told = []
             for slot in self.waiting:
-                slot.on_ready = functools.partial(told.append, slot)
+                slot.on_ready = partial(told.append, slot)
             if turned_away:
                 self.enter(key)
             else:
@@ -6929,7 +6948,7 @@ class LineTest(ProxyCase):
         line = self.start_line()
         calls = []
         for key in "abc":
-            self.enter(key).on_ready = functools.partial(calls.append, key)
+            self.enter(key).on_ready = partial(calls.append, key)
         self.leave()
         self.assertEqual(calls, ["b"])
         line.close()
@@ -6938,7 +6957,7 @@ class LineTest(ProxyCase):
         self.assertEqual((calls, self.waiting[0].running), (["b", "c"], False))
 
     def test_no_slot_is_idle_while_somebody_waits_and_each_caller_is_served_in_order(self):
-        chance = random.Random(7)
+        chance = Random(7)
         for most in self.each([1, 3]):
             line = self.start_line(most)
             for _ in range(3000):
@@ -7140,7 +7159,7 @@ class QueueTest(WaitingCase):
         asked.wait_for_hang_up(client)
         second = self.line_up("next")
         clock.now += 1
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             asked.send(chunk(event(3)))
         self.assertEqual(self.finish(self.stub.next(), second).status, 200)
         asked.finish()
@@ -7641,14 +7660,14 @@ class StoredTest(ManyCase):
         {"input": [{"id": "fc_1", "type": "function_call", "call_id": "x"}]}]"""
 
     def post(self, path, payload, key="a"):
-        body = b"x" if payload is None else json.dumps({"model": "m", **payload}).encode()
+        body = b"x" if payload is None else encoded({"model": "m", **payload})
         return self.ask(request("POST", path, body, key=key))
 
     def status(self, method, path, key="a"):
         return self.ask(request(method, path, key=key)).status
 
     def answers(self, payload):
-        self.stub.answer = says(json.dumps(payload).encode())
+        self.stub.answer = says(payload)
 
     def test_a_name_of_thousands_of_words_is_read_soon(self):
         for key, name in self.each((("file_id", "google" * 20000),
@@ -7789,7 +7808,7 @@ class StoredTest(ManyCase):
         reader = llm_proxy.NameReader(None, llm_proxy.SSE, found.append, True)
         text = events({"content_block": {"text": "x" * 9999}})
         made = events({"content_block": {"file_id": "file_1", "text": "x" * 9999}})
-        with mock.patch.object(reader, "look", wraps=reader.look) as look:
+        with patch.object(reader, "look", wraps=reader.look) as look:
             for data, step, looks in self.each((
                     (text, 100, 1), (made, 100, 2), (text * 9, len(text), 2))):
                 for at in range(0, len(data), step):
@@ -7817,7 +7836,7 @@ class StoredTest(ManyCase):
 
     def test_a_name_that_no_path_could_have_is_no_thing(self):
         for name in self.each(("\ud800", "a b", "x" * 300, "a\x00")):
-            self.start(says_json({"id": name}), **self.KEYS)
+            self.start(says({"id": name}), **self.KEYS)
             self.assertEqual(self.post("/v1/responses", {}).status, 200)
             self.assertEqual(len(self.proxy.stored.things), 0)
 
@@ -7855,7 +7874,7 @@ class StoredTest(ManyCase):
     def test_calls_go_where_the_thing_they_speak_of_was_made(self):
         """One upstream has two addresses; that model serves nothing else."""
         first, second, other = self.stub_of("first"), self.stub_of("second"), self.stub_of("other")
-        self.start(says_json({"from": "base"}),
+        self.start(says({"from": "base"}),
                    UPSTREAM_BOX_URL="%s/v1,%s/v1" % (first.url, second.url),
                    UPSTREAM_BOX_MODELS="m", UPSTREAM_OTHER_URL=other.url)
         for stub in self.each((first, second) * 2):
@@ -7870,8 +7889,8 @@ class StoredTest(ManyCase):
                          request("DELETE", "/v1/responses/" + name),
                          request("POST", "/v1/responses/%s/cancel" % name),
                          request("GET", "/box/v1/responses/" + name),
-                         request("POST", "/v1/responses", json.dumps(
-                             {"model": "x", "previous_response_id": name}).encode())):
+                         request("POST", "/v1/responses", {
+                             "model": "x", "previous_response_id": name})):
                 self.assert_from(stub.port, data)
         self.assert_from("base", request("GET", "/v1/responses/resp_0"))
         self.assert_from("other", request("GET", "/other/v1/responses/" + name))
@@ -7990,20 +8009,15 @@ def table(text):
     return [["" if word == "-" else word for word in row] for row in rows]
 
 
-def says_json(payload):
-    """A Stub's `answer` that always gives this JSON."""
-    return says(json.dumps(payload).encode())
-
-
 def levels(proxy):
     """What is left in the buckets that are not full: {(rule, *subject): level}."""
     return {key: level for key, (level, _) in proxy.limits.buckets.snapshot(0).items()}
 
 
-@contextlib.contextmanager
+@contextmanager
 def threads(acts):
     """Meanwhile each of these runs in a thread; all are waited for."""
-    running = [threading.Thread(target=act) for act in acts]
+    running = [Thread(target=act) for act in acts]
     for thread in running:
         thread.start()
     yield
@@ -8068,15 +8082,15 @@ class UpstreamsTest(CallCase):
         self.patch_seconds(Address_MAX_CONNECTING=2)
         self.start()
         address, = self.proxy.routes.base.addresses
-        owner, free = mock.Mock(), threading.Event()
+        owner, free = mock.Mock(), Event()
         self.addCleanup(free.set)
-        fails = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError)
-        ended = llm_proxy.Context(self.proxy.loop)
-        ended.end(llm_proxy.CallerGone())
-        with mock.patch.object(address, "new_owner", return_value=owner):
+        fails = patch.object(Thread, "start", side_effect=RuntimeError)
+        ended = Context(self.proxy.loop)
+        ended.end(CallerGone())
+        with patch.object(address, "new_owner", return_value=owner):
             for context, failing, refusal in (
-                    (llm_proxy.Context(self.proxy.loop), fails, llm_proxy.Overloaded),
-                    (ended, contextlib.nullcontext(), llm_proxy.CallerGone)):
+                    (Context(self.proxy.loop), fails, llm_proxy.Overloaded),
+                    (ended, nullcontext(), CallerGone)):
                 address.helpers.submit(free.wait, PATIENCE)
                 with failing, self.assertRaises(refusal):
                     asyncio.run_coroutine_threadsafe(
@@ -8194,7 +8208,7 @@ class UpstreamsTest(CallCase):
         self.start(BASE_MODEL="gemma4")
         rest = {"messages": "model ä \u2028", "temperature": 0.1, "x": [10 ** 20, None]}
         for model in self.each("""[{"model": "any"}, {"model": null}, {"model": ["x"]}, {}]"""):
-            self.ask(request("POST", CHAT, json.dumps({**model, **rest}).encode()))
+            self.ask(request("POST", CHAT, {**model, **rest}))
             self.assertEqual(self.stub.last.json(), {"model": "gemma4", **rest})
 
     def test_without_a_base_model_a_body_passes_byte_for_byte(self):
@@ -8287,7 +8301,7 @@ class UploadTest(CallCase):
         self.start(refuse, reads=False)
         for chunked in self.each((False, True)):
             client = self.connect()
-            with contextlib.suppress(OSError):  # it may be hung up on, if it can read the answer
+            with suppress(OSError):  # it may be hung up on, if it can read the answer
                 self.upload(client, chunked, blocks=400)
             answered = client.read()
             self.assertEqual((answered.status, answered.body), (413, body))
@@ -8338,7 +8352,7 @@ class AddressesTest(CallCase):
     @unittest.skipUnless(sys.platform.startswith("linux"), "needs a full queue to drop connections")
     def test_an_address_that_does_not_answer_is_passed_over_after_the_open_timeout(self):
         box = self.stub_of("box")
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
             for _ in range(4):
                 waiting = stack.enter_context(socket.socket())
@@ -8358,13 +8372,13 @@ class AddressesTest(CallCase):
     def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
         """When it is back, it is used again."""
         lost, kept = self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
-        statuses, over = [], threading.Event()
+        statuses, over = [], Event()
 
         def work():
             client = self.connect()
             while not over.is_set():
                 statuses.append(client.exchange(call()).status)
-        with threads([work] * 8), contextlib.ExitStack() as stack:
+        with threads([work] * 8), ExitStack() as stack:
             stack.callback(over.set)
             wait_for(lambda: lost.calls > 20 and kept.calls > 20)
             lost.close()
@@ -8564,7 +8578,7 @@ class BreakerTest(CallCase):
             head = ("HTTP/1.1 404 No\r\nContent-Encoding: %s\r\nContent-Type: %s\r\nETag: x\r\n"
                     "Digest: x\r\nContent-Length: 5\r\n\r\n" % (coding, kind)).encode()
             for method, body in (("HEAD", b""), ("GET", b"hello"), ("HEAD", b"")):
-                self.stub.answer = functools.partial(Asked.send, data=head + body)
+                self.stub.answer = partial(Asked.send, data=head + body)
                 answered = self.ask(request(method, "/v1/models/x"))
                 types = [value for name, value in answered.fields if name == "content-type"]
                 self.assertEqual(types, [said if body else kind])
@@ -8651,7 +8665,7 @@ class BreakerTest(CallCase):
     def test_a_list_of_models_neither_opens_nor_closes_a_breaker(self):
         clock = self.open_the_base(2, UPSTREAM_X_URL="http://127.0.0.1:1")
         clock.now += 31
-        self.stub.answer = says_json({"data": [{"id": "m"}]})
+        self.stub.answer = says({"data": [{"id": "m"}]})
         self.assertIn(b'"m"', self.ask(request("GET", "/v1/models")).body)
         self.assertEqual(self.base()["state"], "half_open")
         self.assert_status(200)
@@ -8738,7 +8752,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         settings = dict(row.split("=", 1) for row in self.ROUTED.split())
         for name, stub in stubs.items():
             settings["UPSTREAM_%s_URL" % name.upper()] = stub.url
-        self.start(says_json({"from": "base"}), **settings)
+        self.start(says({"from": "base"}), **settings)
         return {"base": self.stub, **stubs}
 
     def test_the_next_upstream_is_sent_all_of_a_large_call(self):
@@ -8747,7 +8761,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             MODEL_ALIASES="fast=real,slow=other")
         first.refuse_connections()
         sent = {"model": "fast", "models": ["slow"], "messages": [{"content": "x " * 10000}] * 3}
-        self.assert_status(200, request("POST", CHAT, json.dumps(sent).encode()))
+        self.assert_status(200, request("POST", CHAT, sent))
         self.assertEqual((first.calls, second.calls), (0, 1))
         whole = json.dumps({**sent, "model": "real", "models": ["other"]}, separators=(",", ":"))
         asked = second.requests[0]
@@ -8828,7 +8842,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
 
     def test_ollama_tells_no_count_of_a_prompt_that_it_has_in_its_cache(self):
         for told, expected in self.each("""[[26, [26, 9, false]], [null, [3, 9, true]]]"""):
-            self.start(says_json({"done": True, "total_duration": 5, "eval_count": 9,
+            self.start(says({"done": True, "total_duration": 5, "eval_count": 9,
                                   "prompt_eval_count": told}))
             body = b'{"prompt": "hello world", "stream": false}'
             self.ask(request("POST", "/api/generate", body))
@@ -8839,7 +8853,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         for number, (path, payload, stream) in enumerate(self.each("""[
                 ["/api/chat", {}, true], ["/api/generate", {"stream": null}, true],
                 ["/api/chat", {"stream": false}, false], ["/api/embed", {}, false]]""")):
-            self.ask(request("POST", path, json.dumps({"model": "m", **payload}).encode()))
+            self.ask(request("POST", path, {"model": "m", **payload}))
             self.assert_entry("stream", stream, number)
 
     def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
@@ -8966,7 +8980,7 @@ class HttpsTest(CallCase):
 
     def setUp(self):
         self.file = pem_file(self)
-        self.tls = llm_proxy.server_context(self.file, None)
+        self.tls = server_context(self.file, None)
         self.box = Stub(says(), tls=self.tls)
         self.addCleanup(self.box.close)
 
@@ -8987,7 +9001,7 @@ class HttpsTest(CallCase):
 
     def test_authorities_are_not_read_where_nothing_is_checked(self):
         """OpenSSL would read their folder again for each connection."""
-        with mock.patch.object(ssl.SSLContext, "load_default_certs") as read:
+        with patch.object(ssl.SSLContext, "load_default_certs") as read:
             self.start(UPSTREAM_TLS_VERIFY="off")
             self.assert_status(200)
         read.assert_not_called()
@@ -8997,7 +9011,7 @@ class HttpsTest(CallCase):
         trusting = ssl.create_default_context(cafile=self.file)
         with concurrent.futures.ThreadPoolExecutor(1) as helper:
             connecting = helper.submit(trusting.wrap_socket, pair[0], server_hostname="127.0.0.1")
-            stream = llm_proxy.Stream(loop, self.tls.wrap_socket(pair[1], server_side=True))
+            stream = Stream(loop, self.tls.wrap_socket(pair[1], server_side=True))
             theirs = connecting.result()
         for one in (loop, theirs, stream):
             self.addCleanup(one.close)
@@ -9049,7 +9063,7 @@ def completion(*used):
     """The body of an answer of 40 characters that reports these tokens of input and of output."""
     usage = dict(zip(("prompt_tokens", "completion_tokens"), used))
     reported = {"usage": usage} if used else {}
-    return json.dumps({"choices": [{"message": {"content": "x" * 40}}], **reported}).encode()
+    return encoded({"choices": [{"message": {"content": "x" * 40}}], **reported})
 
 
 class LedgerCase(CallCase):
@@ -9061,7 +9075,7 @@ class LedgerCase(CallCase):
 
     @staticmethod
     def rows(path):
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with closing(sqlite3.connect(path)) as connection:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute("SELECT * FROM calls ORDER BY rowid")]
 
@@ -9086,17 +9100,17 @@ class LedgerCase(CallCase):
         charge = (row["charges"] or "=").rpartition("=")[2]  # there is one rule
         self.assertEqual(charge, str(entry["cost"] or ""))
 
-    @contextlib.contextmanager
+    @contextmanager
     def held_up(self, owner, name):
         """Meanwhile this method waits where it is called; returns an Event for when it is."""
-        method, called, gate = getattr(owner, name), threading.Event(), threading.Event()
+        method, called, gate = getattr(owner, name), Event(), Event()
         self.addCleanup(gate.set)
 
         def wait(*arguments):
             called.set()
             gate.wait(PATIENCE)
             return method(*arguments)
-        with mock.patch.object(owner, name, wait):
+        with patch.object(owner, name, wait):
             yield called
         gate.set()
 
@@ -9309,9 +9323,9 @@ redacted      None"""))
         for descriptor, most in self.each((
                 (writing, most_of_pipe), (sockets[1].detach(), most_of_pipe), (file, 24100))):
             written = []
-            with Recorder(descriptor, "w") as stream, mock.patch.object(
-                    llm_proxy.Log, "PAUSE", PATIENCE):
-                log = llm_proxy.Log(stream, as_json=False)
+            with Recorder(descriptor, "w") as stream, patch.object(
+                    Log, "PAUSE", PATIENCE):
+                log = Log(stream, as_json=False)
                 for _ in range(100):
                     log.record("x" * 240)
                 log.close(PATIENCE)
@@ -9332,16 +9346,16 @@ redacted      None"""))
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
         path = new_path(self, "llm_proxy.db")
-        schema = llm_proxy.Database.SCHEMA
+        schema = Database.SCHEMA
         for added in (", connect_ms INTEGER, redacted TEXT", ", redact TEXT"):
             self.assertIn(added, schema)
             schema = schema.replace(added, "")
-        with mock.patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-2]), \
-                mock.patch.object(llm_proxy.Database, "SCHEMA", schema):
-            database = llm_proxy.Database(path)
+        with patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-2]), \
+                patch.object(Database, "SCHEMA", schema):
+            database = Database(path)
         database.connection.execute("INSERT INTO calls (id) VALUES ('old')")
         database.connection.close()
-        llm_proxy.Database(path, reading=True).connection.close()
+        Database(path, reading=True).connection.close()
         self.start(DATABASE=path)
         client = self.connect()
         for _ in range(2):
@@ -9352,7 +9366,7 @@ class LedgerTest(LedgerCase):
 
     def test_a_call_is_in_the_sums_seconds_after_its_end(self):
         self.start()
-        reader, now = llm_proxy.LedgerReader(self.path), time.time()
+        reader, now = LedgerReader(self.path), time.time()
         for number in range(1, 3):
             self.ask()
             wait_for(lambda: [one.calls for one in reader.totals(
@@ -9370,8 +9384,8 @@ class LedgerTest(LedgerCase):
         self.start()
         for served, written in self.each((
                 ("m-2026", "m-2026"), ("m" * 99, "m" * 80), ("a\nb", "asked"), (7, "asked"))):
-            self.stub.answer = says(json.dumps({"model": served, "usage": {
-                "input_tokens": 20, "output_tokens": 4, "iterations": [part]}}).encode())
+            self.stub.answer = says({"model": served, "usage": {
+                "input_tokens": 20, "output_tokens": 4, "iterations": [part]}})
             self.ask(request("POST", "/v1/messages", chat(model="asked", max_tokens=1)))
             row = self.wait_for_rows(self.stub.calls)[-1]
             self.assertEqual((row["served"], row["model"]), (written, "asked"))
@@ -9411,7 +9425,7 @@ class LedgerTest(LedgerCase):
         for hours, lost in self.each(((1, 3), (1.6, 2), (2.1, 1), (16 * 24, 1), (16 * 24 + 1, 0))):
             wall = clock.time_ns() + int(hours * 3600 * 1e9)
             self.close_books()
-            later.time_ns = functools.partial(int, wall)
+            later.time_ns = partial(int, wall)
             self.start(clock=later, DATABASE=self.path, LIMITS=rules)
             self.assertEqual([*levels(self.proxy).values()], [-50] * lost)
 
@@ -9444,7 +9458,7 @@ class LedgerTest(LedgerCase):
         for number in range(1, 4):
             self.ask("k")
             self.wait_for_rows(number)
-            with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            with closing(sqlite3.connect(self.path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
             self.assertEqual(found, [(10 - number,)])
 
@@ -9452,11 +9466,11 @@ class LedgerTest(LedgerCase):
         self.start(MAX_TOKENS=10)
         for number, act in enumerate(self.each((os.unlink, lambda path: os.replace(other, path)))):
             other = new_path(self, "other.db")
-            llm_proxy.Database(other).connection.close()
+            Database(other).connection.close()
             self.ask("k")
             self.wait_for_rows(1 + number)
             for end in ("-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
+                with suppress(FileNotFoundError):
                     os.unlink(self.path + end)
             self.proxy.books.ledger.reopen_at = 0
             act(self.path)
@@ -9464,7 +9478,7 @@ class LedgerTest(LedgerCase):
             wait_for(lambda: self.lines.text().count("are kept in " + self.path) == number + 1)
             self.ask("k")
             self.wait_for_rows(1)
-            with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            with closing(sqlite3.connect(self.path)) as connection:
                 found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
             self.assertEqual(found, [(8 - 2 * number,)])
 
@@ -9497,9 +9511,9 @@ class LedgerTest(LedgerCase):
 
     def test_what_was_made_is_known_after_a_restart_as_far_as_there_is_room(self):
         path = new_path(self, "llm_proxy.db")
-        schema = llm_proxy.Database.SCHEMA
-        with mock.patch.object(llm_proxy.Database, "SCHEMA", schema[:schema.rindex(";")]):
-            llm_proxy.Database(path).connection.close()  # of a version that knew no things
+        schema = Database.SCHEMA
+        with patch.object(Database, "SCHEMA", schema[:schema.rindex(";")]):
+            Database(path).connection.close()  # of a version that knew no things
         self.patch_seconds(Stored_ROOM=2)
         keys = {"DATABASE": path, "PROXY_API_KEYS": "a,b"}
         names = iter(range(9))
@@ -9514,7 +9528,7 @@ class LedgerTest(LedgerCase):
 
     def test_old_calls_are_removed_in_the_background(self):
         path = new_path(self, "llm_proxy.db")
-        database = llm_proxy.Database(path)
+        database = Database(path)
         rest = (None,) * (len(llm_proxy.COLUMNS) - 2)
         old, new = time.time() - 8 * 86400, time.time() - 6 * 86400
         database.add([("old", old, *rest)] * 2500 + [("new", new, *rest)])
@@ -9542,19 +9556,19 @@ class LedgerTest(LedgerCase):
         database = self.proxy.books.ledger.database
         fault = sqlite3.OperationalError("disk I/O error")
         text = "the database cannot be written: disk I/O error"
-        with mock.patch.object(database, "add", side_effect=fault) as add:
+        with patch.object(database, "add", side_effect=fault) as add:
             self.ask()
             wait_for(lambda: text in self.lines.text() and add.call_count > 1)
         self.assertEqual(self.row()["status"], 200)
         wait_for(lambda: "the database can be written again" in self.lines.text())
         self.assertEqual(self.lines.text().count("cannot be written"), 1)
 
-    @contextlib.contextmanager
+    @contextmanager
     def small_disk(self):
         """Makes a folder on a disk of 1 MB, where that is allowed; returns the folder, or None."""
         folder = new_path(self)
         mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        with suppress(OSError, subprocess.CalledProcessError):
             subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
             try:
                 yield folder
@@ -9563,12 +9577,12 @@ class LedgerTest(LedgerCase):
             return
         yield None
 
-    @contextlib.contextmanager
+    @contextmanager
     def full_disk(self, folder):
         """Meanwhile nothing more can be written to `folder`, or, without one, to the ledger."""
         if folder:
             path = os.path.join(folder, "filler")
-            with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            with open(path, "wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(4096))
             yield
@@ -9606,14 +9620,14 @@ class LedgerTest(LedgerCase):
             wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
             self.assert_counted(pathlib.Path(usage_log).read_text("ascii").splitlines(), 22)
             self.close_books()
-            with contextlib.closing(sqlite3.connect(path)) as connection:
+            with closing(sqlite3.connect(path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
             self.assertEqual(found, [(10 ** 6 - 22,)])
 
     @staticmethod
     def write_aside(path):
         """Fills the half of a small disk with what SQLite writes beside the database."""
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with closing(sqlite3.connect(path)) as connection:
             for number in range(80):
                 with connection:
                     connection.execute("INSERT OR REPLACE INTO facts VALUES ('x', ?)", (number,))
@@ -9636,7 +9650,7 @@ class LedgerTest(LedgerCase):
         self.addCleanup(os.close, reading)
         os.set_blocking(writing, False)
         with open(writing, "wb", buffering=0) as stream:
-            full = llm_proxy.Log(stream, as_json=True)
+            full = Log(stream, as_json=True)
             self.start()
             self.proxy.books.usage_log = full
             for _ in range(10):
@@ -9649,16 +9663,16 @@ class LedgerTest(LedgerCase):
 
     def test_a_foreign_or_damaged_file_is_left_as_it_is(self):
         path = pathlib.Path(new_path(self, "llm_proxy.db"))
-        llm_proxy.Database(str(path)).connection.close()
+        Database(str(path)).connection.close()
         sound = path.read_bytes()
         path.unlink()
-        with contextlib.closing(sqlite3.connect(path)) as other:
+        with closing(sqlite3.connect(path)) as other:
             other.execute("CREATE TABLE calls (a)")
         damaged = sound[:4096] + b"x" * (len(sound) - 4096)
         for data in self.each((b"hello", path.read_bytes(), sound[:len(sound) // 2], damaged)):
             path.write_bytes(data)
             with self.assertRaisesRegex(llm_proxy.DatabaseFault, "left as it is$"):
-                llm_proxy.Database(str(path))
+                Database(str(path))
             self.assertEqual(path.read_bytes(), data)
 
 
@@ -9667,7 +9681,7 @@ class KeysCase(LedgerCase):
     ACTOR = llm_proxy.Actor("ida", "admin", "command line")
 
     def store(self, path=None, clock=None):
-        database = llm_proxy.Database(path or self.path)
+        database = Database(path or self.path)
         self.addCleanup(database.close)
         return llm_proxy.KeyStore(database.connection, clock or self.proxy.clock, self.ACTOR)
 
@@ -9683,7 +9697,7 @@ class KeysCase(LedgerCase):
         return self.change("add", name, **fields).secret
 
     def execute(self, *statements, path=None):
-        with contextlib.closing(sqlite3.connect(path or self.path)) as connection:
+        with closing(sqlite3.connect(path or self.path)) as connection:
             found = [connection.execute(statement).fetchall() for statement in statements]
             connection.commit()
         return found[-1]
@@ -9801,7 +9815,7 @@ class KeyStoreTest(KeysCase):
         def make(number):
             keys = self.store(clock=self.clock)
             made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
-        with threads([functools.partial(make, number) for number in range(20)]):
+        with threads([partial(make, number) for number in range(20)]):
             pass
         self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
         digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
@@ -9831,10 +9845,10 @@ class SumsTest(TableCase):
 
     def setUp(self):
         self.path = new_path(self, "llm_proxy.db")
-        self.database = llm_proxy.Database(self.path)
+        self.database = Database(self.path)
         self.addCleanup(lambda: self.database.connection.close())
-        self.reader = llm_proxy.LedgerReader(self.path)
-        self.random = random.Random(5)
+        self.reader = LedgerReader(self.path)
+        self.random = Random(5)
 
     def add(self, *rows):
         """Adds calls, and these to the sums."""
@@ -9872,14 +9886,14 @@ class SumsTest(TableCase):
                              self.counted(value, where))
             self.assertEqual(self.told(self.reader.totals(by, low, high, {"caller": "a"})),
                              self.counted(value, where + " AND caller = 'a'"))
-        with self.assertRaises(llm_proxy.BadRequest):
+        with self.assertRaises(BadRequest):
             self.reader.totals("1; DROP TABLE calls", low, high)
 
     def test_usage_has_groups_a_series_and_a_total_that_is_the_sum_of_both(self):
         self.add_many(500)
         self.add({"caller": "rich", "picodollars": 9 * 10 ** 12, "time": self.DAY + 3 * 86400})
         for named, step in self.each("""[[200, "day"], [2, "hour"], [2, "month"]]"""):
-            with mock.patch.object(llm_proxy.LedgerReader, "NAMED", named):
+            with patch.object(LedgerReader, "NAMED", named):
                 found = self.reader.usage(
                     "caller", step, self.DAY, self.DAY + 4 * 86400, {"caller": ""})
             names = [group["name"] for group in found["groups"]]
@@ -9958,7 +9972,7 @@ class SumsTest(TableCase):
                          llm_proxy.whole_quarters(low, high)]
                 for by, filters in (("caller", {}), ("model", {"caller": "a"})):
                     found = self.reader.add_up(by, steps, filters)
-                    with mock.patch.object(llm_proxy, "read_parts", lambda *step: [
+                    with patch.object(llm_proxy, "read_parts", lambda *step: [
                             (llm_proxy.QUARTER, *step, 1)]):
                         self.assertEqual(found, self.reader.add_up(by, steps, filters))
 
@@ -9978,8 +9992,8 @@ class SumsTest(TableCase):
             self.assertEqual(llm_proxy.read_time_zone(name, offset), utc)
         for step, start, end in self.each((
                 ("week", 0, 900), ("day", 5, 5), ("day", -1, 900), ("hour", 0, 1 << 33),
-                ("quarter", 0, 900 * 3001), ("day", 0, math.inf), ("day", math.nan, 900))):
-            with self.assertRaises(llm_proxy.BadRequest):
+                ("quarter", 0, 900 * 3001), ("day", 0, inf), ("day", math.nan, 900))):
+            with self.assertRaises(BadRequest):
                 llm_proxy.read_steps(step, start, end, utc)
 
     def test_a_caller_has_days_hours_and_a_last_call(self):
@@ -10038,9 +10052,9 @@ class SumsTest(TableCase):
             rows = [row for row, in self.database.connection.execute(query)]
             self.assertEqual(self.pages(filters, 1000)[0], rows)
             self.assertEqual(self.pages(filters, 3)[0], rows)
-            with mock.patch.object(llm_proxy.LedgerReader, "LOOK", 20):
+            with patch.object(LedgerReader, "LOOK", 20):
                 self.assertEqual(self.pages(filters, 50)[0], rows)
-        with self.assertRaises(llm_proxy.BadRequest):
+        with self.assertRaises(BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
 
     def test_calls_are_kept_in_order_whatever_they_have_in_common(self):
@@ -10072,7 +10086,7 @@ class SumsTest(TableCase):
             connection = connect(*arguments)
             connection.set_trace_callback(asked.append)
             return connection
-        with mock.patch.object(llm_proxy, "connect", traced):
+        with patch.object(llm_proxy, "connect", traced):
             for filters in self.FILTERS.splitlines():
                 filters = dict(part.split("=") for part in filters.split(" -> ")[0].split())
                 self.reader.calls(None, 50, filters)
@@ -10082,9 +10096,9 @@ class SumsTest(TableCase):
                 question()
             self.assertTrue(self.reader.seen())
             for by in ("caller", "day"):
-                options = types.SimpleNamespace(since="36h", by=[by], id=None, caller=None)
-                llm_proxy.read_usage(self.path, options, now)
-        return [text for text in asked if text not in llm_proxy.Database.PROBES
+                options = SimpleNamespace(since="36h", by=[by], id=None, caller=None)
+                read_usage(self.path, options, now)
+        return [text for text in asked if text not in Database.PROBES
                 and not text.startswith("PRAGMA")]
 
     def test_no_question_scans_the_calls(self):
@@ -10105,16 +10119,16 @@ class SumsTest(TableCase):
         execute("DROP TABLE sums")
         execute("DELETE FROM facts")
         self.database.connection.close()
-        self.database = llm_proxy.Database(self.path)
+        self.database = Database(self.path)
         self.add({"caller": "new", "time": self.DAY + 90000})
-        options = types.SimpleNamespace(since="9999d", by=None, id=None, caller=None)
+        options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
         used = None
         for step in range(60):
-            with contextlib.suppress(KeyError), mock.patch.object(
+            with suppress(KeyError), patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
-                    wraps=self.database.note), mock.patch.object(llm_proxy.Database, "BATCH", 220):
+                    wraps=self.database.note), patch.object(Database, "BATCH", 220):
                 self.database.add_older()
-            usage = llm_proxy.read_usage(self.path, options, self.DAY + 2 * 86400)
+            usage = read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
             used = usage
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
@@ -10123,7 +10137,7 @@ class SumsTest(TableCase):
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
-        with mock.patch.object(llm_proxy.SumNames, "NAMES", 5):
+        with patch.object(llm_proxy.SumNames, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
                           "input": 0, "cached": 0, "output": 0, "picodollars": 0,
@@ -10134,7 +10148,7 @@ class SumsTest(TableCase):
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
 
-        with mock.patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
+        with patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
             self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
         found = self.reader.totals("model", self.DAY, self.DAY + 900)
         self.assertEqual((len(found), found["other"].calls), (9, 22))
@@ -10144,10 +10158,10 @@ class SumsTest(TableCase):
             with self.database.transaction():
                 self.database.add([columns_of({"time": self.DAY})] * 7)
             self.database.connection.close()
-            self.database = llm_proxy.Database(self.path)
+            self.database = Database(self.path)
             with self.database.transaction():  # some calls that nobody kept in mind
                 self.database.add([columns_of({"time": self.DAY})] * 4)
-            with mock.patch.object(llm_proxy.Database, "BATCH", 3):
+            with patch.object(Database, "BATCH", 3):
                 self.add({"time": self.DAY})
             found = self.reader.totals("caller", self.DAY, self.DAY + 900)
             self.assertEqual(found["alice"].calls, 12 * (number + 1))
@@ -10155,20 +10169,20 @@ class SumsTest(TableCase):
     def test_an_older_version_made_sums_of_hours_and_days_only_once_they_were_over(self):
         self.add_many(500)
         whole, now = self.reader.totals("team", 0, self.DAY + 3 * 86400), self.DAY + 4 * 86400
-        options = types.SimpleNamespace(since="9999d", by=None, id=None, caller=None)
-        usage = llm_proxy.read_usage(self.path, options, now)
+        options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
+        usage = read_usage(self.path, options, now)
         rolled = self.DAY + 86400 + 5 * 3600
         self.database.note(rolled=rolled)
         self.database.execute("DELETE FROM sums WHERE span = 3600 AND start >= ?", (rolled,))
         self.database.execute("DELETE FROM sums WHERE span = 86400 AND start > ?", (rolled,))
         self.database.execute("UPDATE sums SET calls = 1 WHERE span = 86400 AND start = ?",
                               (rolled // 86400 * 86400,))
-        self.assertEqual(llm_proxy.read_usage(self.path, options, now), usage)
+        self.assertEqual(read_usage(self.path, options, now), usage)
         for _ in range(2):
             self.database.connection.close()
-            self.database = llm_proxy.Database(self.path)
+            self.database = Database(self.path)
             self.assertEqual(self.reader.totals("team", 0, self.DAY + 3 * 86400), whole)
-            self.assertEqual(llm_proxy.read_usage(self.path, options, now), usage)
+            self.assertEqual(read_usage(self.path, options, now), usage)
 
     def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
         self.add_many(50)
@@ -10271,11 +10285,11 @@ class BalanceTest(LedgerCase):
         return path + "?alt=sse" * ("stream" in path), payload
 
     def converse(self, seed):
-        choose = random.Random(seed)
+        choose = Random(seed)
         client = self.connect()
         for _ in range(self.CALLS):
             path, payload = self.random_call(choose)
-            kind, body = payload["kind"], json.dumps(payload).encode()
+            kind, body = payload["kind"], encoded(payload)
             client.send(request("POST", path, body, key="sk-%d" % choose.randrange(5)))
             if kind == "gone" and (payload["stream"] or "stream" in path):
                 client.head()
@@ -10292,7 +10306,7 @@ class BalanceTest(LedgerCase):
     def charged(rows):
         """What the ledger says was charged: a Counter of (rule, whose)."""
         fields = {"each": "caller", "key:k1": "caller", "address": "address"}
-        charged = collections.Counter()
+        charged = Counter()
         for row in rows:
             for charge in filter(None, (row["charges"] or "").split(";")):
                 rule, amount = charge.rsplit("=", 1)
@@ -10309,7 +10323,7 @@ class BalanceTest(LedgerCase):
         self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
                    UNPRICED="0.5")
         self.proxy.limits.buckets.clock = Clock()  # nothing is refilled meanwhile
-        with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
+        with threads(partial(self.converse, seed) for seed in range(self.CALLERS)):
             pass
         wait_for(lambda: not self.server.open, "the end of every call")
         missing = sorted(self.missing())
@@ -10321,7 +10335,7 @@ class BalanceTest(LedgerCase):
     def assert_balance(self, rows, missing):
         unread = self.CALLERS * self.CALLS - len(rows)  # a caller's reset may erase its call
         self.assertIn(unread, range(self.CALLERS // 5))
-        outcomes = collections.defaultdict(set)
+        outcomes = defaultdict(set)
         for row in rows:
             outcomes[row["outcome"]].add((row["charges"], row["input"]))
             if row["outcome"] == "upstream_status":
@@ -10440,7 +10454,7 @@ class MetricsTest(SignalsCase):
             self.assertEqual(self.sums(name + "_total", 'model="%s"' % models), 1)
 
     def test_the_details_of_usage_are_those_that_are_meant(self):
-        names = llm_proxy.Usage._fields[llm_proxy.DETAILS]
+        names = Usage._fields[llm_proxy.DETAILS]
         self.assertEqual(names, ("cached", "cache_write", "reasoning", "estimated"))
 
     def test_models_and_callers_that_anyone_may_invent_make_one_series(self):
@@ -10559,7 +10573,7 @@ class MetricsTest(SignalsCase):
         second.read()
         self.wait_for_rows(2)
         found.update({key: value for key, value in self.scrape().items() if "bucket" in key})
-        version = 'llm_proxy_build_info{version="%s",python="' % llm_proxy.VERSION
+        version = 'llm_proxy_build_info{version="%s",python="' % VERSION
         self.assertEqual([value for key, value in found.items() if key.startswith(version)], [1])
         bucket = '{rule="each 100 requests per day",caller="alice"}'
         for key, value in self.each({
@@ -10660,7 +10674,7 @@ class TracesTest(SignalsCase):
             told = [part for one in told for part in self.NAMED.get(str(one), [one])]
             streamed = len(told) > 1
             kind = "text/event-stream" if streamed else "application/json"
-            self.stub.answer = says(events(*told) if streamed else json.dumps(told[0]).encode(),
+            self.stub.answer = says(events(*told) if streamed else encoded(told[0]),
                                     "200 OK", "Content-Type: " + kind)
             self.ask(request("POST", path, chat(), key="sk-1"))
             found = self.spans(number)[-1][1].get("gen_ai.response.finish_reasons", {"values": []})
@@ -10753,7 +10767,7 @@ class TracesTest(SignalsCase):
         file = pem_file(self)
         for settings, outcome in self.each((({"UPSTREAM_CA_FILE": file}, None),
                                             ({}, "certificate not trusted"))):
-            collector = self.stub_of("collector", tls=llm_proxy.server_context(file, None))
+            collector = self.stub_of("collector", tls=server_context(file, None))
             self.start(**self.KEYS, **settings, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
             self.ask("sk-1")
             wait_for(lambda: (outcome or "") in self.lines.text() if outcome else collector.calls)
@@ -10834,7 +10848,7 @@ class WarningsTest(SignalsCase):
         self.stub.refuse_connections()
         for connection in self.stub.sockets:
             hang_up(connection)
-        look = functools.partial(self.on_loop, self.look)
+        look = partial(self.on_loop, self.look)
         self.ask("sk-1")
         look()
         look()
@@ -10919,13 +10933,13 @@ class RedisServer:
             self.process = None
 
     def answers(self):
-        with contextlib.suppress(OSError, AssertionError):
+        with suppress(OSError, AssertionError):
             reply = self.ask("PING")  # which may have to be asked for a password first
             return getattr(reply, "code", "") != "LOADING"
 
     def ask(self, *parts):
         """Returns the reply to one command, on a connection of its own."""
-        reader, replies = llm_proxy.RedisReader(), []
+        reader, replies = RedisReader(), []
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE)
             sock.connect(self.path)
@@ -10951,9 +10965,9 @@ class RedisReaderTest(TableCase):
                 (b"*3\r\n:1\r\n*2\r\n*0\r\n$1\r\nx\r\n$-1\r\n+b\r\n",
                  [[1, [[], b"x"], None], b"b"]),
         ]):
-            self.assertEqual(llm_proxy.RedisReader().feed(data), replies)
+            self.assertEqual(RedisReader().feed(data), replies)
             for cut in range(len(data)):
-                reader = llm_proxy.RedisReader()
+                reader = RedisReader()
                 self.assertEqual(reader.feed(data[:cut]) + reader.feed(data[cut:]), replies)
 
     def test_errors_are_told_in_our_words(self):
@@ -10964,7 +10978,7 @@ class RedisReaderTest(TableCase):
                 (b"-MOVED 866 10.0.0.1:7001", "is a cluster whose keys have moved",
                  ("10.0.0.1", 7001)),
                 (b"-MOVED 866 a b:7", "is a cluster whose keys have moved", None)]):
-            fault, = llm_proxy.RedisReader().feed(line + b"\r\n")
+            fault, = RedisReader().feed(line + b"\r\n")
             self.assertEqual((str(fault), fault.moved_to), (words, place))
 
     def test_what_is_not_resp2_or_too_much_is_a_fault(self):
@@ -10973,8 +10987,8 @@ class RedisReaderTest(TableCase):
                 (b"$01\r\na\r\n",), (b"$1\r\nab\r\n",), (b"*1234567890\r\n",), (b":1_0\r\n",),
                 (b"$99999999\r\n",), (b"*1\r\n" * 5,), (b"+" + b"a" * 9000,),
                 (b"*9\r\n" + b"$4000000\r\n%b\r\n" % bytes(4000000) * 5,)]):
-            with self.assertRaises(llm_proxy.RedisFault):
-                llm_proxy.RedisReader().feed(*data)
+            with self.assertRaises(RedisFault):
+                RedisReader().feed(*data)
 
 
 class RedisCase(TableCase):
@@ -10989,7 +11003,7 @@ class RedisCase(TableCase):
         self.left = []
 
     def client(self, url, tls=None):
-        redis = llm_proxy.Redis(llm_proxy.redis_url(url), tls, self.loop, "test")
+        redis = Redis(llm_proxy.redis_url(url), tls, self.loop, "test")
         vars(redis).update(self.SECONDS)
         redis.on_leave.append(lambda fault: self.left.append(str(fault)))
         redis.start()
@@ -11009,7 +11023,7 @@ class RedisCase(TableCase):
         """A server whose connections get these answers, each in pieces, one for each read; then it
         is silent. Returns its URL."""
         async def serve(reader, writer):
-            with contextlib.suppress(OSError, asyncio.CancelledError):
+            with suppress(OSError, asyncio.CancelledError):
                 for answer in rows.pop(0) if rows else ():
                     self.seen.append(await reader.read(65536))
                     writer.write(answer)
@@ -11024,7 +11038,7 @@ class RedisCase(TableCase):
     def faults(self, redis, *parts):
         """Returns (the words of the fault of a call, its milliseconds)."""
         began = time.monotonic()
-        with self.assertRaises(llm_proxy.RedisFault) as caught:
+        with self.assertRaises(RedisFault) as caught:
             self.run_loop(redis.call(*parts))
         return str(caught.exception), 1000 * (time.monotonic() - began)
 
@@ -11033,7 +11047,7 @@ class ListeningTimeTest(TableCase):
 
     def test_it_is_slow_while_the_loop_is_held_and_ends_when_nobody_waits(self):
         clock, steps, answers = Clock(), [], [True, True, True, False]
-        loop = types.SimpleNamespace(
+        loop = SimpleNamespace(
             time=clock.monotonic, call_at=lambda due, step: steps.append((due, step)))
         listening = llm_proxy.ListeningTime(loop, lambda: answers.pop(0))
         began = listening.now()
@@ -11096,7 +11110,7 @@ class RedisFaultsTest(RedisCase):
     def test_what_is_sent_meanwhile_goes_when_it_is_there_and_is_bounded(self):
         redis = self.client(self.scripted([b"+OK\r\n", b"+PONG\r\n"]))
         redis.on_connect.append(lambda: redis.ask_and_wait("PING"))
-        with mock.patch.object(llm_proxy.Redis, "MOST_COMMANDS", 2):
+        with patch.object(Redis, "MOST_COMMANDS", 2):
             for name in "abc":
                 redis.send("SET", name)
             self.assertEqual((len(redis.unsent), redis.dropped), (2, 1))
@@ -11105,11 +11119,11 @@ class RedisFaultsTest(RedisCase):
 
     def test_three_late_answers_in_a_row_are_too_many(self):
         redis = self.start([b"+OK\r\n"] + [b":1\r\n"] * 9)
-        with mock.patch.object(llm_proxy.Redis, "LATE_SECONDS", -1):
+        with patch.object(Redis, "LATE_SECONDS", -1):
             for _ in range(2):
                 self.run_loop(redis.call("A"))
             self.assertTrue(redis.available)
-            with self.assertRaises(llm_proxy.RedisFault):
+            with self.assertRaises(RedisFault):
                 for _ in range(2):
                     self.run_loop(redis.call("A"))
         self.wait_for(lambda: self.left)
@@ -11138,7 +11152,7 @@ class RedisFaultsTest(RedisCase):
         async def connect(place):
             tried.append(place or None)
             if not place:
-                raise llm_proxy.RedisFault("is a cluster", "MOVED", ("down", 7000))
+                raise RedisFault("is a cluster", "MOVED", ("down", 7000))
             await self.loop.create_future()
 
         redis.open_connection = connect
@@ -11149,7 +11163,7 @@ class RedisFaultsTest(RedisCase):
         answers = [b"+OK\r\n"] * 3
         url = self.scripted(*[answers] * 9)
         answers.append(b"-MOVED 1 127.0.0.1:%s\r\n" % url.rpartition(":")[2].encode())
-        buckets = llm_proxy.RedisBuckets(Clock(), self.client(url), "test", "share", 1)
+        buckets = RedisBuckets(Clock(), self.client(url), "test", "share", 1)
         self.wait_for(lambda: buckets.state == "away")
         self.assertEqual(buckets.reason, "is a cluster whose keys have moved")
 
@@ -11235,16 +11249,16 @@ class LossesTest(RedisCase):
     """Redis loses all again and again, while not every process has noticed the last time."""
     SECONDS = RedisCase.PATIENT
     STEPS = 150
-    RULE = llm_proxy.read_rule("each 1 requests per 365d burst 1000")
+    RULE = read_rule("each 1 requests per 365d burst 1000")
 
     def test_no_call_is_forgotten_nor_charged_twice(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0, RedisBuckets_BEAT_SECONDS=PATIENCE)
         server, clock, keyed_rules = RedisServer(self), Clock(), [(self.RULE, (self.RULE.text,))]
-        stores = [llm_proxy.RedisBuckets(clock, self.client(server.url), "test", "share", 3)
+        stores = [RedisBuckets(clock, self.client(server.url), "test", "share", 3)
                   for _ in range(3)]
         self.left_done(stores)
         stores[0].LOOKS = 0  # it sees no charges of the others but by its own
-        chance, calls = random.Random(3), 0
+        chance, calls = Random(3), 0
         acts = chance.choices(["call", "lose", "beat"], [10, 3, 4], k=self.STEPS)
         for act, store in [*((act, chance.choice(stores)) for act in acts),
                            *(("beat", store) for store in 2 * stores)]:
@@ -11296,11 +11310,10 @@ class InRedis:
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.server = RedisServer(types.SimpleNamespace(addCleanup=cls.addClassCleanup))
+        cls.server = RedisServer(SimpleNamespace(addCleanup=cls.addClassCleanup))
         for name in ("LUA_BATCH", "LUA_BEAT"):
-            patch = mock.patch.object(llm_proxy, name, getattr(llm_proxy, name).replace(*cls.TIME))
-            patch.start()
-            cls.addClassCleanup(patch.stop)
+            text = getattr(llm_proxy, name).replace(*cls.TIME)
+            patch_until(cls.addClassCleanup, patch.object(llm_proxy, name, text))
 
     def new_store(self, room=10_000):
         self.clock = SharedClock()
@@ -11308,8 +11321,8 @@ class InRedis:
         loop = asyncio.new_event_loop()
         self.addCleanup(loop.close)
         url = llm_proxy.redis_url(self.server.url)
-        self.redis = redis = llm_proxy.Redis(url, None, loop, "test")
-        store = llm_proxy.RedisBuckets(self.clock, redis, "test", "share", 1)
+        self.redis = redis = Redis(url, None, loop, "test")
+        store = RedisBuckets(self.clock, redis, "test", "share", 1)
         store.room = room
         redis.LATE_SECONDS = redis.SILENT_SECONDS = PATIENCE
         redis.ANSWER_SECONDS = store.BEAT_SECONDS = PATIENCE
@@ -11350,10 +11363,10 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.start()
         self.admit(4)
         store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
-        batch = llm_proxy.Batch(store.number + 1, store.describe)
+        batch = Batch(store.number + 1, store.describe)
         batch.charge(*pair, 2, 0)
         batch.take(llm_proxy.Take([pair], costs(3), None))
-        later = llm_proxy.Batch(store.number + 3, store.describe)
+        later = Batch(store.number + 3, store.describe)
         answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
                    for one in (batch, batch, later, batch)]
         self.assertEqual([answer.rpartition(b" ")[0] for answer in answers],
@@ -11382,7 +11395,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 self.server.ask("MSET", name, stale, "{test}:lost", 2)
                 self.server.ask("DEL", *["{test}:p:" + one for one in ("a", "b", "c", "new")])
                 continue
-            batch = llm_proxy.Batch(8 if mode == "-" else 7, store.describe)
+            batch = Batch(8 if mode == "-" else 7, store.describe)
             if act:
                 batch.act(act[0], *pair, *act[1:], *[0] * (act[0] == "put"))
             answer = self.answer_to(process, batch, mode)
@@ -11390,7 +11403,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             stale = stale or self.server.ask("GET", name)
 
     def answer_to(self, process, batch, mode):
-        with mock.patch.object(self.store, "keys", ("{test}:p:" + process, "{test}:lost")):
+        with patch.object(self.store, "keys", ("{test}:p:" + process, "{test}:lost")):
             parts = self.store.batch_parts(batch, mode)
         return self.redis.loop.run_until_complete(self.redis.call(*parts))
 
@@ -11402,7 +11415,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 ["a", 8, "1:2", 8], ["b", 6, "1:1,2:1", 5], ["c", 8, "1:2", 5],
                 ["d", 6, "-", 3], ["e", 9, "2:1,1:0", 3], ["f", 7, "1:5", 0],
                 ["g", 0, "1:5,2:1", 0]]"""):
-            batch = llm_proxy.Batch(7, self.buckets.describe)
+            batch = Batch(7, self.buckets.describe)
             batch.act("put", *pair, level, 0, 1, since, 0)
             answer = self.answer_to(process, batch, "put 3")
             self.assertEqual(answer.split()[1], b"%d" % left)
@@ -11425,7 +11438,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
         self.start()
         store, counted = self.buckets, []
         for process in ["dead"] + 9 * ["a"]:
-            with mock.patch.object(self.redis, "process", process):
+            with patch.object(self.redis, "process", process):
                 store.read_beat(self.redis.loop.run_until_complete(
                     self.redis.call(*store.beat_parts())))
             counted.append(store.processes)
@@ -11445,7 +11458,7 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 self.clock.now += 1
                 self.set_time()
                 continue
-            with mock.patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
+            with patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
                 parts = store.beat_parts(9, told[knows])
             _, last, loss = store.read_beat(
                 self.redis.loop.run_until_complete(self.redis.call(*parts)))
@@ -11480,7 +11493,7 @@ class SharedLimitsTest(ProxyCase):
     def setUpClass(cls):
         """Starts a cluster, which takes two seconds to be one, for the last of these tests."""
         super().setUpClass()
-        case = types.SimpleNamespace(addCleanup=cls.addClassCleanup)
+        case = SimpleNamespace(addCleanup=cls.addClassCleanup)
         cls.nodes = [RedisServer(case, "--cluster-enabled", "yes", port="--port")
                      for _ in range(3)]
         for number, node in enumerate(cls.nodes):
@@ -11538,7 +11551,7 @@ class SharedLimitsTest(ProxyCase):
             "shared_by": 2, "degraded": False, "redis": "is there", "dropped": 0})
 
     def test_what_a_call_did_not_use_can_be_had_by_the_other(self):
-        told = says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
+        told = says({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
         for left in ("970", "940"):
             buckets = self.start_here(told, "each 1000 tokens per hour", RESPONSE_TOKEN_RESERVE=900)
             self.assertEqual(self.ask().get("x-ratelimit-remaining"), left)
@@ -11652,7 +11665,7 @@ class SharedLimitsTest(ProxyCase):
         self.redis.ask("CONFIG", "SET", "requirepass", "right")
         buckets = self.start(REDIS_URL="redis://:hunter2@127.0.0.1:1")
         self.is_away(buckets)
-        with mock.patch.object(buckets.redis, "url", llm_proxy.Endpoint(
+        with patch.object(buckets.redis, "url", llm_proxy.Endpoint(
                 "unix", "", 0, self.redis.path, password="hunter2")):
             wait_for(lambda: buckets.reason == "does not take the user and password")
             self.assert_admitted(10, 11)
@@ -11660,9 +11673,9 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_server_that_refuses_to_write_is_away_until_it_does_not(self):
         buckets = self.start_here()
-        wrong, right = [functools.partial(self.redis.ask, "CONFIG", "SET", "maxmemory", size)
+        wrong, right = [partial(self.redis.ask, "CONFIG", "SET", "maxmemory", size)
                         for size in ("1", "0")]
-        replica = functools.partial(self.redis.ask, "REPLICAOF")
+        replica = partial(self.redis.ask, "REPLICAOF")
         for refuse, stop, words in self.each((
                 (wrong, right, "is out of memory"),
                 (lambda: replica("127.0.0.1", "1"), lambda: replica("NO", "ONE"), "is read-only"))):
@@ -11781,7 +11794,7 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_take_that_comes_too_late_is_given_back(self):
         buckets = self.start_here(limits="each 3 requests per hour; each 2 running")
-        with mock.patch.object(buckets.redis, "ANSWER_SECONDS", 0), mock.patch.object(
+        with patch.object(buckets.redis, "ANSWER_SECONDS", 0), patch.object(
                 buckets, "policy", "closed"):
             self.redis.process.send_signal(signal.SIGSTOP)
             self.assert_status(503)
@@ -11792,7 +11805,7 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_decided_here_goes_by_what_was_seen_last(self):
         buckets = self.start_here(limits="each 3 requests per hour")
         for late, in_time in self.each("""[[1, 2], [0, 0]]"""):
-            with mock.patch.object(buckets.redis, "ANSWER_SECONDS", 0):
+            with patch.object(buckets.redis, "ANSWER_SECONDS", 0):
                 self.redis.process.send_signal(signal.SIGSTOP)
                 self.assert_admitted(late, 1)
                 self.redis.process.send_signal(signal.SIGCONT)
@@ -11824,7 +11837,7 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(3, 3)
-        with mock.patch.object(two, "BEAT_SECONDS", PATIENCE):
+        with patch.object(two, "BEAT_SECONDS", PATIENCE):
             self.wait_for_no_beat(two)
             self.redis.ask("FLUSHALL")
             self.is_back(one)
@@ -11846,7 +11859,7 @@ class SharedLimitsTest(ProxyCase):
             one.LOOKS = 0  # it knows nothing of what the second one lets in
             self.assert_admitted(3, 3)
             self.address = self.proxies[0]
-            with mock.patch.object(one, "BEAT_SECONDS", PATIENCE), mock.patch.object(
+            with patch.object(one, "BEAT_SECONDS", PATIENCE), patch.object(
                     two, "BEAT_SECONDS", PATIENCE):
                 for buckets in both:
                     self.wait_for_no_beat(buckets)
@@ -11868,7 +11881,7 @@ class SharedLimitsTest(ProxyCase):
         one.LOOKS = 0
         self.assert_admitted(3, 3)
         self.address = self.proxies[0]
-        with mock.patch.object(one, "BEAT_SECONDS", PATIENCE), mock.patch.object(
+        with patch.object(one, "BEAT_SECONDS", PATIENCE), patch.object(
                 two, "BEAT_SECONDS", PATIENCE):
             for buckets in (one, two):
                 self.wait_for_no_beat(buckets)
@@ -12009,13 +12022,13 @@ class BalanceInRedisTest(BalanceTest):
             servers.append(self.server)
             self.addresses.append(self.address)
             wait_for(lambda: self.proxy.limits.buckets.state == "here")
-        over = threading.Event()
+        over = Event()
 
         def cut():
             while not over.wait(0.1):
                 self.redis.ask("CLIENT", "KILL", "TYPE", "normal")
         with threads([cut]):
-            with threads(functools.partial(self.converse, seed) for seed in range(self.CALLERS)):
+            with threads(partial(self.converse, seed) for seed in range(self.CALLERS)):
                 pass
             over.set()
         wait_for(lambda: not any(server.open for server in servers), "the end of every call")
@@ -12132,8 +12145,8 @@ class SharedQueueTest(RedisCase):
         first, second = self.queue(2), self.queue(2)
         tickets = [first.enter("a", 1) for _ in range(2)]
         self.wait_until(2, 0)
-        late = llm_proxy.RedisFault("answers late")
-        with mock.patch.object(second.redis, "call", side_effect=late) as ask:
+        late = RedisFault("answers late")
+        with patch.object(second.redis, "call", side_effect=late) as ask:
             second.enter("b", 1)
             self.wait_for(lambda: ask.call_count > 1)
             second.enter("c", 1)
@@ -12284,7 +12297,7 @@ class SharedSumsTest(ProxyCase):
     def box(self, path=None, **settings):
         path = path or new_path(self, "box.db")
         settings = {"REDIS_URL": self.redis.url, **settings}
-        self.start(says_json({"usage": {"prompt_tokens": 20, "completion_tokens": 3}}),
+        self.start(says({"usage": {"prompt_tokens": 20, "completion_tokens": 3}}),
                    DATABASE=path, PROXY_API_KEYS="ann=sk-a", **settings)
         wait_for(lambda: not self.proxy.redis or self.proxy.redis.available)
         return self.address, path
@@ -12297,7 +12310,7 @@ class SharedSumsTest(ProxyCase):
     @staticmethod
     def totals(path):
         now = time.time()
-        found = llm_proxy.LedgerReader(path).totals("caller", now - 900, now + 1)
+        found = LedgerReader(path).totals("caller", now - 900, now + 1)
         return [(name, one.calls, one.tokens()) for name, one in found.items()]
 
     def assert_told(self, calls, *boxes):
@@ -12311,15 +12324,15 @@ class SharedSumsTest(ProxyCase):
         self.call_at(two, 2)
         self.assert_told(5, one, two)
         for _, path in one, two:
-            reader = llm_proxy.LedgerReader(path, time.time())
-            with contextlib.closing(sqlite3.connect(path)) as connection:
+            reader = LedgerReader(path, time.time())
+            with closing(sqlite3.connect(path)) as connection:
                 (own,), = connection.execute("SELECT count(*) FROM calls").fetchall()
             self.assertEqual(len(reader.calls(None, 9, {"caller": "ann"})["calls"]), own)
             found = reader.usage("caller", "hour", reader.now - 900, reader.now, {})
             self.assertEqual(found["total"]["calls"], 5)
-            options = types.SimpleNamespace(since="1d", by=None, id=None, caller=None)
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                _, (row,) = llm_proxy.read_usage(path, options, time.time())
+            options = SimpleNamespace(since="1d", by=None, id=None, caller=None)
+            with redirect_stderr(io.StringIO()) as said:
+                _, (row,) = read_usage(path, options, time.time())
             self.assertEqual((row[:2], said.getvalue()),
                              (("ann", 5), "with what 1 other boxes have told\n"))
 
@@ -12352,9 +12365,9 @@ class SharedSumsTest(ProxyCase):
     def test_sums_of_which_nobody_knows_whether_they_were_told_are_told_again(self):
         async def late(*arguments):
             await ask(*arguments)
-            raise llm_proxy.RedisFault("answers late")
-        one, two, ask = self.box(), self.box(), llm_proxy.Redis.call
-        with mock.patch.object(llm_proxy.Redis, "call", late):
+            raise RedisFault("answers late")
+        one, two, ask = self.box(), self.box(), Redis.call
+        with patch.object(Redis, "call", late):
             self.call_at(one, 2)
             wait_for(lambda: self.redis.ask("XLEN", "{llm_proxy}:sums") > 1)
         self.assert_told(2, one, two)
@@ -12362,7 +12375,7 @@ class SharedSumsTest(ProxyCase):
     def test_a_file_in_the_place_of_another_tells_its_sums_by_higher_numbers(self):
         """By lower ones the others would take them for sums that they know."""
         moment = time.time_ns() // 10 ** 6
-        database = llm_proxy.Database(new_path(self, "box.db"))
+        database = Database(new_path(self, "box.db"))
         for before in range(2):
             database.begin_to_tell()
             database.insert("INSERT INTO untold(sum) VALUES %s", [["[]"]])
@@ -12371,7 +12384,7 @@ class SharedSumsTest(ProxyCase):
         database.close()
 
     def test_as_many_sums_wait_to_be_told_as_there_is_room_for_whatever_their_numbers(self):
-        database = llm_proxy.Database(new_path(self, "box.db"))
+        database = Database(new_path(self, "box.db"))
         database.insert(database.TELL, [["before"]])
         database.begin_to_tell()  # from a higher number on
         added = [[0, *"abcde", *[1] * 13]]
@@ -12419,14 +12432,14 @@ class SharedStoredTest(ProxyCase):
 
     def test_who_made_a_thing_has_it_everywhere_and_nobody_else(self):
         redis = self.start_two()
-        self.stub.answer = says_json({"id": "file-1"})
+        self.stub.answer = says({"id": "file-1"})
         self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
         wait_for(lambda: redis.ask("KEYS", "*:thing:*"))
         for place, key, status in self.each("""[
                 [1, "sk-b", 404], [1, "sk-a", 200], [0, "sk-b", 404], [0, "sk-a", 200]]"""):
             self.assertEqual(self.ask_at(place, "GET", "/v1/files/file-1", key=key).status, status)
         body = b'{"model": "m", "previous_response_id": "resp_1", "input": "hi"}'
-        self.stub.answer = says_json({"id": "resp_1"})
+        self.stub.answer = says({"id": "resp_1"})
         self.assertEqual(self.ask_at(1, "POST", "/v1/responses", body, key="sk-a").status, 404)
         self.ask_at(0, "POST", "/v1/responses", b'{"model": "m", "input": "hi"}', key="sk-a")
         wait_for(lambda: len(redis.ask("KEYS", "*:thing:*")) == 2)
@@ -12453,7 +12466,7 @@ class SharedStoredTest(ProxyCase):
     def start_owing(self):
         """Has a call in the background made, of which 500 tokens are held."""
         redis = self.start_two(LIMITS="each 100000 tokens per day")
-        self.stub.answer = says_json({"id": "resp_1", "usage": None})
+        self.stub.answer = says({"id": "resp_1", "usage": None})
         self.ask_at(0, "POST", "/v1/responses", b'{"background": true, "max_output_tokens": 500}',
                     key="sk-a")
         wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
@@ -12466,18 +12479,18 @@ class SharedStoredTest(ProxyCase):
     USED = {"usage": {"input_tokens": 20, "output_tokens": 3000}}
 
     def test_a_call_in_the_background_is_charged_once_whoever_is_asked(self):
-        redis, ask = self.start_owing(), llm_proxy.Redis.call
+        redis, ask = self.start_owing(), Redis.call
 
         async def late(*arguments):
             await ask(*arguments)
-            raise llm_proxy.RedisFault("answers late")
+            raise RedisFault("answers late")
         for place, told, left, answer in self.each((
                 (1, {"status": "queued"}, 99500, ask), (0, {"usage": None}, 99500, ask),
                 (0, self.USED, 99500, late), (1, self.USED, 96980, ask),
                 (0, self.USED, 96980, ask))):
             wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 96980, "the bill")
-            self.stub.answer = says_json(told)
-            with mock.patch.object(llm_proxy.Redis, "call", answer):
+            self.stub.answer = says(told)
+            with patch.object(Redis, "call", answer):
                 self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
             wait_for(lambda: self.left(redis) == [b"%d" % left], left)
             wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
@@ -12486,16 +12499,16 @@ class SharedStoredTest(ProxyCase):
     def test_batches_and_runs_of_evals_are_settled_by_whoever_is_asked(self):
         """What ends without usage costs what was held."""
         redis = self.start_two(LIMITS="each 100000 tokens per day")
-        self.stub.answer = says_json({"id": "eval_1"})
+        self.stub.answer = says({"id": "eval_1"})
         self.ask_at(0, "POST", "/v1/evals", b"{}", key="sk-a")
         used = {"per_model_usage": [{"prompt_tokens": 20, "total_tokens": 70}]}
         for path, name, told, left in self.each((
                 ("/v1/batches", "b", {"object": "batch", "status": "completed"}, b"99400"),
                 ("/v1/evals/eval_1/runs", "r", {"status": "completed", **used}, b"99330"))):
-            self.stub.answer = says_json({"id": name})
+            self.stub.answer = says({"id": name})
             self.ask_at(0, "POST", path, b'{"max_tokens": 600}', key="sk-a")
             wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
-            self.stub.answer = says_json(told)
+            self.stub.answer = says(told)
             self.ask_at(1, "GET", f"{path}/{name}", key="sk-a")
             wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
             wait_for(lambda: self.left(redis) == [left])
@@ -12503,7 +12516,7 @@ class SharedStoredTest(ProxyCase):
     def test_what_a_call_that_cancels_is_told_settles_too(self):
         for place in self.each((0, 1)):
             redis = self.start_owing()
-            self.stub.answer = says_json(self.USED)
+            self.stub.answer = says(self.USED)
             self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-b")
             self.assertEqual(self.left(redis), [b"99500"])
             self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
@@ -12521,7 +12534,7 @@ class SharedStoredTest(ProxyCase):
                 polls.append(self.ask_stub(self.POLL))
             for number in order:
                 client, asked = polls[number]
-                asked.answer(json.dumps(self.USED if number in told else {"usage": None}).encode())
+                asked.answer(self.USED if number in told else {"usage": None})
                 client.head()
             wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
             wait_for(lambda: self.left(redis) == [b"96980"])
@@ -12536,7 +12549,7 @@ class SharedStoredTest(ProxyCase):
         client, asked = self.ask_stub(self.POLL)
         refused = self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
         self.assertEqual((refused.status, refused.get("retry-after")), (409, "1"))
-        self.stub.answer = says_json({"id": "eval_1"})
+        self.stub.answer = says({"id": "eval_1"})
         self.ask_at(1, "POST", "/v1/evals", b"{}", key="sk-b")
         for key, method, path, status in self.each("""
                 sk-a -> GET -> responses/resp_1/input_items -> 200
@@ -12549,7 +12562,7 @@ class SharedStoredTest(ProxyCase):
         asked.answer(b'{"status": "queued"}')
         client.head()
         wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
-        self.stub.answer = says_json(self.USED)
+        self.stub.answer = says(self.USED)
         self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
         wait_for(lambda: self.left(redis) == [b"96980"])
         wait_for(lambda: not any(proxy.stored.polls for proxy in self.proxies))
@@ -12559,7 +12572,7 @@ class SharedStoredTest(ProxyCase):
         self.stub.answer = None
         self.address = self.addresses[0]
         client, asked = self.ask_stub(self.POLL)
-        self.stub.answer = says_json(self.USED)
+        self.stub.answer = says(self.USED)
         for status, left in self.each(((409, b"99500"), (200, b"96980"))):
             before = self.stub.calls
             told = self.ask_at(1, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
@@ -12584,7 +12597,7 @@ class SharedStoredTest(ProxyCase):
 
     def test_without_redis_what_is_known_here_is_enough(self):
         redis = self.start_two()
-        self.stub.answer = says_json({"id": "file-1"})
+        self.stub.answer = says({"id": "file-1"})
         self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
         redis.kill()
         for place, status in self.each("""[[0, 200], [1, 404]]"""):
@@ -12621,7 +12634,7 @@ class SettlingTest(LedgerCase):
 
     def test_an_input_of_which_only_what_was_in_a_cache_is_told_is_estimated_as_that_at_least(self):
         for cached, charged in self.each(((9, "9"), (1, "3"))):
-            self.start(says_json({"usage": {
+            self.start(says({"usage": {
                 "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": cached}}}))
             self.assert_used(self.assert_status(200), charged, "4", "true")
 
@@ -12637,13 +12650,13 @@ class SettlingTest(LedgerCase):
         used = {"input_tokens": 20, "output_tokens": 3,
                 "total_input_tokens": 20, "total_output_tokens": 3}
         for body, answered, path, poll in self.each(self.POLLED):
-            self.start(says_json(answered))
+            self.start(says(answered))
             self.ask(request("POST", path, body))
             self.assert_ending("ok", 500)
             for number, (told, left) in enumerate((
                     ({"status": "queued"}, 500), ({"usage": None}, 500),
                     ({"usage": used}, 1000 - 23), ({"usage": used}, 1000 - 23)), 1):
-                self.stub.answer = says_json(told)
+                self.stub.answer = says(told)
                 self.ask(request("GET", poll))
                 self.assert_ending("ok", left, number)
             self.assertEqual([row["charges"].rpartition("=")[2] for row in self.rows(self.path)],
@@ -12663,12 +12676,12 @@ class SettlingTest(LedgerCase):
 
     def test_a_call_in_the_background_that_ends_without_usage_is_charged_what_was_seen(self):
         for told, charged in self.each(self.ENDED):
-            self.start(says_json({"id": "resp_1", "usage": None}))
+            self.start(says({"id": "resp_1", "usage": None}))
             body = b'{"background": true, "max_output_tokens": 500}'
             self.ask(request("POST", "/v1/responses", body))
             for number, payload in enumerate(told, 1):
                 for path in ("/v1/responses/resp_1/input_items", "/v1/responses/resp_1"):
-                    self.stub.answer = says_json({"id": "resp_1", **payload})
+                    self.stub.answer = says({"id": "resp_1", **payload})
                     self.ask(request("GET", path))
             self.assertEqual(1000 - self.left(), charged)
 
@@ -12687,10 +12700,10 @@ class SettlingTest(LedgerCase):
 
     def test_a_batch_is_charged_what_its_calls_may_use_until_that_is_told(self):
         for path, body, answered, poll in self.each(self.BATCHES):
-            self.start(says_json(answered))
-            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.start(says(answered))
+            self.ask(request("POST", path, body))
             self.assertLess(self.left(), 500)
-            self.stub.answer = says_json({
+            self.stub.answer = says({
                 "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25},
                 "per_model_usage": [{"prompt_tokens": 16, "total_tokens": 20},
                                     {"prompt_tokens": 4, "total_tokens": 5}]})
@@ -12707,8 +12720,8 @@ class SettlingTest(LedgerCase):
         for told, left in self.each((
                 ([line], 975), ([line, failed, line, line], 925), ([one, line, one], 925),
                 ([other, one], 477))):  # as it was held
-            self.start(says_json(answered))
-            self.ask(request("POST", path, json.dumps(body).encode()))
+            self.start(says(answered))
+            self.ask(request("POST", path, body))
             self.stub.answer = says(lines_of(*told), "200 OK", "Content-Type: application/x-jsonl")
             for _ in range(2):
                 self.ask(request("GET", poll + "/results"))
@@ -12717,8 +12730,8 @@ class SettlingTest(LedgerCase):
     def test_a_part_of_the_results_of_a_batch_settles_nothing(self):
         path, body, answered, poll = self.BATCHES[0]
         line = {"result": {"message": {"usage": {"input_tokens": 20, "output_tokens": 5}}}}
-        self.start(says_json(answered))
-        self.ask(request("POST", path, json.dumps(body).encode()))
+        self.start(says(answered))
+        self.ask(request("POST", path, body))
         for status, left in self.each((("206 Partial Content", 477), ("200 OK", 975))):
             self.stub.answer = says(lines_of(line), status, "Content-Type: application/x-jsonl")
             self.ask(request("GET", poll + "/results", b"", "Range: bytes=0-99"))
@@ -12731,15 +12744,15 @@ class SettlingTest(LedgerCase):
                              for model in ("claude-haiku-4.5", "claude-opus-4.5")]}
         message = {"usage": {"input_tokens": 1000, "output_tokens": 1000}}
         for model, usd in self.each((("claude-haiku-4.5", 0.006), (None, 0.03))):
-            self.start(says_json(answered), LIMITS="each 1 usd per day")
-            self.ask(request("POST", path, json.dumps(body).encode()))
-            self.stub.answer = says_json({"result": {"message": {**message, "model": model}}})
+            self.start(says(answered), LIMITS="each 1 usd per day")
+            self.ask(request("POST", path, body))
+            self.stub.answer = says({"result": {"message": {**message, "model": model}}})
             self.ask(request("GET", poll + "/results"))
             self.assertAlmostEqual(float(self.left()), 1 - usd, 5)
         body["requests"][0]["params"]["model"] = "nobody-knows"
-        self.start(says_json(answered))
-        self.ask(request("POST", path, json.dumps(body).encode()))
-        self.stub.answer = says_json({"result": {"message": message}})
+        self.start(says(answered))
+        self.ask(request("POST", path, body))
+        self.stub.answer = says({"result": {"message": message}})
         self.ask(request("GET", poll + "/results"))
         self.assertEqual(self.row(1)["unpriced"], 1)
 
@@ -12756,20 +12769,20 @@ class SettlingTest(LedgerCase):
                 (jobs, job, {"state": "JOB_STATE_FAILED", "error": error}, 1000),
                 ("/v1beta/models/m:batchGenerateContent", {"name": "batches/b"},
                  {"metadata": {"state": "BATCH_STATE_FAILED"}, "error": error}, 1000))):
-            self.start(says_json(answered))
+            self.start(says(answered))
             self.ask(request("POST", path, b'{"max_tokens": 600}'))
-            self.stub.answer = says_json({**answered, **told})
+            self.stub.answer = says({**answered, **told})
             poll = batches if "batches" in answered.get("name", "") else path
             for _ in range(2):
                 self.ask(request("GET", poll + "/b"))
             self.assertEqual(round(self.left(), -2), left)
 
     def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
-        self.start(says_json({"id": "resp_1"}))
+        self.start(says({"id": "resp_1"}))
         self.ask(request("POST", "/v1/responses", b'{"background": true}'))
         for path in self.each(("/v1/responses/resp_1/", "/v1//responses/resp_1")):
             self.assert_status(404, request("GET", path))
-        self.start(says_json({"id": "resp_1", "usage": None}))
+        self.start(says({"id": "resp_1", "usage": None}))
         client = self.connect()
         poll = request("GET", "/v1/responses/resp_1", b"", "Accept-Encoding: br")
         for coding in ("br", "identity"):
@@ -12780,12 +12793,12 @@ class SettlingTest(LedgerCase):
     def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
         path = "/v1beta/models/m:batchGenerateContent"
         for target, least in self.each(((path, 256), ("/v1/score", 0))):
-            self.start(says_json({"name": "batches/b1"}))
+            self.start(says({"name": "batches/b1"}))
             self.ask(request("POST", target, b'{"x": 1}'))
             self.assertEqual(1000 - self.left(), least)
 
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
-        self.start(says_json({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
+        self.start(says({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
         for _ in range(2):
             self.ask(request("POST", "/v1/responses", body))
@@ -12826,7 +12839,7 @@ class SettlingTest(LedgerCase):
                 ("", "queued", 400, 500), ("?starting_after=9", "queued", 40, 500),
                 ("", "cancelled", 440, 1000 - 110)):
             output = [{"content": [{"text": "x" * count}]}]
-            self.stub.answer = says_json({"status": state, "usage": None, "output": output})
+            self.stub.answer = says({"status": state, "usage": None, "output": output})
             self.ask(request("GET", "/v1/responses/resp_1" + query))
             self.assert_left(left)
 
@@ -12965,7 +12978,7 @@ class SettlingTest(LedgerCase):
     def test_a_400_of_another_kind_is_passed_on_whole_and_not_remembered(self):
         for text, calls in self.each("""[
                 ["too long", [1, 2]], ["stream_options and more", [2, 4]]]"""):
-            body = json.dumps({"error": text}).encode()
+            body = encoded({"error": text})
             self.start(says(body, "400 Bad Request"))
             for number in (0, 1):
                 self.assertEqual(self.assert_status(400, call(stream=True)).body, body)
@@ -13016,8 +13029,8 @@ class SettlingTest(LedgerCase):
                 [4, 256, 0, 0, ""], [4, 1000, 190, 190, ""],
                 [2, 1600, 200, 400, "true"], [2, 1100, 200, 200, ""], [3, 2400, 200, 600, "true"],
                 [1, 1600, 200, 200, ""]]"""):
-            body = json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": told},
-                               "choices": [{"message": {"content": "x" * characters}}]}).encode()
+            body = encoded({"usage": {"prompt_tokens": 3, "completion_tokens": told},
+                               "choices": [{"message": {"content": "x" * characters}}]})
             self.start(says(body), MAX_TOKENS=5000)
             self.assert_used(self.ask(call(n=outputs)), "3", str(used), marked)
             self.assert_ending("ok", 5000 - 3 - used)
@@ -13061,7 +13074,7 @@ class SettlingTest(LedgerCase):
     def test_who_served_and_how_is_paid_and_what_the_upstream_tells_is_the_bill(self):
         for told, usd in self.each(self.TOLD):
             body = {**json.loads(completion(50, 0)), **json.loads(told)}
-            self.start(says(json.dumps(body).encode()))
+            self.start(says(body))
             self.assert_status(200, call(model="gpt-4o-mini"), "x-llm-cost-usd: " + usd)
 
 
@@ -13182,7 +13195,7 @@ class KeysTest(KeysCase):
 
         async def page(request, reply):
             self.proxy.require_role(request, reply.entry, role)
-            reply.send(200, json.dumps({"who": reply.entry.caller.label}).encode())
+            reply.send(200, encoded({"who": reply.entry.caller.label}))
         self.server.pages.find = lambda request: page
 
     def test_a_page_asks_for_a_role(self):
@@ -13237,7 +13250,7 @@ class KeysTest(KeysCase):
 
     def test_the_list_of_models_shows_what_a_key_may_use(self):
         listed = {"object": "list", "data": [{"id": name} for name in ("gemma-3", "llama")]}
-        self.start(says_json(listed))
+        self.start(says(listed))
         ann, ben, bound = self.add(models="gemma*"), self.add("ben"), self.add(
             "cem", upstream="base")
         for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
@@ -13248,7 +13261,7 @@ class KeysTest(KeysCase):
 
     def test_the_list_of_an_upstream_by_its_prefix_shows_what_a_key_may_use(self):
         box, = self.start_named("box")
-        box.answer = says_json({"data": [{"id": name} for name in ("gemma-3", "llama")]})
+        box.answer = says({"data": [{"id": name} for name in ("gemma-3", "llama")]})
         keys = [self.add(models="gemma*"), self.add("ben"),
                 self.add("cem", models="gemma*", upstream="base")]
         for key, status, names in self.each(zip(keys, (200, 200, 403), (
@@ -13262,7 +13275,7 @@ class KeysTest(KeysCase):
 
     def test_who_is_bound_to_an_upstream_sees_the_list_that_others_see_by_its_prefix(self):
         box, = self.start_named("box")
-        box.answer = says_json({"data": [{"id": "gemma-3"}]})
+        box.answer = says({"data": [{"id": "gemma-3"}]})
         for upstream, names in self.each("""[["box", ["gemma-3"]], [null, []], ["gone", []]]"""):
             key = self.add(str(upstream), upstream=upstream)
             answered = self.ask(request("GET", "/v1/models", key=key))
@@ -13311,7 +13324,7 @@ class KeysTest(KeysCase):
         def noted(*arguments):
             threads.add(threading.current_thread().name)
             return given_to(*arguments)
-        with mock.patch.object(llm_proxy.Buckets, "given_to", noted):
+        with patch.object(llm_proxy.Buckets, "given_to", noted):
             self.assert_statuses([200, 200, 200, 429], ann, "sk-old", "sk-old", "sk-old")
             self.wait_for_rows(7)
         self.assertNotIn("ledger", threads)  # or what is looked at by two threads might be lost
@@ -13378,7 +13391,7 @@ class KeysTest(KeysCase):
         self.start()
         ann = self.add()
         self.close_books()
-        with mock.patch.object(llm_proxy.Database, "key_rows", side_effect=sqlite3.DatabaseError):
+        with patch.object(Database, "key_rows", side_effect=sqlite3.DatabaseError):
             self.start(DATABASE=self.path)
             self.assert_statuses([401, 401], ann, "x")
         wait_for(lambda: self.statuses(ann) == [200])
@@ -13394,7 +13407,7 @@ class KeysTest(KeysCase):
     def test_keys_of_a_file_that_can_only_be_read_by_a_later_try_hold_too(self):
         self.start()
         ledger, lock = self.proxy.books.ledger, llm_proxy.lock_name(self.path)
-        ledger.reopen_at = math.inf
+        ledger.reopen_at = inf
         os.unlink(lock)
         os.mkdir(lock)
         wait_for(lambda: ledger.database is None)
@@ -13480,7 +13493,7 @@ class FallbackTest(CallCase):
         for pinned, settings in ((1, {"BASE_MODEL": "m"}), (2, {"MODEL_ALIASES": "a=b"})):
             self.start(**settings)
             for row, path in self.each(itertools.product(self.RENAMED, paths)):
-                body = json.dumps({"model": "m", **row[0]}).encode()
+                body = encoded({"model": "m", **row[0]})
                 self.ask(request("POST", path, body))
                 self.assertEqual(self.stub.last.json(), {"model": "m", **row[pinned]})
 
@@ -13490,12 +13503,12 @@ class FallbackTest(CallCase):
                 [{"BASE_MODEL": "m"}, "m"], [{"MODEL_ALIASES": "a=b"}, "b"], [{}, "a"]]"""):
             self.start(LIMITS="model:b 9 requests per day; each 1 usd per day", UNPRICED="1",
                        **settings)
-            self.ask(request("POST", "/v1/messages/batches", json.dumps(batch).encode()))
+            self.ask(request("POST", "/v1/messages/batches", batch))
             asked = self.stub.last.json()["requests"]
             self.assertEqual([one["params"]["model"] for one in asked], [model, 7])
             self.assertEqual(len(levels(self.proxy)), 1 + (model == "b"))
         self.start(LIMITS="each 1 usd per day")
-        body = json.dumps(batch).encode()
+        body = encoded(batch)
         self.assert_status(403, request("POST", "/v1/messages/batches", body))
 
     def test_what_names_no_model_is_left_alone_and_too_many_are_refused(self):
@@ -13550,7 +13563,7 @@ class EndingsTest(LedgerCase):
     SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + EVENT
     UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + EVENT
     HALF = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{12345"
-    TEXT = math.ceil(len(EVENT) / 4)  # tokens, where it is not known for an event
+    TEXT = ceil(len(EVENT) / 4)  # tokens, where it is not known for an event
     HANG_UPS = Client.close, Client.reset
 
     def test_an_answered_call_costs_its_fixed_price_or_its_estimate(self):
@@ -13694,7 +13707,7 @@ class EndingsTest(LedgerCase):
         for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
             client, asked = self.begin(told)
             hang_up(client)
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 asked.chunks(b": a\n\n")
                 asked.send(LAST)
             self.assert_entry("outcome", "ok", number)
@@ -13708,7 +13721,7 @@ class EndingsTest(LedgerCase):
                 (self.EVENT + last[:-5], last[-5:], "caller_gone"),
                 (self.EVENT + last, b": a\n\n", "ok")))):
             client, asked = self.begin(sent)
-            with mock.patch.object(llm_proxy.Stream, "write", llm_proxy.Stream.fail_writing):
+            with patch.object(Stream, "write", Stream.fail_writing):
                 asked.chunks(unsent)
                 self.assert_entry("outcome", outcome, number)
             client.close()
@@ -13785,13 +13798,13 @@ class EndingsTest(LedgerCase):
         client.sock.shutdown(socket.SHUT_WR)
         connection, = self.server.open
         wait_for(lambda: connection.leave_timer, "the end of what it sends")
-        self.pass_seconds(llm_proxy.ClientConnection.HALF_CLOSE_SECONDS - 0.001)
+        self.pass_seconds(ClientConnection.HALF_CLOSE_SECONDS - 0.001)
         asked.answer(b'{"first": 1}')
         answered = client.read()
         self.assertEqual((answered.whole, answered.body), (True, b'{"first": 1}'))
         asked = self.stub.next()
         self.awaiting("the response of")
-        self.pass_seconds(llm_proxy.ClientConnection.HALF_CLOSE_SECONDS + 0.001)
+        self.pass_seconds(ClientConnection.HALF_CLOSE_SECONDS + 0.001)
         asked.wait_for_hang_up()
         self.assert_ending("ok", left=998)
         self.assert_ending("caller_gone", left=998, number=1)
@@ -13799,7 +13812,7 @@ class EndingsTest(LedgerCase):
     def test_a_bug_of_ours_is_a_500_with_one_traceback_that_ends_its_call_alone_for_nothing(self):
         client, asked = self.begin(event(1))
         bug = ZeroDivisionError("a bug")
-        with mock.patch.object(self.proxy.routes, "find", side_effect=bug):
+        with patch.object(self.proxy.routes, "find", side_effect=bug):
             answered = self.assert_status(500, error="server_error")
         self.tracebacks = 1
         self.assertNotIn(b"bug", answered.body)
@@ -13811,7 +13824,7 @@ class EndingsTest(LedgerCase):
 
     def test_a_bug_of_ours_in_the_middle_of_an_answer_is_a_cut_and_costs_nothing(self):
         client, asked = self.begin(event(1))
-        with mock.patch.object(llm_proxy.Chunked, "feed", side_effect=ZeroDivisionError("a bug")):
+        with patch.object(Chunked, "feed", side_effect=ZeroDivisionError("a bug")):
             asked.chunks(event(2))
             client.expect_cut()
         self.tracebacks = 1
@@ -13888,10 +13901,10 @@ class EveryAwaitTest(WaitingCase):
 
     def setUp(self):
         self.patch_seconds(Catalogue_KEEP_SECONDS=0, Catalogue_AGAIN_SECONDS=0)
-        self.may_connect = threading.Event()
+        self.may_connect = Event()
         self.waits = []
         self.busy_context = None
-        wait, connect = llm_proxy.Context.wait, http.client.HTTPConnection.connect
+        wait, connect = Context.wait, http.client.HTTPConnection.connect
 
         def record(context, future, seconds, what):
             # Only a slow machine makes the next large body wait.
@@ -13903,12 +13916,10 @@ class EveryAwaitTest(WaitingCase):
         def connect_later(owner):
             self.may_connect.wait(PATIENCE)
             return connect(owner)
-        for owner, name, act in ((llm_proxy.Context, "wait", record),
-                                 (llm_proxy.Address, "connect_at_once", lambda _: None),
-                                 (http.client.HTTPConnection, "connect", connect_later)):
-            patch = mock.patch.object(owner, name, act)
-            patch.start()
-            self.addCleanup(patch.stop)
+        patch_until(self.addCleanup,
+                    patch.object(Context, "wait", record),
+                    patch.object(llm_proxy.Address, "connect_at_once", lambda _: None),
+                    patch.object(http.client.HTTPConnection, "connect", connect_later))
 
     def begin_call(self, data, rows):
         self.stub.waiting = queue.Queue()  # what was not answered is in the old one
@@ -13934,7 +13945,7 @@ class EveryAwaitTest(WaitingCase):
         self.on_loop(bool)  # what was read has been taken, then
         self.on_loop(self.FAULTS[fault], self.client, context)
         if "kept" in rows[number][1 + fault]:  # the upstream hears nothing of it
-            with contextlib.suppress(OSError, Cut):
+            with suppress(OSError, Cut):
                 for what, *_ in rows[number:]:
                     self.ACTS[what](self)
 
@@ -13968,7 +13979,7 @@ class EveryAwaitTest(WaitingCase):
         expected = dict.fromkeys(self.what_is_held(seen), 0)
         expected["endings"] = [outcome] if outcome != "-" else []
         expected["spares"] = int(kept != "")
-        with contextlib.suppress(AssertionError):
+        with suppress(AssertionError):
             # Slots are free when the upstream has noticed who left, which may hear of it late.
             wait_for(lambda: is_in_line and self.end_all() or self.what_is_held(seen) == expected)
         self.assertEqual(self.what_is_held(seen), expected, self.lines.entries()[seen:])
@@ -14223,7 +14234,7 @@ class RedactedCallsTest(KeysCase):
         self.assertEqual(json.loads(body)["system"], "[[EMAIL_1]]")
 
     def test_others_come_in_between_while_a_large_prompt_is_searched(self):
-        self.redact(says(), REDACT=",".join(llm_proxy.REDACTED))
+        self.redact(says(), REDACT=",".join(REDACTED))
         text = "8.8.8.8 a@b.co 4111111111111111 %s "
         self.ask(call(system=text * 20_000))
         counts = self.row()["redacted"]
@@ -14253,7 +14264,7 @@ class PagesTest(CallCase):
             self.ask("k")
         clock.now += 100
         answered = self.ask(request("GET", "/health", key="k"))
-        self.assertEqual(answered.json(), json.loads(self.HEALTH % llm_proxy.VERSION))
+        self.assertEqual(answered.json(), json.loads(self.HEALTH % VERSION))
         self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
 
     def test_health_charges_nothing_and_makes_no_bucket(self):
@@ -14402,7 +14413,7 @@ off                             http://localhost        -""")
 class CatalogueTest(CallCase):
     @staticmethod
     def lists(names):
-        return says_json({"object": "list", "data": [{"id": name} for name in names.split()]})
+        return says({"object": "list", "data": [{"id": name} for name in names.split()]})
 
     def listed(self, *fields, path="/v1/models"):
         return self.ask(request("GET", path, b"", *fields)).json()
@@ -14436,8 +14447,8 @@ class CatalogueTest(CallCase):
         facts = {"created": 7, "owned_by": "vllm", "max_model_len": 4096, "meta": {"n": 1}}
         rows = {"object": "list", "data": [{"id": "m", "object": "model", **facts}]}
         claude, = self.start_named("anthropic", "MODEL_ALIASES=fast=m,none=x"
-                                   " UPSTREAM_ANTHROPIC_MODELS=*", answer=says_json(rows))
-        claude.answer = says_json({"data": [{"id": "c", "display_name": "Claude"}]})
+                                   " UPSTREAM_ANTHROPIC_MODELS=*", answer=says(rows))
+        claude.answer = says({"data": [{"id": "c", "display_name": "Claude"}]})
         nothing = {"object": "model", "created": 0, "owned_by": "llm-proxy"}
         self.assertEqual(self.listed()["data"], [
             {"id": "m", "object": "model", **facts}, {"id": "c", **nothing},
@@ -14478,7 +14489,7 @@ class CatalogueTest(CallCase):
     def test_ollamas_list_is_asked_for_and_given_in_its_own_api(self):
         rows = [{"name": name, "model": name, "size": 7, "details": {"family": "llama"}}
                 for name in ("llama3.2:latest", "other")]
-        ollama = self.stub_of("ollama", says_json({"models": rows}))
+        ollama = self.stub_of("ollama", says({"models": rows}))
         self.start(self.lists("theirs"), UPSTREAM_OLLAMA_URL=ollama.url,
                    UPSTREAM_OLLAMA_MODELS="llama*", MODEL_ALIASES="fast=llama3.2:latest")
         self.assert_listed("theirs llama3.2:latest fast")
@@ -14488,7 +14499,7 @@ class CatalogueTest(CallCase):
         self.assertEqual(found, [
             ("theirs", "theirs", 0, {}),
             *((name, name, 7, {"family": "llama"}) for name in ("llama3.2:latest", "fast"))])
-        self.start(says_json({"models": rows}))
+        self.start(says({"models": rows}))
         self.assertEqual(self.listed(path="/api/tags"), {"models": rows})
 
     def test_a_list_is_kept_for_a_minute_and_asked_for_once_by_many(self):
@@ -14546,7 +14557,7 @@ class AdminCase(ManyCase):
 
     def admin(self, method, path, payload=None, key=ADMIN, *fields):
         """Ask the admin API; returns the Answered."""
-        body = b"" if payload is None else json.dumps(payload).encode()
+        body = b"" if payload is None else encoded(payload)
         return self.ask(request(method, "/admin/api" + path, body, *fields, key=key))
 
     def look(self, path, key=VIEWER):
@@ -14711,8 +14722,8 @@ class AdminBooksTest(AdminCase):
             self.assertEqual([self.ask(key).status for key in keys], found)
 
     def test_a_change_of_keys_is_answered_though_the_ledger_is_hindered(self):
-        with mock.patch.object(llm_proxy.Admin, "READ_SECONDS", 0.01), \
-                mock.patch.object(llm_proxy.Ledger, "read_news"):
+        with patch.object(Admin, "READ_SECONDS", 0.01), \
+                patch.object(llm_proxy.Ledger, "read_news"):
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
 
     def test_a_bucket_of_estimates_holds_tokens_and_is_given_some(self):
@@ -14788,8 +14799,8 @@ class AdminBooksTest(AdminCase):
     def test_an_upstream_stays_disabled_after_a_new_start(self):
         self.admin("POST", "/upstreams/base/disable")
         copied = new_path(self, "copy.db")
-        with contextlib.closing(sqlite3.connect(self.path)) as source:
-            with contextlib.closing(sqlite3.connect(copied)) as target:
+        with closing(sqlite3.connect(self.path)) as source:
+            with closing(sqlite3.connect(copied)) as target:
                 source.backup(target)
         self.run_proxy(read_config({"BASE_API_URL": self.stub.url, "DATABASE": copied}), time)
         self.assert_status(404)
@@ -14834,13 +14845,13 @@ class AdminBooksTest(AdminCase):
 
     def test_a_line_before_the_database_is_bounded(self):
         self.start()
-        leaves = threading.Event()
+        leaves = Event()
 
         def slow(*_):
             leaves.wait(PATIENCE)
             return {}
 
-        with mock.patch.object(llm_proxy.LedgerReader, "usage", slow):
+        with patch.object(LedgerReader, "usage", slow):
             clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
                        for _ in range(self.server.admin.reading.most)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
@@ -14874,7 +14885,7 @@ class AdminBooksTest(AdminCase):
             self.assertIn("DATABASE is off", answered.error()["message"])
 
     def test_who_leaves_before_the_database_has_answered_leaves_nothing_behind(self):
-        asked, leaves = threading.Event(), threading.Event()
+        asked, leaves = Event(), Event()
 
         def slow(*_):
             asked.set()
@@ -15013,15 +15024,15 @@ class SharedEventsTest(AdminCase):
         self.assertEqual(two.watchers.feed.listeners, 0)
 
     def test_what_others_counted_is_told_once_whether_or_not_each_second_was_read(self):
-        one = llm_proxy.SharedFeed(Clock(), types.SimpleNamespace(
+        one = llm_proxy.SharedFeed(Clock(), SimpleNamespace(
             available=False, process=""), "x:")
         nothing, told = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}, []
         for rows in ([(5, "1")], [], [(0, "0"), (2, "0.5")], [(9, "nan!")],
                      [(10 ** 99, "1e9999999")]):
             one.on_entries(one.seconds_key, [[b"7-%d" % number, [
-                b"from", b"other", b"pulse", json.dumps({
+                b"from", b"other", b"pulse", encoded({
                     "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd,
-                    "looking": False}).encode()]] for number, (calls, usd) in enumerate(rows)])
+                    "looking": False})]] for number, (calls, usd) in enumerate(rows)])
             found = one.added_up(nothing)
             one.pulse({})
             told.append((found["calls"], found["tokens"], found["usd"]))
@@ -15068,7 +15079,7 @@ class Browser:
                "--window-size=1200,900"]
 
     def __init__(self, folder):
-        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
+        with closing(socket.create_server(("127.0.0.1", 0))) as sock:
             self.port = sock.getsockname()[1]
         self.process = subprocess.Popen(
             [self.DRIVER, "--port=%d" % self.port], stdout=subprocess.DEVNULL)
@@ -15081,12 +15092,12 @@ class Browser:
         self.session += "/" + made["sessionId"]
 
     def is_ready(self):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return self.ask("GET", "/status")["ready"]
 
     def ask(self, method, path, payload=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        with contextlib.closing(connection):
+        with closing(connection):
             connection.request(method, path, None if payload is None else json.dumps(payload))
             found = json.loads(connection.getresponse().read())["value"]
         if isinstance(found, dict) and "error" in found:
@@ -15113,7 +15124,7 @@ class Browser:
         return self.do("POST", "/se/log", {"type": kind})
 
     def close(self):
-        with contextlib.suppress(OSError, LookupError):
+        with suppress(OSError, LookupError):
             self.do("DELETE", "")
         self.process.terminate()
         self.process.wait(PATIENCE)
@@ -15181,10 +15192,9 @@ class PageTest(AdminCase):
     def setUpClass(cls):
         super().setUpClass()
         quick = llm_proxy.DASHBOARD.replace("resolve, 2000", "resolve, 50")
-        for patch in (mock.patch.object(llm_proxy, "DASHBOARD", quick),
-                      mock.patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1)):
-            patch.start()
-            cls.addClassCleanup(patch.stop)
+        patch_until(cls.addClassCleanup,
+                    patch.object(llm_proxy, "DASHBOARD", quick),
+                    patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1))
         folder = tempfile.mkdtemp(dir=QUICK)
         cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)  # the browser may write yet
         cls.browser = Browser(folder)
@@ -15375,20 +15385,20 @@ class PageTest(AdminCase):
         self.see("There was no call.")
         self.assertIn("from=2020-02-02&to=2020-02-02", self.browser.run("location.hash"))
 
-    @contextlib.contextmanager
+    @contextmanager
     def slow_summary(self):
         """Holds back the summary until the end of the block."""
-        held, tell = [], llm_proxy.Admin.summary
+        held, tell = [], Admin.summary
 
         async def summary(admin, ask):
             held.append(ask.reply.context.loop.create_future())
             await held[-1]
             return await tell(admin, ask)
 
-        with mock.patch.object(llm_proxy.Admin, "summary", summary):
+        with patch.object(Admin, "summary", summary):
             yield held
             for future in held:
-                self.on_loop(llm_proxy.Stream.wake, future)
+                self.on_loop(Stream.wake, future)
 
     def test_the_next_log_in_has_nothing_of_the_one_before(self):
         self.start()
@@ -15590,7 +15600,7 @@ class PageTest(AdminCase):
     EVIL = "<img src=x onerror=alert(1)></script>\"'>"
 
     def test_what_others_said_is_text(self):
-        self.start(says(json.dumps({"error": {"message": self.EVIL}}).encode(), "400 Bad"))
+        self.start(says({"error": {"message": self.EVIL}}, "400 Bad"))
         self.call("ann", "User-Agent: " + self.EVIL, model=self.EVIL)
         self.log_in()
         self.click("Calls")
@@ -15620,7 +15630,7 @@ class PageTest(AdminCase):
         self.log_in()
         self.see("0 running calls")
         feed = self.proxy.watchers[0]
-        with mock.patch.object(llm_proxy.Admin, "events", side_effect=llm_proxy.Overloaded):
+        with patch.object(Admin, "events", side_effect=llm_proxy.Overloaded):
             self.on_loop(setattr, feed, "closed", True)
             self.on_loop(feed.wake)
             self.see("reconnecting, as of")
@@ -15646,22 +15656,22 @@ class ServerCase(ProxyCase):
         self.assertEqual(found, (status, True, "closed"))
         return answered
 
-    @contextlib.contextmanager
+    @contextmanager
     def sending(self, client, data):
         """Sends `data` in a thread, as far as it is taken."""
         def send():
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 client.send(data)
-        sender = threading.Thread(target=send, daemon=True)
+        sender = Thread(target=send, daemon=True)
         sender.start()
         yield
         sender.join(PATIENCE)
 
-    @contextlib.contextmanager
+    @contextmanager
     def draining(self):
         """Stops the server meanwhile. Returns a list that gets the number of cut calls."""
         cut = []
-        drainer = threading.Thread(target=lambda: cut.append(self.drain(PATIENCE)), daemon=True)
+        drainer = Thread(target=lambda: cut.append(self.drain(PATIENCE)), daemon=True)
         drainer.start()
         wait_for(self.refuses, "the end of accepting")
         yield cut
@@ -15727,7 +15737,7 @@ class ClientConnectionTest(ServerCase):
     def test_all_bodies_together_have_no_more_than_their_room(self):
         self.patch_seconds(Server_BODY_MEMORY=0)  # which is never less than eight bodies
         self.start(None, MAX_BODY_BYTES=70000)
-        large = functools.partial(call, user="x" * 69000)
+        large = partial(call, user="x" * 69000)
         held = [self.ask_stub(large("a")) for _ in range(4)]
         for key in self.each(("a", "c")):  # no caller has more than half of it
             if key == "c":
@@ -15848,7 +15858,7 @@ class ClientConnectionTest(ServerCase):
 
     def test_an_early_answer_can_be_read_every_time(self):
         """3 MB of the body are on their way when the 401 is sent: closing at once would reset."""
-        self.patch_seconds(WrongKeys_RULE=llm_proxy.read_rule("address 99 requests per minute"))
+        self.patch_seconds(WrongKeys_RULE=read_rule("address 99 requests per minute"))
         self.start(PROXY_API_KEYS="sk-1")
         data = request("POST", CHAT, b"x" * 3000000, key="sk-2")
         for _ in self.each(range(20)):
@@ -15994,7 +16004,7 @@ class ServerTest(ServerCase):
         self.start()
         hosts = "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1"
         most = [self.server.most_of(host) for host in hosts]
-        self.assertEqual(most, [math.inf] * 4 + [256] * 2)
+        self.assertEqual(most, [inf] * 4 + [256] * 2)
 
     def test_a_burst_of_connections_is_taken(self):
         clients = [self.connect() for _ in range(100)]
@@ -16012,7 +16022,7 @@ class ServerTest(ServerCase):
         def find_slowly(*arguments):
             time.sleep(0.05)  # which nothing on the loop may do
             return find(*arguments)
-        with mock.patch.object(self.proxy.routes, "find", find_slowly):
+        with patch.object(self.proxy.routes, "find", find_slowly):
             wait_for(lambda: self.ask() and said.search(self.lines.text()), "its line")
 
     def test_draining_closes_idle_connections_and_lets_a_running_stream_finish(self):
@@ -16053,7 +16063,7 @@ class TlsTest(ServerCase):
         self.start_tls(clock=clock)
         clients = [self.connect() for _ in range(22)]
         wait_for(lambda: len(self.server.open) == 22, "the connections")
-        waiting = functools.partial(lambda: sorted(
+        waiting = partial(lambda: sorted(
             round(one.context.deadline - clock.now, 2) for one in self.server.open
             if one.context.what == "its turn for a TLS handshake"))
         wait_for(lambda: waiting() == [0.05, 0.1], "who waits")
@@ -16067,7 +16077,7 @@ class TlsTest(ServerCase):
         clients = [self.connect() for _ in range(40)]
         wait_for(lambda: len(self.server.open) == 40, "the connections")
         clients[-1].close()
-        clock.now += llm_proxy.ClientConnection.HANG_UP_SECONDS  # a second before its turn
+        clock.now += ClientConnection.HANG_UP_SECONDS  # a second before its turn
         wait_for(lambda: len(self.server.open) == 39, "one less")
 
     def test_a_client_that_does_not_trust_us_has_a_line(self):
@@ -16102,7 +16112,7 @@ class TlsTest(ServerCase):
         old = ssl.create_default_context(cafile=self.file)
         with warnings.catch_warnings():  # Python advises against them, too
             warnings.simplefilter("ignore")
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 old.minimum_version = ssl.TLSVersion.TLSv1
             old.maximum_version = ssl.TLSVersion.TLSv1_1
         with self.assertRaises(OSError):
@@ -16128,7 +16138,7 @@ class TlsTest(ServerCase):
         self.start_tls()
         client = self.connect_tls()
         with socket.socket(fileno=os.dup(client.sock.fileno())) as plain, (
-                contextlib.suppress(ConnectionError)):
+                suppress(ConnectionError)):
             plain.sendall(b"\x17\x03\x03\x10\x00")  # begins a record of 4 KiB
             for _ in range(150):
                 plain.sendall(b"x")
@@ -16142,7 +16152,7 @@ class TlsTest(ServerCase):
         clock, waits = Clock(), []
         turns = llm_proxy.Handshakes(clock)
         for _ in range(1000):
-            with contextlib.suppress(llm_proxy.QuietEnd):
+            with suppress(llm_proxy.QuietEnd):
                 waits.append(turns.seconds_to_turn("a"))
         self.assertEqual([round(waits[number], 2) for number in (0, 19, 29, -1)], [0, 0, .5, 5])
         clock.now += 1
@@ -16159,7 +16169,7 @@ class TlsTest(ServerCase):
         self.assertIsNot(now, before)
         with open(self.file, "w", encoding="ascii") as file:
             file.write("nonsense")
-        with mock.patch.object(llm_proxy, "rebuild") as rebuild:
+        with patch.object(llm_proxy, "rebuild") as rebuild:
             self.proxy.config.reread = lambda: self.proxy.config
             self.on_loop(llm_proxy.reload, self.server)
         self.assertIs(self.server.tls, now)
@@ -16188,7 +16198,7 @@ def compiled():
     return path if is_new else FILE
 
 
-@functools.lru_cache(None)
+@lru_cache(None)
 def template():
     """Returns the socket of a process that has read the file and forks one for each message."""
     ours, theirs = socket.socketpair()
@@ -16273,7 +16283,7 @@ class Forked:
         return self.wait(0)
 
     def send_signal(self, number):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with suppress(ProcessLookupError):  # it has just ended
             if self.poll() is None:
                 os.kill(self.pid, number)
 
@@ -16299,7 +16309,7 @@ class Process:
         else:
             self.process = Forked(arguments, cwd, settings, stdin, pause)
         self.rows = []
-        self.reader = threading.Thread(
+        self.reader = Thread(
             target=lambda: self.rows.extend(self.process.stderr), daemon=True)
         self.reader.start()
 
@@ -16343,11 +16353,11 @@ class ProcessCase(ServerCase):
             return self.command(cwd=cwd, **settings).finish()
         out, err = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
         here, settings = os.getcwd(), {"DATABASE": "off", **settings}
-        with mock.patch.dict(os.environ, {name: str(one) for name, one in settings.items()},
+        with patch.dict(os.environ, {name: str(one) for name, one in settings.items()},
                              clear=True):
             os.chdir(cwd)
             try:
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                with redirect_stdout(out), redirect_stderr(err):
                     code = llm_proxy.main(arguments)
             except SystemExit as end:
                 code = end.code
@@ -16381,7 +16391,7 @@ class KeysCommandTest(ProcessCase):
     def setUp(self):
         self.folder = new_path(self)
         self.settings = {"DATABASE": os.path.join(self.folder, "keys.db")}
-        llm_proxy.Database(self.settings["DATABASE"]).close()
+        Database(self.settings["DATABASE"]).close()
 
     def keys(self, *arguments, **settings):
         """Returns (exit code, standard output, standard error) of `keys` with these arguments."""
@@ -16492,15 +16502,15 @@ class KeysCommandTest(ProcessCase):
             self.assertEqual((found[0], found[2].startswith(said)), (code, True), found)
 
     def test_the_audit_has_who_gave_the_command_though_the_environment_has_no_name(self):
-        nobody = mock.patch("pwd.getpwuid", side_effect=KeyError)
+        nobody = patch("pwd.getpwuid", side_effect=KeyError)
         for settings, found, who in self.each((
-                ({"USER": "ida"}, contextlib.nullcontext(), "ida"),
-                ({}, contextlib.nullcontext(), pwd.getpwuid(os.getuid()).pw_name),
+                ({"USER": "ida"}, nullcontext(), "ida"),
+                ({}, nullcontext(), pwd.getpwuid(os.getuid()).pw_name),
                 ({}, nobody, "uid %d" % os.getuid()))):
             with found:
                 self.keys("add", "ann", **settings)
                 self.keys("remove", "ann", **settings)
-            with contextlib.closing(sqlite3.connect(self.settings["DATABASE"])) as connection:
+            with closing(sqlite3.connect(self.settings["DATABASE"])) as connection:
                 rows = connection.execute("SELECT who FROM audit ORDER BY id DESC LIMIT 2")
                 self.assertEqual(rows.fetchall(), [(who,)] * 2)
 
@@ -16552,7 +16562,7 @@ class KeysCommandTest(ProcessCase):
         config = read_config({**HERE, "DATABASE": "off", "HOST": "::", "PORT": "81"})
         told = llm_proxy.offer_dashboard(read_config({**HERE, "HOST": "fd00::1"}), True, None)
         self.assertEqual(told, "dashboard: http://[fd00::1]:8899/dashboard")
-        with mock.patch.object(os, "isatty", lambda descriptor: True):
+        with patch.object(os, "isatty", lambda descriptor: True):
             words = llm_proxy.offer_dashboard(config, False, None)
         page = re.escape("dashboard: http://[::1]:81/dashboard with the key ")
         self.assertRegex(words, "^%s%s$" % (page, r"sk-\S{43}"))
@@ -16566,10 +16576,8 @@ class BenchTest(ProcessCase):
 
     def setUp(self):
         super().setUp()
-        for name in ("raise_descriptor_limit", "tune_interpreter"):
-            patch = mock.patch.object(llm_proxy, name)
-            patch.start()
-            self.addCleanup(patch.stop)
+        patch_until(self.addCleanup, patch.object(llm_proxy, "raise_descriptor_limit"),
+                    patch.object(llm_proxy, "tune_interpreter"))
 
     def bench(self, *arguments, url=None, code=0, **settings):
         """Returns what `bench` reports, as JSON."""
@@ -16658,7 +16666,7 @@ class BenchTest(ProcessCase):
 
     def test_https_is_checked_as_the_settings_say(self):
         file = pem_file(self)
-        stub = Stub(says(), tls=llm_proxy.server_context(file, None))
+        stub = Stub(says(), tls=server_context(file, None))
         self.addCleanup(stub.close)
         for settings, code, status in self.each((
                 ({"UPSTREAM_CA_FILE": file}, 0, "200"), ({}, 1, "certificate not trusted"))):
@@ -16688,7 +16696,7 @@ class BenchTest(ProcessCase):
         url = self.new_stub()
         screen, out = io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
         screen.isatty = lambda: True
-        with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(out):
+        with redirect_stderr(screen), redirect_stdout(out):
             llm_proxy.main(["bench", url, "--model", "m", "--requests", "5"])
         self.assertIn("0 of 5 calls, 0 failed", screen.getvalue())
         out = out.buffer.getvalue().decode()
@@ -16720,10 +16728,10 @@ class BenchTest(ProcessCase):
         def start(test, *arguments):
             started.append(begin(test, *arguments))
             return started[0]
-        begin = llm_proxy.SelfTest.start
-        with mock.patch.object(tempfile, "tempdir", folder), \
-                mock.patch.object(llm_proxy, "__file__", compiled()), \
-                mock.patch.object(llm_proxy.SelfTest, "start", start):
+        begin = SelfTest.start
+        with patch.object(tempfile, "tempdir", folder), \
+                patch.object(llm_proxy, "__file__", compiled()), \
+                patch.object(SelfTest, "start", start):
             found = self.finish("selftest")
         self.assertIsNotNone(started[0].returncode)
         self.assertEqual(os.listdir(folder), [])
@@ -16742,18 +16750,18 @@ class BenchTest(ProcessCase):
             self.assertEqual(found[-1][2], "good")
 
     def test_what_takes_no_longer_through_the_proxy_is_good(self):
-        test, out = llm_proxy.SelfTest(), io.StringIO()
+        test, out = SelfTest(), io.StringIO()
         self.addCleanup(test.demo.listening.close)
         self.addCleanup(test.reserved.close)
         rows = (("added to the first byte", -0.1, "good"), ("added to the first byte", 6, "POOR"),
                 ("calls", 100, "POOR"), ("calls", 9000, "good"))
         for what, value, verdict in self.each(rows):
-            with contextlib.redirect_stdout(out):
+            with redirect_stdout(out):
                 test.tell(what, value)
             self.assertTrue(out.getvalue().endswith(verdict + "\n"))
 
     def test_a_selftest_whose_proxy_does_not_start_says_so(self):
-        settings = {**llm_proxy.SelfTest.SETTINGS, "LIMITS": "none"}
+        settings = {**SelfTest.SETTINGS, "LIMITS": "none"}
         code, out, err = self.selftest(SelfTest_SETTINGS=settings, SelfTest_START_TRIES=2)
         self.assertEqual((code, out), (1, ""))
         self.assertIn("connection refused", err)
@@ -16790,7 +16798,7 @@ class CommandsTest(ProcessCase):
         self.assertIn(text, err)
 
     def test_a_file_that_is_missing_anywhere_is_not_taken_for_an_absent_ledger(self):
-        with mock.patch.object(llm_proxy, "run_command", side_effect=FileNotFoundError(2, "x")):
+        with patch.object(llm_proxy, "run_command", side_effect=FileNotFoundError(2, "x")):
             with self.assertRaises(FileNotFoundError):
                 llm_proxy.main(["--check"])
 
@@ -16838,7 +16846,7 @@ class CommandsTest(ProcessCase):
     def test_version_is_told(self):
         digest = hashlib.sha256(source().encode()).hexdigest()
         said = "llm_proxy %s, sha256 %s, %s %s\n" % (
-            llm_proxy.VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
+            VERSION, digest, sys.implementation.name, sys.version.split(" ")[0])
         self.assertEqual(self.finish("--version"), (0, said, ""))
 
     CALLS = (
@@ -16863,7 +16871,7 @@ class CommandsTest(ProcessCase):
     def ledger(self, *more):
         """Returns the path of a ledger with CALLS and more."""
         path = new_path(self, "books.db")
-        database = llm_proxy.Database(path)
+        database = Database(path)
         usual = {"input": 10, "cached": 1, "output": 2, "reasoning": 0, "estimated": 0,
                  "unpriced": 0, "picodollars": 0, "outcome": "ok"}
         for row in self.CALLS + more:
@@ -16924,7 +16932,7 @@ class CommandsTest(ProcessCase):
 
     def test_usage_tells_all_of_one_call(self):
         path = self.ledger({"id": "one", "caller": "=cmd()", "model": "a\x1b[2Jb"})
-        usage = functools.partial(self.finish, "usage", DATABASE=path)
+        usage = partial(self.finish, "usage", DATABASE=path)
         _, out, _ = usage("--id", "one")
         for line in self.each((r"caller  +=cmd\(\)", r"model  +a\\x1b\[2Jb", "output  +2")):
             self.assertRegex(out, "(?m)^%s$" % line)
@@ -17032,8 +17040,8 @@ class CommandsTest(ProcessCase):
     def test_check_knows_that_a_start_goes_without_the_usual_database(self):
         for path, is_usual in self.each("""[["", true], ["x.db", false]]"""):
             config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
-            nowhere = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError)
-            with contextlib.redirect_stdout(out), nowhere, mock.patch.object(llm_proxy, "listen"):
+            nowhere = patch("tempfile.TemporaryFile", side_effect=PermissionError)
+            with redirect_stdout(out), nowhere, patch.object(llm_proxy, "listen"):
                 faults = list(llm_proxy.faults_of_start(config))
             self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
 
@@ -17053,7 +17061,7 @@ class CommandsTest(ProcessCase):
                 (True, "ALTER TABLE keys RENAME COLUMN role TO x"))):
             config, path = self.usual_database()
             if statement:
-                with contextlib.closing(llm_proxy.Database(path)) as database:
+                with closing(Database(path)) as database:
                     secret = database.secret()
                     database.connection.executescript(statement)
             database = llm_proxy.open_database(config, [])
@@ -17061,7 +17069,7 @@ class CommandsTest(ProcessCase):
             if database:
                 found = llm_proxy.file_secret(database)
                 self.assertEqual(found == secret, "DELETE" not in statement)
-                with contextlib.closing(database):
+                with closing(database):
                     keys = llm_proxy.stored_keys(database, found, print)
                 self.assertEqual(keys.closed, closed)
 
@@ -17069,11 +17077,11 @@ class CommandsTest(ProcessCase):
         for keys, said in self.each((
                 (None, "be read"), ({}, "in memory only"), ({"k": "k"}, "in memory only"))):
             config, path = self.usual_database()
-            llm_proxy.Database(path).close()
+            Database(path).close()
             config.proxy_api_keys = keys
             out, remarks, found = io.StringIO(), [], None
-            with mock.patch.object(llm_proxy, "connect", side_effect=PermissionError), (
-                    mock.patch.object(llm_proxy, "listen")), contextlib.redirect_stdout(out):
+            with patch.object(llm_proxy, "connect", side_effect=PermissionError), (
+                    patch.object(llm_proxy, "listen")), redirect_stdout(out):
                 faults = list(llm_proxy.faults_of_start(config))
                 try:
                     self.assertIsNone(llm_proxy.open_database(config, remarks))
@@ -17090,7 +17098,7 @@ class CommandsTest(ProcessCase):
             settings.append({"WORKERS": 2, "REDIS_URL": RedisServer(self).url})
         for more in self.each(settings):
             _, path = self.usual_database()
-            with contextlib.closing(llm_proxy.Database(path)) as database:
+            with closing(Database(path)) as database:
                 keys = llm_proxy.KeyStore(database.connection, time, KeysCase.ACTOR)
                 ann = keys.add("ann").secret
             self.serve(cwd=os.path.dirname(path), DATABASE="", **more)
@@ -17114,7 +17122,7 @@ class CommandsTest(ProcessCase):
         self.assertTrue(self.ask(HEALTH).json()["ok"])
         for said in self.each((
                 "llm_proxy %s listens on http://127.0.0.1:%d\n" % (
-                    llm_proxy.VERSION, self.address[1]),
+                    VERSION, self.address[1]),
                 self.NOWHERE + "/v1", "holds 10 tokens", "warning: REQUEST_TOKEN_COST 11",
                 "warning: calls and buckets are kept in memory only")):
             found = wait_for(lambda: [row for row in process.rows if said in row])
@@ -17153,10 +17161,10 @@ class CommandsTest(ProcessCase):
 
     def test_a_locked_database_is_waited_for(self):
         path = new_path(self, "books.db")
-        with contextlib.closing(llm_proxy.Database(path).connection) as connection:
+        with closing(Database(path).connection) as connection:
             stream = io.StringIO()
-            with mock.patch.object(llm_proxy, "WAIT_SECONDS", 0.01), (
-                    contextlib.redirect_stderr(stream)):
+            with patch.object(llm_proxy, "WAIT_SECONDS", 0.01), (
+                    redirect_stderr(stream)):
                 connection.execute("BEGIN EXCLUSIVE")
                 with self.assertRaisesRegex(llm_proxy.InUse, "locked"):
                     llm_proxy.open_patiently(path, None)
@@ -17164,13 +17172,13 @@ class CommandsTest(ProcessCase):
 
     def test_who_starts_with_calls_of_an_older_version_is_told_what_takes_a_while(self):
         path = self.ledger()
-        with contextlib.closing(sqlite3.connect(path)) as connection:
+        with closing(sqlite3.connect(path)) as connection:
             connection.executescript("DROP INDEX calls_id; CREATE TABLE ids (call); VACUUM")
             size = os.path.getsize(path)
         for lines in self.each(("DATABASE .* is of an older version: an index of 4 calls is made\n"
                                 "the index was made within [0-9.]+ seconds\n", "")):
             stream = io.StringIO()
-            with contextlib.redirect_stderr(stream):
+            with redirect_stderr(stream):
                 llm_proxy.open_patiently(path, None).close()
             self.assertRegex(stream.getvalue(), "^%s$" % lines)
             self.assertEqual(os.path.getsize(path), size)  # what it needs is what went
@@ -17200,13 +17208,13 @@ class CommandsTest(ProcessCase):
     @staticmethod
     def level(path):
         """Returns what is left in the one bucket of a ledger."""
-        database = llm_proxy.Database(path, reading=True)
-        with contextlib.closing(database.connection):
+        database = Database(path, reading=True)
+        with closing(database.connection):
             return next(iter(database.levels().values()))[0]
 
     def test_a_stop_loses_no_call_and_no_level_and_a_kill_at_most_the_last_second(self):
         path = new_path(self, "books.db")
-        told, done = says(json.dumps({"usage": TOLD}).encode()), 0
+        told, done = says({"usage": TOLD}), 0
         for stop in self.each((signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
             process = self.serve(
                 answer=told, DATABASE=path, TOKEN_COST_MODE="usage", MAX_TOKENS=1000)
@@ -17331,9 +17339,9 @@ class CommandsTest(ProcessCase):
     def test_pypy_is_told_to_compile_what_runs_seldom_too_and_cpython_nothing(self):
         pypyjit = mock.Mock()
         for names in (("pypyjit",), ()):
-            with mock.patch.dict(sys.modules, pypyjit=pypyjit), \
-                    mock.patch.object(sys, "builtin_module_names", names), \
-                    mock.patch.object(llm_proxy, "gc", None):
+            with patch.dict(sys.modules, pypyjit=pypyjit), \
+                    patch.object(sys, "builtin_module_names", names), \
+                    patch.object(llm_proxy, "gc", None):
                 llm_proxy.tune_interpreter()
         self.assertEqual(pypyjit.mock_calls, [mock.call.set_param(
             "decay=0,threshold=200,function_threshold=300,trace_eagerness=40")])
@@ -17350,9 +17358,9 @@ class CommandsTest(ProcessCase):
 
         async def serve():
             begun.put((asyncio.get_running_loop(), asyncio.current_task()))
-            with contextlib.suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError):
                 await demo.serve()
-        thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        thread = Thread(target=asyncio.run, args=(serve(),))
         thread.start()
         loop, task = begun.get()
         self.addCleanup(thread.join, PATIENCE)
@@ -17448,7 +17456,7 @@ class WorkersTest(ProcessCase):
         for _ in range(40):
             self.assert_status(200, call("k"))
         wait_for(lambda: self.scrape("requests_total") == 40, "all counts")
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+        with closing(sqlite3.connect(self.path)) as connection:
             wait_for(lambda: connection.execute("SELECT count(*) FROM calls").fetchall() == [(40,)])
         before = self.workers()
         for pid in before:
@@ -17529,14 +17537,14 @@ class WorkersTest(ProcessCase):
     @staticmethod
     def runs(pid):
         """Returns whether it has not ended; whether somebody has noted that does not matter."""
-        with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, encoding="ascii") as file:
+        with suppress(OSError), open("/proc/%d/stat" % pid, encoding="ascii") as file:
             return file.read().rpartition(") ")[2][0] != "Z"
 
     def test_lines_of_all_are_whole(self):
         process = self.start(LOG_FORMAT="json")
         path = "/v1/" + 30 * "\u20ac"
         target = urllib.parse.quote(path)
-        threads = [threading.Thread(target=lambda: [
+        threads = [Thread(target=lambda: [
             self.ask(request("POST", target, b"{}", key="k")) for _ in range(25)])
             for _ in range(8)]
         for thread in threads:
@@ -17617,7 +17625,7 @@ class EnduranceCase(ProcessCase):
 
     def resident(self):
         """Returns the MiB of memory of the proxy's process, 0 where the system has no /proc."""
-        with contextlib.suppress(OSError), open("/proc/%d/statm" % self.pid) as file:
+        with suppress(OSError), open("/proc/%d/statm" % self.pid) as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
         return 0
 
@@ -17639,22 +17647,22 @@ class EnduranceCase(ProcessCase):
         wait_for(lambda: all(now <= then for now, then in zip(self.left_open(), before)),
                  "the return to %d descriptors and %d threads" % before)
 
-    @contextlib.contextmanager
+    @contextmanager
     def within(self, seconds):
         """Fails where the block takes longer. The short form has 8 s more, for a busy machine."""
         end = time.monotonic() + seconds + self.size(8, 0)
         yield
         self.assertLessEqual(time.monotonic(), end)
 
-    @contextlib.contextmanager
+    @contextmanager
     def meanwhile(self, act):
         """Calls `act` again and again, in a thread."""
-        over = threading.Event()
+        over = Event()
 
         def run():
             while not over.wait(0.005):
                 act()
-        thread = threading.Thread(target=run, daemon=True)
+        thread = Thread(target=run, daemon=True)
         thread.start()
         try:
             yield
@@ -17662,7 +17670,7 @@ class EnduranceCase(ProcessCase):
             over.set()
             thread.join(PATIENCE)
 
-    @contextlib.contextmanager
+    @contextmanager
     def steady_calls(self):
         """Makes one call after the other meanwhile, each on a new connection; all must be answered.
         Returns the list of their seconds."""
@@ -17837,7 +17845,7 @@ class DoorTest(EnduranceCase):
         while waiting:
             is_late = time.monotonic() > late
             for client in waiting:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     client.send(b"x")
             time.sleep(0.05)
             self.ask(HEALTH)
@@ -17865,10 +17873,10 @@ class DoorTest(EnduranceCase):
 
     def test_whatever_runs_has_no_thread_but_those_that_connect(self):
         """Streams, calls in line and to https upstreams, trickling heads, idle connections."""
-        self.patch_seconds(Handshakes_RULE=llm_proxy.read_rule("address 999 requests per second"))
+        self.patch_seconds(Handshakes_RULE=read_rule("address 999 requests per second"))
         number = self.size(10, 100)
         path = pem_file(self)
-        box = Stub(None, tls=llm_proxy.server_context(path, None))
+        box = Stub(None, tls=server_context(path, None))
         self.addCleanup(box.close)
         self.start_tls(None, UPSTREAM_BOX_URL=box.url, UPSTREAM_BOX_MAX_CONCURRENCY=number,
                        UPSTREAM_CA_FILE=path, MAX_QUEUE_PER_CALLER=number)
@@ -17880,7 +17888,7 @@ class DoorTest(EnduranceCase):
         wait_for(lambda: queue.limits.waiting == number and box.calls == number
                  and self.stub.calls == 4 * number)
         names = [thread.name.partition("_")[0] for thread in threading.enumerate()]
-        names = collections.Counter(name for name in names if "Thread" not in name)
+        names = Counter(name for name in names if "Thread" not in name)
         self.assertLessEqual(names.pop("connect"), 2 * llm_proxy.Address.MAX_CONNECTING)
         self.assertEqual(names, {"loop": 1, "accept": 1, "log": 1})
 
@@ -17954,7 +17962,7 @@ class DoorTest(EnduranceCase):
         for number, data in enumerate(requests):
             clients.append(self.connect())  # its time for a head begins
             data = data.replace(Fuzz.MARK, b"%08d" % number)
-            with contextlib.suppress(OSError):  # it may have been refused by its first bytes
+            with suppress(OSError):  # it may have been refused by its first bytes
                 clients[number].send(data)
                 if number % 2:
                     clients[number].sock.shutdown(socket.SHUT_WR)
@@ -17984,12 +17992,12 @@ class DoorTest(EnduranceCase):
         wait_for(lambda: not self.server.open, "the end of every connection")
         self.proxy.books.log.say("the last line")
         wait_for(lambda: "the last line" in self.lines.text(), "the last line")
-        names = collections.Counter(name or "none" for name in names)
+        names = Counter(name or "none" for name in names)
         rows = map(json.loads, self.lines.text().splitlines())
         entries = [row for row in rows if row.get("upstream")]
-        logged = collections.Counter(
+        logged = Counter(
             entry["id"] if entry["id"] in names else "none" for entry in entries)
-        self.assertEqual(names - logged, collections.Counter())
+        self.assertEqual(names - logged, Counter())
         return entries
 
     def test_requests_of_every_sound_form_are_answered(self):
@@ -18001,7 +18009,7 @@ class DoorTest(EnduranceCase):
     @tested_once
     def test_requests_with_random_faults_are_answered_or_closed_and_go_on_only_sound(self):
         self.start_strictly(self.size(0.3, 0.6))
-        before, chance, statuses = self.left_open(), random.Random(20240229), collections.Counter()
+        before, chance, statuses = self.left_open(), Random(20240229), Counter()
         for _ in range(self.size(2, 100)):
             requests = [Fuzz.mutate(chance) for _ in range(100)]
             with self.within(2):
@@ -18035,13 +18043,13 @@ class DoorTest(EnduranceCase):
         self.addCleanup(server.wait)
         self.addCleanup(server.kill)
         wait_for(lambda: self.is_there(address), "the server")
-        chance = random.Random(14)
+        chance = Random(14)
         for _ in range(self.size(1, 60)):
             requests = [Fuzz.mutate(chance) for _ in range(100)]
             self.assert_none_was_smuggled(self.converse(requests))
         names = wait_for(lambda: self.names_in(path), "a request that came there")
         entries = self.assert_each_was_logged(names)
-        self.report("%d requests came there: %r", len(names), collections.Counter(
+        self.report("%d requests came there: %r", len(names), Counter(
             (entry["status"], entry["outcome"]) for entry in entries))
         faults = [entry for entry in entries if entry["outcome"].startswith("upstream")
                   and entry["method"] in Fuzz.METHODS]  # they refuse those that they do not know
@@ -18049,12 +18057,12 @@ class DoorTest(EnduranceCase):
 
     @staticmethod
     def names_in(path):
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             return pathlib.Path(path).read_text("latin-1").splitlines()
 
     @staticmethod
     def is_there(address):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             socket.create_connection(address, PATIENCE).close()
             return True
         return False
@@ -18131,7 +18139,7 @@ class ProcessesTest(EnduranceCase):
     """Several processes whose limits are in one Redis."""
     RULES = ("all 1 requests per 365d burst %d; each 1 tokens per 365d burst 1000000;"
              "all 900 running")
-    USED = staticmethod(says_json({"usage": {"prompt_tokens": 10, "completion_tokens": 20}}))
+    USED = staticmethod(says({"usage": {"prompt_tokens": 10, "completion_tokens": 20}}))
 
     def setUp(self):
         # What it has said is in its file, before it is said: a kill loses nothing.
@@ -18160,7 +18168,7 @@ class ProcessesTest(EnduranceCase):
                 seconds.append(time.monotonic() - began)
                 outcomes.append(b"usage" in answered.body and b"limit reached" not in answered.body)
                 client.close()
-        with threads(functools.partial(act, number) for number in range(workers)):
+        with threads(partial(act, number) for number in range(workers)):
             pass
         return sum(outcomes), seconds
 
@@ -18186,7 +18194,7 @@ class ProcessesTest(EnduranceCase):
 
     def test_redis_may_be_killed_again_and_again(self):
         self.launch_all(3, 100000)
-        over, totals, seconds = threading.Event(), [], []
+        over, totals, seconds = Event(), [], []
 
         def load():
             while not over.is_set():
@@ -18236,7 +18244,7 @@ class RedactionCostTest(EnduranceCase):
     def steps(self, kind, text):
         """Returns the seconds that each step of a search takes."""
         took = []
-        steps = iter(llm_proxy.Redactor([kind]).search(text))
+        steps = iter(Redactor([kind]).search(text))
         while True:
             began = cpu_seconds()
             found = next(steps, None)
@@ -18254,7 +18262,7 @@ class RedactionCostTest(EnduranceCase):
                 self.assertLess(max(took), CPU_SECONDS * 4)
 
     def test_events_are_as_soon_there_as_without(self):
-        masks = {"REDACT": ",".join(llm_proxy.REDACTED), "REDACT_UPSTREAMS": "*"}
+        masks = {"REDACT": ",".join(REDACTED), "REDACT_UPSTREAMS": "*"}
         for settings in self.each(({}, masks, {**masks, "REDACT_ANSWERS": "on"})):
             self.launch(lambda asked: (self.stub.waiting.put(asked), asked.over.wait()), **settings)
             firsts, delays = [], []
@@ -18291,7 +18299,7 @@ class FaultsTest(EnduranceCase):
         return time.monotonic() - began
 
     def test_many_idle_connections_slow_no_stream_and_are_closed_on_time(self):
-        number, seconds = self.size((50, 0.3), (1000, llm_proxy.ClientConnection.IDLE_SECONDS))
+        number, seconds = self.size((50, 0.3), (1000, ClientConnection.IDLE_SECONDS))
         self.patch_seconds(ClientConnection_IDLE_SECONDS=seconds)
         self.launch(lambda asked: (self.stub.waiting.put(asked), asked.over.wait()),
                     MAX_CONNECTIONS=2000)
@@ -18586,7 +18594,7 @@ class FaultsTest(EnduranceCase):
 
         def go_on():
             for _, asked in pairs:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     asked.chunks(event(1))
         began = time.monotonic()
         with self.within(drain + 1), self.meanwhile(go_on):
@@ -18764,7 +18772,7 @@ class FaultsTest(EnduranceCase):
     @staticmethod
     def at_once(act, number, meanwhile=lambda: None):
         """Runs `act(0)`, `act(1)` ... each in a thread, and `meanwhile` every second."""
-        threads = [threading.Thread(target=act, args=(one,), daemon=True) for one in range(number)]
+        threads = [Thread(target=act, args=(one,), daemon=True) for one in range(number)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -18916,7 +18924,7 @@ class FaultsTest(EnduranceCase):
     def soak(self, number, end, seen):
         """Calls until `end`. Puts what the caller saw into `seen`, {name of a call: (fault, what
         was seen)}."""
-        chance, client = random.Random(number), None
+        chance, client = Random(number), None
         for count in itertools.count():
             if time.monotonic() > end:
                 break
@@ -18939,7 +18947,7 @@ class FaultsTest(EnduranceCase):
         rows = [json.loads(row) for row in self.logged().splitlines(True) if row.endswith("\n")]
         names = [row["id"] if row["path"] else "bad" for row in rows if "outcome" in row]
         summed = re.findall(r"(\d+) more were refused", self.logged())
-        return collections.Counter(names + ["bad"] * sum(map(int, summed)))
+        return Counter(names + ["bad"] * sum(map(int, summed)))
 
     def run_soak(self):
         """Returns {name of a call: (fault, what was seen)}, and the MiB after each second."""
@@ -18959,7 +18967,7 @@ class FaultsTest(EnduranceCase):
             self.assert_nothing_left(before)
         for name, (fault, found) in seen.items():
             self.assertEqual(found, self.FAULTS.get(fault, "right"), (name, fault))
-        expected = collections.Counter(
+        expected = Counter(
             "bad" if fault == "bad" else name for name, (fault, _) in seen.items())
         wait_for(lambda: sum(self.logged_calls().values()) >= len(seen), "a line for each call")
         self.assertEqual(self.logged_calls(), expected)
@@ -18999,11 +19007,11 @@ class Attacker:
     SINK = "/sink" + CHAT
 
     def __init__(self):
-        self.seen = collections.Counter()
-        self.chance = random.Random(14)
+        self.seen = Counter()
+        self.chance = Random(14)
         self.attacks = {
             "nothing": lambda: time.sleep(self.end - time.monotonic()),
-            **{name: functools.partial(self.send_bodies, *row)
+            **{name: partial(self.send_bodies, *row)
                for name, row in self.BODIES.items()},
             "8,000 wrong keys a second": self.guess,
             "TLS handshakes without end": self.shake_hands,
@@ -19068,7 +19076,7 @@ class Attacker:
 
     def ask_many(self, number, requests):
         client = self.connect(number)
-        with contextlib.closing(client):
+        with closing(client):
             while time.monotonic() < self.end:
                 answered = client.exchange(self.chance.choice(requests))
                 self.seen[answered.status] += 1
@@ -19081,10 +19089,10 @@ class Attacker:
         data = request("POST", self.SINK, start + part * (size // len(part)) + rest, key=key)
 
         def send(number):
-            with contextlib.closing(self.connect(number)) as client:
+            with closing(self.connect(number)) as client:
                 try:
                     client.send(data[:-1])
-                    with contextlib.suppress(threading.BrokenBarrierError):
+                    with suppress(threading.BrokenBarrierError):
                         together.wait(20)  # so that all are there when the last byte comes
                     client.send(data[-1:])
                 except OSError:
@@ -19123,7 +19131,7 @@ class Attacker:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
 
         def act(number):
-            with contextlib.closing(self.connect()) as client:
+            with closing(self.connect()) as client:
                 client.sock.settimeout(2)
                 client.sock = context.wrap_socket(client.sock)
                 self.seen["handshakes"] += 1
@@ -19133,7 +19141,7 @@ class Attacker:
         """Begins so many requests, and goes on with none."""
         clients = [self.connect(place) for place in range(number)]
         for client in clients:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 client.send(data)
         time.sleep(max(0, self.end - time.monotonic()))
         for client in clients:
@@ -19141,7 +19149,7 @@ class Attacker:
 
     def leave(self):
         def act(number):
-            with contextlib.closing(self.connect(number)) as client:
+            with closing(self.connect(number)) as client:
                 client.send(call_at(self.SINK, stream=self.chance.random() < 0.5))
                 time.sleep(self.chance.random() * 0.2)
                 if self.chance.random() < 0.5:
@@ -19149,14 +19157,14 @@ class Attacker:
         self.at_once(act, 10)
 
     def read_slowly(self, number):
-        with contextlib.closing(self.connect(number)) as client:
+        with closing(self.connect(number)) as client:
             client.send(call_at(self.SINK, large=True))
             while time.monotonic() < self.end:
                 client.sock.recv(1000)
                 time.sleep(0.1)
 
     def send_malformed(self, number):
-        with contextlib.closing(self.connect(number)) as client:
+        with closing(self.connect(number)) as client:
             client.sock.settimeout(1)
             client.send(Fuzz.mutate(self.chance))
             self.seen[len(read_to_the_end(client) or b"") > 0] += 1
@@ -19182,7 +19190,7 @@ class Metronome:
         asked = None
         while not asked:
             sock, _ = self.listener.accept()
-            with contextlib.suppress(Cut):  # it was the probe at the start
+            with suppress(Cut):  # it was the probe at the start
                 asked = Asked(sock, Reader(sock))
         asked.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         asked.read_body()
@@ -19202,7 +19210,7 @@ class Metronome:
             asked.chunks(b"data: %015.6f\n\n" % time.monotonic())
 
     def read(self, number):
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+        with suppress(BlockingIOError, ssl.SSLWantReadError):
             data = self.clients[number].recv(1 << 20)
             assert data, "a stream was cut"
             now = time.monotonic()
@@ -19211,7 +19219,7 @@ class Metronome:
 
     def run(self, until, look):
         """Goes on until this file can be read, and a second longer; looks at each beat."""
-        poll, over, turn = select.poll(), math.inf, time.monotonic()
+        poll, over, turn = select.poll(), inf, time.monotonic()
         for number in (until, *self.clients):
             poll.register(number, select.POLLIN)
         self.latest = self.lag = 0
@@ -19309,7 +19317,7 @@ sys.exit(llm_proxy.main())
             metronome, process = self.begin_streams(sink, **settings)
             for _ in range(self.STREAMS):
                 metronome.begin(connect())
-            memory = self.MEMORY if 0 < number < 4 else math.inf
+            memory = self.MEMORY if 0 < number < 4 else inf
             faults += self.measure(metronome, name, memory)
             process.stop(signal.SIGKILL).wait()
         self.assertEqual(faults, [])
@@ -19356,7 +19364,7 @@ sys.exit(llm_proxy.main())
     def ask_honestly(self, number):
         """Makes a call each 50 ms to the end; notes those that went wrong, and the seconds to the
         first byte that the proxy added."""
-        client, chance = self.connect(), random.Random(number)
+        client, chance = self.connect(), Random(number)
         for count in itertools.count():
             if time.monotonic() > self.end:
                 return
@@ -19380,7 +19388,7 @@ sys.exit(llm_proxy.main())
 
     def run_attacks(self):
         """Has attacks follow at random to the end, each once before any comes again."""
-        chance, seconds = random.Random(14), min(5, self.SECONDS / 40)
+        chance, seconds = Random(14), min(5, self.SECONDS / 40)
         names = [name for name in Attacker().attacks if name not in (
             "nothing", "TLS handshakes without end")]
         rounds = (chance.sample(names, len(names)) for _ in itertools.count())
@@ -19397,11 +19405,11 @@ sys.exit(llm_proxy.main())
     def test_every_honest_call_is_right_beside_attacks_at_random_and_the_books_balance(self):
         sink, path = self.start_attacker(), new_path(self, "llm_proxy.db")
         self.took, self.wrong, self.lags, sizes = {}, [], [], []
-        self.added, self.running = collections.defaultdict(list), "nothing"
+        self.added, self.running = defaultdict(list), "nothing"
         process = self.serve_both(
             sink, answer=self.answer_honestly, DATABASE=path, before=self.GIVES_BACK)
         self.end = time.monotonic() + self.SECONDS
-        acts = [functools.partial(self.ask_honestly, number) for number in range(10)]
+        acts = [partial(self.ask_honestly, number) for number in range(10)]
         acts.append(self.run_attacks)
         FaultsTest.at_once(lambda number: acts[number](), len(acts),
                            lambda: sizes.append(self.resident()))
@@ -19435,7 +19443,7 @@ sys.exit(llm_proxy.main())
         charged = BalanceTest.charged(LedgerCase.rows(path))
         rules = read_config({"BASE_API_URL": "http://x", "LIMITS": self.RULES}).limits
         capacities = {rule.text: rule.capacity for rule in rules}
-        with contextlib.closing(llm_proxy.Database(path, reading=True).connection) as connection:
+        with closing(Database(path, reading=True).connection) as connection:
             rows = connection.execute("SELECT rule, level FROM buckets").fetchall()
         missing = [(rule, capacities[rule] - level) for rule, level in rows]
         self.assertEqual(sorted(missing), sorted(
