@@ -883,6 +883,12 @@ class ProxyCase(TableCase):
         client = self.connect().send(data)
         return client, self.stub.next()
 
+    def complete(self, client, asked=None, *arguments):
+        """Answer this call, or else the next one; returns what its caller got, which is a 200."""
+        (asked or self.stub.next()).answer(*arguments)
+        client.answers(200)
+        return client.answered
+
     def begin(self, *payloads, client=None, key=None, fields=(), head=STREAM, **payload):
         """Start a streamed call and read its head and `payloads`; returns (Client, Asked)."""
         self.start_silent()
@@ -6630,12 +6636,17 @@ class StreamTest(ProxyCase):
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
 
-    def test_what_is_posted_goes_with_the_loops_next_pass_or_before_what_follows_it(self):
+    def stream_pair(self):
+        """Returns a loop, a Stream on it, and the socket at its other end."""
         loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
         stream = Stream(loop, ours)
-        theirs.setblocking(False)
         for one in (loop, theirs, stream):
             self.addCleanup(one.close)
+        return loop, stream, theirs
+
+    def test_what_is_posted_goes_with_the_loops_next_pass_or_before_what_follows_it(self):
+        loop, stream, theirs = self.stream_pair()
+        theirs.setblocking(False)
         stream.post(b"1")
         self.assertRaises(BlockingIOError, theirs.recv, 9)
         loop.run_until_complete(asyncio.sleep(0))
@@ -6650,49 +6661,47 @@ class StreamTest(ProxyCase):
         self.assertEqual(theirs.recv(9), b"")
 
     def test_what_is_posted_and_is_not_little_goes_at_once(self):
-        loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
-        stream = Stream(loop, ours)
-        for one in (loop, theirs, stream):
-            self.addCleanup(one.close)
+        _, stream, theirs = self.stream_pair()
         stream.post(b"x" * 4097)
         self.assertEqual(len(theirs.recv(9999)), 4097)
 
+    def tls_pair(self):
+        """Returns a Stream before its handshake, and the socket at its other end."""
+        ours, theirs = socket.socketpair()
+        stream = Stream(self.loop, self.tls.wrap_socket(
+            ours, server_side=True, do_handshake_on_connect=False))
+        self.addCleanup(stream.sock.close)
+        self.addCleanup(theirs.close)
+        return stream, theirs
+
+    def shake_hands(self, stream):
+        self.loop.run_until_complete(stream.handshake(Context(self.loop), PATIENCE))
+
+    def shaken(self):
+        """The same after it, and the other end's number."""
+        stream, sock = self.tls_pair()
+        trusting, found = ssl.create_default_context(cafile=self.file), []
+        with threads([lambda: found.append(trusting.wrap_socket(
+                sock, server_hostname="127.0.0.1"))]):
+            self.shake_hands(stream)
+        self.addCleanup(found[0].close)
+        return stream, found[0].fileno()
+
     def test_what_fails_on_one_tls_connection_is_not_taken_for_anothers_failure(self):
         """OpenSSL keeps failures by thread, and PyPy does not clear them."""
-        loop, file = asyncio.SelectorEventLoop(), pem_file(self)
-        self.addCleanup(loop.close)
-        ours, theirs = ssl.create_default_context(cafile=file), ssl.create_default_context(
-            ssl.Purpose.CLIENT_AUTH)
-        theirs.load_cert_chain(file)
-
-        def pair():
-            sides = socket.socketpair()
-            stream = Stream(loop, theirs.wrap_socket(
-                sides[0], server_side=True, do_handshake_on_connect=False))
-            self.addCleanup(stream.sock.close)
-            self.addCleanup(sides[1].close)
-            return stream, sides[1]
-
-        def shake():
-            stream, sock = pair()
-            with threads([lambda: peers.append(ours.wrap_socket(
-                    sock, server_hostname="127.0.0.1"))]):
-                loop.run_until_complete(stream.handshake(Context(loop), PATIENCE))
-            self.addCleanup(peers[-1].close)
-            return stream
-
-        peers = []
-        healthy = shake()
+        self.loop, self.file = asyncio.SelectorEventLoop(), pem_file(self)
+        self.addCleanup(self.loop.close)
+        self.tls = server_context(self.file, None)
+        healthy, _ = self.shaken()
         for bad in self.each((b"GET / HTTP/1.1\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x28")):
-            stream, sock = pair()
+            stream, sock = self.tls_pair()
             sock.send(bad)
             with self.assertRaises(OSError):
-                loop.run_until_complete(stream.handshake(Context(loop), PATIENCE))
-            broken = shake()
-            os.write(peers[-1].fileno(), bad)
-            healthy.on_readable()
-            broken.on_readable()
-            healthy.on_readable()
+                self.shake_hands(stream)
+            broken, peer = self.shaken()
+            os.write(peer, bad)
+            for one in (healthy, broken, healthy):
+                one.on_readable()
             self.assertEqual((healthy.ended, broken.ended), (False, True))
 
     def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
@@ -7005,10 +7014,6 @@ class WaitingCase(ManyCase):
     def wait_for_slot(self):
         wait_for(lambda: not self.proxy.routes.base.queue.running, "a free slot")
 
-    def finish(self, asked, client):
-        asked.answer()
-        return client.read()
-
     def connect_slow(self):
         """A Client that takes little as long as nobody reads: its buffers are small."""
         self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
@@ -7031,10 +7036,8 @@ class QueueTest(WaitingCase):
         second = self.line_up("next")
         self.assertEqual((self.stub.calls, self.base()["in_flight"]), (1, 1))
         wait_for(lambda: self.base()["queue"]["longest_ms"] > 20)
-        at_once = int(self.finish(asked, first).get("x-queue-ms"))
-        answered = self.finish(self.stub.next(), second)
-        waited = int(answered.get("x-queue-ms"))
-        self.assertEqual(answered.status, 200)
+        at_once = int(self.complete(first, asked).get("x-queue-ms"))
+        waited = int(self.complete(second).get("x-queue-ms"))
         self.assertLess(at_once, waited)
         self.wait_for_line(0)
         self.entry(1)
@@ -7094,14 +7097,14 @@ class QueueTest(WaitingCase):
             leave(second)
             self.wait_for_line(1)
             self.assert_ending("caller_gone", left=100, key="next")  # nothing was sent
-            self.finish(asked, first)
-            self.assertEqual(self.finish(self.stub.next(), third).status, 200)
+            self.complete(first, asked)
+            self.complete(third)
             self.assert_calls(2)
 
     def test_what_is_not_metered_does_not_wait(self):
         self.start_busy()
         client, asked = self.ask_stub(request("GET", "/v1/models"))
-        self.assertEqual(self.finish(asked, client).status, 200)
+        self.complete(client, asked)
 
     def test_a_slot_is_free_again_after_every_ending(self):
         self.start(MAX_CONCURRENCY=1, BREAKER_FAILURES=100)
@@ -7136,7 +7139,7 @@ class QueueTest(WaitingCase):
             self.entry()
             self.assertEqual((self.stub.calls, self.base()["queue"]["waiting"]), (1, 1))
             end(asked)
-            self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+            self.complete(second)
             asked.finish()
             self.wait_for_slot()
 
@@ -7149,7 +7152,7 @@ class QueueTest(WaitingCase):
         clock.now += 19
         self.wait_for_line(1)
         clock.now += 1
-        self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+        self.complete(second)
         asked.finish()
 
     def test_an_upstream_that_is_deaf_learns_it_from_a_reset(self):
@@ -7161,7 +7164,7 @@ class QueueTest(WaitingCase):
         clock.now += 1
         with suppress(OSError):
             asked.send(chunk(event(3)))
-        self.assertEqual(self.finish(self.stub.next(), second).status, 200)
+        self.complete(second)
         asked.finish()
 
     def test_the_end_of_a_drain_sends_nobody_who_stands_in_line_upstream(self):
@@ -7301,7 +7304,7 @@ class EarlyStreamTest(WaitingCase):
             self.assert_entry("bytes", len(client.answered.body))
             if version == "1.1":  # the connection carries another call
                 client.send(call())
-                self.assertEqual(self.finish(self.stub.next(), client).status, 200)
+                self.complete(client)
 
     def test_in_line_it_is_told_how_many_are_ahead(self):
         first, asked = self.start_busy(STREAM_COMMENT_SECONDS="0.05", clock=Clock())
@@ -7310,7 +7313,7 @@ class EarlyStreamTest(WaitingCase):
         third.head()
         third.expect(b": waiting, 1 ahead\n\n")
         for client in (first, second):
-            self.finish(asked, client)
+            self.complete(client, asked)
             asked = self.stub.next()
         asked.stream(event(1), end=True)
         answered = third.rest()
@@ -7541,12 +7544,12 @@ class DeadlinesTest(WaitingCase):
         client.send(call())
         asked = self.stub.next()
         self.assertGreater(self.awaiting("the response of").deadline - self.proxy.clock.now, 1)
-        self.assertEqual(self.finish(asked, client).status, 200)
+        self.complete(client, asked)
 
     def test_it_counts_the_time_in_line(self):
         client, asked = self.start_busy()
         self.assertEqual(self.late(self.in_time(50), 0.05, "its turn").status, 504)
-        self.assertEqual(self.finish(asked, client).status, 200)
+        self.complete(client, asked)
 
     def test_what_is_no_number_of_milliseconds_is_a_400(self):
         for text in self.each("""["", "0", "-1", "1.5", "soon", "9999999999"]"""):
@@ -8074,8 +8077,7 @@ class UpstreamsTest(CallCase):
             self.assertEqual(client.read(method).status, int(status[:3]))
             asked.send(answer(b"of another"))
             client.send(call())
-            self.stub.next().answer(b"mine")
-            self.assertEqual(client.read().body, b"mine")
+            self.assertEqual(self.complete(client, None, b"mine").body, b"mine")
             self.assert_traffic(2, 2)
 
     def test_nothing_is_connected_for_a_call_that_ended_before_a_thread_came_to_it(self):
@@ -8110,8 +8112,7 @@ class UpstreamsTest(CallCase):
             if not late:
                 asked.close()
             client.send(call())
-            self.stub.next().answer(b"second")
-            self.assertEqual(client.read().body, b"second")
+            self.assertEqual(self.complete(client, None, b"second").body, b"second")
             self.assert_traffic(2, 2)
 
     def test_a_question_that_met_a_stale_connection_is_asked_again_once(self):
@@ -8125,8 +8126,7 @@ class UpstreamsTest(CallCase):
                 (body, Asked.reset, 502, 2), (call(), Asked.reset, 502, 2)]):
             self.start(None, BREAKER_FAILURES=1)
             client, asked = self.ask_stub()
-            asked.answer()
-            client.read()
+            self.complete(client, asked)
             client.send(data)
             act(self.stub.next())
             if calls == 3:
@@ -8276,8 +8276,7 @@ class UploadTest(CallCase):
     def test_an_upload_is_passed_on_while_it_comes(self):
         self.start(None, reads=False)
         client, asked = self.relay("/v1/files")
-        asked.answer()
-        client.answers(200)
+        self.complete(client, asked)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
         self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=PATIENCE)
@@ -8441,8 +8440,7 @@ class BreakerTest(CallCase):
     def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
         self.start(None, BREAKER_FAILURES=1)
         client, asked = self.ask_stub()
-        asked.answer()
-        client.read()
+        self.complete(client, asked)
         for connections, state in ((1, "closed"), (2, "open")):
             client.send(call())
             self.stub.next().reset()
@@ -8933,8 +8931,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         asked = two.next()
         self.assert_from("three", call())  # two is at work
         self.assertIn(b"limit reached", self.ask().body)
-        asked.answer()
-        client.read()
+        self.complete(client, asked)
         self.assertEqual([asked.json()["model"] for asked in two.requests], ["m", "m"])
         found = {key[0].split()[0]: level for key, level in levels(self.proxy).items()}
         self.assertEqual(found, {"upstream:*": 97, "upstream:three": 0})
@@ -10549,8 +10546,7 @@ class MetricsTest(SignalsCase):
         asked = self.stub.next()
         wait_for(lambda: "the response of" in "".join(self.server.running_calls()), "its waiting")
         clock.now += 3
-        asked.answer()
-        waiting.read()
+        self.complete(waiting, asked)
         self.wait_for_rows(2)
         found = self.scrape()
         for name, sums in self.each("""[
@@ -10567,8 +10563,7 @@ class MetricsTest(SignalsCase):
         second = self.connect().send(call("sk-2"))
         wait_for(lambda: self.base("sk-1")["queue"]["waiting"], "the line")
         found = self.scrape()
-        asked.answer()
-        client.read()
+        self.complete(client, asked)
         self.stub.next().answer()
         second.read()
         self.wait_for_rows(2)
@@ -14477,8 +14472,7 @@ class CatalogueTest(CallCase):
         asked = box.next()
         box.answer = self.lists("a")
         self.assert_listed("b a")
-        asked.answer()
-        client.read()
+        self.complete(client, asked)
         clock.now += 61
         box.answer = says(b"{}", "500 No")
         self.assert_listed("b a")
@@ -15051,8 +15045,7 @@ class SharedEventsTest(AdminCase):
             rows = pulse["running"]
         self.assertEqual([(row["model"], row["state"], row["upstream"]) for row in rows],
                          [("m", "first byte", "base")])
-        asked.answer()
-        running.read()
+        self.complete(running, asked)
 
     def test_what_nobody_of_us_has_told_does_no_harm(self):
         (one, _), _ = self.start_two()
@@ -15734,24 +15727,30 @@ class ClientConnectionTest(ServerCase):
             answered = self.assert_last_answer(client, 200)
             self.assertEqual(answered.get("connection"), "close")
 
-    def test_all_bodies_together_have_no_more_than_their_room(self):
-        self.patch_seconds(Server_BODY_MEMORY=0)  # which is never less than eight bodies
+    def start_with_room(self):
+        """One with room for eight bodies, the least that there is; returns what makes a call with
+        one, of this key."""
+        self.patch_seconds(Server_BODY_MEMORY=0)
         self.start(None, MAX_BODY_BYTES=70000)
-        large = partial(call, user="x" * 69000)
+        return partial(call, user="x" * 69000)
+
+    def test_all_bodies_together_have_no_more_than_their_room(self):
+        """No caller has more than half of it."""
+        large = self.start_with_room()
         held = [self.ask_stub(large("a")) for _ in range(4)]
-        for key in self.each(("a", "c")):  # no caller has more than half of it
-            if key == "c":
-                held += [self.ask_stub(large("b")) for _ in range(4)]
-            answered = self.ask(large(key))
-            self.assertEqual((answered.status, answered.error()["type"]), (503, "server_error"))
-        for client, asked in [self.ask_stub(), *held]:
-            asked.answer()
-            client.answers(200)
+        self.assert_status(503, large("a"), error="server_error")
+        held += [self.ask_stub(large("b")) for _ in range(4)]
+        self.assert_status(503, large("c"), error="server_error")
+        for pair in [self.ask_stub(), *held]:
+            self.complete(*pair)
+
+    def test_the_room_of_bodies_comes_back(self):
+        large = self.start_with_room()
         self.connect().send(large("a")[:69000]).reset()
-        wait_for(lambda: "caller_gone" in {entry["outcome"] for entry in self.lines.entries()})
-        for client, asked in [self.ask_stub(large(key)) for key in "aaaabbbb"]:  # all is there
-            asked.answer()
-            client.answers(200)
+        self.assert_entry("outcome", "caller_gone")
+        for _ in range(2):
+            for pair in [self.ask_stub(large(key)) for key in "aaaabbbb"]:
+                self.complete(*pair)
         wait_for(lambda: self.server.common.budget.held == {}, "the return of it all")
 
     def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
@@ -15834,15 +15833,13 @@ class ClientConnectionTest(ServerCase):
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", b"packed"))
 
     def test_what_a_compressed_body_becomes_has_its_room(self):
-        self.patch_seconds(Server_BODY_MEMORY=0)
-        self.start(None, MAX_BODY_BYTES=70000)
+        self.start_with_room()
         packed = request("POST", CHAT, zlib.compress(chat(user="x" * 69000)),
                          "Content-Encoding: deflate")
         held = [self.ask_stub(packed) for _ in range(4)]  # half of it is for one caller
         self.assert_status(503, packed)
-        for client, asked in held:
-            asked.answer()
-            client.answers(200)
+        for pair in held:
+            self.complete(*pair)
 
     def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
         client, body = self.connect(), chat()
@@ -15970,8 +15967,7 @@ class ServerTest(ServerCase):
         answered = self.assert_last_answer(self.connect().send(call()), 503)
         answered.tells("type", "server_error")
         self.assert_calls(2)
-        asked.answer()
-        first.answers(200)
+        self.complete(first, asked)
         first.close()
         self.stub.answer = says()
         wait_for(lambda: self.ask().status == 200, "room for another")
@@ -16041,8 +16037,7 @@ class ServerTest(ServerCase):
     def test_of_two_requests_that_came_before_a_drain_both_are_answered(self):
         client, asked = self.ask_stub(call() * 2)
         with self.draining() as cut:
-            asked.answer()
-            client.answers(200)
+            self.complete(client, asked)
             self.stub.next().answer()
             self.assert_last_answer(client, 200)
         self.assertEqual(cut, [0])
