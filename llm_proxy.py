@@ -344,7 +344,7 @@ key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
 proxy_keys = word_or({"anyone": {}}, mapping(
     "(?!.*[;|&:](?:sk-|[A-Za-z]{2}[A-Za-z0-9_.@-]*=[^=]))"
     "(?:([A-Za-z0-9_.@-]{1,64})=(?!=*$)|(?!.*=))((?!\\[?[\"'])[!-~]+)",
-    "must be keys or name=key, with commas between, not one of ;|&: and none empty, without spaces"
+    "must be keys or name=key, separated by commas (not by ; | & or :), none empty, without spaces"
     " and quotes; a key with = in it needs a name",
     lambda match: match.group(2, 1), "must not name the same key twice"))
 
@@ -1233,33 +1233,40 @@ class Config(types.SimpleNamespace):
             yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
 
     def doubts(self):
-        """Yields the warnings of which each is given once at most."""
-        if not (self.base_api_url or any(one.models for one in self.upstreams)):
-            yield (f"only paths with a prefix, such as /{self.upstreams[0].name}/v1, lead anywhere:"
-                   " neither BASE_API_URL nor UPSTREAM_..._MODELS is set")
-        if self.upstream_tls_verify == "off":
-            yield ("certificates of https upstreams are not checked (UPSTREAM_TLS_VERIFY=off):"
-                   " whoever is in between reads all, keys included")
-        if 0 < self.max_call_seconds <= (self.first_byte_timeout or self.read_timeout):
-            yield ("MAX_CALL_SECONDS ends calls before FIRST_BYTE_TIMEOUT (unset: READ_TIMEOUT)"
-                   " does: an upstream that is silent never counts as failing")
-        if self.caller_header and not self.trusted_proxies:
-            yield "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"
-        if self.host_is_narrowed:
-            yield ("it listens on this machine alone, because anyone could spend the key of a"
-                   " vendor: set PROXY_API_KEYS (to keys, or to anyone) or HOST to open it")
-        elif self.is_open():
-            yield ("callers are not checked: whoever reaches this port can call, and every invented"
-                   " key has a bucket of its own (PROXY_API_KEYS is unset)")
-        if self.unknown_calls == "count" and not self.counts_requests():
-            yield ("calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule"
-                   " counts requests: of these calls, what names no tokens is free")
-        if self.may_ignore_models():
-            yield ("a rule names models or counts money, and BASE_MODEL is unset: where the"
-                   " endpoint answers any name with its one model, callers choose what the rule"
-                   " sees")
-        if not self.limits:
-            yield from self.doubts_of_bucket()
+        """Returns the warnings of which each is given once at most."""
+        prefix = next((one.name for one in self.upstreams), "NAME")
+        is_fixed = self.token_cost_mode == "request"
+        return [sentence for holds, sentence in (
+            (not self.base_api_url and not any(one.models for one in self.upstreams),
+             f"only paths with a prefix, such as /{prefix}/v1, lead anywhere: neither BASE_API_URL"
+             " nor UPSTREAM_..._MODELS is set"),
+            (self.upstream_tls_verify == "off",
+             "certificates of https upstreams are not checked (UPSTREAM_TLS_VERIFY=off): whoever is"
+             " in between reads all, keys included"),
+            (0 < self.max_call_seconds <= (self.first_byte_timeout or self.read_timeout),
+             "MAX_CALL_SECONDS ends calls before FIRST_BYTE_TIMEOUT (unset: READ_TIMEOUT) does: an"
+             " upstream that is silent never counts as failing"),
+            (self.caller_header and not self.trusted_proxies,
+             "CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset"),
+            (self.host_is_narrowed,
+             "it listens on this machine alone, because anyone could spend the key of a vendor: set"
+             " PROXY_API_KEYS (to keys, or to anyone) or HOST to open it"),
+            (self.is_open() and not self.host_is_narrowed,
+             "callers are not checked: whoever reaches this port can call, and every invented key"
+             " has a bucket of its own (PROXY_API_KEYS is unset)"),
+            (self.unknown_calls == "count" and not self.counts_requests(),
+             "calls of unknown endpoints cost a request (UNKNOWN_CALLS=count), and no rule counts"
+             " requests: of these calls, what names no tokens is free"),
+            (self.may_ignore_models(),
+             "a rule names models or counts money, and BASE_MODEL is unset: where the endpoint"
+             " answers any name with its one model, callers choose what the rule sees"),
+            (not self.limits and is_fixed and self.request_token_cost > self.max_tokens,
+             f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS {self.max_tokens}:"
+             " no call can ever be let in"),
+            (not self.limits and not is_fixed and self.response_token_reserve > self.max_tokens,
+             f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
+             f" {self.max_tokens}: a call that names no max_tokens can never be let in"),
+        ) if holds]
 
     def may_ignore_models(self):
         """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
@@ -1268,14 +1275,6 @@ class Config(types.SimpleNamespace):
         hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
         return by_model and not self.base_model and any(
             url.host not in hosts for url in self.base_api_url or ())
-
-    def doubts_of_bucket(self):
-        if self.token_cost_mode == "request" and self.request_token_cost > self.max_tokens:
-            yield (f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS"
-                   f" {self.max_tokens}: no call can ever be let in")
-        if self.token_cost_mode != "request" and self.response_token_reserve > self.max_tokens:
-            yield (f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
-                   f" {self.max_tokens}: a call that names no max_tokens can never be let in")
 
     def counts_requests(self):
         """Tells whether a call without any tokens costs something."""
@@ -18900,18 +18899,18 @@ def faults_of_start(config):
 async def fault_of_redis(loop, config):
     """Returns why Redis cannot be used, None where it can."""
     redis = build_redis(config, loop)
-    answered = loop.create_future()
+    found = loop.create_future()
 
     async def ask():
         await redis.ask_and_wait("PING")
-        answered.cancel()
+        found.set_result(None)
 
     redis.on_connect.append(ask)
-    redis.on_leave += [answered.set_result, lambda _: redis.task.cancel()]
+    redis.on_leave.append(partial(Stream.wake, found))
     redis.start()
-    await asyncio.wait([answered], timeout=5)
+    await asyncio.wait([found], timeout=5)
     await redis.close()
-    return None if answered.cancelled() else answered.result() if answered.done() else "is silent"
+    return found.result() if found.done() else "is silent"
 
 
 def cannot_listen(config, failure):
@@ -19054,7 +19053,8 @@ def offer_dashboard(config, has_admin, path):
     key = place = new_secret()
     if not os.isatty(2):
         if path is None:
-            return page + " needs ADMIN_KEY to be set: no terminal, and no DATABASE, to tell one"
+            return page + (" needs ADMIN_KEY to be set: there is no terminal to tell a new key on,"
+                           " and no DATABASE to write it beside")
         path = config.admin_key_file = path + ".admin-key"
         place = "in " + os.path.abspath(path)
         try:
@@ -19757,7 +19757,7 @@ def parse_arguments(arguments):
         help="print what would be used, ask the endpoint for its models, and exit")
     parser.add_argument(
         "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS))
+    commands = parser.add_subparsers(dest="command")
     for name, (run, sentence) in COMMANDS.items():
         commands.add_parser(name, help=sentence).set_defaults(run=run)
     add_command_options(**commands.choices)
@@ -19775,7 +19775,7 @@ def add_command_options(usage, prices, keys, bench, **_):
     prices.add_argument("--update", nargs="+", metavar=("FILE", "URL"),
                         help="fetch a list into FILE, by default from " + PRICES_URL)
     add_options(bench, BENCH_OPTIONS)
-    acts = keys.add_subparsers(dest="act", metavar="|".join(KEY_ACTS), required=True)
+    acts = keys.add_subparsers(dest="act", required=True)
     for act, sentence in KEY_ACTS.items():
         parser = acts.add_parser(act, help=sentence, description=sentence)
         add_options(parser, ["name NAME - of the key, or caller"] * (act != "list"))
