@@ -857,6 +857,12 @@ class ProxyCase(TableCase):
         client.close()
         return answered
 
+    def get(self, path, *fields, key=None):
+        return self.ask(request("GET", path, b"", *fields, key=key))
+
+    def post(self, path, body=b"", *fields, key=None):
+        return self.ask(request("POST", path, body, *fields, key=key))
+
     def assert_fields(self, message, *rows):
         """Its fields are these, 'name: value' each; without a value, there is none."""
         for row in rows:
@@ -935,7 +941,7 @@ class ProxyCase(TableCase):
 
     def left(self, key=None):
         """What is left in a caller's bucket, by /health."""
-        return self.ask(request("GET", "/health", key=key)).json()["quota"]["remaining"]
+        return self.get("/health", key=key).json()["quota"]["remaining"]
 
     def assert_calls(self, calls):
         """So many calls came to the Stub."""
@@ -998,7 +1004,7 @@ class ManyCase(ProxyCase):
 
     def states(self, key=None):
         """What /health says of the upstreams."""
-        return self.ask(request("GET", "/health", key=key)).json()["upstreams"]
+        return self.get("/health", key=key).json()["upstreams"]
 
     def base(self, key=None):
         return self.states(key)["base"]
@@ -3240,7 +3246,7 @@ class JsonTest(ProxyCase):
 
     def test_what_json_loads_would_take_or_choke_on_is_a_400_and_costs_nothing(self):
         for body in self.each(self.REFUSED):
-            answered = self.ask(request("POST", CHAT, body))
+            answered = self.post(CHAT, body)
             self.assertEqual(refusal(answered), (400, "invalid_request_error"))
         self.assert_spent(0, 1000)
 
@@ -3249,7 +3255,7 @@ class JsonTest(ProxyCase):
         self.start(TOKEN_COST_MODE="estimate")
         for name in self.each([b"max_tokens", b"seed"]):
             body = b'{"%b": %b}' % (name, b"9" * 5000)
-            self.assertIn(self.ask(request("POST", CHAT, body)).status, (200, 400))
+            self.assertIn(self.post(CHAT, body).status, (200, 400))
 
     PICTURE = "data:image/png;base64," + "QUJD" * 30000
 
@@ -3264,15 +3270,15 @@ class JsonTest(ProxyCase):
                 '{"x": "\\"model\\": \\"fast\\"", "y\\\\": ["model"], "model":"fast"}',
                 '{"x": ["\\\\", "model"], "messages": [%s], "model": "fast", "e": "\\u00e4"}'
                 % picture)):
-            self.ask(request("POST", CHAT, text.encode()))
+            self.post(CHAT, text.encode())
             there = text[::-1].replace('"tsaf"', '"laer"', 1)[::-1]
             asked = self.stub.last
             self.assertEqual(asked.digest, hashlib.sha256(there.encode()).hexdigest())
         body = b' { "messages": [], "stream_options": {"a": [1]},"stream":true}'
-        self.ask(request("POST", CHAT, body))
+        self.post(CHAT, body)
         body = body.replace(b'{"a": [1]}', b'{"a":[1],"include_usage":true}')
         self.assertEqual(self.stub.last.body, body)
-        self.ask(request("POST", CHAT, b'{"\\u006dodel": "fast"}'))
+        self.post(CHAT, b'{"\\u006dodel": "fast"}')
         self.assertEqual(self.stub.last.body, b'{"\\u006dodel": "real"}')
 
     @unittest.skipUnless(CPYTHON, "it asks CPython for memory")
@@ -3304,7 +3310,7 @@ class JsonTest(ProxyCase):
                 ({"messages": [{"url": "x" * 100000}]}, 25000, 25020),
                 ({"prompt": ["a", "x" * 100000]}, 25000, 25020))):
             before = self.left()
-            self.ask(request("POST", CHAT, {"model": "m", **payload}))
+            self.post(CHAT, {"model": "m", **payload})
             cost = before - self.left()
             self.assertTrue(least <= cost <= most, cost)
 
@@ -3498,10 +3504,10 @@ class PathsTest(ManyCase):
         said = {"count": (200, 999), "pass": (200, 1000), "refuse": (403, 1000)}
         for setting, expected in self.each(said.items()):
             self.start(UNKNOWN_CALLS=setting)
-            answered = self.ask(request("POST", "/v1/score", chat()))
+            answered = self.post("/v1/score", chat())
             self.assertEqual((answered.status, self.left()), expected)
             self.assert_status(200, request("POST", "/v1/files", b"x"))
-            batch = self.ask(request("POST", "/v1/batches", b'{"input_file_id": "x"}'))
+            batch = self.post("/v1/batches", b'{"input_file_id": "x"}')
             self.assertEqual(batch.status, answered.status)
             self.assert_left(expected[1] - 1 - (batch.status == 200))
 
@@ -3521,7 +3527,7 @@ class PathsTest(ManyCase):
                            "usage": {"prompt_tokens": 30, "completion_tokens": 5}}, 35, {}]]"""):
             self.start(says(answered), TOKEN_COST_MODE=mode)
             body = encoded({"model": "m", "input": "ten tokens" * 4, **more})
-            self.ask(request("POST", "/v1/score", body))
+            self.post("/v1/score", body)
             self.assertEqual(1000 - self.left(), cost)
 
     def test_a_limit_larger_than_any_number_is_too_much_for_every_rule(self):
@@ -3532,7 +3538,7 @@ class PathsTest(ManyCase):
 
     def test_the_method_cannot_be_overridden_further_on(self):
         self.start(MAX_TOKENS=1)
-        self.ask(request("GET", CHAT, b"", "X-HTTP-Method-Override: POST"))
+        self.get(CHAT, "X-HTTP-Method-Override: POST")
         self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
         self.assert_status(400, request("post", CHAT, chat()))
         self.assert_calls(1)
@@ -3568,7 +3574,7 @@ class FormsTest(ManyCase):
                 [["a/b"], 200], [["audio/x", "multipart/form-data; boundary=x"], 400],
                 [["a/b, c/d"], 400]]"""):
             fields = ["Content-Type: " + kind for kind in kinds]
-            answered = self.ask(request("POST", "/v1/audio/transcriptions", b"x", *fields))
+            answered = self.post("/v1/audio/transcriptions", b"x", *fields)
             self.assertEqual((answered.status, self.stub.calls), (status, 1))
 
     def test_a_form_is_routed_by_its_model_whose_alias_is_replaced(self):
@@ -3619,7 +3625,7 @@ class FormsTest(ManyCase):
                 self.assertEqual(one.requests[-1].body.strip(), b'{"model": "real"}')
                 self.assertEqual(one.requests[-1].get("content-type"), "application/json")
         kind = "Content-Type: application/x-www-form-urlencoded"
-        self.ask(request("POST", "/v1/score", b"a=%26&model=fast", kind))
+        self.post("/v1/score", b"a=%26&model=fast", kind)
         self.assertEqual(one.requests[-1].body, b"a=%26&model=real")
         self.assert_status(400, request("POST", "/x", b"model=a&model=b", kind))
 
@@ -4373,7 +4379,7 @@ class UsageReaderTest(ProxyCase):
             self.start(says([told] * size if size > 1 else told), MAX_TOKENS=9000,
                        TOKEN_COST_MODE="usage")
             body = {"prompt": ["four char"] * size, "n_predict": 500}
-            self.ask(request("POST", "/completion", body))
+            self.post("/completion", body)
             self.assertLessEqual(abs(9000 - self.left() - charged), 3 * size)
 
     def test_what_is_said_in_chunks_is_counted_as_a_parser_would(self):
@@ -4546,7 +4552,7 @@ class DialectsTest(ProxyCase):
         /v1beta//models/m:generateContent /openai/deployments/m//chat/completions"""
 
     def ask_at(self, path, *fields, key="k", **payload):
-        return self.ask(request("POST", path, payload, *fields, key=key))
+        return self.post(path, payload, *fields, key=key)
 
     def test_errors_come_in_the_shape_of_the_dialect(self):
         self.start(PROXY_API_KEYS="sk-1")
@@ -7662,9 +7668,9 @@ class StoredTest(ManyCase):
         {"plugins": [{"id": "web"}]}, {"prompt": "files/x of mine"},
         {"input": [{"id": "fc_1", "type": "function_call", "call_id": "x"}]}]"""
 
-    def post(self, path, payload, key="a"):
+    def create(self, path, payload, key="a"):
         body = b"x" if payload is None else encoded({"model": "m", **payload})
-        return self.ask(request("POST", path, body, key=key))
+        return self.post(path, body, key=key)
 
     def status(self, method, path, key="a"):
         return self.ask(request(method, path, key=key)).status
@@ -7684,20 +7690,20 @@ class StoredTest(ManyCase):
         for path, body, answered, paths, references in self.each(self.MADE):
             self.assertEqual(self.status("GET", paths.split()[0]), 404)
             self.answers(answered)
-            self.assertEqual(self.post(path, body).status, 200)
+            self.assertEqual(self.create(path, body).status, 200)
             self.answers({})
             for one in paths.split():
                 found = [self.status(method, one, key) for key in "ab"
                          for method in ("GET", "DELETE")]
                 self.assertEqual(found, [200, 200, 404, 404])
             for one in references:
-                found = [self.post("/v1/responses", one, key).status for key in "ab"]
+                found = [self.create("/v1/responses", one, key).status for key in "ab"]
                 self.assertEqual(found, [200, 404])
 
     def test_lists_are_a_403_and_other_spellings_are_nobody_s(self):
         self.start(**self.KEYS)
         self.answers({"id": "file-1"})
-        self.post("/v1/files", None)
+        self.create("/v1/files", None)
         for status, paths in self.each("""
                 403 -> /v1/files /v1/files/ /v1/Files?limit=1 /v1/chat/completions /v1/usage
                 403 -> /v1beta/cachedContents /api/v1/generation?id=gen-1 /v1/credits /user/balance
@@ -7706,46 +7712,46 @@ class StoredTest(ManyCase):
                 200 -> /v1/files/file-1 /v1/models"""):
             found = [self.status("GET", path) for path in paths.split()]
             self.assertEqual({*found}, {int(status)}, found)
-        self.assertEqual(self.post("/v1/files/file-2", {}).status, 404)
+        self.assertEqual(self.create("/v1/files/file-2", {}).status, 404)
         escaped = b'{"file\\u005fid": "file-2"}'
         self.assert_status(404, request("POST", "/v1/responses", escaped, key="a"))
-        self.assertEqual(self.post("/v1/responses", {"prompt": {"id": "pmpt_1"}}).status, 404)
-        error = self.ask(request("GET", "/v1/messages/batches/x", key="a")).json()
+        self.assertEqual(self.create("/v1/responses", {"prompt": {"id": "pmpt_1"}}).status, 404)
+        error = self.get("/v1/messages/batches/x", key="a").json()
         self.assertEqual(error["error"]["type"], "not_found_error")
 
     def test_a_form_may_speak_of_stored_things_too(self):
         self.start(**self.KEYS)
         self.answers({"id": "file-1"})
-        self.post("/v1/files", None)
+        self.create("/v1/files", None)
         part = '--B\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n--B--\r\n'
         for name, key, status in self.each("""[
                 ["file_id", "a", 200], ["file_id", "b", 404], ["images[0][file_id]", "b", 404],
                 ["file_ids[]", "b", 404], ["x", "b", 200]]"""):
             for body, kind in ((part % (name, "file-1"), "multipart/form-data; boundary=B"),
                                (name + "=file-1", "application/x-www-form-urlencoded")):
-                answered = self.ask(request("POST", "/v1/audio/transcriptions", body.encode(),
-                                            "Content-Type: " + kind, key=key))
+                answered = self.post("/v1/audio/transcriptions", body.encode(),
+                                     "Content-Type: " + kind, key=key)
                 self.assertEqual(answered.status, status)
 
     def test_evals_do_not_read_what_others_have_stored(self):
         self.start(**self.KEYS)
         self.answers({"id": "eval_1"})
-        self.post("/v1/evals", {})
+        self.create("/v1/evals", {})
         for path, source, status in self.each("""[
                 ["/v1/evals/eval_1/runs", {"type": "stored_completions"}, 404],
                 ["/v1/evals/eval_1/runs", {"type": "responses", "model": "m"}, 404],
                 ["/v1/evals/eval_1/runs", {"type": "responses", "source": {}}, 200],
                 ["/v1/evals/eval_1/runs", {"type": "file_content"}, 200],
                 ["/v1/responses", {"type": "responses"}, 200]]"""):
-            self.assertEqual(self.post(path, {"data_source": source}).status, status)
+            self.assertEqual(self.create(path, {"data_source": source}).status, status)
 
     def test_a_run_is_not_found_under_the_eval_of_another(self):
         self.start(LIMITS="each 1000 tokens per day", **self.KEYS)
         for key in "ab":
             self.answers({"id": "eval_" + key})
-            self.post("/v1/evals", {}, key)
+            self.create("/v1/evals", {}, key)
         self.answers({"id": "run_a", "status": "queued"})
-        self.post("/v1/evals/eval_a/runs", {"max_tokens": 500}, "a")
+        self.create("/v1/evals/eval_a/runs", {"max_tokens": 500}, "a")
         before = self.left("a")
         self.answers({"status": "completed", "usage": {"prompt_tokens": 1, "total_tokens": 2}})
         for key, path, status in self.each("""
@@ -7760,7 +7766,7 @@ class StoredTest(ManyCase):
     def test_what_callers_and_their_tools_say_is_no_reference(self):
         self.start(**self.KEYS)
         for payload in self.each(self.NO_REFERENCES):
-            self.assertEqual(self.post("/v1/responses", payload).status, 200)
+            self.assertEqual(self.create("/v1/responses", payload).status, 200)
 
     def test_a_stream_names_what_it_makes_in_its_first_event(self):
         self.start(None, **self.KEYS)
@@ -7787,8 +7793,8 @@ class StoredTest(ManyCase):
                                   {"type": "message_stop"}],
                  {"tools": [{"type": "web_fetch_20260209"}]}, {"container": "container_1"}))):
             self.start(says_events(*told), **self.KEYS)
-            self.post(path, {"stream": True, **body})
-            self.assertEqual([self.post(path, asked, key).status for key in "ab"], [200, 404])
+            self.create(path, {"stream": True, **body})
+            self.assertEqual([self.create(path, asked, key).status for key in "ab"], [200, 404])
 
     def test_an_event_in_the_midst_of_a_stream_names_the_files_that_a_tool_made(self):
         files = [[{"type": "bash_code_execution_output", "file_id": "file_%d" % number}]
@@ -7801,7 +7807,8 @@ class StoredTest(ManyCase):
         start = {**start, "message": {**message, "container": {"id": "container_1"}}}
         told = [start, *[text] * 99, blocks[0], *[text] * 99, blocks[1], text, *end]
         self.start(says_events(*told), **self.KEYS)
-        self.post("/v1/messages", {"stream": True, "tools": [{"type": "code_execution_20250825"}]})
+        self.create("/v1/messages", {
+            "stream": True, "tools": [{"type": "code_execution_20250825"}]})
         for number in self.each(range(2)):
             path = "/v1/files/file_%d/content" % number
             self.assertEqual([self.status("GET", path, key) for key in "ab"], [200, 404])
@@ -7821,12 +7828,13 @@ class StoredTest(ManyCase):
 
     def test_an_answer_to_a_caller_with_tools_of_its_own_is_nothing_that_is_stored(self):
         self.start(says(b'{"id": "msg_1"}'), **self.KEYS)
-        self.post("/v1/messages", {"tools": [{"name": "web_search"}, {"name": "code_execution_x"}]})
+        self.create("/v1/messages", {
+            "tools": [{"name": "web_search"}, {"name": "code_execution_x"}]})
         self.assertEqual(self.proxy.stored.things, {})
 
     def test_the_results_of_a_batch_are_its_maker_s_but_nothing_else_that_is_only_read(self):
         self.start(says(b'{"id": "batch_1"}'), **self.KEYS)
-        self.post("/v1/batches", {})
+        self.create("/v1/batches", {})
         for path, answered in self.each("""[
                 ["/v1/batches/batch_1", {"id": "batch_1", "output_file_id": "file-2",
                                          "metadata": {"output_file_id": "file-3"}}],
@@ -7840,13 +7848,13 @@ class StoredTest(ManyCase):
     def test_a_name_that_no_path_could_have_is_no_thing(self):
         for name in self.each(("\ud800", "a b", "x" * 300, "a\x00")):
             self.start(says({"id": name}), **self.KEYS)
-            self.assertEqual(self.post("/v1/responses", {}).status, 200)
+            self.assertEqual(self.create("/v1/responses", {}).status, 200)
             self.assertEqual(len(self.proxy.stored.things), 0)
 
     def test_an_answer_cannot_make_a_thing_another_one_s(self):
         self.start(says(b'{"id": "resp_1"}'), **self.KEYS)
         for key in "ab":
-            self.post("/v1/responses", {}, key)
+            self.create("/v1/responses", {}, key)
         self.assertEqual([self.status("GET", "/v1/responses/resp_1", key) for key in "ab"],
                          [200, 404])
 
@@ -7858,7 +7866,7 @@ class StoredTest(ManyCase):
                 STREAM.replace(b"text/event-stream", b"application/json") + chunk(b'{"a": {}')
                 + chunk(b',"id": "resp_1"}') + LAST)):
             self.start(sends(data, close=False), **self.KEYS)
-            self.post("/v1/responses", {})
+            self.create("/v1/responses", {})
             self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
             self.assertEqual(self.status("GET", "/v1/responses/resp_2"), 404)
 
@@ -7871,7 +7879,7 @@ class StoredTest(ManyCase):
         for settings, expected in self.each(rows):
             self.start(**settings)
             found = (self.status("GET", "/v1/files/file-1"), self.status("GET", "/v1/files"),
-                     self.post("/v1/responses", {"previous_response_id": "resp_1"}).status)
+                     self.create("/v1/responses", {"previous_response_id": "resp_1"}).status)
             self.assertEqual("%d %d %d" % found, expected)
 
     def test_calls_go_where_the_thing_they_speak_of_was_made(self):
@@ -7883,7 +7891,7 @@ class StoredTest(ManyCase):
         for stub in self.each((first, second) * 2):
             for one in (first, second):
                 one.answer = says(b'{"id": "resp_%d"}' % one.port)
-            while self.post("/v1/responses", {}).json() != {"id": "resp_%d" % stub.port}:
+            while self.create("/v1/responses", {}).json() != {"id": "resp_%d" % stub.port}:
                 pass
             for one in (first, second):
                 one.answer = says(b'{"from": %d}' % one.port)
@@ -7903,7 +7911,7 @@ class StoredTest(ManyCase):
         self.start(**self.KEYS)
         for number in range(3):
             self.answers({"id": "resp_%d" % number})
-            self.post("/v1/responses", {})
+            self.create("/v1/responses", {})
         found = [self.status("GET", "/v1/responses/resp_%d" % number) for number in range(3)]
         self.assertEqual(found, [404, 200, 200])
 
@@ -8154,7 +8162,7 @@ class UpstreamsTest(CallCase):
     def test_what_a_caller_sends_about_itself_and_its_connection_does_not_go_upstream(self):
         self.start(BASE_API_KEY="sk-upstream", PASS_HEADERS="X-Trace-*, cookie2")
         for path in self.each((CHAT, "/v1/files")):
-            self.ask(request("POST", path, chat(), *PRIVATE_FIELDS, *PASSED_FIELDS))
+            self.post(path, chat(), *PRIVATE_FIELDS, *PASSED_FIELDS)
             asked = self.stub.last
             for row in PASSED_FIELDS:
                 name, _, value = row.partition(":")
@@ -8177,7 +8185,7 @@ class UpstreamsTest(CallCase):
 
     def test_a_metered_answer_stays_readable_and_the_coding_of_others_is_the_callers_choice(self):
         for path, coding in ((CHAT, "identity"), ("/v1/files", "identity"), ("/tokenize", "gzip")):
-            self.ask(request("POST", path, chat(), "Accept-Encoding: gzip"))
+            self.post(path, chat(), "Accept-Encoding: gzip")
             self.assert_fields(self.stub.last, "accept-encoding: " + coding)
 
     BASES = table("""\
@@ -8201,19 +8209,19 @@ class UpstreamsTest(CallCase):
     def test_a_base_with_a_path_replaces_a_leading_v1_and_a_bare_one_does_not(self):
         for base, path, target in self.each(self.BASES):
             self.start(base=base)
-            self.ask(request("GET", path))
+            self.get(path)
             self.assertEqual(self.stub.last.target, target)
 
     def test_a_base_model_replaces_the_callers_and_nothing_else(self):
         self.start(BASE_MODEL="gemma4")
         rest = {"messages": "model ä \u2028", "temperature": 0.1, "x": [10 ** 20, None]}
         for model in self.each("""[{"model": "any"}, {"model": null}, {"model": ["x"]}, {}]"""):
-            self.ask(request("POST", CHAT, {**model, **rest}))
+            self.post(CHAT, {**model, **rest})
             self.assertEqual(self.stub.last.json(), {"model": "gemma4", **rest})
 
     def test_without_a_base_model_a_body_passes_byte_for_byte(self):
         body = b' {"model":"m",  "messages":[{"content":"\\u00e4 \xc3\xa4"}],"n":1.0} \r\n'
-        self.ask(request("POST", CHAT, body))
+        self.post(CHAT, body)
         self.assertEqual(self.stub.requests[0].body, body)
 
     def test_what_an_upstream_says_about_its_connection_and_its_address_is_not_passed_on(self):
@@ -8664,13 +8672,13 @@ class BreakerTest(CallCase):
         clock = self.open_the_base(2, UPSTREAM_X_URL="http://127.0.0.1:1")
         clock.now += 31
         self.stub.answer = says({"data": [{"id": "m"}]})
-        self.assertIn(b'"m"', self.ask(request("GET", "/v1/models")).body)
+        self.assertIn(b'"m"', self.get("/v1/models").body)
         self.assertEqual(self.base()["state"], "half_open")
         self.assert_status(200)
         self.stub.answer = says(b"{}", "503 No")
         for _ in range(3):
             clock.now += 61
-            self.ask(request("GET", "/v1/models"))
+            self.get("/v1/models")
         self.assertEqual(self.base()["state"], "closed")
 
     def test_an_upstream_that_tires_of_a_callers_slow_upload_has_not_failed(self):
@@ -8792,7 +8800,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             //box/v1/chat/completions /BOX/v1/chat/completions /box/v1/chat/completions/
             /box/v1/chat%2fcompletions"""
         for path in self.each(paths.split()):
-            answered = self.ask(request("POST", path, chat()))
+            answered = self.post(path, chat())
             self.assertIn(answered.status, (200, 400))
             self.assert_left(100 - self.stub.calls - box.calls)
 
@@ -8835,7 +8843,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         self.start(UPSTREAM_AZURE_URL=azure.url, UPSTREAM_AZURE_KEY="passthrough")
         for field in self.each(("api-key: mine", "Authorization: Bearer mine")):
             path = "/azure/openai/deployments/m/embeddings"
-            self.ask(request("POST", path, chat(), field))
+            self.post(path, chat(), field)
             self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
 
     def test_ollama_tells_no_count_of_a_prompt_that_it_has_in_its_cache(self):
@@ -8843,7 +8851,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             self.start(says({"done": True, "total_duration": 5, "eval_count": 9,
                                   "prompt_eval_count": told}))
             body = b'{"prompt": "hello world", "stream": false}'
-            self.ask(request("POST", "/api/generate", body))
+            self.post("/api/generate", body)
             entry = self.entry()
             self.assertEqual([entry["input"], entry["output"], entry["estimated"]], expected)
 
@@ -8851,12 +8859,12 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         for number, (path, payload, stream) in enumerate(self.each("""[
                 ["/api/chat", {}, true], ["/api/generate", {"stream": null}, true],
                 ["/api/chat", {"stream": false}, false], ["/api/embed", {}, false]]""")):
-            self.ask(request("POST", path, {"model": "m", **payload}))
+            self.post(path, {"model": "m", **payload})
             self.assert_entry("stream", stream, number)
 
     def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
         self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough MAX_TOKENS=5")
-        self.ask(request("POST", "/openai" + CHAT, chat(), key="mine"))
+        self.post("/openai" + CHAT, chat(), key="mine")
         self.assertEqual((self.left("mine"), self.left("another")), (4, 5))
 
     def test_a_credential_cannot_spell_lines_of_its_own(self):
@@ -8871,9 +8879,9 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         box, = self.start_named(
             "box", "UPSTREAM_BOX_KEY=k UPSTREAM_BOX_DIALECT=anthropic UPSTREAM_BOX_MODELS=*",
             UPSTREAM_BOX_HEADERS="anthropic-version: 1 | content-type: text/x | X-API-Key: other")
-        self.ask(request("POST", "/box/v1/messages", chat(max_tokens=1),
-                         "anthropic-version: 2", "content-type: a/b"))
-        self.ask(request("GET", "/v1/models"))
+        self.post("/box/v1/messages", chat(max_tokens=1),
+                  "anthropic-version: 2", "content-type: a/b")
+        self.get("/v1/models")
         for asked in box.requests:
             self.assert_fields(
                 asked, "anthropic-version: 1", "content-type: text/x", "x-api-key: other")
@@ -8908,7 +8916,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         plain = {"role": "user", "content": None}
         stubs = self.start_named("deepseek other")
         for name, stub, content in zip(("deepseek", "other"), stubs, ("", None)):
-            self.ask(request("POST", "/" + name + CHAT, chat(messages=[message, plain])))
+            self.post("/" + name + CHAT, chat(messages=[message, plain]))
             expected = [{**message, "content": content}, plain]
             self.assertEqual(stub.requests[0].json()["messages"], expected)
 
@@ -9235,7 +9243,7 @@ redacted      None"""))
         for _ in range(12):
             self.ask(call("wrong"))
         wait_for(lambda: len(self.lines.entries()) == 21, "the lines")
-        self.assertRegex(self.ask(request("GET", "/metrics")).body.decode(),
+        self.assertRegex(self.get("/metrics").body.decode(),
                          r'requests_total\{[^}]*outcome="refused"\} 112\n')
 
     def test_what_a_caller_sends_cannot_break_or_forge_a_line(self):
@@ -9383,7 +9391,7 @@ class LedgerTest(LedgerCase):
                 ("m-2026", "m-2026"), ("m" * 99, "m" * 80), ("a\nb", "asked"), (7, "asked"))):
             self.stub.answer = says({"model": served, "usage": {
                 "input_tokens": 20, "output_tokens": 4, "iterations": [part]}})
-            self.ask(request("POST", "/v1/messages", chat(model="asked", max_tokens=1)))
+            self.post("/v1/messages", chat(model="asked", max_tokens=1))
             row = self.wait_for_rows(self.stub.calls)[-1]
             self.assertEqual((row["served"], row["model"]), (written, "asked"))
             used = (27, 12) if written != "asked" else (20, 4)  # nobody knows who the others are
@@ -9516,10 +9524,10 @@ class LedgerTest(LedgerCase):
         names = iter(range(9))
         self.start(lambda asked: asked.send(answer(b'{"id": "resp_%d"}' % next(names))), **keys)
         for key in "baa":
-            self.ask(request("POST", "/v1/responses", b"{}", key=key))
+            self.post("/v1/responses", b"{}", key=key)
         self.close_books()
         self.start(says(), **keys)
-        found = [self.ask(request("GET", "/v1/responses/resp_%d" % number, key=key)).status
+        found = [self.get("/v1/responses/resp_%d" % number, key=key).status
                  for key in "ab" for number in range(3)]
         self.assertEqual(found, [404, 200, 200, 404, 404, 404])
 
@@ -10519,7 +10527,7 @@ class MetricsTest(SignalsCase):
 
     def test_ten_wrong_keys_in_a_row_at_metrics_are_too_many(self):
         self.start(clock=Clock(), ADMIN_KEY="adm")
-        found = [self.ask(request("GET", "/metrics", key="k%d" % number)).status
+        found = [self.get("/metrics", key="k%d" % number).status
                  for number in range(12)]
         self.assertEqual(found, [401] * 10 + [429] * 2)
         self.assert_status(200, request("GET", "/metrics", key="adm"))
@@ -10671,7 +10679,7 @@ class TracesTest(SignalsCase):
             kind = "text/event-stream" if streamed else "application/json"
             self.stub.answer = says(events(*told) if streamed else encoded(told[0]),
                                     "200 OK", "Content-Type: " + kind)
-            self.ask(request("POST", path, chat(), key="sk-1"))
+            self.post(path, chat(), key="sk-1")
             found = self.spans(number)[-1][1].get("gen_ai.response.finish_reasons", {"values": []})
             self.assertEqual([one["stringValue"] for one in found["values"]], reasons)
 
@@ -10730,7 +10738,7 @@ class TracesTest(SignalsCase):
 
     def test_the_names_of_stored_things_make_no_routes(self):
         self.start_traced(STORED="pass")
-        self.ask(request("GET", "/v1/files/file-123/content", key="sk-1"))
+        self.get("/v1/files/file-123/content", key="sk-1")
         span, told = self.spans()[0]
         self.assertEqual((told["http.route"], span["name"]), ("/v1/files/{id}/content", "GET"))
 
@@ -10798,7 +10806,7 @@ class WarningsTest(SignalsCase):
         second = self.ask(call("sk-1", max_tokens=5))
         self.assertEqual((first.get("x-ratelimit-warning"), second.get("x-ratelimit-limit")), (
             "85% of 'each 100 tokens per day' is used", "100"))
-        quotas = [self.ask(request("GET", "/v1/quota", key=key)).json() for key in ("sk-1", "sk-2")]
+        quotas = [self.get("/v1/quota", key=key).json() for key in ("sk-1", "sk-2")]
         self.assertEqual([one["warning"] for one in quotas],
                          ["170% of 'each 100 tokens per day' is used", None])
         told, = self.events(1)
@@ -11541,7 +11549,7 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(self.stored(), [0])
         self.is_back(one)
         wait_for(lambda: one.processes == two.processes == 2)
-        health = self.ask(request("GET", "/health")).json()
+        health = self.get("/health").json()
         self.assertEqual(health["limits"], {
             "shared_by": 2, "degraded": False, "redis": "is there", "dropped": 0})
 
@@ -11567,8 +11575,7 @@ class SharedLimitsTest(ProxyCase):
         self.assert_admitted(4, 6)  # of the 8 that are left
         self.assertLess(time.monotonic() - began, PATIENCE / 4)
         self.assert_said(": this process goes by its share of the limits, one of 2")
-        self.assertIn("llm_proxy_limits_degraded 1", self.ask(
-            request("GET", "/metrics")).body.decode())
+        self.assertIn("llm_proxy_limits_degraded 1", self.get("/metrics").body.decode())
         wait_for(lambda: self.ask(HEALTH).json()["limits"]["redis"] == "is not there")
         self.redis.start()
         began = time.monotonic()
@@ -12646,13 +12653,13 @@ class SettlingTest(LedgerCase):
                 "total_input_tokens": 20, "total_output_tokens": 3}
         for body, answered, path, poll in self.each(self.POLLED):
             self.start(says(answered))
-            self.ask(request("POST", path, body))
+            self.post(path, body)
             self.assert_ending("ok", 500)
             for number, (told, left) in enumerate((
                     ({"status": "queued"}, 500), ({"usage": None}, 500),
                     ({"usage": used}, 1000 - 23), ({"usage": used}, 1000 - 23)), 1):
                 self.stub.answer = says(told)
-                self.ask(request("GET", poll))
+                self.get(poll)
                 self.assert_ending("ok", left, number)
             self.assertEqual([row["charges"].rpartition("=")[2] for row in self.rows(self.path)],
                              ["500", "", "", "-477", ""])
@@ -12673,11 +12680,11 @@ class SettlingTest(LedgerCase):
         for told, charged in self.each(self.ENDED):
             self.start(says({"id": "resp_1", "usage": None}))
             body = b'{"background": true, "max_output_tokens": 500}'
-            self.ask(request("POST", "/v1/responses", body))
+            self.post("/v1/responses", body)
             for number, payload in enumerate(told, 1):
                 for path in ("/v1/responses/resp_1/input_items", "/v1/responses/resp_1"):
                     self.stub.answer = says({"id": "resp_1", **payload})
-                    self.ask(request("GET", path))
+                    self.get(path)
             self.assertEqual(1000 - self.left(), charged)
 
     BATCHES = [  # path, body, what is answered, where it is polled
@@ -12696,13 +12703,13 @@ class SettlingTest(LedgerCase):
     def test_a_batch_is_charged_what_its_calls_may_use_until_that_is_told(self):
         for path, body, answered, poll in self.each(self.BATCHES):
             self.start(says(answered))
-            self.ask(request("POST", path, body))
+            self.post(path, body)
             self.assertLess(self.left(), 500)
             self.stub.answer = says({
                 "usageMetadata": {"promptTokenCount": 20, "totalTokenCount": 25},
                 "per_model_usage": [{"prompt_tokens": 16, "total_tokens": 20},
                                     {"prompt_tokens": 4, "total_tokens": 5}]})
-            self.ask(request("GET", poll))
+            self.get(poll)
             self.assert_left(975)
 
     def test_a_batch_is_charged_what_its_results_tell_together(self):
@@ -12716,20 +12723,20 @@ class SettlingTest(LedgerCase):
                 ([line], 975), ([line, failed, line, line], 925), ([one, line, one], 925),
                 ([other, one], 477))):  # as it was held
             self.start(says(answered))
-            self.ask(request("POST", path, body))
+            self.post(path, body)
             self.stub.answer = says(lines_of(*told), "200 OK", "Content-Type: application/x-jsonl")
             for _ in range(2):
-                self.ask(request("GET", poll + "/results"))
+                self.get(poll + "/results")
                 self.assert_left(left)
 
     def test_a_part_of_the_results_of_a_batch_settles_nothing(self):
         path, body, answered, poll = self.BATCHES[0]
         line = {"result": {"message": {"usage": {"input_tokens": 20, "output_tokens": 5}}}}
         self.start(says(answered))
-        self.ask(request("POST", path, body))
+        self.post(path, body)
         for status, left in self.each((("206 Partial Content", 477), ("200 OK", 975))):
             self.stub.answer = says(lines_of(line), status, "Content-Type: application/x-jsonl")
-            self.ask(request("GET", poll + "/results", b"", "Range: bytes=0-99"))
+            self.get(poll + "/results", "Range: bytes=0-99")
             self.assert_left(left)
             self.assertIsNone(self.stub.last.get("range"))
 
@@ -12740,15 +12747,15 @@ class SettlingTest(LedgerCase):
         message = {"usage": {"input_tokens": 1000, "output_tokens": 1000}}
         for model, usd in self.each((("claude-haiku-4.5", 0.006), (None, 0.03))):
             self.start(says(answered), LIMITS="each 1 usd per day")
-            self.ask(request("POST", path, body))
+            self.post(path, body)
             self.stub.answer = says({"result": {"message": {**message, "model": model}}})
-            self.ask(request("GET", poll + "/results"))
+            self.get(poll + "/results")
             self.assertAlmostEqual(float(self.left()), 1 - usd, 5)
         body["requests"][0]["params"]["model"] = "nobody-knows"
         self.start(says(answered))
-        self.ask(request("POST", path, body))
+        self.post(path, body)
         self.stub.answer = says({"result": {"message": message}})
-        self.ask(request("GET", poll + "/results"))
+        self.get(poll + "/results")
         self.assertEqual(self.row(1)["unpriced"], 1)
 
     def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
@@ -12765,16 +12772,16 @@ class SettlingTest(LedgerCase):
                 ("/v1beta/models/m:batchGenerateContent", {"name": "batches/b"},
                  {"metadata": {"state": "BATCH_STATE_FAILED"}, "error": error}, 1000))):
             self.start(says(answered))
-            self.ask(request("POST", path, b'{"max_tokens": 600}'))
+            self.post(path, b'{"max_tokens": 600}')
             self.stub.answer = says({**answered, **told})
             poll = batches if "batches" in answered.get("name", "") else path
             for _ in range(2):
-                self.ask(request("GET", poll + "/b"))
+                self.get(poll + "/b")
             self.assertEqual(round(self.left(), -2), left)
 
     def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
         self.start(says({"id": "resp_1"}))
-        self.ask(request("POST", "/v1/responses", b'{"background": true}'))
+        self.post("/v1/responses", b'{"background": true}')
         for path in self.each(("/v1/responses/resp_1/", "/v1//responses/resp_1")):
             self.assert_status(404, request("GET", path))
         self.start(says({"id": "resp_1", "usage": None}))
@@ -12783,20 +12790,20 @@ class SettlingTest(LedgerCase):
         for coding in ("br", "identity"):
             client.answers(200, poll)
             self.assert_fields(self.stub.last, "accept-encoding: " + coding)
-            self.ask(request("POST", "/v1/responses", b'{"background": true}'))
+            self.post("/v1/responses", b'{"background": true}')
 
     def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
         path = "/v1beta/models/m:batchGenerateContent"
         for target, least in self.each(((path, 256), ("/v1/score", 0))):
             self.start(says({"name": "batches/b1"}))
-            self.ask(request("POST", target, b'{"x": 1}'))
+            self.post(target, b'{"x": 1}')
             self.assertEqual(1000 - self.left(), least)
 
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
         for _ in range(2):
-            self.ask(request("POST", "/v1/responses", body))
+            self.post("/v1/responses", body)
         self.assertEqual(list(levels(self.proxy).values()), [100])
 
     def test_a_stream_in_the_background_may_tell_its_usage_at_once_or_to_who_takes_it_up(self):
@@ -12835,7 +12842,7 @@ class SettlingTest(LedgerCase):
                 ("", "cancelled", 440, 1000 - 110)):
             output = [{"content": [{"text": "x" * count}]}]
             self.stub.answer = says({"status": state, "usage": None, "output": output})
-            self.ask(request("GET", "/v1/responses/resp_1" + query))
+            self.get("/v1/responses/resp_1" + query)
             self.assert_left(left)
 
     def test_a_debt_is_waited_for(self):
@@ -12896,12 +12903,12 @@ class SettlingTest(LedgerCase):
                 ["alt=sse&%24fields=candidates&a=b", "alt=sse&a=b"],
                 ["f%69elds=x&fields", ""], ["myfields=x", "myfields=x"],
                 ["alt=proto&$callback=x&alt", ""], ["a=b&%24alt=json", "a=b&%24alt=json"]]"""):
-            self.ask(request("POST", path + query, b"{}", "X-Goog-FieldMask: candidates"))
+            self.post(path + query, b"{}", "X-Goog-FieldMask: candidates")
             asked = self.stub.last
             self.assertEqual(asked.target, (path + left).rstrip("?"))
             self.assertNotIn(b"fieldmask", asked.head.lower())
         path = "/v1beta/interactions/i"  # what is owed for it would not be told
-        self.ask(request("GET", path + "?$fields=status", b"", "X-Goog-FieldMask: status"))
+        self.get(path + "?$fields=status", "X-Goog-FieldMask: status")
         self.assertEqual(self.stub.last.target, path)
         self.assertNotIn(b"fieldmask", self.stub.last.head.lower())
 
@@ -12937,7 +12944,7 @@ class SettlingTest(LedgerCase):
     def test_the_question_changes_nothing_else_of_what_the_caller_wrote(self):
         self.start(sends(STREAM + LAST, close=False))
         body = b' {"stream":true, "temperature":1.0,"seed":1e2,"messages":[],"x":"\\u00e4" }'
-        self.ask(request("POST", CHAT, body))
+        self.post(CHAT, body)
         expected = b'{"stream_options":{"include_usage":true},' + body[2:]
         self.assertEqual(self.stub.requests[0].body, expected)
 
@@ -12951,7 +12958,7 @@ class SettlingTest(LedgerCase):
         )
         for settings, path in self.each(rows):
             self.start(sends(STREAM + LAST, close=False), **settings)
-            self.ask(request("POST", path, chat(stream=True)))
+            self.post(path, chat(stream=True))
             self.assertNotIn("stream_options", self.stub.requests[0].json())
 
     def test_an_upstream_that_takes_the_question_for_an_error_is_asked_once_more_without_it(self):
@@ -13251,7 +13258,7 @@ class KeysTest(KeysCase):
         for key, names in self.each(((ann, ["gemma-3"]), (ben, ["gemma-3", "llama"]),
                                      (bound, ["gemma-3", "llama"]))):
             for path in ("/v1/models", "/models"):
-                found = self.ask(request("GET", path, key=key)).json()
+                found = self.get(path, key=key).json()
                 self.assertEqual([one["id"] for one in found["data"]], names)
 
     def test_the_list_of_an_upstream_by_its_prefix_shows_what_a_key_may_use(self):
@@ -13261,11 +13268,11 @@ class KeysTest(KeysCase):
                 self.add("cem", models="gemma*", upstream="base")]
         for key, status, names in self.each(zip(keys, (200, 200, 403), (
                 ["gemma-3"], ["gemma-3", "llama"], []))):
-            answered = self.ask(request("GET", "/box/v1/models", key=key))
+            answered = self.get("/box/v1/models", key=key)
             self.assertEqual(answered.status, status)
             self.assertEqual([one["id"] for one in answered.json().get("data", ())], names)
         box.answer = says(b"<html>", "500 No")
-        answered = self.ask(request("GET", "/box/v1/models", key=keys[0]))
+        answered = self.get("/box/v1/models", key=keys[0])
         self.assertEqual([one["id"] for one in answered.json()["data"]], ["gemma-3"])  # as before
 
     def test_who_is_bound_to_an_upstream_sees_the_list_that_others_see_by_its_prefix(self):
@@ -13273,7 +13280,7 @@ class KeysTest(KeysCase):
         box.answer = says({"data": [{"id": "gemma-3"}]})
         for upstream, names in self.each("""[["box", ["gemma-3"]], [null, []], ["gone", []]]"""):
             key = self.add(str(upstream), upstream=upstream)
-            answered = self.ask(request("GET", "/v1/models", key=key))
+            answered = self.get("/v1/models", key=key)
             self.assertEqual([one["id"] for one in answered.json()["data"]], names)
 
     def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
@@ -13283,7 +13290,7 @@ class KeysTest(KeysCase):
         for key, path, expected in self.each((
                 (ann, CHAT, "two"), (ann, "/two" + CHAT, "two"), (ann, "/one" + CHAT, 403),
                 (base, CHAT, "base"), (base, "/two" + CHAT, 403), (lost, CHAT, 403))):
-            answered = self.ask(request("POST", path, chat(), key=key))
+            answered = self.post(path, chat(), key=key)
             found = answered.json()["from"] if answered.status == 200 else answered.status
             self.assertEqual(found, expected)
         self.assertEqual(two.requests[0].get("authorization"), "Bearer sk-two")
@@ -13489,7 +13496,7 @@ class FallbackTest(CallCase):
             self.start(**settings)
             for row, path in self.each(itertools.product(self.RENAMED, paths)):
                 body = encoded({"model": "m", **row[0]})
-                self.ask(request("POST", path, body))
+                self.post(path, body)
                 self.assertEqual(self.stub.last.json(), {"model": "m", **row[pinned]})
 
     def test_the_models_of_a_batch_of_calls_count_and_are_replaced_too(self):
@@ -13498,7 +13505,7 @@ class FallbackTest(CallCase):
                 [{"BASE_MODEL": "m"}, "m"], [{"MODEL_ALIASES": "a=b"}, "b"], [{}, "a"]]"""):
             self.start(LIMITS="model:b 9 requests per day; each 1 usd per day", UNPRICED="1",
                        **settings)
-            self.ask(request("POST", "/v1/messages/batches", batch))
+            self.post("/v1/messages/batches", batch)
             asked = self.stub.last.json()["requests"]
             self.assertEqual([one["params"]["model"] for one in asked], [model, 7])
             self.assertEqual(len(levels(self.proxy)), 1 + (model == "b"))
@@ -13660,7 +13667,7 @@ class EndingsTest(LedgerCase):
         used = {"input_tokens": 20, "output_tokens": 4}
         failed = {"type": "response.failed", "response": {"error": {"code": "x"}, "usage": used}}
         self.start(says_events(failed), TOKEN_COST_MODE="usage")
-        self.ask(request("POST", "/v1/responses", chat(stream=True)))
+        self.post("/v1/responses", chat(stream=True))
         self.assert_ending("upstream_status", left=1000 - 24)
 
     def test_an_error_after_text_costs_the_prompt_and_that_text(self):
@@ -14093,7 +14100,7 @@ class RedactedCallsTest(KeysCase):
         entry, row = self.assert_same()
         self.assertEqual((entry["redacted"], row["redacted"]), ("email=1", "email=1"))
         self.assertIn(b'llm_proxy_redacted_total{kind="email"} 1',
-                      self.ask(request("GET", "/metrics")).body)
+                      self.get("/metrics").body)
         self.assertNotIn("ann@", self.lines.text() + str(self.rows(self.path)))
         self.redact(LOG_FORMAT="text")
         self.exchange(call(messages=[{"role": "user", "content": "mail ann@example.com"}]))
@@ -14123,7 +14130,7 @@ class RedactedCallsTest(KeysCase):
     def test_block_names_kinds_and_places_in_the_dialect_and_never_values(self):
         self.redact(REDACT_MODE="block")
         for path in self.each((CHAT, "/v1/messages", "/v1beta/models/m:generateContent")):
-            answered = self.ask(request("POST", path, chat(system="a@x.org 4111111111111111")))
+            answered = self.post(path, chat(system="a@x.org 4111111111111111"))
             self.assertEqual(answered.status, 400)
             self.assertIn("email, card, at system", answered.json()["error"]["message"])
             self.assertNotIn(b"x.org", answered.body)
@@ -14258,7 +14265,7 @@ class PagesTest(CallCase):
         for _ in range(3):
             self.ask("k")
         clock.now += 100
-        answered = self.ask(request("GET", "/health", key="k"))
+        answered = self.get("/health", key="k")
         self.assertEqual(answered.json(), json.loads(self.HEALTH % VERSION))
         self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
 
@@ -14411,7 +14418,7 @@ class CatalogueTest(CallCase):
         return says({"object": "list", "data": [{"id": name} for name in names.split()]})
 
     def listed(self, *fields, path="/v1/models"):
-        return self.ask(request("GET", path, b"", *fields)).json()
+        return self.get(path, *fields).json()
 
     def assert_listed(self, names):
         self.assertEqual([row["id"] for row in self.listed()["data"]], names.split())
@@ -14641,7 +14648,7 @@ class AdminTest(AdminCase):
     def test_models_that_an_upstream_has_told_before_are_known(self):
         self.start(says(b'{"data": [{"id": "gemma"}]}'), MODEL_ALIASES="a=gemma")
         self.assertEqual(self.look("/summary")["upstreams"][0]["known"], [])
-        self.ask(request("GET", "/v1/models"))
+        self.get("/v1/models")
         self.assertEqual(self.look("/summary")["upstreams"][0]["known"], ["gemma"])
         self.assert_calls(1)
 
@@ -14657,8 +14664,8 @@ class AdminTest(AdminCase):
 
     def test_the_bases_own_paths_of_the_same_name_are_below_base(self):
         self.start(base="/v1")
-        self.ask(request("GET", "/base/admin/api"))
-        self.ask(request("POST", "/base" + CHAT, chat()))
+        self.get("/base/admin/api")
+        self.post("/base" + CHAT, chat())
         found = [asked.target for asked in self.stub.requests]
         self.assertEqual(found, ["/v1/admin/api", "/v1/chat/completions"])
 
@@ -14762,7 +14769,7 @@ class AdminBooksTest(AdminCase):
             "each 200 tokens per calendar month in Europe/Berlin":
                 (-100, 300, 30 * 86400, 16 * 86400 + 1800),
             "each 100 tokens per 60s window": (-50, 150, 60, 60)})
-        text = self.ask(request("GET", "/metrics")).body.decode()
+        text = self.get("/metrics").body.decode()
         self.assertIn('rule="each 100 tokens per 60s window",caller="ann"} -50', text)
         self.assert_said("150% of each 100 tokens per 60s window")
         self.change("POST", "/keys/ann/reset")
@@ -14823,7 +14830,7 @@ class AdminBooksTest(AdminCase):
         self.ask("sk-ann")
         self.wait_for_rows(1)
         for key, calls in self.each("""[["sk-ann", 1], ["sk-ben", 0]]"""):
-            found = self.ask(request("GET", "/v1/quota", key=key)).json()
+            found = self.get("/v1/quota", key=key).json()
             self.assertEqual((len(found["calls"]), found["today"]["calls"]), (calls, calls))
             self.assertEqual(found["buckets"][0]["level"], 1000 - calls)
         self.assert_status(401, request("GET", "/v1/quota"))
@@ -14872,7 +14879,7 @@ class AdminBooksTest(AdminCase):
         self.ask("k")
         self.assertEqual(len(self.look("/callers")["callers"]), 1)
         self.assertTrue(self.look("/summary")["has_calls"])
-        self.assertEqual(self.ask(request("GET", "/v1/quota", key="k")).json()["calls"], [])
+        self.assertEqual(self.get("/v1/quota", key="k").json()["calls"], [])
         for path in self.each(("/keys", "/calls", "/usage", "/audit")):
             answered = self.admin("GET", path)
             self.assertEqual(answered.status, 503)
@@ -15128,7 +15135,7 @@ class DashboardTest(AdminCase):
 
     def test_the_page_may_run_nothing_but_its_own_script(self):
         for path in self.each(("/dashboard", "/me")):
-            first, second = [self.ask(request("GET", path)) for _ in range(2)]
+            first, second = [self.get(path) for _ in range(2)]
             policy = first.get("content-security-policy")
             nonce = re.search("script-src 'nonce-([0-9a-f]{32})'", policy)[1]
             self.assertEqual(first.body.count(b'nonce="%b"' % nonce.encode()), 2)
@@ -15140,7 +15147,7 @@ class DashboardTest(AdminCase):
     def test_paths_that_are_nearly_those_of_the_page_lead_to_it(self):
         for path, place in self.each("""[["/admin", "dashboard"], ["/admin/", "../dashboard"],
                                       ["/dashboard/", "../dashboard"], ["/me/", "../me"]]"""):
-            answered = self.ask(request("GET", path))
+            answered = self.get(path)
             self.assertEqual((answered.status, answered.get("location")), (307, place))
 
     def test_the_page_is_small_and_makes_no_markup_of_text(self):
@@ -15828,7 +15835,7 @@ class ClientConnectionTest(ServerCase):
         self.assert_calls(0)
 
     def test_other_compressed_bodies_are_passed_as_they_are(self):
-        self.ask(request("POST", "/v1/files", b"packed", "Content-Encoding: gzip"))
+        self.post("/v1/files", b"packed", "Content-Encoding: gzip")
         asked, = self.stub.requests
         self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", b"packed"))
 
@@ -16827,7 +16834,7 @@ class CommandsTest(ProcessCase):
         board = json.loads(out)
         self.start(METRICS="open", DATABASE="off")
         there = {name for name in re.findall(
-            r"^# TYPE (\w+)", self.ask(request("GET", "/metrics")).body.decode(), re.MULTILINE)}
+            r"^# TYPE (\w+)", self.get("/metrics").body.decode(), re.MULTILINE)}
         places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
         self.assertEqual(len(set(places)), len(places))
         for panel in self.each(board["panels"]):
@@ -17425,7 +17432,7 @@ class WorkersTest(ProcessCase):
             return list(map(int, file.read().split()))
 
     def scrape(self, name):
-        text = self.ask(request("GET", "/metrics", key=ADMIN)).body.decode()
+        text = self.get("/metrics", key=ADMIN).body.decode()
         return sum(float(row.split()[-1]) for row in text.splitlines()
                    if row.startswith("llm_proxy_" + name))
 
@@ -17466,16 +17473,16 @@ class WorkersTest(ProcessCase):
 
     def test_what_one_does_all_go_by(self):
         process = self.start(PROXY_API_KEYS="first-key-of-all-workers")
-        made = self.ask(request("POST", "/admin/api/keys", b'{"name": "ann"}', key=ADMIN))
+        made = self.post("/admin/api/keys", b'{"name": "ann"}', key=ADMIN)
         secret = made.json()["key"]
 
         def statuses():
             return {self.ask(secret).status for _ in range(20)}
         wait_for(lambda: statuses() == {200}, "the key")
-        self.ask(request("POST", "/admin/api/keys/ann/revoke", b"", key=ADMIN))
+        self.post("/admin/api/keys/ann/revoke", b"", key=ADMIN)
         wait_for(lambda: statuses() <= {401, 429}, "its end")
         for act, status in self.each("""[["disable", 404], ["enable", 200]]"""):
-            self.ask(request("POST", "/admin/api/upstreams/base/" + act, b"", key=ADMIN))
+            self.post("/admin/api/upstreams/base/" + act, b"", key=ADMIN)
             wait_for(lambda: {self.ask("first-key-of-all-workers").status
                               for _ in range(20)} == {status}, act)
         for number, said in self.each((
@@ -17540,7 +17547,7 @@ class WorkersTest(ProcessCase):
         path = "/v1/" + 30 * "\u20ac"
         target = urllib.parse.quote(path)
         threads = [Thread(target=lambda: [
-            self.ask(request("POST", target, b"{}", key="k")) for _ in range(25)])
+            self.post(target, b"{}", key="k") for _ in range(25)])
             for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -18851,7 +18858,7 @@ class FaultsTest(EnduranceCase):
         self.start(TOKEN_COST_MODE="estimate", MAX_TOKENS=100, RESPONSE_TOKEN_RESERVE=1,
                    LIMIT_REPLY="error")
         for body in self.each(self.odd_maxima()):
-            answered = self.ask(request("POST", CHAT, body, key="attacker"))
+            answered = self.post(CHAT, body, key="attacker")
             self.assertIn(answered.status, (400, 429))
             self.assertEqual((self.stub.calls, self.left("attacker")), (0, 100))
         for number, status in self.each("""[[47, 200], [48, 429]]"""):
