@@ -269,7 +269,8 @@ def endpoints(text):
 
 
 def read_network(text):
-    """Returns an address as a network of one, and IPv4 that is written as IPv6 as IPv4."""
+    """Returns a network; a lone address is a network of one, and IPv4 in the form of IPv6 becomes
+    IPv4."""
     try:
         network = ipaddress.ip_network(text)
     except ValueError:
@@ -311,7 +312,7 @@ web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
         "^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1].lower()))))
 cpu_number = word_or({"auto": -1, "off": None}, number_between(
     0, 9999, message="must be auto, off or the number of a CPU"))
-# Those that this process may use, before it stays on one
+# Those that this process may use before it is pinned to one
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 networks = listed(read_network)
 proxy_url = pattern(
@@ -384,7 +385,7 @@ PICODOLLARS = 10 ** 12
 NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is in the former
 UNITS = "requests tokens input_tokens output_tokens usd running estimate".split()
 UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
-ANEW = 1 << 80  # more than ever is missing of a bucket
+ANEW = 1 << 80  # a refill that fills any bucket
 DURATIONS = {word: int(seconds) for word, seconds in table_of("""
     second 1
     minute 60
@@ -472,7 +473,7 @@ def read_rule(text):
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
     interval = read_duration(length) if unit != "running" else inf
     grain = NANODOLLAR if unit == "usd" else 1
-    # It is gained at once, in 1 ms or more: clocks are no finer.
+    # A bucket gains this at a time, every 1 ms or more: clocks are no finer.
     refill = max(1, rate // (interval * 1000 * grain)) * grain
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
@@ -492,7 +493,7 @@ def read_duration(word):
 
 def time_zone(name: str) -> Optional[datetime.tzinfo]:
     """Returns the time zone of this name, None where this machine does not know it."""
-    # There is no such name, it is a folder of names, or a file that is none.
+    # No such name, a folder of names, or a file that is no time zone
     with suppress(OSError, ValueError, LookupError):
         if re.fullmatch(ZONE_SHAPE, name):
             return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
@@ -588,7 +589,7 @@ def read_price(cost: JsonObject) -> Price:
     return price
 
 
-# Who sells those of others comes last.
+# Providers that resell models of others come last.
 MAKERS = "openai anthropic google deepseek mistral xai moonshotai zai minimax alibaba".split()
 
 
@@ -603,7 +604,7 @@ def makers_costs(providers):
     found = {}
     for name, cost in rows:
         found.setdefault(name, cost)
-    return dict(reversed(found.items()))  # of two spellings the maker's counts, too
+    return dict(reversed(found.items()))  # of two spellings the maker's price counts, too
 
 
 def makers_cost(model):
@@ -667,8 +668,8 @@ ARE_GROUPS = "SUBPATTERN", "ATOMIC_GROUP"
 
 
 class Rest(NamedTuple):
-    """What is left of an expression: the characters that it may begin with, the steps that it may
-    need, and (characters, least, most) of its parts: how often each takes one of these."""
+    """What follows a place in an expression: the characters that it may begin with, the steps that
+    it may need, and (characters, least, most) of its parts: how often each takes one of these."""
     begin: FrozenSet[str] = frozenset()
     steps: int = 0
     takes: Tuple[Tuple[FrozenSet[str], int, int], ...] = ()
@@ -677,17 +678,17 @@ class Rest(NamedTuple):
         return sum(most for one, _, most in self.takes if not characters.isdisjoint(one))
 
     def may_take_rounds(self, begin, taken):
-        """Tells how many rounds it may take instead of what comes before it, and begins and takes
-        so: the begin of each, and all that it needs."""
+        """Tells how many rounds of the repetition before it what follows could take itself: the
+        `begin` of each, and all that each needs."""
         return min([self.may_take(begin & self.begin) - 1,
                    *(self.may_take(one) for one, least, _ in taken if least)])
 
 
 class LinearPattern:
-    """A regular expression that any text is searched for in linear time, judged as Python's parser
-    reads it, from its end to its begin: where it is open how to go on, what follows must be short,
-    or such that it cannot take what a next round would. A search that has begun cannot be stopped,
-    and holds all threads."""
+    """A regular expression that searches any text in linear time. Python's parser reads it, and it
+    is judged from its end to its begin: where a repetition may go on or end, what follows must be
+    short, or unable to take what another round would. This is checked beforehand because a search
+    cannot be stopped, and holds all threads."""
     LONGEST = 300        # characters
     MOST_ROUNDS = 64     # of what is unlimited, or steps after what is open,
     MOST_OF_GROUPS = 16  # and of what is unlimited and has more than one character
@@ -715,8 +716,8 @@ class LinearPattern:
         self.compiled = COMPILER.compile(self.tree)
 
     def judge(self, parts, after: Rest, repeated) -> Rest:
-        """Judges parts, before `after`, within so many repetitions. What is unlimited, which else
-        takes quadratic time, has a limit then."""
+        """Judges parts that stand before `after`, within so many repetitions. What has no limit
+        would take quadratic time, and gets one."""
         for place in reversed(range(len(parts))):
             op, value = parts[place]
             if op.name in TAKE_ONE:
@@ -1067,14 +1068,14 @@ def shown(name: str, text: Optional[str]) -> Optional[str]:
     return "set, not shown" if text is not None and find_setting(name).secret else text
 
 
-# Settings that guard: who misspells one thinks that a door is shut.
+# Settings for security: whoever misspells one believes that it is on.
 GUARDS = """PROXY_API_KEYS LIMITS CORS_ORIGINS TRUSTED_PROXIES TLS_CERT_FILE TLS_KEY_FILE
     REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_OPAQUE""".split()
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
 def guard_meant_by(name):
-    """Returns the setting that guards and that a misspelt name means."""
+    """Returns the security setting that a misspelt name probably means, None without one."""
     name = name.upper()
     longer = [guard for guard in GUARDS if len(name) > 4 and name in guard]
     return next(iter(longer or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
@@ -1094,7 +1095,7 @@ def plain_ip(host):
 
 
 def is_far(host: str) -> bool:
-    """Tells whether a host is none of this machine or its network, as far as its name says."""
+    """Tells whether a host is outside of this machine and its network, as far as its name says."""
     try:
         return plain_ip(host).is_global
     except ValueError:
@@ -1112,7 +1113,7 @@ class Config(types.SimpleNamespace):
     reread: Callable[[], "Config"]  # while a proxy runs: how to read the settings again
 
     def note_stored_keys(self):
-        """Keys of callers are stored, so that no stranger spends the operator's key."""
+        """Goes by the defaults for a proxy whose callers have keys in DATABASE."""
         self.keys_are_stored = True
         vars(self).update(dict.fromkeys(self.chosen))
         self.choose_defaults()
@@ -1142,7 +1143,7 @@ class Config(types.SimpleNamespace):
         for name in self.RELOADED:
             self.texts[name] = new.texts.get(name)
             setattr(self, name.lower(), getattr(new, name.lower()))
-        names = {*self.texts, *new.texts} - {  # nobody has set these, before nor now
+        names = {*self.texts, *new.texts} - {  # not set by anybody, neither before nor now
             name.upper() for name in self.chosen if name in new.chosen}
         return [name for name in sorted(names) if self.texts.get(name) != new.texts.get(name)]
 
@@ -1154,20 +1155,20 @@ class Config(types.SimpleNamespace):
         self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
         keyed = self.keys_are_asked_for
         self.stored = self.stored or ("own" if keyed else "pass")
-        if self.cors_origins is None:  # without keys, any page that somebody here sees could call
+        if self.cors_origins is None:  # without keys, any page opened here could call
             self.cors_origins = ("*",) if keyed else ("local",)
         self.texts.update(HOST=self.host, STORED=self.stored,
                           CORS_ORIGINS=",".join(self.cors_origins) or "off")
 
     def is_open(self) -> bool:
-        """Tells whether others than this machine may call without a key, be it by a proxy here."""
+        """Tells whether other machines, or proxies on this one, may call without a key."""
         is_loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
         return self.proxy_api_keys is None and not self.keys_are_stored and (
             not is_loopback or bool(self.trusted_proxies))
 
     def pays_for_anyone(self):
-        """Tells whether whoever reaches the port would spend the operator's key at a vendor, which
-        nobody has said is meant."""
+        """Tells whether anybody who reaches the port would spend the operator's key at a vendor,
+        though PROXY_API_KEYS does not allow that."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
             upstream.key and url.scheme == "https" and is_far(url.host)
             for upstream in self.all_upstreams() for url in upstream.url)
@@ -1178,13 +1179,13 @@ class Config(types.SimpleNamespace):
 
     @property
     def keys_are_asked_for(self) -> bool:
-        """Whether callers are told apart by keys: ours, or their own for an upstream."""
+        """Tells whether callers are told apart by keys: ours, or their own for an upstream."""
         own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
         return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
     def keys_to_come_by(self) -> List[str]:
-        """Returns the keys in the settings that callers and people show us."""
+        """Returns the keys in the settings by which callers and admins come in."""
         return [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
 
     def own_keys(self) -> FrozenSet[str]:
@@ -1193,7 +1194,7 @@ class Config(types.SimpleNamespace):
         return frozenset(ours.union(self.keys_to_come_by()) - {None, PASSTHROUGH})
 
     def redacted_upstreams(self) -> FrozenSet[str]:
-        """Returns the names of those that what must not leave does not reach."""
+        """Returns the names of the upstreams that redacted values must not reach."""
         globs = self.redact_upstreams
         return frozenset(one.name for one in self.all_upstreams() if (
             any(fnmatch.fnmatchcase(one.name, glob) for glob in globs) if globs
@@ -1205,7 +1206,7 @@ class Config(types.SimpleNamespace):
                    for upstream in self.all_upstreams() for url in upstream.url)
 
     def warnings(self) -> List[str]:
-        """Returns sentences about what is allowed, but hardly meant."""
+        """Returns sentences about what is allowed, but probably a mistake."""
         names = [upstream.name for upstream in self.all_upstreams()]
         return [
             *map(unknown_setting, self.unknown),
@@ -1233,7 +1234,7 @@ class Config(types.SimpleNamespace):
             yield "REDACT takes nothing out: no upstream is far from here (REDACT_UPSTREAMS)"
 
     def doubts(self):
-        """Returns the warnings of which each is given once at most."""
+        """Returns the warnings about all settings together, each once at most."""
         prefix = next((one.name for one in self.upstreams), "NAME")
         is_fixed = self.token_cost_mode == "request"
         return [sentence for holds, sentence in (
@@ -1269,7 +1270,8 @@ class Config(types.SimpleNamespace):
         ) if holds]
 
     def may_ignore_models(self):
-        """Tells whether rules go by models, and the base, which is no vendor's, may not mind."""
+        """Tells whether rules depend on models, and the base, which is no vendor's, may ignore
+        them."""
         by_model = [rule for rule in self.limits or ()
                     if UNITS[rule.unit] == "usd" or "model" in dict(rule.scopes)]
         hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
@@ -1283,7 +1285,7 @@ class Config(types.SimpleNamespace):
         return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
 
     def contradictions(self):
-        """Yields what is wrong between settings that are right one by one."""
+        """Yields faults of settings that are right one by one, and wrong together."""
         names = [upstream.name for upstream in self.upstreams]
         for name in self.upstream_order or ():
             if name not in names:
@@ -1372,7 +1374,7 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 
 
 def looks_like_a_setting(name):
-    """Tells whether a variable of the environment, where most are not ours, is one misspelt."""
+    """Tells whether a variable of the environment may be a setting that is misspelt."""
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
         difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
 
@@ -1439,7 +1441,7 @@ def named_upstream(name, options):
 
 
 def usual_dialect(name, urls):
-    """Returns the API of an upstream that does not say: that of its vendor, None of others. Below a
+    """Returns the default API of an upstream: its vendor's, None where that is unknown. Below a
     path, Azure and Ollama have nothing but OpenAI's."""
     own_paths = not any(url.path for url in urls)
     if own_paths and urls and all(AZURE_HOST.fullmatch(url.host) for url in urls):
@@ -1468,7 +1470,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
     config.choose_defaults()
-    if not config.speaks_https():  # that proxy is meant for others, and may be of any kind
+    if not config.speaks_https():  # it is for other programs then, of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
     faults += config.contradictions()
@@ -1537,7 +1539,7 @@ class UnsupportedExpectation(Refusal):
 
 
 class Forbidden(Refusal):
-    """The caller is known, and what it asks for is nobody's here."""
+    """The caller is known, and nobody may have what it asks for."""
     status = 403
     message = "This path is not passed on"
 
@@ -1563,7 +1565,7 @@ class UpstreamNotAllowed(Forbidden):
 
 
 class MustNotLeave(Refusal):
-    """What was found in the call; another upstream may be told of it."""
+    """The call holds values that must not go to this upstream; another one may get them."""
     code = "must_not_leave"
     nothing_sent = True
 
@@ -1584,7 +1586,7 @@ class NothingStored(Refusal):
 
 
 class AskedElsewhere(Refusal):
-    """Of several that ask for the answer of one call in the background one settles it."""
+    """Another process is being asked for the answer of the same background call, and settles it."""
     status = 409
     message = "Another call asks for this answer now, try again in a moment"
     fields = {"Retry-After": 1}
@@ -1606,7 +1608,8 @@ class MethodNotAllowed(Refusal):
 
 
 class UpgradeRequired(Refusal):
-    """A WebSocket is asked for. RFC 9110 15.5.22 wants the protocol named that is spoken."""
+    """A WebSocket is asked for. RFC 9110 15.5.22 wants the answer to name a protocol that is
+    spoken."""
     status = 426
     message = "WebSocket is not spoken here, post the call over HTTP/1.1 instead"
     fields = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}
@@ -1655,7 +1658,7 @@ class Overloaded(Refusal):
 
 
 class Stopped(Overloaded):
-    """The server stops, and the call's time to end is over."""
+    """The server stops, and the time for running calls is over."""
     outcome = "stopped"
 
 
@@ -1696,7 +1699,7 @@ CAUSES = {
 
 
 class KeyRefused(Refusal):
-    """The upstream does not take the operator's key, which its caller has nothing to do with."""
+    """The upstream refuses the operator's key, which is not the caller's fault."""
     status = 502
     outcome = "upstream_status"
     code = "upstream_refused_our_key"
@@ -1733,8 +1736,8 @@ class QueueRefused(Refusal):
 
 
 class NotAStream(Refusal):
-    """What came is no stream, and the caller's has begun; `body` is an error as the upstream says
-    it."""
+    """The response is no stream, but the caller's stream has begun; `body` is the error in the
+    upstream's words."""
     status = 502
     outcome = "upstream_status"
     message = "The upstream did not answer with a stream"
@@ -1864,7 +1867,8 @@ class Key(NamedTuple):
         return dict(zip(self._fields[:-3], self))
 
     def end(self, valid_until: Optional[float]) -> Optional[float]:
-        """Returns when it is good no more by a secret that is valid so long; None: never."""
+        """Returns until when the key is good, with a secret that is valid until then; None: for
+        ever."""
         ends = [one for one in (self.expires, valid_until) if one is not None]
         return -1.0 if self.disabled else min(ends, default=None)
 
@@ -1938,8 +1942,8 @@ def new_secret() -> str:
 
 
 def blinded(credential: bytes, secret: bytes) -> bytes:
-    """Returns what a table may be searched by, of a digest: nobody can choose how a guess of theirs
-    comes out, so the time that a search takes tells them nothing."""
+    """Returns a digest by which a table can be searched: nobody can predict that of a guess, so the
+    time that a search takes tells them nothing."""
     return hashlib.blake2b(credential, key=secret).digest()
 
 
@@ -2060,7 +2064,7 @@ class Callers:
         return Caller(("key", one), None, self.secret)
 
     def known_by(self, credential):
-        """Returns whose secret has this digest, None where it is nobody's."""
+        """Returns the caller whose secret has this digest, None if there is none."""
         blind = blinded(credential, self.secret)
         found = self.known.get(blind) or self.stored.known.get(blind)
         return found[1] if found and hmac.compare_digest(found[0], credential) else None
@@ -2117,8 +2121,8 @@ class Origins:
         return fields.get("origin", "").partition("://")[2].lower() == host.lower() != ""
 
     def check(self, method: str, fields: Fields):
-        """Raises ForeignOrigin for a request that a page makes which may not. Reading is the
-        browser's to prevent."""
+        """Raises ForeignOrigin for a request of a web page that may not make it. Reading the answer
+        is prevented by the browser."""
         origin = fields.get("origin")
         if origin is not None and method not in ("GET", "HEAD", "OPTIONS") and (
                 not self.allows(origin)):
@@ -2223,11 +2227,11 @@ class Level(NamedTuple):
         return self.rule.began or self.refilled + offset
 
     def untaken(self):
-        """Returns the same bucket with the amount still in it."""
+        """Returns the same bucket as it was before `amount` was taken."""
         return self.less(-self.amount)
 
     def less(self, amount):
-        """Returns the same bucket once `amount` more is taken of it."""
+        """Returns the same bucket after `amount` more is taken of it."""
         return self._replace(amount=self.amount + amount, level=self.level - amount)
 
 
@@ -2521,12 +2525,12 @@ class Hold:
             self.give_back()
 
 
-# Names of one model differ in who sells it, in its date and in how it is routed, none of which
-# makes it another one. Tags of Ollama stay: they are sizes.
+# Names of one model differ by its vendor, its date and its route. Tags of Ollama stay, as they are
+# sizes.
 MODEL_SELLER = re.compile(
     r"^(?:(?:us|us-gov|eu|ap|apac|au|ca|jp|sa|global)\.)?(?:ai21|amazon|anthropic|cohere|deepseek"
     r"|google|meta|minimax|mistral|moonshotai|moonshot|nvidia|openai|qwen|writer|xai|zai)\.")
-# No text is matched by two of these, else a name of many would take for ever.
+# No text matches two of these, or a name of many would take exponential time.
 MODEL_VARIANT = re.compile(
     r"(?:-latest|-00[0-9]|-[0-9]{4}-[0-9]{2}-[0-9]{2}|-[0-9]{8}"
     r"|(?<=[0-9])-v[0-9]+|(?<![0-9])-v[0-9]+(?=:)"
@@ -2561,9 +2565,9 @@ def may_use(globs: Sequence[str], model: str) -> bool:
 
 
 class Limits:
-    """Which rules a call must pass. Of each family only the first rule that matches counts: the
-    rules of the caller's own key (in `own`, by its subject), then special ones, then those for
-    `each`."""
+    """Finds the rules that a call must pass. Of each family only the first rule that matches
+    counts: the rules of the caller's own key (in `own`, by its subject), then special ones, then
+    those for `each`."""
     MAX_KNOWN = 4_000
     own: Dict[bytes, Tuple[Rule, ...]] = {}
 
@@ -2699,10 +2703,10 @@ class Limits:
                               if len(one.key) == 2 and one.key[1][1] in changed])
 
     def successor(self, text, own):
-        """Returns the rule of this text, and the one by which its bucket goes now, for a caller who
-        has rules of its `own`: where it is no more, one of the same scopes and unit, of the same
-        duration if there is one. Both are None where there is none. `own` is None for one whose key
-        is not stored, who may be a person behind one that is."""
+        """Returns the rule of this text, and the one that replaces it for a caller with rules of
+        its `own`: if it is gone, one of the same scopes and unit, if possible of the same duration.
+        Both are None without one. `own` is None for a caller whose key is not stored, who may be a
+        person behind one that is."""
         families = {rule.family for rule in own or ()}
         now = known = [*(own or ()), *[
             rule for rule in self.rules if rule.family not in families]]
@@ -2720,7 +2724,7 @@ class Limits:
 
     @staticmethod
     def heir(old, now, own):
-        """Returns the rule that counts what an old one did, one of its duration if there is one."""
+        """Returns the rule that replaces an old one, if possible one of its duration."""
         unit = old.text.split(" ")[2]
         heirs = [rule for rule in now if None not in (rule.capacity, old.capacity)
                  and rule.text.split(" ")[2] == unit
@@ -2846,7 +2850,7 @@ def kind_of_text(text):
     data = text[:1000].encode("utf-8", "surrogatepass")
     size, rare = len(data), len(data.translate(None, PROSE))
     if rare * 25 <= size:
-        return 0  # as nearly always
+        return 0  # the usual case
     if rare * 2 > size:
         return 4
     signs = rare - data.count(b"  ") * 4 // 5  # spaces that indent are one token
@@ -3083,10 +3087,11 @@ HabitName = Union[str, Tuple[str, int]]
 
 
 class Habits:
-    """What calls were seen to use, by name: (calls that showed it, what it was in the last MEMORY).
-    That is the share of output that nobody sees, `hidden`; the weight of text for a token, by
-    (side, kind of text); and `peak`, the output that but one in twenty of the `recent` calls
-    exceeded that do not limit it."""
+    """What calls were seen to use, by name: (how many calls showed it, its mean over the last
+    MEMORY), by name: (calls that showed it, what it was in the last MEMORY). That is the share of
+    output that nobody sees, `hidden`; the weight of text for a token, by (side, kind of text); and
+    `peak`, the output that but one in twenty of the `recent` calls exceeded that do not limit
+    it."""
     __slots__ = "calls known recent".split()
     MEMORY = 20
 
@@ -3096,7 +3101,7 @@ class Habits:
         self.recent: List[int] = []
 
     def move(self, name: HabitName, value: float):
-        """Moves a mean; the first values count fully."""
+        """Adds to a moving mean; the first values count fully."""
         count, mean = self.known.get(name, (0, 0.0))
         count = min(count + 1, self.MEMORY)
         self.known[name] = count, mean + (value - mean) / count
@@ -3188,8 +3193,8 @@ class CostEstimator:
         return held, least
 
     def last_peak(self, caller):
-        """Returns the output to expect of a model that nobody knows: what those said that were
-        called last, as a server may answer to any name."""
+        """Returns the output to expect of an unknown model: that of the models called last, as a
+        server may answer to any name."""
         models = islice(reversed(self.models.values()), 8)
         return max([model.expect(caller, "peak") for model in models], default=0)
 
@@ -3261,7 +3266,7 @@ class CostEstimator:
         many = outputs > 1
         passed = source.most_characters() - self.NO_TEXT
         if passed <= 0 and not many:
-            return False  # as nearly always
+            return False  # the usual case
         # llama.cpp tells the tokens of one output, however many it made: half of them, of two.
         times = min(2, math.sqrt(outputs)) if many else 2
         most = max(times * told.output, told.output + 64)
@@ -3289,7 +3294,8 @@ class CostEstimator:
             model.refresh()
 
     def learn_ratios(self, call, own, used, source):
-        """Leaves out what is short: what stands around it would count too much."""
+        """Learns from long texts alone: in short ones the words around them would count too
+        much."""
         if self.needs_estimate and used.input:
             weight, media, kind = call.prompt_length()
             if weight >= 64 and not media:
@@ -3346,8 +3352,8 @@ def is_too_complex(data):
 
 
 def may_have_long_number(data):
-    """Returns False where LONG_NUMBER digits never follow one another: then no half of them stand
-    at any of the places that are looked at."""
+    """Returns False where no number can have LONG_NUMBER digits: such a one would fill one of the
+    pieces that are looked at."""
     half = LONG_NUMBER // 2
     return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
 
@@ -3405,11 +3411,11 @@ KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
 
 
 def was_strict(text, value):
-    """Returns whether the JSON that was read as `value` is sure to name no key twice, and to have
-    no number that is out of range."""
+    """Returns whether the JSON that was read as `value` certainly names no key twice and has no
+    number out of range."""
     keys = 0
     values = [value]
-    for one in values:  # the list grows meanwhile
+    for one in values:  # the list grows as it is walked
         if type(one) is dict:
             keys += len(one)
             values += one.values()
@@ -3486,8 +3492,8 @@ class JsonBody:
             self.short = self.cut_media()
 
     def cut_media(self):
-        """Looks every MEDIA_BYTES whether a string is there that has neither begun nor ended since
-        the last look."""
+        """Cuts out strings of media: a look every MEDIA_BYTES finds each string that spans two of
+        them."""
         data = self.data
         self.cuts = {}
         self.secret = b"%016x" % random.getrandbits(64)
@@ -3523,7 +3529,8 @@ class JsonBody:
         return payload
 
     def is_media(self, start, end):
-        """Judges by what stands before and behind it, and by its beginning and end."""
+        """Tells whether a long string is media, by the text around it and by its beginning and
+        end."""
         data = self.data
         sample = data[start:start + 1024] + data[end - 1024:end]
         return (BEFORE_MEDIA.search(data, max(0, start - 64), start) is not None
@@ -3575,7 +3582,7 @@ LINE = re.compile(rb"[^\r\n]*")
 
 
 def begin_of_line(data, place):
-    """Returns where the line begins in which a place is."""
+    """Returns where the line that holds a place begins."""
     return max(data.rfind(b"\n", 0, place), data.rfind(b"\r", 0, place)) + 1
 
 
@@ -3627,7 +3634,7 @@ def form_fields(body, content_type):
 
 
 def query_fields(body):
-    """Yields the same of a form that is spelled as a query is."""
+    """Yields the fields of a form in the shape of a query, as `form_fields` does."""
     if len(body) > MAX_QUERY:
         raise BodyTooLarge
     for field in re.finditer(b"([^=&]+)=?([^&]*)", body):
@@ -3665,7 +3672,7 @@ def objects_in(value, values_of=dict.values):
     what `values_of` returns of it; None leaves it out."""
     found = []
     parts = [value]
-    for part in parts:  # the list grows meanwhile
+    for part in parts:  # the list grows as it is walked
         if type(part) is list:
             parts += part
         elif type(part) is dict:
@@ -3692,9 +3699,9 @@ def is_count(value):
 
 
 def merged(before, after, join=max):
-    """Returns two reports in one. Counts and money only grow, so that of the same ones the larger
-    is taken; null says nothing."""
-    if not before:  # as nearly always
+    """Returns two reports as one. Counts and money only grow, so the larger of two is taken; null
+    says nothing."""
+    if not before:  # the usual case
         return after
     found = dict(before)
     for name, value in after.items():
@@ -3747,11 +3754,11 @@ class EventFraming(NamedTuple):
         return first_line + self.prefix + data + self.ends[0]
 
     def at_boundary(self, tail: bytes) -> bool:
-        """Returns whether something can be put in after `tail`, the last 4 bytes that passed."""
+        """Returns whether something can be inserted after `tail`, the last 4 bytes that passed."""
         return not tail or tail.endswith(self.ends)
 
     def data(self, line: bytes) -> Optional[bytes]:
-        """Returns what a line has of an event's JSON, None where it is another line."""
+        """Returns the part of an event's JSON that a line holds, None for another line."""
         prefix = self.prefix.rstrip()  # others leave out the space
         return line[len(prefix):] if line.startswith(prefix) else None
 
@@ -3773,7 +3780,7 @@ class EventFraming(NamedTuple):
         return b"".join(rest)
 
     def again(self, event: bytes, data: bytes) -> bytes:
-        """Returns an event that follows another of the same kind."""
+        """Returns a second event of the same kind, with other data."""
         return self.replaced(event, data).rstrip(b"\r\n") + self.ends[0]
 
     def cut(self, data: bytes) -> List[bytes]:
@@ -3834,7 +3841,7 @@ class ArrayFraming(EventFraming):
         plain = without_escapes(data)
         braces = b"".join(plain.split(b'"')[::2]).translate(None, NO_BRACES)  # outside of strings
         if 0 not in itertools.accumulate(map((124).__sub__, braces)):  # { adds 1, } takes 1 away
-            return [data]  # far sooner known than by steps
+            return [data]  # much faster than step by step
         ends = [0]
         depth = 0
         for step in JSON_STEP.finditer(plain):
@@ -3858,7 +3865,7 @@ LINES_OF_JSON = NDJSON.content_type, "application/stream+json"  # the latter is 
 JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",), (b"}",))
 
 
-UNKNOWN = "unknown"  # the endpoint of a call that costs something, and of which we know no more
+UNKNOWN = "unknown"  # the endpoint of a call that costs something and is not known otherwise
 UPLOAD = "upload"    # that of a file to be stored
 UNNAMED = (UNKNOWN, UPLOAD)
 
@@ -3933,7 +3940,7 @@ class Call:
         self.models = (model,)
         if self.is_plain and model == self.model == self.payload.get("model") and not (
                 rewrite or self.masked):
-            return  # as nearly always
+            return  # the usual case
         payload = self.masked or self.payload
         self.masked = None
         if not self.dialect.MODEL_LISTS.isdisjoint(payload):
@@ -3958,7 +3965,8 @@ class Call:
             self.upstream_body = self.json_body.spell(payload)
 
     def prepare_unknown(self, model, payload, rename):
-        """Puts the models where the call names some, which may be a batch of calls."""
+        """Replaces the models that a call of an unknown endpoint names; it may be a batch of
+        calls."""
         renamed = json.loads(to_json_bytes(payload))
         named = []
         for one in objects_in(renamed):
@@ -3994,7 +4002,7 @@ class Call:
 
     def references(self) -> List[str]:
         """Returns the names of stored things that the payload speaks of."""
-        if self.json_body and not may_refer(self.json_body.short):  # as nearly always
+        if self.json_body and not may_refer(self.json_body.short):  # the usual case
             return []
         found = []
         is_chat = self.endpoint == "chat"
@@ -4018,7 +4026,7 @@ class Call:
             payload = self.payload
             if self.is_plain and not self.json_body.cuts:
                 self.length = chat_length(payload.get("messages"))
-                if self.length:  # as nearly always
+                if self.length:  # the usual case
                     return self.length
             self.length = text_length(payload)
         return self.length
@@ -4030,7 +4038,7 @@ class Call:
         if self.limit is None:
             most = self.payload.get("max_tokens")
             if self.endpoint == "chat" and UNUSUAL_NUMBERS.isdisjoint(self.payload) and (
-                    most is None or type(most) is int):  # as nearly always
+                    most is None or type(most) is int):  # the usual case
                 self.limit = most if most is None or most >= 0 else None, 1
             else:
                 self.limit = self.find_output_limit()
@@ -4058,11 +4066,11 @@ class Call:
                           if type(many) is list and many and type(many[0]) in HOLD_WORDS])
 
     def tiers(self) -> Tuple[str, ...]:
-        """Returns how it asks to be served."""
+        """Returns the service tiers that it asks for."""
         return tuple(filter(is_name, map(self.payload.get, self.dialect.TIERS)))
 
     def holders(self):
-        """Returns the objects in which limits may stand: of a call that we do not know, all."""
+        """Returns the objects in which limits may stand; of an unknown call, all objects."""
         if self.endpoint == UNKNOWN:
             return objects_in(self.payload)
         options = list(filter(None, map(self.payload.get, OPTION_HOLDERS)))
@@ -4114,7 +4122,7 @@ def is_small(value):
     """Tells whether a part of a payload takes little room."""
     parts = [value]
     size = 0
-    for part in parts:  # the list grows meanwhile
+    for part in parts:  # the list grows as it is walked
         size += len(part) if isinstance(part, str) else 8
         if size > 1024:
             return False
@@ -4186,8 +4194,8 @@ ROLE, CONTENT = operator.itemgetter("role"), operator.itemgetter("content")
 
 
 def chat_length(messages):
-    """Returns what `text_length` does, in a third of the time, for messages that have nothing but a
-    role and a text each; None for others."""
+    """Returns the same as `text_length`, in a third of the time, for messages of nothing but a role
+    and a text; None for others."""
     try:
         contents = list(map(CONTENT, messages))
         if sum(map(len, messages)) != 2 * len(contents):
@@ -4208,7 +4216,7 @@ def media_texts(part):
         return None
     texts, data = [], []
     pairs = [("", part)]
-    for key, value in pairs:  # the list grows meanwhile
+    for key, value in pairs:  # the list grows as it is walked
         if isinstance(value, str):
             (data if key in DATA_KEYS and " " not in value else texts).append(value)
         elif type(value) is list:
@@ -4229,7 +4237,7 @@ def text_length(payload: JsonObject) -> Tuple[int, List[int], int]:
     texts, media = [], [0] * len(as_list(payload.get(IMAGES_KEY) or []))
     rest = 0
     values = [value for key, value in payload.items() if key not in ("model", IMAGES_KEY)]
-    for value in values:  # the list grows meanwhile
+    for value in values:  # the list grows as it is walked
         kind = type(value)
         if kind is str:
             texts.append(value)
@@ -4281,7 +4289,7 @@ class Words(NamedTuple):
     place: Tuple[Any, ...]
 
     def put(self, text: str) -> None:
-        """Has another text stand there."""
+        """Replaces the text."""
         if self.kind == "key":
             self.holder[text] = self.holder.pop(self.key)
         else:
@@ -4298,7 +4306,7 @@ BEFORE_JSON = " \t\r\n`json["
 
 
 def is_words(key, value):
-    """Tells whether there may be words of somebody at a key of an object that is the API's."""
+    """Tells whether a key of an API's own object may hold text that somebody wrote."""
     if type(value) is dict:  # such as what a tool calls `id`
         return key not in MEDIA_OBJECTS or not FILE_NAMES.isdisjoint(value)
     if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
@@ -4315,7 +4323,8 @@ def words_in(payload: JsonObject) -> Iterator[Words]:
 
 
 def words_at(holder, key, place, of_tool):
-    """`of_tool`: the key of what a tool is given or gives, in which this stands."""
+    """Yields the texts below a key. `of_tool`: the key of a tool's input or output that they are
+    part of."""
     value = holder[key]
     keys = ()
     if type(value) is str:
@@ -4370,7 +4379,8 @@ JSON_STRING = re.compile('"([^"]*)"?')
 
 
 def blot_escapes(text: str) -> str:
-    """Does as `without_escapes`: `re` keeps 200 bytes for each that a pattern steps over."""
+    """Returns the same as `without_escapes`, without regular expressions: `re` keeps 200 bytes for
+    each match that a pattern steps over."""
     return text.replace("\\\\", "--").replace('\\"', "--")
 
 
@@ -4434,7 +4444,7 @@ def may_refer(data):
 
 
 def says_of_things(part):
-    """Returns the values in an object that may speak of stored things, None where none can."""
+    """Returns the values in an object that may name stored things, None without any."""
     if "type" in part and ECHO.search(str(part["type"])):
         return None
     if CALLERS_OWN.isdisjoint(part):
@@ -4497,8 +4507,8 @@ def without(pattern, query):
 
 
 def fault_status(*values):
-    """Returns the status of an error in a response: what it says itself, else 429 or 400 where its
-    kind is one that speaks of the account or the caller, and 502."""
+    """Returns the status of an error in a response: its own, else 429 or 400 for a kind of error
+    that blames the account or the caller, and 502 for others."""
     words = " ".join([str(dig(value, key)) for value in values
                       for key in "code status status_code type".split()])
     told = re.search(r"(?<!\S)[45][0-9]{2}(?!\S)", words)
@@ -4531,8 +4541,8 @@ def read_money(value):
 
 
 def with_iterations(told, parts):
-    """Returns the usage of a call that ran in several steps, some of them by another model. What
-    was told may leave out some (Anthropic's compaction)."""
+    """Returns the usage of a call that ran in several steps, some of them by another model. The
+    reported sum may lack some of these (Anthropic's compaction)."""
     served = fold_model(told.model or "")
     own = [part for part in parts if not served or fold_model(part.model) == served]
     steps = Usage(others=tuple(own)).with_others()
@@ -4771,7 +4781,7 @@ class Dialect:
         kind = payload.get(self.LAST_KEY) if self.BLOCK_NUMBERS else None
         begin = self.block_numbers(payload), kind if type(kind) is str else ""
         values = [(self.deltas, begin, [], payload)]
-        for tree, block, way, value in values:  # the list grows meanwhile
+        for tree, block, way, value in values:  # the list grows as it is walked
             if type(value) is dict:
                 values += [(tree[key], (*block, key), [*way, (value, key)], value[key])
                            for key in tree if key in value]
@@ -4985,8 +4995,8 @@ class Dialect:
         return min(MAX_COST, round(max(told))) if told else None
 
     def said(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
-        """Returns what the model said in JSON or in events, cut ones too. One search for all of
-        them: parsing each event of a stream takes ten times as long."""
+        """Returns what the model said in JSON or in events, which may be cut off. One search finds
+        all: to parse each event of a stream takes ten times as long."""
         keys = streamed and self.DELTA_KEYS.get(endpoint) or self.TEXT_KEYS
         text = data.decode("utf-8", "replace")
         # What several keys say in the same words is said once: some mirror reasoning.
@@ -5280,7 +5290,7 @@ class OpenAI(Dialect):
         return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, (), 0))
 
     def searches(self, payload):
-        """Counts those in the output. To open a page is none."""
+        """Counts the searches in the output; opening a page is none."""
         return sum([dig(one, "type") == "web_search_call"
                     and dig(one, "action", "type") in (None, "search")
                     for one in as_list(payload.get("output"))])
@@ -5307,8 +5317,7 @@ class OpenAI(Dialect):
             "message": json.dumps(str(message))}).encode())
 
     def limit_text(self, call, values):
-        """In chat and completions there are as many choices as were asked for, for clients that
-        count on them."""
+        """Returns a limit reply with as many choices as were asked for, as clients rely on that."""
         text = super().limit_text(call, values)
         if call.endpoint not in COMPLETIONS:
             return text
@@ -5444,7 +5453,7 @@ class Google(Dialect):
     OTHER_ERRORS = ("INVALID_ARGUMENT", "UNAVAILABLE")
 
     def model_name(self, model):
-        """Gemini takes models/NAME for NAME; limits and prices must not."""
+        """Returns the name without models/, which Gemini takes as well."""
         return model.removeprefix("models/")
 
 
@@ -5487,7 +5496,8 @@ class Gemini(Google):
         return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
 
     def with_model(self, path, payload, model):
-        """In a payload it is never more than an echo, under a name of its own."""
+        """Returns the path and the payload of a call of this model; in the payload the model is
+        only an echo, under another name."""
         return super().with_model(path, {}, model)[0], payload
 
     def place(self, path, dialect, metered):
@@ -5506,15 +5516,15 @@ class Gemini(Google):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
 
     def number(self, one, place):
-        """The parts of an event go on where those of the one before ended, of thoughts and of
-        text."""
+        """Numbers a part: the parts of one event continue those of the event before, thoughts and
+        text apart."""
         if type(one) is dict and "text" in one:
             return "thought" if one.get("thought") is True else "said"
         path = dig(one, "jsonPath")  # of an argument of a tool
         return path if type(path) is str else super().number(one, 0)
 
     def limit_text(self, call, values):
-        """A stream without events is an array."""
+        """Returns a limit reply; a stream without events is an array."""
         text = super().limit_text(call, values)
         is_array = text and call.stream and not self.is_stream(self.limit_type(call))
         return f"[{text}]" if is_array else text
@@ -5566,7 +5576,7 @@ class Interactions(Google):
                     and is_count(one.get("count"))])
 
     def is_final(self, payload, counts):
-        """The last event has those of the whole interaction."""
+        """Returns True for the last event, which has the counts of the whole interaction."""
         return payload.get(self.LAST_KEY) in (None, *self.LAST_TYPES)
 
 
@@ -5899,7 +5909,7 @@ def may_be_fault(data):
 
 
 def front(data: bytes) -> JsonObject:
-    """Returns the values that are whole at the beginning of an object that is too large to be
+    """Returns the values that are complete at the beginning of an object that is too large to be
     kept."""
     data, found = data[:1 << 14], {}
     text = "" if is_too_complex(data) else data.decode("utf-8", "replace")
@@ -5911,13 +5921,12 @@ def front(data: bytes) -> JsonObject:
 
 
 class Edit:
-    """A change of a stream, made in its whole events: `find` returns where in some bytes there may
-    be something to change, their end where there is nothing, and `apply` what goes on for an event.
-    """
+    """A change of a stream, event by event: `find` returns where there may be something to change
+    in some bytes, their end if nowhere, and `apply` the bytes to pass on for an event."""
     MAX_HELD = 1 << 14  # bytes of an event that is awaited whole
 
     def end(self) -> bytes:
-        """Returns what is still to go on when no more events come."""
+        """Returns the bytes to pass on when no more events come."""
         return b""
 
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
@@ -5927,7 +5936,7 @@ class Edit:
 
 
 class HiddenUsage(Edit):
-    """Takes out the usage that we asked for, and its caller did not."""
+    """Removes the usage that we asked for and the caller did not."""
 
     def __init__(self, dialect: OpenAI):
         self.dialect = dialect
@@ -5941,7 +5950,7 @@ class HiddenUsage(Edit):
         return found.start() if found else len(data)
 
     def apply(self, event: bytes) -> bytes:
-        """An event stays as it is where it has more to say."""
+        """Returns an event without its usage; one that says more than that stays as it is."""
         if not self.search(event) or self.dialect.CONTENT.search(event):
             return event
         payload = self.dialect.events.payload(event)
@@ -5978,9 +5987,9 @@ class Editor:
             return b""
         self.held = b""
         first = min([edit.find(data) for edit in self.edits])
-        if first == len(data) and self.events.at_boundary(data):  # as nearly always
+        if first == len(data) and self.events.at_boundary(data):  # the usual case
             return data
-        if self.is_one(data):  # as nearly always
+        if self.is_one(data):  # the usual case
             return self.edited(data)
         begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
@@ -6009,7 +6018,7 @@ class Editor:
         return goes
 
     def flush(self) -> bytes:
-        """Returns what is still held back at the end, where a line end may be missing."""
+        """Returns the bytes that are still held back at the end, which may lack a line end."""
         held = self.held
         self.held = b""
         shown = self.edited(held)
@@ -6055,15 +6064,15 @@ class HiddenKey:
 
 
 def inflater_for(data):
-    """Returns what unpacks gzip or deflate. That has a header (RFC 1950 2.2), which some leave out;
-    nothing else begins so."""
+    """Returns a decompressor for gzip or deflate. Some leave out the header of deflate (RFC 1950
+    2.2); nothing else begins with it."""
     headed = data[0] == 0x1f or data[0] & 15 == 8
     return zlib.decompressobj(47 if headed else -15)
 
 
 class ErrorUnpacker:
-    """Passes an error on once it is whole, unpacked and changed by an `editor`, of which there is
-    none where nobody can unpack it; `instead` of one that cannot be read."""
+    """Passes on an error once it is complete, decompressed and changed by an `editor`. Without an
+    editor nobody can decompress it, and `instead` is passed on."""
     MAX_SIZE = 1 << 16  # bytes, packed or not
     MAX_MEMBERS = 16
 
@@ -6224,7 +6233,7 @@ class UsageReader:
                 if type(payload) is dict:
                     self.note_answer(payload, self.listed in self.dialect.ANSWERS)
                 at = SEPARATOR.match(text, end).end()
-            self.final = False  # the rest waits, and may never be read
+            self.final = False  # the rest waits, and may never be needed
         return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
     def note_answer(self, payload, adds=False):
@@ -6242,7 +6251,7 @@ class UsageReader:
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
         found, events = [], self.dialect.events
-        if data.find(self.dialect.USAGE_MARK) >= 0:  # far sooner known than by an expression
+        if data.find(self.dialect.USAGE_MARK) >= 0:  # much faster than a regular expression
             found = list(self.dialect.usage_begin.finditer(data))
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
@@ -6281,7 +6290,7 @@ class UsageReader:
                 self.final = final
 
     def note_server(self, payload):
-        """Takes which model served, and how."""
+        """Notes which model served the call, and in which tier."""
         model, tier = self.dialect.served(payload)
         self.model = model or self.model
         self.tier = tier or self.tier
@@ -6307,7 +6316,7 @@ class UsageReader:
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
                 last.find(b"{") >= 0 and not may_be_fault(last)):
-            self.closed = self.ended = True  # as nearly always
+            self.closed = self.ended = True  # the usual case
             return
         events = 0
         for event in reversed(framing.cut(last)):
@@ -6383,12 +6392,12 @@ class UsageReader:
         if type(said) is str and self.endpoint not in NO_LIMIT_REPLY and not (
                 self.counts or self.lost or any(map(payload.get, ANSWER_KEYS))
                 or any(self.dialect.said(data, self.endpoint, False))):
-            self.fault = self.fault or fault_status(payload)  # no assistant says it so
+            self.fault = self.fault or fault_status(payload)  # no assistant writes it like this
 
     def ending(self, whole: bool) -> str:
         """Returns how a response ended by what it says itself; `whole`: its body has come."""
         self.read_end(whole)
-        if whole and self.ended and not self.fault:  # as nearly always
+        if whole and self.ended and not self.fault:  # the usual case
             return "ok"
         failed = self.fault or (whole and not self.ended and self.tells_end())
         if failed and not self.said_nothing:
@@ -6399,7 +6408,7 @@ class UsageReader:
         return "ok" if whole and not failed else "upstream_cut"
 
     def has_closed(self) -> bool:
-        """Returns whether a stream, though not whole, has come to its own end."""
+        """Returns whether a stream that is not complete has reached its own end."""
         self.ending(whole=False)
         return self.closed
 
@@ -6418,7 +6427,8 @@ class UsageReader:
         return usage, usage is not None and complete
 
     def most_characters(self) -> float:
-        """Returns what was counted; of what is kept, all, or what is usual in events."""
+        """Returns the most characters that passed: those counted, and for what is kept its length,
+        or what is usual in events."""
         density = self.density or (0.03 if self.streamed else 1)
         return self.characters + len(self.kept) * density
 
@@ -6469,7 +6479,7 @@ URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")  # before it
 
 
 def end_of_email(match: "re.Match[str]") -> int:
-    """Leaves out a password before the host of a URL."""
+    """Returns the end of an address, 0 for what is a password and a host in a URL."""
     before = match.string[max(0, match.start() - 80):match.start()]
     is_password = before.endswith(":") and URL_PASSWORD.search(before)
     return match.end() if match.lastindex and not is_password else 0
@@ -6509,7 +6519,7 @@ CARD_GROUPS = [re.compile(
 
 
 def end_of_card_groups(match: "re.Match[str]") -> int:
-    """Takes the first group for the beginning of a card's number."""
+    """Returns the end of a card's number in groups; the first group is taken for its beginning."""
     for groups in CARD_GROUPS:
         found = groups.match(match.string, match.start())
         if found and is_card(found[0]):
@@ -6537,7 +6547,8 @@ IBANS = {country: (iban_pattern(int(row[:2])).match, country.translate(LETTER_NU
 
 
 def end_of_iban(match: "re.Match[str]") -> int:
-    """Wants the country's length, and the right check digits (ISO 7064, mod 97-10)."""
+    """Returns the end of an account's number: its country decides the length, and its check digits
+    must be right (ISO 7064, mod 97-10)."""
     follows, country = IBANS.get(match[0][:2], (None, b""))
     rest = follows and follows(match.string, match.start() + 2)
     if not rest:
@@ -6566,7 +6577,7 @@ NATIONAL_PHONES = {
 
 
 def end_of_phone(match: "re.Match[str]") -> int:
-    """Wants as many digits as a number at home may have."""
+    """Returns the end of a phone number that has as many digits as are usual in its country."""
     digits = len(match[0].encode().translate(None, b" ()./-"))
     return match.end() if 8 <= digits <= 12 else 0
 
@@ -6607,7 +6618,8 @@ TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip
 
 
 def end_of_ipv4(match: "re.Match[str]") -> int:
-    """Wants none that may be a version, where the last word shortly before it is for such."""
+    """Returns the end of an address; 0 if it may be a version, since the last word shortly before
+    it is one for versions."""
     if not SHORT_NUMBERS.match(match.string, match.start()):
         return match.end()
     told = TOLD_BEFORE.findall(match.string[max(match.start() - 200, 0):match.start()].lower())
@@ -6665,8 +6677,8 @@ SHORTEST_KEY = 8  # characters: a shorter one may be a word of any text
 
 
 def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[Shape]:
-    """Returns those of keys of our own: `keys`, and those of which a word is one if `knows` says
-    so."""
+    """Returns the shapes of our own keys: of `keys`, and of the words that `knows` says are
+    keys."""
     lengths = {len(key) for key in keys} | {len(new_secret())}
 
     def end(match):
@@ -6721,7 +6733,7 @@ class Redactor:
         return len(text) > self.LARGE or bool(self.may_hold(text))
 
     def search(self, text: str) -> Iterator[List[Finding]]:
-        """Yields the same in parts, many of them empty: each takes some milliseconds at most."""
+        """Yields the same in parts, many of them empty; each takes some milliseconds at most."""
         if not self.may_find(text):
             return
         if text.find("\\") < 0:
@@ -6781,7 +6793,7 @@ class Redactor:
         """Returns what of a Shape begins in a step."""
         end = begin + one.step
         some = list(one.search.finditer(text, begin, end + one.step // 4))
-        if not some:  # as nearly always
+        if not some:  # the usual case
             return ()
         rows = zip(map(re.Match.start, some), map(one.check, some), itertools.repeat(one.kind))
         return [row for row in rows if row[1] and row[0] < end and not (
@@ -6840,13 +6852,13 @@ class Masks:
     @staticmethod
     def value_in(spelled, is_json):
         """Returns the value that stands so in a text, or in one that is JSON."""
-        if "\\" not in spelled:  # as nearly always
+        if "\\" not in spelled:  # the usual case
             return spelled
         value = ESCAPED.sub(unescaped, spelled)
         return read_string('"%s"' % value) if is_json else value
 
     def mask_strings(self, text: str) -> Iterator[None]:
-        """Does so with the strings of JSON: numbers stay."""
+        """Masks the strings of JSON; numbers stay."""
         pieces = []
         last = 0
         for match in JSON_STRING.finditer(blot_escapes(text)):
@@ -6856,7 +6868,7 @@ class Masks:
         return "".join((*pieces, text[last:]))
 
     def mask_words(self, words: Words) -> Iterator[None]:
-        """Does so where words stand."""
+        """Masks the texts that stand at these places."""
         if words.kind == "json" and is_whole_json(words.text.encode("utf-8", "replace")):
             after = yield from self.mask_strings(words.text)
         else:
@@ -6868,8 +6880,8 @@ class Masks:
             self.places.append(spell_place(words.place))
 
     def mask_payload(self, payload: JsonObject, body: bytes) -> Iterator[None]:
-        """Does so with a payload, of which the last step returns a copy, None where nothing is
-        changed; `body` is how it came."""
+        """Masks a payload; the last step returns a copy, None if nothing is changed. `body` is how
+        it came."""
         if b"[[" in body or b"\\u005" in body:
             for words in words_in(dict(payload)):
                 yield
@@ -6893,7 +6905,7 @@ class Masks:
         return found
 
     def describe(self) -> str:
-        """Returns what was found, and where; never itself."""
+        """Returns what kinds were found, and where; never the values."""
         more = " and elsewhere" if len(self.places) == self.MAX_PLACES else ""
         return "%s, at %s%s" % (", ".join(self.counts), ", ".join(self.places), more)
 
@@ -6918,14 +6930,14 @@ class Redaction:
         self.opaque = opaque
 
     def masks(self, upstream: str, key: Optional[Key]) -> Optional[Masks]:
-        """Returns what takes it out of a call, None where nothing is looked for."""
+        """Returns the Masks for a call, None if nothing is looked for."""
         if upstream not in self.upstreams:
             return None
         kinds = read_kinds(key.redact) or None if key and key.redact else self.kinds
         return None if kinds is None else Masks(self.make(kinds), self.opaque)
 
     def judge(self, call: Call):
-        """Lets a call go with placeholders, or as it is. Raises MustNotLeave."""
+        """Decides whether a call goes with placeholders or as it is. Raises MustNotLeave."""
         if self.mode == "mask":
             return
         found, masks = call.masked, call.masks
@@ -7046,7 +7058,7 @@ class Restorer:
         size = self.words.match(text[:-self.MAX_WORDS - 1:-1]).end()
         begin = min(begin, len(text) - size)
         if size < self.LARGE and "eyJ" not in text and "-BEGIN" not in text:
-            return begin  # as nearly always
+            return begin  # the usual case
         begun = self.BEGUN_SECRET.search(text)
         return self.beside_value(text, min(begin, begun.start()) if begun else begin)
 
@@ -7080,14 +7092,14 @@ class Restorer:
         return "".join((*pieces, text[last:])).encode("utf-8", "surrogateescape")
 
     def without_values_in(self, strings):
-        """Does so with strings as JSON spells them, all at once: there may be thousands."""
+        """Masks strings as JSON spells them, all at once: there may be thousands."""
         found = self.without_values("\n".join(strings), True, "]").split("\n")
         if len(found) == len(strings):
             return found
         return [self.without_values(one, True, "]") for one in strings]  # one goes over several
 
     def restore_string(self, spelled, is_json, masks):
-        """Does so with what stands between the quotes of a string."""
+        """Restores what stands between the quotes of a string."""
         if not is_json and "[[" not in spelled and "\\u005" not in spelled:
             return spelled
         text = shown = read_string('"%s"' % spelled)
@@ -7148,7 +7160,7 @@ EVENT_HEAD = re.compile(rb"\A(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
 
 
 def what_closes(plain: bytes) -> bytes:
-    """Returns what is missing of JSON that is cut off, and has no escapes."""
+    """Returns the brackets and quotes that JSON lacks which is cut off and has no escapes."""
     ends = []
     for step in JSON_STEP.finditer(plain):
         if step[0] in CLOSING:
@@ -7162,12 +7174,12 @@ SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
 
 
 class Said(str):
-    """What goes on of a text: no more is looked for in it, as values came back there."""
+    """Text that is final: no more is looked for in it, because values were put back there."""
 
 
 def is_beside(block: Block, other: Block) -> bool:
-    """Returns whether two blocks of text are of one message, but not two in a list: then one has
-    ended where the other goes on."""
+    """Returns whether two blocks of text belong to one message and are not two in a list, of which
+    one has ended when the other begins."""
     numbers = [[one for one in names if type(one) is not str] for names in (block, other)]
     return block != other and all(map(operator.eq, *numbers))
 
@@ -7253,7 +7265,7 @@ class Unmasking(Edit):
         return b"".join((*before, self.restorer.restore_json(event)))
 
     def apply_other(self, event):
-        """Does so with what is no event with an object: with text, where it is no JSON."""
+        """Handles an event without an object: its text, if it is no JSON."""
         data = (self.events.all_data(event) if self.events else event).strip()
         if data == LAST_DATA:
             return self.end() + event
@@ -7266,7 +7278,7 @@ class Unmasking(Edit):
         return restorer.restore_text(event, may_be_json)
 
     def apply_opaque(self, event, may_be_json=False):
-        """Does so with what cannot be read, or with a part of it."""
+        """Handles what cannot be read, or a part of it."""
         masks = self.restorer.masks
         masks.counts["opaque"] += not self.is_text
         self.is_text = self.sliced
@@ -7290,7 +7302,7 @@ class Unmasking(Edit):
         return goes, data[end:]
 
     def begin_event(self, event, prefix):
-        """Does so with the first slice of an event, which nearly always ends within a string."""
+        """Handles the first slice of an event, which nearly always ends within a string."""
         shown = self.without_logprobs(event) if self.restorer.redactor else event
         ends = what_closes(without_escapes(shown))
         payload = self.payload(shown + ends)
@@ -7343,7 +7355,7 @@ class Unmasking(Edit):
         return key.start() if key else begin
 
     def apply_slice(self, data, prefix):
-        """Does so with a slice of JSON; `prefix` is that of the next one."""
+        """Handles a slice of JSON; `prefix` is that of the next one."""
         before, self.prefix = self.prefix, prefix
         begin = 0 if self.depth else len(before)
         shown = before + data
@@ -7403,7 +7415,7 @@ class Unmasking(Edit):
             [is_beside(block, other) and holder[key] for other, (*_, (holder, key)) in texts])
 
     def learn(self, event, payload, block, way):
-        """Takes an event for the usual one."""
+        """Makes an event the example of the usual one."""
         if self.left_to_learn and len(event) <= self.MAX_USUAL and not self.dialect.ends_block(
                 payload, block):
             self.left_to_learn -= 1
@@ -7413,7 +7425,7 @@ class Unmasking(Edit):
                 self.restorer.redactor.usual[self.dialect] = known
 
     def put(self, block, way, payload, event):
-        """Puts what goes on of a text into its event; returns whether that is another."""
+        """Puts the text to pass on into its event; returns whether the event has changed."""
         holder, key = way[-1]
         came = holder[key]
         is_end = self.sliced or len(event) > self.MAX_SLICE or (
@@ -7444,7 +7456,7 @@ class Unmasking(Edit):
         return self.restorer.restore(goes, is_json, before)
 
     def let_go(self, block):
-        """Returns an event with the rest of a block."""
+        """Returns an event with the rest of a block, as that has ended."""
         held, event = self.blocks.pop(block)
         rest = self.restored(block, held, held)
         for other, way in self.dialect.texts(self.events.payload(event)):
@@ -10250,7 +10262,7 @@ class Log(Writer):
     def write(self, text):
         """Returns how many lines could not be written. A full disk may take half a line."""
         data = ("\n" * self.cut + text).encode("ascii", "backslashreplace")
-        if data.translate(None, SEEN):  # sooner known than by an expression
+        if data.translate(None, SEEN):  # faster than a regular expression
             data = visible(data.decode("ascii")).encode("ascii")
         data = whole = memoryview(data)
         try:
