@@ -7547,7 +7547,7 @@ class Head(Fields):
 
     @classmethod
     def read(cls, data: bytes, last: Optional["Head"]) -> "Head":
-        """Returns `last` again where `data` differs from it in nothing but the length.
+        """Returns `last` again, with its new length, where `data` differs from it in nothing else.
 
         Both sides send the same head again and again, but for the length: what was checked once
         need not be checked again. The length stands in the same place, because one more beside
@@ -9088,10 +9088,11 @@ class Response:
         self.ticket = None  # the place of its call, which ends with it
         # Whether it has no body by its nature (RFC 9112 6.3), though some send one
         self.bodiless = method == "HEAD" or head.status in (204, 304)
+        self.length = head.length  # which is another's as soon as the next head has come
         if self.bodiless:
             self.framing = Sized(0)
-        elif head.length is not None:
-            self.framing = Sized(head.length)
+        elif self.length is not None:
+            self.framing = Sized(self.length)
         else:
             self.framing = Chunked() if head.chunked else UntilClose()
 
@@ -14840,9 +14841,8 @@ class Reply:
         if has_events and (self.early or self.comment_seconds < inf):
             events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
-            length = response.head.length
-            if length is not None and response.status != 204:
-                self.framing_line = f"Content-Length: {length}\r\n"
+            if response.length is not None and response.status != 204:
+                self.framing_line = f"Content-Length: {response.length}\r\n"
         elif self.request.version == 0:  # HTTP/1.0 knows no chunks: closing ends the body
             style = PAYLOAD
             self.close_after = self.until_close = True

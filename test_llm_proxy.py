@@ -6468,6 +6468,20 @@ class RepeatedHeadTest(ProxyCase):
                 self.assertEqual((answered.get("content-length"), answered.body), ("2", b"{}"))
             self.assertEqual(self.stub.connections, 1)
 
+    def test_the_length_of_an_answer_is_not_that_of_one_whose_head_came_while_it_was_read(self):
+        self.start(None, LIMITS="each 1000 tokens per day")
+        calls = []
+        for length in (300, 60):
+            client, asked = self.ask_stub(call(stream=True))  # is asked for usage
+            head, _, body = answer(length * b"x", "400 No").partition(b"\r\n\r\n")
+            asked.send(head + b"\r\n\r\n")
+            calls.append((client, asked, body))
+            wait_for(lambda: len(calls) == sum(["the body of" in connection.context.what
+                                                for connection in self.server.open.copy()]))
+        for client, asked, body in calls:
+            asked.send(body)
+            self.assertEqual(client.read().body, body)
+
     def test_the_length_of_one_answer_is_not_that_of_the_next(self):
         self.start(lambda asked: asked.send(answer(b"x" * int(asked.target[4:]))))
         client = self.connect()
