@@ -7606,8 +7606,8 @@ class Head(Fields):
 
 
 def split_at_length(data):
-    """Returns what stands before and behind a head's length; all and nothing where it has none that
-    is spelled as usual."""
+    """Returns the parts of a head before and after its length; all and nothing without one in the
+    usual spelling."""
     start = max(data.find(b"\r\nContent-Length: "), data.find(b"\r\ncontent-length: ")) + 18
     end = data.find(b"\r\n", start)
     if start > 18 and data[start:end].isdigit():
@@ -7719,7 +7719,7 @@ class Sized:
         return data, data
 
     def end_of_stream(self) -> bool:
-        """The sender closed; returns whether the body is whole."""
+        """Returns whether the body is complete, now that the sender has closed."""
         return self.ended
 
 
@@ -7855,8 +7855,8 @@ class BodyAdapter:
         return out
 
     def insert(self, event: bytes) -> bytes:
-        """Returns `event` as it can be put in here, between two events and two chunks; else
-        nothing."""
+        """Returns `event` as it can be inserted here, between two events and two chunks; nothing
+        elsewhere."""
         in_chunk = self.style == AS_IS and self.framing.remaining
         if in_chunk or not self.events or not self.events.at_boundary(self.tail):
             return b""
@@ -7864,7 +7864,7 @@ class BodyAdapter:
         return event if self.style == PAYLOAD else encode_chunk(event)
 
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
-        """The sender closed; returns (whether that is a proper end, what is left to send)."""
+        """Returns (whether the sender has closed at a proper end, what is left to send)."""
         whole = not reset and self.framing.end_of_stream()
         payload = self.reader.flush() if self.reader else b""
         self.passed += len(payload)
@@ -7896,8 +7896,8 @@ KEEP_ALIVE_OPTIONS = (  # after 60 s of silence ask every 15 s, and give up afte
 
 
 def keep_alive(sock: socket.socket):
-    """Has the system find out when the other side is gone without a word, and tells what is in
-    between that the connection is still used. What a listening socket accepts is like it."""
+    """Turns TCP keep-alive on: the system notices a peer that is gone without a word, and devices
+    on the way see a connection in use. Accepted sockets inherit it from the listening one."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEP_ALIVE_OPTIONS:
         with suppress(AttributeError, OSError):  # not every system has each
@@ -7905,7 +7905,7 @@ def keep_alive(sock: socket.socket):
 
 
 def soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any):
-    """Has the loop do something, from another thread; a loop that is closed does nothing."""
+    """Calls something on the loop, from another thread; a closed loop calls nothing."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(act, *arguments)
 
@@ -7931,7 +7931,7 @@ class Context:
         self.loop = loop
 
     def renew(self):
-        """Another call begins."""
+        """Begins another call."""
         self.until = inf
         self.reason = None
 
@@ -8004,7 +8004,7 @@ class Stream:
     failure: Optional[OSError] = None
     wrote_at = 0.0  # when a slow peer last took something
     unsent = b""    # what was dropped when writing failed
-    write_waiter: Optional[asyncio.Future] = None  # of who awaits that something goes
+    write_waiter: Optional[asyncio.Future] = None  # of the task that waits until something was sent
     source: Optional["Stream"] = None      # the stream to pause while this one is slow
     poller = None   # for what can be read
     MOST_POSTED = 4096  # bytes, which any socket takes that has nothing else to send
@@ -8073,7 +8073,7 @@ class Stream:
                     self.on_full()
 
     def end(self, failure=None):
-        """Nothing more will come."""
+        """Notes that nothing more will come."""
         if not self.ended:
             self.ended = True
             self.failure = failure
@@ -8203,7 +8203,7 @@ class Stream:
         self.write(data)
 
     def flush(self):
-        """Send block by block: a TLS record that was begun must be sent again as it was."""
+        """Sends block by block: a TLS record that was begun must be sent again as it was."""
         self.wrote_at = self.loop.time()
         try:
             while self.write_buffer:
@@ -8219,7 +8219,7 @@ class Stream:
         self.has_room()
 
     def fail_writing(self, data=b''):
-        """The peer takes no more, which does not say that it has said its last."""
+        """Notes that the peer takes no more; it may still send."""
         self.write_failed = True
         self.forget_failures()
         self.unsent = bytes(self.write_buffer) + data
@@ -8280,22 +8280,22 @@ class Stream:
                 remove(self.descriptor)
 
     def forget_failures(self):
-        """PyPy takes what one connection's failure left in OpenSSL for the next one's, unless
-        another is begun in between."""
+        """Clears errors that one connection leaves in OpenSSL, which PyPy would raise for the next
+        one, by beginning another handshake."""
         if self.encrypted and IS_PYPY:
             sock = self.sock
             sock.context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), sock.server_side,
                                   sock.server_hostname)
 
     def give_up_tls(self):
-        """Go on in plain text: the handshake failed because the client speaks that."""
+        """Go on in plain text: the handshake failed because the client speaks HTTP without TLS."""
         self.sock = socket.socket(fileno=self.sock.detach())
         self.encrypted = False
 
     # -- its end
 
     def shut_down_writing(self):
-        """Say that nothing more will be sent."""
+        """Tell the peer that nothing more will be sent."""
         self.send_posted()
         with suppress(OSError, ValueError):
             if self.encrypted:
@@ -8305,7 +8305,7 @@ class Stream:
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
     def reset_on_close(self):
-        """Have the close send a RST, which nobody takes for the end of a body."""
+        """Make the close send a RST, which nobody takes for the end of a body."""
         with suppress(OSError):
             self.sock.setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -8374,14 +8374,14 @@ class Transfer:
         self.source.resume_reading()
 
     def on_data(self, data):
-        """The hot path: one look at the framing, one write."""
+        """Passes bytes on. This is the hot path: one look at the framing, one write."""
         self.came_at = self.loop.time()
         adapter = self.adapter
         try:
             out = adapter.feed(data)
         except Malformed:
             return self.finish(self.MALFORMED)
-        except Exception as bug:  # the task that awaits us logs it, and ends the call
+        except Exception as bug:  # the awaiting task logs it, and ends the call
             return self.finish(bug)
         if out:
             self.target.write(out)
@@ -8399,7 +8399,7 @@ class Transfer:
         self.finish(self.WHOLE if whole else self.BROKEN_OFF)
 
     def let_go(self):
-        """What the source does from now on is none of this body."""
+        """Takes the callbacks back: what the source sends from now on is no part of this body."""
         self.source.sink = None
         self.source.on_end = self.on_end_before
 
@@ -8445,7 +8445,7 @@ class MemoryBudget:
         self.held = Counter()
 
     def take(self, size: int, owner: Optional[CallerKey]):
-        """Raises Overloaded where there is not so much."""
+        """Reserves bytes. Raises Overloaded where there are not so many."""
         if size > min(self.free, self.share - self.held[owner]):
             raise Overloaded
         self.free -= size
@@ -8459,8 +8459,8 @@ class MemoryBudget:
 
 
 class Turns:
-    """Has those whose bodies take long to understand go one by one, each caller in its turn. As
-    long as one took, the loop is left to everybody else before the next."""
+    """Lets long computations on bodies run one by one, callers taking turns. After each the loop is
+    left to everybody else for as long as that took."""
     handle = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -8477,7 +8477,7 @@ class Turns:
 
     def begin(self):
         self.began = self.loop.time()
-        self.handle = self.loop.call_soon(self.pause)  # right behind whose turn it is
+        self.handle = self.loop.call_soon(self.pause)  # right after the owner whose turn it is
 
     def pause(self):
         self.handle = self.loop.call_later(self.loop.time() - self.began, self.next)
@@ -8530,7 +8530,7 @@ class RequestBody:
         return min(self.behind_at, self.came_at + self.SILENT_SECONDS)
 
     def count(self, size: int):
-        """So many more bytes came."""
+        """Counts bytes that came."""
         self.came_at = self.client.loop.time()
         self.received += size
         self.behind_at = min(self.behind_at + size / self.BYTES_PER_SECOND,
@@ -8638,7 +8638,7 @@ class RequestBody:
         return self.ended
 
     def release(self):
-        """Nobody needs it any more."""
+        """Gives the body's bytes back to the budget."""
         if self.held:
             self.budget.give_back(self.held, self.owner)
             self.held = 0
@@ -8686,8 +8686,8 @@ class Upload(Transfer):
 # --------------------------------------------------------------------------------------------------
 
 class QueueLimits:
-    """How many calls may wait in all queues together: at most `most`, at most `per_caller` of one
-    caller, and each for at most `seconds`."""
+    """Limits how many calls may wait in all queues together: at most `most`, at most `per_caller`
+    of one caller, and each for at most `seconds`."""
     waiting = 0
     closed = False
 
@@ -8709,7 +8709,7 @@ class QueueLimits:
             del self.by_caller[key]
 
     def shrink(self):
-        """Turns those away who came when it was not known that they must wait."""
+        """Turns away calls that came when it was not known that they must wait."""
         for tickets in list(self.by_caller.values()):
             for ticket in tickets[self.per_caller:]:
                 ticket.turn_away()
@@ -8717,8 +8717,8 @@ class QueueLimits:
             max(self.by_caller.values(), key=len)[-1].turn_away()
 
     def admits(self, key):
-        """Returns whether one more call of this caller may wait. Where all places are taken, who
-        has most of them loses its last, unless that would only turn the tables."""
+        """Returns whether one more call of this caller may wait. If the queues are full, the caller
+        with most waiting calls loses its last one, unless that would only swap the two."""
         own = len(self.by_caller.get(key, ()))
         if self.closed or own >= self.per_caller:
             return False
@@ -8901,20 +8901,21 @@ class FairQueue:
 # --------------------------------------------------------------------------------------------------
 
 class Thing(NamedTuple):
-    """Who made something that is stored, and the upstream and the address that have it."""
+    """A stored object (file, batch, response ...): who made it, and the upstream and the address
+    that have it."""
     owner: CallerKey
     upstream: str
     address: str
 
 
 class Bill(NamedTuple):
-    """What a call in the background was charged, until somebody hears what it used."""
+    """The charge of a background call, which is final once its usage is known."""
     hold: Hold
     call: Call
     characters: int = 0  # of its answer, as far as somebody has asked for that
 
     def seen_usage(self, model):
-        """Returns what it used at least, where nobody tells."""
+        """Returns the least that it used, for an upstream that reports nothing."""
         output = min(self.hold.output_tokens, ceil(self.characters / CHARACTERS_PER_TOKEN))
         return Usage(self.hold.costs[PROMPT], output, estimated=True, model=model)
 
@@ -8971,15 +8972,15 @@ class Stored:
         return full if full in self.things else name
 
     def owe(self, name, bill):
-        """Keeps a bill, of the last BILLS."""
+        """Keeps an open bill; the oldest above BILLS is dropped."""
         put_newest(self.bills, name, bill, self.BILLS)
 
     def put(self, name, thing):
-        """Keeps a thing, of the last ROOM."""
+        """Keeps a thing; the oldest above ROOM is dropped."""
         put_newest(self.things, name, thing, self.ROOM)
 
     def note(self, thing, names):
-        """Remembers what was made. Who made it first has it: an answer may name older things."""
+        """Remembers what was made. The first maker keeps it: an answer may name older things."""
         for name in names:
             if name in self.things or not self.NAME.fullmatch(name):
                 continue
@@ -9104,7 +9105,8 @@ class Response:
         return self
 
     def release(self):
-        """It came whole, or nobody wants it any more: the upstream has one call less."""
+        """Counts one call less at the upstream: the response is complete, or nobody wants it any
+        more."""
         self.released = True
         self.address.running -= 1
         if self.ticket:
@@ -9191,13 +9193,13 @@ class Breaker:
         return self.opened + self.seconds - now if self.concerns(caller) else 0
 
     def enter(self, now, caller=None):
-        """A call is made."""
+        """Notes that a call is made."""
         if self.concerns(caller):
             self.opened = now
             self.trying = True
 
     def judge(self, good, now, caller=None):
-        """A call went well, or failed, or (None) ended before that was known."""
+        """Notes that a call succeeded, failed, or (None) ended before that was known."""
         if self.trying and good is None:
             self.opened = now - self.seconds  # the next one may try
         self.trying = False
@@ -9238,7 +9240,7 @@ class Breakers:
             one.opened is not None and len(one.callers) > 1 for one in self.models.values())
 
     def is_tried(self, subject) -> bool:
-        """Tells whether one that is open waits for how this call goes."""
+        """Tells whether an open breaker waits for the result of this call."""
         return any(one.trying for one, _ in self.concerning(subject))
 
     def concerning(self, subject):
@@ -9257,8 +9259,8 @@ class Breakers:
 
     def judge(self, good: Optional[bool], connected: bool, now: float,
               subject: Subject) -> List[str]:
-        """A call went well, or failed, or (None) ended before that was known; `connected`: it came
-        as far as a connection. Returns what changed, in words."""
+        """Notes that a call succeeded, failed, or (None) ended before that was known; `connected`:
+        it came as far as a connection. Returns what changed, in words."""
         model, caller = subject
         if good is False and connected and model not in self.models:
             put_newest(self.models, model, Breaker(self.most, self.seconds), KNOWN_MODELS)
@@ -9397,7 +9399,7 @@ class Address:
             raise
 
     def part_with(self, stream, slot, method="", framing=None):
-        """Leave a connection whose caller left."""
+        """Leaves a connection whose client has left."""
         def end(parting):  # which may be cancelled before it began
             self.partings.discard(parting)
             stream.close()
@@ -9409,8 +9411,8 @@ class Address:
         parting.add_done_callback(end)
 
     async def part(self, stream, slot, method, framing):
-        """Tell the upstream by the end of our side. It may go on working all the same: the slot of
-        the call is free when it has closed or answered, or had its time."""
+        """Tells the upstream that nobody wants the response, by closing our side. It may go on
+        working: the call's slot is free once it has closed or answered, or after a time."""
         context = Context(stream.loop)
         seconds = self.transport.read_timeout
         deaf_at = stream.loop.time() + self.DEAF_SECONDS
@@ -9465,7 +9467,8 @@ class Address:
         return found
 
     def keep(self, stream, in_doubt):
-        """Keep a connection; one that may yet say or do something is used again a little later."""
+        """Keeps a connection for reuse; one that may still be sent something or closed is used
+        again a little later."""
         reusable = self.clock.monotonic()
         if in_doubt:
             reusable += self.REUSE_DELAY
@@ -9658,13 +9661,13 @@ class Upstream:
 
     def judge(self, address: Address, good: Optional[bool], subject: Subject,
               connected: bool = True):
-        """A call went well there, or failed, or (None) nobody knows."""
+        """Notes that a call succeeded there, failed, or (None) that nobody knows."""
         for news in address.breakers.judge(good, connected, self.clock.monotonic(), subject):
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
     def guard_key(self, response: Response):
-        """Has a response not tell of our own key. Raises KeyRefused where a 401 is about that. The
-        operator is told, once a minute."""
+        """Keeps a response from telling our own key. Raises KeyRefused for a 401 about that key.
+        The operator is told, once a minute."""
         response.secret = self.hidden
         if self.hidden and response.status >= 400:
             response.hides |= {"content-encoding"}  # it is unpacked
@@ -9705,7 +9708,7 @@ class Upstream:
     # -- what is asked
 
     async def send_patiently(self, method, head, body, context):
-        """As `send_once`, but what asks for patience is asked again."""
+        """Does as `send_once`, and asks again where the upstream asks for patience."""
         for _ in range(self.retries):
             response = await self.send_once(method, head, body, context)
             patience = response.head.get("retry-after", "")
@@ -9819,7 +9822,8 @@ class Routes:
         self.known = {}
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
-        """What speaks of a stored `thing` goes to where that is. Raises NoRoute."""
+        """Returns the upstreams of a call; one that names a stored `thing` goes to where that is.
+        Raises NoRoute."""
         if not (self.named or thing or self.base.disabled):  # there is no choice
             return self.all
         found = [one for one in self.candidates(call, thing) if not one.disabled]
@@ -9854,7 +9858,7 @@ class Routes:
         return found
 
     def serving(self, model):
-        """Returns those that serve a model, else the base; that is known from then on."""
+        """Returns the upstreams that serve a model, else the base, and remembers them."""
         found = [upstream for upstream in self.named
                  if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
@@ -9977,8 +9981,8 @@ def format_moment(milliseconds):
 
 
 class Entry:
-    """What is written down of one request. `outcome` is one of ok, limited, refused,
-    upstream_status, upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
+    """The record of one request. `outcome` is one of ok, limited, refused, upstream_status,
+    upstream_failed, upstream_cut, caller_gone, stopped, internal_error."""
     # By how what is awaited begins.
     STATES = (("its turn at", "line"), ("a connection", "connecting"),
               ("the response of", "first byte"), ("the body of", "first byte"))
@@ -10022,7 +10026,7 @@ class Entry:
         return f"<Entry {self.request_id} {self.method} {self.path} {self.outcome}>"
 
     def close(self, clock: Any) -> "Entry":
-        """Notes the end, and drops what is large and not needed any more."""
+        """Notes the end of the call, and drops what is large and not needed any more."""
         self.ended = clock.monotonic()
         self.wall = clock.time_ns()
         started = self.started
@@ -10165,8 +10169,8 @@ class Writer:
             self.queue.append(self.kept(item))
 
     def kept(self, item):
-        """Returns what waits to be written. Entries that waited would crowd the processor's
-        cache."""
+        """Returns the form in which an item waits to be written: waiting entries would crowd the
+        processor's cache."""
         return item
 
     def take(self, most):
@@ -10192,15 +10196,15 @@ def message_line(text: str, as_json: bool, clock: Any) -> str:
 
 
 def is_split(stream):
-    """Returns whether others may come in between where much is written at once."""
+    """Returns whether large writes may be mixed with those of other processes."""
     with suppress(AttributeError, OSError):  # not each stream has a file
         mode = os.fstat(stream.fileno()).st_mode
         return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def whole_lines(data):
-    """Returns how much may be written at once, so that it is not mixed with what others write to
-    the same pipe."""
+    """Returns how many bytes, in whole lines, can be written at once without mixing with other
+    writers of the same pipe."""
     if len(data) <= PIPE_BUF:
         return len(data)
     return bytes(data[:PIPE_BUF]).rfind(b"\n") + 1 or bytes(data).index(b"\n") + 1
@@ -10605,8 +10609,8 @@ class Database:
         return self.connection
 
     def insert(self, statement, rows, *values):
-        """Does this with many rows, a few dozen by one statement: after each, this thread must wait
-        for the interpreter again. `values` are for its marks before the rows."""
+        """Executes a statement for many rows, a few dozen at a time: after each execution this
+        thread must wait for the interpreter again. `values` are the parameters before the rows."""
         width = len(rows[0]) if rows else 1
         marks = "(%s)" % ",".join("?" * width)
         most = min((self.MOST_VALUES - len(values)) // width, self.MOST_ROWS)
@@ -10676,8 +10680,8 @@ class Database:
         return self.execute("SELECT id, sum FROM untold ORDER BY id LIMIT ?", (most,))
 
     def begin_to_tell(self):
-        """Has others told what is added from now on, and, the first time, what was before. The next
-        sum to be told gets a higher number than any that was told, also of a file that was in the
+        """Begins to tell other boxes the sums that are added from now on, and, the first time,
+        those of the time before. Numbers of sums never repeat, not even with a new file in the
         place of this one."""
         execute = self.execute
         with self.transaction():
@@ -10827,15 +10831,15 @@ class Database:
             self.execute(CLOSE_DOOR)
 
     def note_use(self, used):
-        """{name of a key: when it was used last}"""
+        """Writes when keys were used last: `used` is {name: time}."""
         for name, wall in used.items():
             self.execute(
                 "UPDATE keys SET last_used = ? WHERE name = ? AND coalesce(last_used, 0) < ?",
                 (wall, name, wall - 60))
 
     def take_orders(self, now):
-        """Returns what is to be done, which counts as done from then on, and what was given before
-        and is good still."""
+        """Returns the orders that are open, which count as done from then on, and those done before
+        that still hold."""
         execute = self.execute
         if not execute("SELECT 1 FROM orders LIMIT 1"):
             return []
@@ -10863,7 +10867,7 @@ class Sum(namedtuple("Sum", SUM_COUNTS)):
 
     @classmethod
     def of(cls, sums: Iterable["Sum"]) -> "Sum":
-        """Returns the sum of sums."""
+        """Returns the sum of several sums."""
         return reduce(cls.plus, sums, NO_SUM)
 
     def plus(self, other: Sequence[int], sign: int = 1) -> "Sum":
@@ -11559,7 +11563,7 @@ class Ledger(Writer):
         return True
 
     def add_up(self, now):
-        """Does what sums lack, a little at a time. It is done again after whatever hinders it."""
+        """Brings the sums up to date, a little at a time. After a failure it is done again."""
         database = self.database
         try:
             if self.trade and not database.tells:
@@ -11637,8 +11641,8 @@ class Ledger(Writer):
         self.on_news(self.keys, orders)
 
     def new_orders(self) -> List[Order]:
-        """Returns what is yet to be done here; of several workers the first that looks adds what is
-        given, and each must know of it."""
+        """Returns the orders that are to be carried out here. The first of several workers that
+        looks adds what is given, and the others must know of it."""
         found = self.database.take_orders(wall_time(self.clock))
         new = [one for one in found if one._replace(done=1) not in self.done]
         self.done = {one._replace(done=1) for one in found if one.until}  # others are gone
@@ -11696,9 +11700,9 @@ class Ledger(Writer):
 
 
 class RefusalSums:
-    """Of refusals of admins and nobody whose key was given out, SHOWN at once, then one a second
-    are written like any call; of the others a line a second says how many: nobody can fill a disk
-    by being refused."""
+    """Counts refusals of admins and of callers without a known key. SHOWN at once, then one a
+    second are written down like any call; of the others a line a second says how many: nobody can
+    fill a disk by being refused."""
     SHOWN = 10
     until = -inf  # monotonic seconds
     shown = 0
@@ -11708,7 +11712,7 @@ class RefusalSums:
         self.counts = Counter()  # by status and address
 
     def counts_only(self, entry):
-        """Returns whether a refusal is counted here, and written down nowhere else."""
+        """Returns whether a refusal is only counted here, and not written down."""
         if entry.ended >= self.until:
             self.report()
             passed = entry.ended - self.until + 1  # and whole seconds of that count
@@ -11729,7 +11733,7 @@ class RefusalSums:
 
 
 class Watcher:
-    """Somebody whom the books tell of calls, on the loop: it must not wait."""
+    """A listener that Books tells of calls, on the loop: it must not wait."""
     counts_all = False  # also refusals that are written down nowhere
 
     def begin(self, entry: Entry):
@@ -11761,7 +11765,7 @@ class Books:
             self.ledger.thread.start()
 
     def watch(self, watchers: Sequence[Watcher]):
-        """Tells these of calls, what each wants to know."""
+        """Adds listeners, each for the kinds of calls that it wants."""
         self.watchers = watchers
         self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
         told = [*filter(None, (self.ledger, self.usage_log)), *watchers]
@@ -11769,7 +11773,7 @@ class Books:
         self.on_count = [one.record for one in watchers if one.counts_all]
 
     def begin(self, entry: Entry):
-        """A call runs from now on."""
+        """Notes that a call runs from now on."""
         self.running[entry] = None
         for tell in self.on_begin:
             tell(entry)
@@ -11848,7 +11852,7 @@ class Feed(Watcher):
             self.tell("end", {**call_fields(entry.as_fields()), "key": entry.started})
 
     def has_room(self):
-        """Returns whether one more is told of in this second."""
+        """Returns whether one more event may be told in this second."""
         self.told += 1
         return self.told <= self.PER_SECOND
 
@@ -11860,7 +11864,7 @@ class Feed(Watcher):
         return payload
 
     def pulse(self, payload: JsonObject):
-        """A second is over."""
+        """Tells what was in the second that is over."""
         self.told = 0
         if self.listeners:
             self.kept = self.KEPT_SECONDS
@@ -11937,7 +11941,7 @@ class Poster(Writer):
         return False
 
     def post(self, data):
-        """Returns why it was not taken."""
+        """Posts one body; returns why it was not taken, None if it was."""
         connection = self.connect(self.host, self.port, timeout=self.SECONDS)
         try:
             connection.request("POST", self.target, data, self.fields)
@@ -12020,8 +12024,8 @@ def with_label(labels, name, value):
 
 
 class Histogram:
-    """How many times fell below each of some bounds. They are sorted in many at once, because that
-    costs each next to nothing."""
+    """Counts how many durations fell below each of some bounds. They are sorted in many at once,
+    because that costs each next to nothing."""
     count = 0
     total = 0.0
 
@@ -12125,7 +12129,7 @@ class Metrics(Watcher):
             times.queue.append(entry.queued / 1000)
 
     def sort_in(self):
-        """Takes long where it waits long: a microsecond for each call."""
+        """Counts the durations that wait: a microsecond for each."""
         for times in self.times.values():
             for one in times.histograms:
                 if one.times:
@@ -12195,7 +12199,7 @@ class Metrics(Watcher):
         return found
 
     def samples(self, count):
-        """Returns one of the counts of each series that has any."""
+        """Returns a sample of each series that has counted any."""
         return [(one.labels, getattr(one, count)) for one in self.series.values()
                 if getattr(one, count)]
 
@@ -12218,8 +12222,8 @@ class Metrics(Watcher):
 
 
 class Pulse(Watcher):
-    """What goes on, second by second: numbers of the last MINUTE seconds, times to the first byte,
-    which buckets changed, and who called lately."""
+    """Collects what happens, second by second: numbers of the last MINUTE seconds, times to the
+    first byte, which buckets changed, and who called lately."""
     MINUTE = 60
     PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
@@ -12267,7 +12271,7 @@ class Pulse(Watcher):
                 for share in (50, 95)}
 
     def tick(self, running: int, line: int) -> JsonObject:
-        """A second is over; returns what was in it."""
+        """Returns what was in the second that is over."""
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
         self.before = totals
@@ -12455,7 +12459,7 @@ class Traces(Poster, Watcher):
         return found
 
     def facts(self, entry):
-        """Returns the row of a call, and what only spans tell."""
+        """Returns the row of a call, and what spans tell besides."""
         facts = {**entry.as_fields(), **self.kind(entry), "reasons": list(entry.reasons)}
         if entry.usage is None:
             facts.update(dict.fromkeys(USAGE_FACTS))
@@ -12535,7 +12539,8 @@ class Warnings(Watcher):
 
     def tell(self, event: str, subject: Tuple[str, ...], line: Optional[str],
              **about: Any) -> bool:
-        """Returns whether it was told; without a `line` the log knows it already."""
+        """Warns of something; returns whether it was told. Without a `line` the log knows it
+        already."""
         now = self.clock.monotonic()
         key = (event, *subject)
         if now < self.quiet_until.get(key, -inf):
@@ -12551,7 +12556,7 @@ class Warnings(Watcher):
         return True
 
     def look(self, routes: Routes, ledger: Optional[Ledger], keys: Iterable[Key]):
-        """Look for what no call tells; to be called every few seconds."""
+        """Looks for warnings that no call causes; to be called every few seconds."""
         for upstream in routes.all:
             name = upstream.name
             is_down = all(one.breakers.fails_for_all() for one in upstream.addresses)
@@ -12578,7 +12583,7 @@ class Warnings(Watcher):
 
 
 class Marks(Watcher):
-    """Warns when a call takes a bucket past one of some shares."""
+    """Warns when a call takes a bucket past one of the shares in WARN_AT."""
     ROOM = 10_000
 
     def __init__(self, shares: Sequence[float], warnings: Warnings):
@@ -12609,7 +12614,7 @@ class Marks(Watcher):
 
 
 class Watchers(NamedTuple):
-    """All who watch; some are there only where they are set."""
+    """All listeners; some exist only where they are configured."""
     feed: Feed
     pulse: Pulse
     metrics: Metrics
@@ -12618,7 +12623,7 @@ class Watchers(NamedTuple):
     marks: Optional[Marks] = None
 
     def families(self, routes: Routes, books: Books, buckets: Buckets) -> Families:
-        """Returns what may be added up over workers."""
+        """Returns the metrics that can be added up over workers."""
         writers = {
             "log": books.log, "ledger": books.ledger, "usage_log": books.usage_log,
             "traces": self.traces, "webhook": self.warnings.webhook,
@@ -12628,7 +12633,7 @@ class Watchers(NamedTuple):
                 "llm_proxy_dropped_total": samples_by("what", dropped)}
 
     def own_families(self, routes: Routes, buckets: Buckets) -> Families:
-        """Returns what may not."""
+        """Returns the metrics that cannot be added up over workers."""
         build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
             sys.implementation.name, *sys.version_info[:3]))
         found = {**self.metrics.bucket_families(buckets),
@@ -12656,7 +12661,7 @@ class Tally:
         self.open = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")  # connections of each
 
     def begin(self, number: int):
-        """This process is the worker of this number from now on."""
+        """Makes this process the worker of this number."""
         self.number = number
         self.before = {name: samples for name, samples in self.read(number).items()
                        if not METRICS[name].startswith("gauge")}
@@ -12669,7 +12674,7 @@ class Tally:
             time.sleep(self.YIELD_SECONDS)
 
     def halves(self, number):
-        """Returns (number of the writing, length, where) of both, the later one first."""
+        """Returns (number of the write, length, offset) of both halves, the later one first."""
         starts = [(2 * number + half) * self.HALF for half in range(2)]
         return sorted([(*self.HEAD.unpack_from(self.memory, at), at + self.HEAD.size)
                        for at in starts], reverse=True)
@@ -12689,7 +12694,7 @@ class Tally:
             self.HEAD.pack_into(self.memory, at - self.HEAD.size, last + 1, len(data))
 
     def families(self) -> Families:
-        """Returns what all have counted."""
+        """Returns the metrics of all workers together."""
         return added_up(map(self.read, range(self.workers)))
 
 
@@ -12853,7 +12858,7 @@ def redis_command(parts: Sequence[RedisPart]) -> bytes:
 
 
 class RedisScript:
-    """A Lua script. It goes by its digest where the server has taken it, else as a whole."""
+    """A Lua script, sent as its digest if the server has it, else as a whole."""
     is_loaded = False
 
     def __init__(self, text: str):
@@ -12868,8 +12873,8 @@ class RedisScript:
 
 class ListeningTime:
     """A clock that nearly stands still while something blocks the loop, or while this process gets
-    no turn on a busy machine: then an answer may be here that nobody could read yet, and must not
-    be called late. It runs only while somebody waits."""
+    no turn on a busy machine: an answer that has arrived and could not be read yet must not count
+    as late. It runs only while somebody waits."""
     STEP_SECONDS = 0.01
     LATE_SECONDS = 0.01  # that a step may be, on a machine that is not so busy
     SLOWNESS = 20        # of the time after that: nobody waits for ever
@@ -13001,7 +13006,7 @@ class Redis(asyncio.Protocol):
             self.transport.abort()
 
     def leave_if_refused(self, fault: RedisFault):
-        """Ends the connection if Redis itself said no: it is away for us."""
+        """Ends the connection after an error that Redis itself sent: it counts as away."""
         if fault.code:
             self.leave(fault)
 
@@ -13011,7 +13016,7 @@ class Redis(asyncio.Protocol):
         self.task = self.loop.create_task(self.live(), name="redis")
 
     async def close(self):
-        """Lets what was sent arrive, if Redis is there, and ends."""
+        """Waits until Redis, if it is there, has what was sent, and ends."""
         with suppress(RedisFault):
             await self.call("PING")
         if self.task:
@@ -13173,7 +13178,7 @@ class Redis(asyncio.Protocol):
         return bool(self.asked or self.deadlines)
 
     def give_up(self, until=inf):
-        """Ends the waits of calls that have a deadline up to then."""
+        """Ends the waits of calls whose deadline is up to then."""
         while self.deadlines and (self.deadlines[0][0] <= until or self.deadlines[0][1].done()):
             _, future = self.deadlines.popleft()
             if not future.done():
@@ -13456,7 +13461,7 @@ class Take:
 
 
 class Batch:
-    """Acts for one run of LUA_BATCH, in its words. `charged` is what they charge, by bucket."""
+    """The acts of one run of LUA_BATCH, in its words. `charged` is what they charge, by bucket."""
 
     def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
         self.number = number
@@ -13673,7 +13678,8 @@ class RedisBuckets(Buckets):
         return tightest
 
     def give(self, rule, key, amount, until, again=False):
-        """Gives it in Redis; it is noted here with the answer, or a loss would give it twice."""
+        """Gives a bucket more in Redis. It is noted here with the answer, as a loss would else give
+        it twice."""
         if again:
             super().give(rule, key, amount, until, again)
         else:
@@ -13712,7 +13718,7 @@ class RedisBuckets(Buckets):
             self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
     def flush(self):
-        """Sends batches of all that waits, while fewer than MOST_BATCHES have no answer."""
+        """Sends what waits in batches, of which at most MOST_BATCHES have no answer."""
         if self.charging:
             self.charging.cancel()
             self.charging = None
@@ -13821,8 +13827,8 @@ class RedisBuckets(Buckets):
         return rule, began
 
     def finish_take(self, one, taken, found):
-        """Completes a take as Redis decided. If its call was decided here meanwhile, and otherwise,
-        the amount is given back or charged now."""
+        """Completes a take as Redis decided. If this process has decided otherwise meanwhile, the
+        amount is given back or charged now."""
         levels = []
         for rule, key in one.keyed_rules:
             cost = one.costs[rule.unit]
@@ -13949,7 +13955,8 @@ class RedisBuckets(Buckets):
             [*self.keys, self.prefix + "processes"], [self.redis.process, *known])
 
     def beat(self):
-        """Tells that this process is there, and learns whether Redis has lost what it knew."""
+        """Tells Redis that this process is alive, and learns whether Redis has lost what it
+        knew."""
         self.beat_timer = self.redis.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.beats += 1
         if self.beats == self.START_BEATS:
@@ -14076,7 +14083,8 @@ class SharedQueue(FairQueue):
         return ticket
 
     def leave(self, ticket: Ticket):
-        """Gives the slot back first, for whoever has waited longest anywhere."""
+        """Leaves the queue, and gives the slot back to whoever has waited longest in any
+        process."""
         if self.redis.available:
             self.most = self.running - ticket.running
         super().leave(ticket)
@@ -14112,20 +14120,20 @@ class SharedQueue(FairQueue):
             self.tell_soon()
 
     def take(self, count):
-        """Starts so many more calls; whoever wanted a slot may have left."""
+        """Starts so many more calls; some that wanted a slot may have left."""
         self.most = self.running + count
         for _ in range(count):
             self.start_next()
         self.most = self.running
 
     def begin(self):
-        """Redis is there: what runs here has slots, even too many."""
+        """Claims slots for the calls that run here, even too many: Redis is there."""
         self.take(0)
         self.short = False
         self.tell_soon()
 
     def go_alone(self):
-        """Redis is away: this process has its part, beside what it has."""
+        """Goes on with a part of the slots, beside those it has: Redis is away."""
         if self.timer:
             self.timer.cancel()
         self.take(max(0, self.part(self.all) - self.running))
@@ -14133,7 +14141,7 @@ class SharedQueue(FairQueue):
         self.short = True
 
     def beat(self):
-        """Tells again what holds for a while only; to be called every second."""
+        """Renews what Redis keeps for a while only; to be called every second."""
         if self.running:
             self.tell_soon()
 
@@ -14176,7 +14184,7 @@ class SharedKeys:
         self.here = records
 
     def begin(self):
-        """Exchanges all, which Redis may have lost."""
+        """Exchanges all keys, as Redis may have lost them."""
         self.changes = b"?"
         self.news = dict(self.here)
         if self.timer:
@@ -14264,7 +14272,7 @@ class SharedSums:
 
 
 def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
-    """Has one process alone tell what several see; more than one may while Redis is away."""
+    """Calls `tell` in only one of the processes that see the same; in more while Redis is away."""
     redis.ask(lambda reply: reply is None or tell(),
               "SET", f"{prefix}told:{short_digest(subject)}", 1, "NX", "EX",
               Warnings.QUIET_SECONDS)
@@ -14316,7 +14324,7 @@ class SharedFeed(Feed):
             self.read_to.pop(self.events_key, None)
 
     def note_interest(self):
-        """Has calls tell of their beginning while pages are open elsewhere."""
+        """Makes calls tell of their beginning while pages are open in other processes."""
         elsewhere = any([one.get("looking") for _, one in self.others.values()])
         self.listeners += elsewhere - self.elsewhere
         self.elsewhere = elsewhere
@@ -14369,7 +14377,7 @@ class SharedFeed(Feed):
 
 
 def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
-    """Returns how busy an upstream is, with what other processes send there."""
+    """Returns how busy an upstream is, counting the calls of other processes."""
     same = [one for one in others if one["name"] == upstream["name"]]
     return {**upstream, **{name: upstream[name] + sum([one[name] for one in same])
                            for name in ("in_flight", "waiting")}}
@@ -14483,7 +14491,7 @@ class SharedStored(Stored):
         self.end_poll(entry.call)
 
     def end_poll(self, call):
-        """Puts a bill back that is not settled when the last call that asks for it ends."""
+        """Puts back a bill that is still open when the last call that asks for it ends."""
         name = self.polls.pop(call, None)
         if not name or name in self.polls.values():
             return
@@ -14557,7 +14565,7 @@ def format_date(second):
 
 
 class Common:
-    """What all replies have in common."""
+    """The parts that all replies share."""
     __slots__ = "config clock dialects budget turns origins id_begin".split()
 
     def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
@@ -14571,7 +14579,8 @@ class Common:
         self.begin_ids()
 
     def begin_ids(self):
-        """Runs every second: a whole id for each request would cost a microsecond."""
+        """Begins the ids of the next second, as a whole new id for each request would cost a
+        microsecond."""
         self.id_begin = new_request_id(self.clock)[:-12]
 
 
@@ -14617,7 +14626,7 @@ class Reply:
         self.comment_seconds = inf  # for which a stream may be silent before a comment is put in
 
     def take(self, request: Request):
-        """Take the head of the request that is to be answered."""
+        """Takes the head of the request that is to be answered."""
         self.started = self.common.clock.time_ns()
         self.request = request
         self.close_after = request.close_after
@@ -14653,8 +14662,8 @@ class Reply:
         return self.content
 
     def body_is_taken(self) -> bool:
-        """Returns whether nothing of the request's body is left, which could be taken for the next
-        request."""
+        """Returns whether the request's body was read whole, so that no rest of it can be taken for
+        the next request."""
         return self.content is not None or bool(self.body and self.body.skip())
 
     # -- while nothing comes
@@ -14674,8 +14683,8 @@ class Reply:
         self.context.until = min(self.end_at, now + self.patience)
 
     def start_comments(self):
-        """A stream that waits long for its response begins with comments, where its client knows
-        what these are."""
+        """Starts the comments of a stream that waits long for its response, if its client skips
+        comments."""
         call, seconds = self.call, self.common.config.stream_comment_seconds
         if seconds and call.endpoint not in NO_LIMIT_REPLY and call.dialect.TAKES_COMMENTS:
             self.comment_seconds = seconds
@@ -14715,8 +14724,8 @@ class Reply:
 
     @asynccontextmanager
     async def streaming(self, content_type: str):
-        """A stream of ours, while the block runs: yields what sends a piece of it, and waits until
-        that is taken. Where the caller leaves, as most streams end, the block does, too."""
+        """Streams an answer of ours while the block runs: yields a function that sends a piece and
+        waits until it is taken. The block ends when the client leaves, as most streams do."""
         async def send(data: bytes):
             self.client.write(self.framed(data))
             await self.drain()
@@ -14733,7 +14742,7 @@ class Reply:
             self.client.write(LAST_CHUNK)
 
     def framed(self, event):
-        """Returns an event of ours, in a stream whose head was ours."""
+        """Returns an event as it goes into a stream whose head was ours."""
         self.entry.passed += len(event)
         return event if self.until_close else encode_chunk(event)
 
@@ -14745,7 +14754,7 @@ class Reply:
     # -- what comes from upstream
 
     def receive(self, response: Response) -> BodyAdapter:
-        """Decide how a body goes on, and take in what has come of it. Raises UpstreamFailed."""
+        """Decides how a body is passed on, and takes what has come of it. Raises UpstreamFailed."""
         call = self.call
         if self.comment_timer:
             self.stop_comments()
@@ -14773,7 +14782,7 @@ class Reply:
         return adapter
 
     def hiding_key(self, response, editor, encoding):
-        """Returns what passes an error on without a key, and not packed."""
+        """Returns an editor that passes an error on decompressed and without our key."""
         editor = HiddenKey(response.secret, editor)
         if encoding == IDENTITY:
             return editor
@@ -14805,8 +14814,8 @@ class Reply:
         return found
 
     def unmasking(self, response):
-        """Returns what reads a body and puts values back for the placeholders of the call, where
-        there are any and the body can be read."""
+        """Returns the reader that puts values back for a call's placeholders; None without any, or
+        where the body cannot be read."""
         call, masks, reader = self.call, self.call.masks, self.entry.reader
         streamed, encoding, _ = self.kind_of(response.head)
         redactor = masks.redactor if self.common.config.redact_answers == "on" else None
@@ -14833,8 +14842,8 @@ class Reply:
         return NDJSON if kind.startswith(LINES_OF_JSON) else JSON_ARRAY
 
     def adapt(self, response, has_events, reader):
-        """Chunked stays chunked, byte for byte, and sized stays sized, where nothing is put in or
-        left out."""
+        """Chooses the framing for the client: chunked stays chunked, byte for byte, and sized stays
+        sized, unless something is inserted or removed."""
         framing, events, style = response.framing, None, AS_IS
         editor = reader.editor if type(reader) is UsageReader else reader
         drops = editor is not None and not framing.ended
@@ -14975,7 +14984,7 @@ class Reply:
         return "ok" if ending == Transfer.WHOLE else "upstream_cut"
 
     def is_impatient(self):
-        """Returns whether the caller waits less long than we would."""
+        """Returns whether the caller asked for a shorter wait than ours."""
         config = self.common.config
         return self.patience < (config.first_byte_timeout or config.read_timeout)
 
@@ -15025,7 +15034,7 @@ class Reply:
             self.close_after = True
 
     def tell(self, why):
-        """Say `why` and end the stream; returns False where there is no room for it."""
+        """Ends a stream with the error `why`; returns False if there is no room for it."""
         entry, event, adapter = self.entry, self.error_event(why), self.adapter
         if entry.first_byte is None:
             entry.first_byte = self.common.clock.monotonic()
@@ -15051,7 +15060,7 @@ class Reply:
         self.client.write(head + body)
 
     def refuse(self, refusal: Refusal):
-        """Say no: a limited call gets an assistant that says so, everybody else an error."""
+        """Answers a refusal: an assistant tells a limited caller, everybody else gets an error."""
         self.stop_comments()
         self.entry.outcome = refusal.outcome
         self.entry.cause = refusal.cause or refusal.code
@@ -15243,8 +15252,7 @@ class Proxy:
                 reply.end(ending)
 
     async def redact(self, upstream, reply, call):
-        """Takes out of a call what must not leave for an upstream. Raises MustNotLeave,
-        CannotBeRead."""
+        """Masks in a call what must not reach an upstream. Raises MustNotLeave, CannotBeRead."""
         entry = reply.entry
         entry.upstream = upstream.name
         masks = call.masks = self.redaction.masks(upstream.name, entry.caller.stored_key)
@@ -15259,7 +15267,7 @@ class Proxy:
             self.redaction.judge(call)
 
     async def in_steps(self, steps):
-        """Takes steps, and lets others come in between; returns what the last one returns."""
+        """Runs a generator step by step, with other tasks between the steps; returns its result."""
         until = self.loop.time() + self.STEP_SECONDS
         while True:
             try:
@@ -15284,7 +15292,7 @@ class Proxy:
         if not framing.ended and entry.reader and not (call.stream or response.streamed):
             await reply.receive_whole(response)
         if framing.ended:
-            response.release()  # before the caller knows, who may call again at once
+            response.release()  # before the caller knows, as it may call again at once
         if response.status >= 400:
             entry.hold.settle(self.fault_costs(response.status))
             entry.outcome = "upstream_status"
@@ -15302,7 +15310,7 @@ class Proxy:
             entry.passed = reply.adapter.passed
 
     def find_thing(self, call, caller):
-        """Returns what the call speaks of that an upstream stores, if it is known."""
+        """Returns the stored thing that the call names, None if it is not known."""
         thing = self.stored.find(call, caller.key)
         bill = self.stored.bills.get(self.stored.bill_name(call))
         if bill:
@@ -15368,15 +15376,15 @@ class Proxy:
         return self.limits.buckets.redis
 
     def bind(self, call, name):
-        """Has a call go to the one upstream that its key may use. Raises UpstreamNotAllowed."""
+        """Binds a call to the one upstream that its key may use. Raises UpstreamNotAllowed."""
         if call.prefix not in (None, name) or name not in self.routes.by_name:
             raise UpstreamNotAllowed
         call.prefix = name
 
     @staticmethod
     def own_secrets_only(upstreams):
-        """Returns those upstreams that are not shown what a caller shows us: its key is one of
-        ours. Raises UpstreamNotAllowed."""
+        """Returns the upstreams that do not get the caller's credential: here it is a key of ours.
+        Raises UpstreamNotAllowed."""
         found = [one for one in upstreams if one.key != PASSTHROUGH]
         if not found:
             raise UpstreamNotAllowed
@@ -15410,12 +15418,12 @@ class Proxy:
         self.watchers.feed.tell("change", {"what": "keys"})
 
     def known_as(self, label: str) -> Iterable[Caller]:
-        """Returns who has this label, or had it lately."""
+        """Returns the callers that have this label, or had it lately."""
         return {caller.key: caller for caller in [  # as it is now, not when it called
             *self.watchers.pulse.named(label), *self.callers.named(label)]}.values()
 
     def carry_out(self, order):
-        """Fills or adds to the buckets of a caller."""
+        """Carries an order out: fills a caller's buckets, or adds to them."""
         found = 0
         for caller in self.known_as(order.caller):
             if order.unit is None:
@@ -15459,7 +15467,7 @@ class Proxy:
         return Call(*place)
 
     def begin(self, call, reply):
-        """A call is understood, and runs from now on."""
+        """Notes that a call was parsed, and runs from now on."""
         entry = reply.entry
         reply.call = entry.call = call
         entry.context = reply.context
@@ -15521,7 +15529,7 @@ class Proxy:
             return ticket
         except BaseException as failure:
             ticket.leave()
-            entry.hold.give_back()  # nothing was sent, and who leaves the line pays nothing
+            entry.hold.give_back()  # nothing was sent: leaving the queue costs nothing
             if not isinstance(failure, TimeoutError):
                 raise
             if context.expired():
@@ -15564,7 +15572,7 @@ class Proxy:
         return response
 
     def settle(self, entry, ending):
-        """Charge what the call used, and write that down. The second time, it does nothing."""
+        """Charges what the call used, and records it. A second call does nothing."""
         call, hold, reader = entry.call, entry.hold, entry.reader
         if call.owes:
             return self.settle_bill(entry, ending)
@@ -15586,13 +15594,14 @@ class Proxy:
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
 
     def traced_settle(self, entry, ending):
-        """Do so, once it is known why the model stopped: what says so is dropped then."""
+        """Settles a call that is traced: notes first why the model stopped, as `settle` drops what
+        says so."""
         if entry.reader and not entry.reasons:
             entry.reasons = entry.reader.finish_reasons()
         Proxy.settle(self, entry, ending)
 
     def settle_unended(self, reply, entry, reason):
-        """Do so for a call whose caller has left, or did not want to wait so long."""
+        """Settles a call whose caller has left, or did not want to wait so long."""
         if reason.nothing_sent:
             return
         if isinstance(reason, UpstreamTimeout):
@@ -15610,7 +15619,7 @@ class Proxy:
             usage.estimated and not self.told_usage(entry, ending)[1]))
 
     def await_usage(self, entry):
-        """Leave the charge of a call in the background as it was held, until its usage is told."""
+        """Keeps the charge of a background call open until its usage is known."""
         call, hold = entry.call, entry.hold
         hold.settle(hold.costs)
         if call.made:
@@ -15623,8 +15632,8 @@ class Proxy:
         return reader.reported_usage(ending == "ok") if reader else (None, False)
 
     def settle_bill(self, entry, ending):
-        """Charge what a call in the background used to whom it was charged before, once: when that
-        is told, or when it is told to have ended without."""
+        """Charges a background call once, to its first caller: when its usage is reported, or when
+        it has ended without."""
         name, reader = entry.call.owes.made[0], entry.reader
         bill = self.stored.bills.get(name)
         entry.call.owes = None
@@ -15657,7 +15666,7 @@ class Proxy:
         entry.hold.settle(tuple(map(int.__sub__, costs, before)))
 
     def fault_costs(self, status):
-        """Returns what a call costs that was refused: what its caller did wrong costs a request."""
+        """Returns what a failed call costs: a request if the caller was wrong."""
         return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
 
     def request_head(self, request, call, upstream, address):
@@ -15681,7 +15690,7 @@ class Proxy:
         return head
 
     def traced_head(self, request, call, upstream, address):
-        """Returns the same for an upstream that is told of the trace of which the call is part."""
+        """Returns the same as `request_head`, with the trace that the call is part of."""
         return Proxy.request_head(self, request, call, upstream, address) + call.trace.line()
 
     @staticmethod
@@ -15774,7 +15783,8 @@ def build_stored(config, buckets, clock):
 
 
 def hear_of_others(proxy):
-    """Has the ledger and Redis tell what others have changed, and whether Redis is there."""
+    """Connects the proxy to news from the ledger and Redis: what others have changed, and whether
+    Redis is there."""
     ledger, buckets = proxy.books.ledger, proxy.limits.buckets
     if ledger:
         ledger.on_news = partial(soon, proxy.loop, proxy.take_keys)
@@ -15784,7 +15794,7 @@ def hear_of_others(proxy):
 
 
 def share(proxy, buckets):
-    """Has a proxy share with others what is in Redis beside buckets."""
+    """Makes a proxy share by Redis what it has beside buckets."""
     config, redis, stored = proxy.config, buckets.redis, proxy.stored
 
     async def read(call, method, request, read_body):
@@ -15821,7 +15831,7 @@ def file_secret(database: Optional[Database]) -> bytes:
 
 def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
                   say: Callable[[str], None]) -> StoredKeys:
-    """Returns the keys that are stored, and has the settings go by that there are some."""
+    """Returns the stored keys, and notes in the settings that there are some."""
     keys = stored_keys(database, secret, say)
     keys.closed = keys.closed or config.keys_are_stored
     if keys.closed:
@@ -15830,8 +15840,8 @@ def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
 
 
 def stored_keys(database, secret, say):
-    """Returns the keys that are stored; where they cannot be read, which the ledger says, nobody is
-    let in."""
+    """Returns the stored keys; if they cannot be read, which the ledger reports, nobody is let
+    in."""
     if database is None:
         return StoredKeys(secret)
     try:
@@ -15844,7 +15854,7 @@ def stored_keys(database, secret, say):
 
 
 def go_on(proxy):
-    """Does again what was ordered before, and holds still, before a call could find it undone."""
+    """Carries out earlier orders that still hold, before the first call."""
     proxy.routes.disable(proxy.callers.stored.disabled)
     ledger = proxy.books.ledger
     with suppress(sqlite3.Error, ValueError):
@@ -15853,8 +15863,8 @@ def go_on(proxy):
 
 
 def rebuild(proxy: Proxy, config: Config) -> List[str]:
-    """Has a running proxy go by new settings, as far as that can be; returns the names of those
-    that need a new start. Raises ConfigFaults."""
+    """Applies new settings to a running proxy; returns the names of those that need a restart.
+    Raises ConfigFaults."""
     rest = proxy.config.take(config)
     config = proxy.config
     proxy.weights = config.key_weights or {}
@@ -15868,14 +15878,14 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
 
 
 def renew_estimator(proxy):
-    """Has the costs estimated that rules count now, by what was learned before."""
+    """Makes the estimator count in the units of the rules, with what was learned before."""
     models = proxy.estimator.models
     proxy.estimator = CostEstimator(proxy.config, proxy.prices, proxy.limits.units())
     proxy.estimator.models = models
 
 
 def renew_redaction(proxy):
-    """Has that looked for which must not leave, by the settings and the keys that there are."""
+    """Makes the redaction that the settings and the known keys ask for."""
     config, callers = proxy.config, proxy.callers
     proxy.redaction = None
     kinds = (config.redact or ()) if config.redact or config.redact_patterns else None
@@ -15965,7 +15975,7 @@ WHILE_AWAY = {"share": "this process goes by its share of the limits, one of %d"
 
 
 def tell_of_redis(proxy, change):
-    """Says that Redis is "there", "away", or there "again"."""
+    """Logs that Redis is "there", "away", or there "again"."""
     buckets = proxy.limits.buckets
     count = buckets.processes
     line = {"there": "Redis is there, shared by %d processes" % count,
@@ -16014,9 +16024,9 @@ def with_cause(refusal: Union[Refusal, ValueError]) -> str:
 
 
 class Catalogue:
-    """The models of upstreams. They are asked side by side, and what one says is kept for a minute;
-    who does not answer in time is asked again soon, and what it said before holds until then. Of
-    named upstreams those count that their calls need no prefix for."""
+    """The models of upstreams. Upstreams are asked side by side, and each list is kept for a
+    minute; one that does not answer in time is asked again soon, and its last list holds until
+    then. Of a named upstream only models that need no prefix count."""
     ASK_SECONDS = 5
     KEEP_SECONDS = 60
     AGAIN_SECONDS = 5
@@ -16029,8 +16039,8 @@ class Catalogue:
         self.asking = {}  # and the task that asks it
 
     async def models(self, context: Context, upstreams: List[Upstream]) -> Dict[str, Model]:
-        """Returns theirs by name; the first of a name counts. Who asks while another one's question
-        is under way takes what that brings."""
+        """Returns the models of these upstreams by name; the first of a name counts. Callers that
+        come while an upstream is asked share the answer."""
         for one in upstreams:
             if self.clock.monotonic() >= self.due.get(one.name, -inf) and (
                     one.name not in self.asking):
@@ -16103,7 +16113,8 @@ class Pages:
         reply.send(204, b"", lines)
 
     async def health(self, request, reply):
-        """Open to all; whoever shows no valid credential is told the quota of the address."""
+        """Answers /health, open to all; without a valid credential the quota is that of the
+        address."""
         proxy, entry = self.proxy, reply.entry
         try:
             proxy.identify(request, entry)
@@ -16122,7 +16133,7 @@ class Pages:
         reply.send(200, json.dumps(found).encode())
 
     async def alive(self, request, reply):
-        """Open to all, as is the next one; they tell nothing else."""
+        """Answers /healthz: open to all, and tells nothing else."""
         reply.send(200, b"ok\n", (), "text/plain")
 
     async def ready(self, request, reply):
@@ -16144,7 +16155,7 @@ class Pages:
         reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
 
     def count(self) -> Families:
-        """Returns what this process has counted, with other workers what all have."""
+        """Returns the metrics of this process, with workers those of all."""
         proxy = self.proxy
         families = proxy.watchers.families(proxy.routes, proxy.books, proxy.limits.buckets)
         if proxy.tally is None:
@@ -16153,7 +16164,7 @@ class Pages:
         return proxy.tally.families()
 
     def usual_quota(self, entry):
-        """Returns what is left for a small call."""
+        """Returns the quota for a small call."""
         config, limits = self.proxy.config, self.proxy.limits
         amount = 1 if config.limits else config.request_token_cost
         matching = limits.matching(entry.caller, entry.address, config.base_model)
@@ -16258,8 +16269,8 @@ class Ask(NamedTuple):
 
 
 class Jobs:
-    """Helper threads for what blocks, and a bounded line before them, so that nobody's questions
-    hold up another's for long."""
+    """Helper threads for blocking work, with a bounded queue for each owner, so that nobody's
+    requests hold up another's for long."""
     SECONDS = 30
 
     def __init__(self, threads: int, name: str, most: int = 20):
@@ -16334,7 +16345,7 @@ class Admin:
         raise refusal()
 
     async def answer(self, request: Request, reply: Reply):
-        """A page: any of the admin API."""
+        """Answers any request to the admin API."""
         entry = reply.entry
         self.proxy.require_role(request, entry, "viewer")
         row, name = self.find(request.method, request.path[len(self.ROOT):])
@@ -16395,8 +16406,8 @@ class Admin:
             self.reading, ask.reply, self.work_on_keys, "ro", None, act, *arguments)
 
     async def change_keys(self, ask, act, *arguments):
-        """Does something with the stored keys, as KeyStore has it, in the name of who asks; one
-        after the other. Returns what is told of it, once the proxy goes by it."""
+        """Changes stored keys by a method of KeyStore, in the name of the admin; one change after
+        the other. Returns its result once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
         found = await self.run(
             self.changing, ask.reply, self.work_on_keys, "rw", actor, act, *arguments)
@@ -16404,8 +16415,8 @@ class Admin:
         return found.as_dict() if found else {}
 
     async def until_read(self, context):
-        """Waits until the ledger has told of keys as they are now. It may be hindered: then what
-        was changed is changed all the same."""
+        """Waits until the ledger has read the keys as they are now. If that is hindered, the change
+        holds all the same."""
         told = context.loop.create_future()
         self.proxy.books.ledger.on_read.append(
             partial(soon, context.loop, Stream.wake, told))
@@ -16438,7 +16449,7 @@ class Admin:
                 "near": self.near(), **await self.upstreams(ask)}
 
     def near(self):
-        """Returns the buckets that are nearest to their end."""
+        """Returns the buckets that are nearly empty."""
         least, buckets = 1 - min(self.proxy.config.warn_at or (0.8,)), self.proxy.limits.buckets
         callers = self.pulse.callers
         found = []
@@ -16490,7 +16501,7 @@ class Admin:
             self.feed.waiting.discard(future)
 
     def beat(self):
-        """A second is over: tell those who look what was in it."""
+        """Tells open pages what was in the second that is over."""
         proxy = self.proxy
         upstreams = list(map(self.upstream_now, proxy.routes.all))
         waiting = sum(one["waiting"] for one in upstreams)
@@ -16529,7 +16540,7 @@ class Admin:
         return found
 
     async def switch(self, ask, on):
-        """It stays so after a new start, too, where there is a DATABASE."""
+        """Enables or disables an upstream, for good if there is a DATABASE."""
         upstream = self.upstream(ask.name)
         if self.proxy.books.ledger:
             await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
@@ -16681,7 +16692,7 @@ class Admin:
         return {"callers": rows[:self.MAX_SHOWN]}
 
     async def quota(self, request, reply):
-        """A page for every caller: what it has left, and what it used."""
+        """Answers a caller with what it has left and what it used."""
         entry = reply.entry
         self.proxy.identify(request, entry)
         caller = entry.caller
@@ -17645,8 +17656,8 @@ PAGE_PATHS = {"/dashboard": None, "/me": None, "/admin": "dashboard", "/admin/":
 
 
 async def send_dashboard(request, reply):
-    """A page for people, open to all, as it holds no data. Nothing runs in it, or gives it a look,
-    but what carries the nonce of this answer."""
+    """Sends the page: open to all, as it holds no data. Only scripts and styles with the nonce of
+    this answer run in it."""
     place = PAGE_PATHS[request.path]
     if place:
         return reply.send(307, b"", ["Location: " + place])
@@ -17716,7 +17727,8 @@ class ClientConnection:
     # -- what the client does while its call awaits something else
 
     def on_client_end(self):
-        """A closed sending side is a goodbye or a half-close; which, only time tells."""
+        """Notes that the client closed its sending side: a goodbye or a half-close, which only time
+        tells."""
         if self.client.failure:
             self.on_client_lost()
         else:
@@ -17726,7 +17738,7 @@ class ClientConnection:
         self.context.end(CallerGone())
 
     def on_client_full(self):
-        """It is not read any more, so its leaving must be looked for."""
+        """Looks for the client's leaving, as nothing more is read from it."""
         if self.full_timer:  # one look at a time
             self.full_timer.cancel()
         if len(self.client.read_buffer) < MAX_READ_AHEAD or self.client.reading:
@@ -17744,8 +17756,8 @@ class ClientConnection:
             entry.held_up += seconds
 
     def end_if_idle(self):
-        """The server stops. A request that has come whole is answered, an idle connection is
-        not."""
+        """Closes the connection if it is idle, because the server stops; a request that has come
+        whole is answered."""
         if self.idle:
             self.client.on_readable()  # what came and was not read yet
             if b"\r\n\r\n" not in self.client.read_buffer:
@@ -17778,7 +17790,8 @@ class ClientConnection:
             self.server.forget(self)
 
     def record_tls_failure(self, failure):
-        """A client that does not trust our certificate says so at the latest when it should ask."""
+        """Records a failed handshake. A client that does not trust our certificate says so when it
+        should send its request, at the latest."""
         entry = Entry(self.address, self.peer)
         entry.outcome = "refused"
         entry.cause = "TLS failed: %s" % (failure.reason or "cut").lower().replace("_", " ")
@@ -17962,7 +17975,7 @@ class LoopWatch:
     PERIOD = 0.25          # seconds, of looks at the loop, and what is too long
 
     culprit = ""
-    thread = 0  # that of the loop, once it runs
+    thread = 0  # the loop's thread, once it runs
     used = 0.0  # seconds of CPU, until the last look
 
     def __init__(self, proxy: Proxy):
@@ -18016,8 +18029,8 @@ class Handshakes:
         return level.wait
 
 
-# PyPy begins to collect when there is eight times as much as its nursery holds, which may be as
-# large as the processor's cache. A step now and then takes a few milliseconds.
+# PyPy begins to collect at eight times its nursery, which may be as large as the processor's cache.
+# A step now and then takes a few milliseconds.
 collect_a_little = getattr(gc, "collect_step", lambda: None)
 
 
@@ -18157,15 +18170,14 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
     def most_of(self, peer):
-        """Returns how many connections may come from there; a proxy that is trusted speaks for
-        many."""
+        """Returns how many connections an address may have; a trusted proxy speaks for many."""
         most = self.proxy.config.max_connections_per_address
         if self.proxy.callers.trusts(peer) or (not most and plain_ip(peer).is_loopback):
             return inf
         return most or self.MAX_PER_ADDRESS
 
     def let_go(self, connection):
-        """It counts no more, and is kept a moment only."""
+        """Counts a connection no more, and keeps it for a moment."""
         self.release(connection)
         self.lingering[connection] = None
         if len(self.lingering) > self.MAX_LINGERING:
@@ -18249,7 +18261,7 @@ class Server(http.server.ThreadingHTTPServer):
         return len(cut)
 
     async def part(self):
-        """Leave all upstreams."""
+        """Leaves all upstreams."""
         self.proxy.routes.close_stale(everything=True)
         partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
         for parting in partings:
@@ -18269,7 +18281,7 @@ class Server(http.server.ThreadingHTTPServer):
         await stopped
 
     async def emptying(self, seconds):
-        """Wait until no connection is open."""
+        """Waits until no connection is open."""
         if self.open and seconds > 0:
             self.emptied = self.loop.create_future()
             with suppress(TimeoutError):
