@@ -240,7 +240,7 @@ class Endpoint(NamedTuple):
 
     @property
     def proxy_fields(self) -> Texts:
-        """The header fields for a proxy on the way to upstreams, and for nobody else."""
+        """The header fields for a proxy on the way to upstreams; nobody else gets them."""
         user = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         return {"Proxy-Authorization": "Basic " + user} if self.user or self.password else {}
 
@@ -6182,7 +6182,7 @@ class UsageReader:
         return self.editor.flush() if self.editor else b""
 
     def add_edit(self, edit: Edit, events: Optional[EventFraming]) -> None:
-        """Has the body changed by one more; `events` as in Editor."""
+        """Adds a change of the body; `events` as in Editor."""
         self.editor = Editor(events, [*(self.editor.edits if self.editor else []), edit])
 
     # -- what it says
@@ -6237,8 +6237,8 @@ class UsageReader:
         return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
     def note_answer(self, payload, adds=False):
-        """Takes what one of several answers reports, too; returns its counts. What several models
-        used together has no price: then not all is told."""
+        """Adds what one of several answers reports; returns its counts. The use of several models
+        together has no price, so not all is known then."""
         before = self.model
         counts = self.dialect.counts_in(payload)
         self.counts = merged(self.counts, counts, operator.add if adds else max)
@@ -6282,7 +6282,7 @@ class UsageReader:
         return self.endpoint == UNKNOWN and data.find(b'"meta_info"') >= 0
 
     def note(self, payload: JsonObject) -> None:
-        """Takes what a response, an event or a part of one reports, if it does."""
+        """Notes what a response, an event or a part of one reports, if anything."""
         counts = self.note_answer(payload)
         if counts:
             final = self.dialect.is_final(payload, counts)
@@ -6746,8 +6746,8 @@ class Redactor:
                    for start, end, kind in found]
 
     def without_escapes(self, text):
-        """Takes steps, of which the last one returns what a text with escapes says, blanks for what
-        is no part of a value; and how much longer the text is from which places on."""
+        """Removes escapes step by step; the last step returns the text, with blanks for what is no
+        part of a value, and how much longer the original is from which places on."""
         pieces, places, missing = [], [], [0]
         start = 0
         while start < len(text):
@@ -6835,8 +6835,8 @@ class Masks:
         self.numbers: Dict[str, int] = Counter()
 
     def mask(self, text: str, is_json: bool = False, anew: bool = True) -> Iterator[None]:
-        """Takes steps, as Redactor.search does, of which the last one returns a text in which
-        placeholders stand for what must not leave. `anew`: also for what has none yet."""
+        """Masks a text step by step, as Redactor.search does; the last step returns it with
+        placeholders. `anew`: also for values that have none yet."""
         pieces = []
         last = 0
         for found in self.redactor.search(text):
@@ -7585,9 +7585,9 @@ class Head(Fields):
         return [line for name, line in self.lines.items() if name not in without]
 
     def read_framing(self, version):
-        """Read RFC 9112 6.3 for both sides. Two kinds of framing at once, or a coding that is not
-        exactly chunked, would be a door for smuggling. A length is 1*DIGIT (RFC 9110 8.6), and no
-        more digits than make sense."""
+        """Reads the framing of a message (RFC 9112 6.3). Two kinds of framing at once, or a coding
+        that is not exactly chunked, would be a door for smuggling. A length is 1*DIGIT (RFC 9110
+        8.6), and no more digits than make sense."""
         text = self.get("content-length")
         coding = self.get("transfer-encoding")
         self.length = None
@@ -7955,7 +7955,7 @@ class Context:
         return future
 
     async def sleep(self, seconds: float, what: str):
-        """Let time pass."""
+        """Waits for a time."""
         with suppress(TimeoutError):
             await self.wait(self.loop.create_future(), seconds, what)
 
@@ -7978,7 +7978,7 @@ class Context:
         return self.future is not None and not self.future.done()
 
     def end(self, reason: Exception):
-        """End the call, whatever it awaits, now or next."""
+        """Ends the call, whatever it awaits now or next."""
         if self.reason is None:
             self.reason = reason
             if self.is_waiting():
@@ -8098,7 +8098,7 @@ class Stream:
         return True
 
     def more(self, context: Context, seconds: float, what: str) -> asyncio.Future:
-        """Wait until more has come; the result is False at the end. Raises OSError, and as `wait`
+        """Waits until more has come; the result is False at the end. Raises OSError, and as `wait`
         does."""
         self.waiter = context.wait(self.loop.create_future(), seconds, what)
         if self.ended:
@@ -8168,7 +8168,7 @@ class Stream:
     # -- what goes
 
     def write(self, data: bytes):
-        """Send now what can be sent; the rest when the other side takes it."""
+        """Sends what can be sent now; the rest when the peer takes it."""
         if self.posted:
             self.send_posted()
         if self.write_failed or not data:
@@ -8189,9 +8189,8 @@ class Stream:
             self.flush()
 
     def post(self, data: bytes):
-        """Send a few bytes in the loop's next pass, one behind the other with what other streams
-        post in this one: to wake a peer costs more than to send, and one that was just woken is
-        still awake."""
+        """Sends a few bytes in the loop's next pass, together with those of other streams: to wake
+        a peer costs more than to send, and one that was just woken is still awake."""
         if self.posted or self.write_buffer or len(data) > self.MOST_POSTED:
             return self.write(data)
         self.posted = data
@@ -8245,8 +8244,8 @@ class Stream:
 
     async def drain(self, context: Context, seconds: float, what: str,
                     or_answer: bool = False) -> bool:
-        """Wait until all was sent; returns False if it cannot be, or, with `or_answer`, if the peer
-        speaks first. Raises TimeoutError after `seconds` in which it took nothing."""
+        """Waits until all was sent; returns False if it cannot be, or, with `or_answer`, if the
+        peer speaks first. Raises TimeoutError after `seconds` in which it took nothing."""
         self.send_posted()
         if or_answer:
             self.resume_reading()
@@ -8260,7 +8259,7 @@ class Stream:
     # -- TLS
 
     async def handshake(self, context, seconds):
-        """Do a server's part of the TLS handshake. Raises OSError, and as `wait` does."""
+        """Does a server's part of the TLS handshake. Raises OSError, and as `wait` does."""
         deadline = self.loop.time() + seconds
         while True:
             try:
@@ -8288,14 +8287,15 @@ class Stream:
                                   sock.server_hostname)
 
     def give_up_tls(self):
-        """Go on in plain text: the handshake failed because the client speaks HTTP without TLS."""
+        """Goes on in plain text: the handshake failed because the client speaks HTTP without
+        TLS."""
         self.sock = socket.socket(fileno=self.sock.detach())
         self.encrypted = False
 
     # -- its end
 
     def shut_down_writing(self):
-        """Tell the peer that nothing more will be sent."""
+        """Tells the peer that nothing more will be sent."""
         self.send_posted()
         with suppress(OSError, ValueError):
             if self.encrypted:
@@ -8305,7 +8305,7 @@ class Stream:
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
     def reset_on_close(self):
-        """Make the close send a RST, which nobody takes for the end of a body."""
+        """Makes the close send a RST, which nobody takes for the end of a body."""
         with suppress(OSError):
             self.sock.setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -8414,7 +8414,7 @@ class Transfer:
         return max(self.came_at, self.target.wrote_at) + self.seconds
 
     def check(self):
-        """Look at the deadlines, and come back at the next one."""
+        """Checks the deadlines, again at the next one."""
         now = self.loop.time()
         if self.target.write_buffer:
             due = self.target.wrote_at + self.slow_seconds
@@ -8568,7 +8568,7 @@ class RequestBody:
         return body if self.coding == "identity" else await self.inflate(body, most)
 
     def hold(self, size):
-        """Count so many bytes against the budget, but for small ones."""
+        """Counts bytes against the budget, but for small bodies."""
         if size > self.held + self.budget.SMALL:
             self.budget.take(size - self.held, self.owner)
             self.held = size
@@ -8610,7 +8610,7 @@ class RequestBody:
         return payload
 
     async def upload(self, upstream: Stream, context: Context, seconds: float) -> bool:
-        """Carry a body of any size; returns False if the upstream answered, or stopped reading,
+        """Carries a body of any size; returns False if the upstream answered, or stopped reading,
         before all was sent. It may pause for so many `seconds`. Raises as `read` does, and
         TimeoutError where the upstream is slow."""
         if self.ended:  # only its fields speak of a body
@@ -8631,7 +8631,7 @@ class RequestBody:
         return False
 
     def skip(self) -> bool:
-        """Drop what has come of the body; returns whether nothing of it is left."""
+        """Drops what has come of the body; returns whether nothing of it is left."""
         if not self.ended and self.client.read_buffer and not self.continue_awaited:
             with suppress(BrokenBody):
                 self.unwrap()
@@ -9366,7 +9366,7 @@ class Address:
         return (base + path or "/") + ("?" + query if query else "")
 
     async def send(self, stream, method, head, body, context):
-        """Send one request and wait for the head of its response. Raises UpstreamFailed,
+        """Sends one request and waits for the head of its response. Raises UpstreamFailed,
         UpstreamTimeout, and what reading `body` or ending the call raises."""
         try:
             if isinstance(body, bytes):
@@ -9430,8 +9430,8 @@ class Address:
             context.close()
 
     async def receive(self, stream, method, request_was_sent, context):
-        """Wait for the head of a response. `request_was_sent` is False if the upstream answered, or
-        stopped reading, before it had it all (RFC 9112 9.5)."""
+        """Waits for the head of a response. `request_was_sent` is False if the upstream answered,
+        or stopped reading, before it had it all (RFC 9112 9.5)."""
         seconds = self.first_byte_timeout
         deadline = context.loop.time() + seconds
         if not stream.read_buffer:
@@ -9475,7 +9475,7 @@ class Address:
         self.spares.append((reusable, stream))
 
     def close_stale(self, everything: bool = False):
-        """Close spare connections that are too old to be used again; called once in a while."""
+        """Closes spare connections that are too old to be used again; called once in a while."""
         oldest = self.clock.monotonic() - SPARE_SECONDS
         while self.spares and (everything or self.spares[0][0] < oldest):
             self.spares.popleft()[1].close()
@@ -9515,8 +9515,8 @@ class Address:
         return Stream(context.loop, sock)
 
     def connect_at_once(self):
-        """Connect on this machine, which takes a few microseconds; returns None where it does
-        not."""
+        """Connects to this machine, which takes a few microseconds; returns None where that is not
+        possible."""
         owner = self.new_owner(self.LOOPBACK_SECONDS)
         try:
             owner.connect()
@@ -9535,7 +9535,8 @@ class Address:
             return "upstream %s: %s%s" % (self.endpoint.origin, refusal.cause, hint)
 
     async def connect_in_helper(self, context):
-        """Connect in one of this address's own threads, so that a dead one does not take all."""
+        """Connects in one of this address's own helper threads, so that a dead address does not
+        take all threads."""
         loop, seconds = context.loop, self.transport.open_timeout
         owner = self.new_owner(seconds)
         opened = loop.create_future()
@@ -9721,7 +9722,7 @@ class Upstream:
 
     async def send_once(self, method: str, head: Callable[[Address], bytes],
                         body: Union[bytes, RequestBody], context: Context) -> Response:
-        """Send one request and wait for the head of its response. `head` gives the request's, but
+        """Sends one request and waits for the head of its response. `head` gives the request's, but
         for the lines that frame its body. An address that cannot be reached was sent nothing, so
         the next one is asked. Without a subject it says nothing of how calls fare there. Raises
         UpstreamFailed, UpstreamTimeout, BreakerOpen, and what `body` raises."""
@@ -9795,7 +9796,7 @@ class Upstream:
         return [one for one in found if self.serves(one.name)] if self.globs else found
 
     async def list_models(self, context):
-        """Ask for the list of models."""
+        """Asks for the list of models."""
         path, dialect = self.dialect.place(
             self.dialect.MODELS_PATH, DIALECTS["openai"], metered=False)
         lines = ["Accept: application/json", "Accept-Encoding: identity", *dialect.VERSION_LINES]
@@ -10047,7 +10048,7 @@ class Entry:
 
     @property
     def redacted(self):
-        """How much was found that must not leave, such as email=2,card=1."""
+        """The counts of redacted values, such as email=2,card=1."""
         return ",".join(["%s=%d" % row for row in self.found.items()])
 
     def as_row(self) -> Tuple:
@@ -10306,7 +10307,7 @@ class UsageLog(Log):
         return json.dumps(item.as_fields())
 
     def reopen(self):
-        """Has the next lines go to a new file, where somebody has moved the old one."""
+        """Opens the file anew, as somebody may have moved the old one."""
         self.moved = self.path != "-"
 
     def write(self, text):
@@ -10595,8 +10596,9 @@ class Database:
         execute("PRAGMA synchronous = NORMAL")
 
     def make_room(self):
-        """Has what was written go to its place, from now on soon: SQLite puts it beside the file
-        first, up to 4 MB (https://www.sqlite.org/wal.html), which may be all that a disk has."""
+        """Makes SQLite move what was written to its place, from now on soon: it puts up to 4 MB
+        beside the file first (https://www.sqlite.org/wal.html), which may be all that a disk
+        has."""
         with suppress(sqlite3.Error):
             self.connection.rollback()
             self.execute("PRAGMA wal_autocheckpoint = 64")
@@ -11283,7 +11285,7 @@ class KeyStore(NamedTuple):
 
     @contextmanager
     def change(self, what, name, detail=""):
-        """One transaction, to which the audit belongs."""
+        """Begins one transaction, to which the row of the audit belongs."""
         execute = self.connection.execute
         execute("BEGIN IMMEDIATE")
         with self.connection:
@@ -11328,7 +11330,7 @@ class KeyStore(NamedTuple):
             return self.write(execute, name, fields)
 
     def disable(self, what: str, disabled: bool, name: str) -> Key:
-        """It lets nobody in until it is restored."""
+        """Disables a key: it lets nobody in until it is restored."""
         with self.change(what, name) as execute:
             execute("UPDATE keys SET disabled = ? WHERE name = ?", (disabled, name))
             return self.find(name)
@@ -11737,13 +11739,13 @@ class Watcher:
     counts_all = False  # also refusals that are written down nowhere
 
     def begin(self, entry: Entry):
-        """A call was read and is about to be routed."""
+        """Hears that a call was read and is about to be routed."""
 
     def record(self, entry: Entry):
-        """A call has ended; it is in the ledger, too."""
+        """Hears that a call has ended; it is in the ledger, too."""
 
     def close(self, wait: float):
-        """Nothing more will come."""
+        """Hears that nothing more will come."""
 
 
 class Books:
@@ -14704,7 +14706,8 @@ class Reply:
             self.context.end(bug)
 
     def send_comment(self):
-        """Tell the caller of a stream that its call is alive, after a head where there was none."""
+        """Tells the caller of a stream that its call is alive, after a head where there was
+        none."""
         text, head = self.WAITING, b""
         ticket = self.entry.ticket
         if ticket:
@@ -14865,7 +14868,7 @@ class Reply:
         return adapter
 
     async def receive_whole(self, response: Response):
-        """Await a metered answer that is no stream, unless it is large or takes its time. Raises
+        """Awaits a metered answer that is no stream, unless it is large or slow. Raises
         UpstreamFailed."""
         stream, adapter, loop = response.stream, self.adapter, self.context.loop
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
@@ -14912,7 +14915,7 @@ class Reply:
                          body=to_json_bytes(found) if is_error else None)
 
     def begin(self, response: Response):
-        """Send the head of a response, together with what has come of its body."""
+        """Sends the head of a response, together with what has come of its body."""
         clock, entry = self.common.clock, self.entry
         entry.first_byte = clock.monotonic()
         if self.early:
@@ -14999,7 +15002,7 @@ class Reply:
         return None if reader and reader.fault and reader.fault not in FAILING else False
 
     async def drain(self):
-        """Wait until the client has taken all. Raises CallerGone, and what the call is ended
+        """Waits until the client has taken all. Raises CallerGone, and what the call is ended
         with."""
         seconds = Transfer.SLOW_READER_SECONDS
         try:
@@ -15017,7 +15020,7 @@ class Reply:
         return reader is not None and not EVENT_END.search(unsent) and reader.has_closed()
 
     def end(self, ending: str):
-        """Note how an answer ended that is not as it should be, and cut one that is not whole."""
+        """Notes how an answer ended that is not as it should be, and cuts one that is not whole."""
         self.entry.outcome = ending
         if not self.adapter.framing.ended:
             self.cut(UpstreamFailed("cut"))
@@ -15025,7 +15028,7 @@ class Reply:
             self.entry.cause = "ended without its mark"
 
     def cut(self, why: Refusal):
-        """End an answer that is not whole so that nobody takes it for whole: no last chunk, or too
+        """Ends an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
         told `why`, where there is room for that, and ends properly: a broken one would hide it."""
         told = self.early and self.tell(why)
@@ -15051,7 +15054,7 @@ class Reply:
 
     def send(self, status: int, body: bytes = b"", lines: Iterable[str] = (),
              content_type: str = "application/json"):
-        """Send a whole answer."""
+        """Sends a whole answer."""
         described = ["Content-Type: " + content_type, "Content-Length: %d" % len(body)]
         head = self.own_head(status, [*lines, *(described if status != 204 else ())])
         if self.request and self.request.method == "HEAD":
@@ -15080,8 +15083,8 @@ class Reply:
         return ["%s: %s" % field for field in fields.items()]
 
     def limit(self, refusal):
-        """Say that a limit is reached: an assistant does, where LIMIT_REPLY wants one and one can
-        speak; else it is an error."""
+        """Answers that a limit is reached: by an assistant, if LIMIT_REPLY wants one and one can
+        speak, else by an error."""
         call, wait, fields = self.call, refusal.wait, dict(refusal.fields)
         dialect, now, reply = call.dialect, self.started // 10 ** 9, None
         if self.wants_assistant():
@@ -15553,8 +15556,8 @@ class Proxy:
         return upstream.send(method, head, call.upstream_body, context)
 
     async def send_with_question(self, upstream, method, head, call, context):
-        """A stream reports its usage only when asked; an upstream that takes the question for an
-        error is not asked again."""
+        """Sends a call whose stream must be asked for its usage; an upstream that refuses the
+        question is not asked again."""
         unasked = call.upstream_body
         call.dialect.request_usage(call)
         response = await upstream.send(method, head, call.upstream_body, context)
@@ -15752,7 +15755,7 @@ def new_loop(clock, log):
 
 def build(config: Config, stream: BinaryIO, clock: Any = time,
           database: Optional[Database] = None, worker: Optional[Worker] = None) -> Proxy:
-    """Put the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
+    """Puts the parts together. `clock` has monotonic() and time_ns(), as the module `time` has;
     without a `database` that can be written everything is kept in memory. A `worker` is one of
     several processes."""
     log = Log(stream, config.log_format == "json", clock,
@@ -16470,7 +16473,7 @@ class Admin:
         return [entry.as_running(self.clock) for entry in islice(running, first, None)]
 
     async def events(self, ask):
-        """A stream of events that goes on until either side ends it."""
+        """Streams events until either side ends."""
         reply, feed = ask.reply, self.feed
         text = ask.request.get("last-event-id", "")
         number = int(text) if re.fullmatch("[0-9]{1,18}", text) else feed.number
@@ -16490,7 +16493,7 @@ class Admin:
             feed.listeners -= 1
 
     async def next_event(self, reply):
-        """Wait for an event; returns a comment where none comes."""
+        """Waits for an event; returns a comment if none comes."""
         future = reply.context.loop.create_future()
         self.feed.waiting.add(future)
         try:
@@ -17766,7 +17769,7 @@ class ClientConnection:
     # -- its life
 
     async def converse(self, refusal=None):
-        """Answer requests, or say `refusal` before there is one."""
+        """Answers requests, or only says `refusal`."""
         try:
             if refusal:
                 self.refuse(self.new_reply(), refusal)
@@ -17812,7 +17815,7 @@ class ClientConnection:
             return False
 
     async def await_turn(self, seconds):
-        """Let time pass, unless the client leaves: nothing reads what it sends meanwhile."""
+        """Waits for a time, unless the client leaves: nothing reads what it sends meanwhile."""
         while seconds > 0:
             if self.client.has_hung_up():
                 raise QuietEnd
@@ -17826,8 +17829,8 @@ class ClientConnection:
         return self.reply
 
     async def exchange(self) -> bool:
-        """Answer one request, once its first byte has come; returns whether another one may follow.
-        Raises TimeoutError where none comes."""
+        """Answers one request, once its first byte has come; returns whether another one may
+        follow. Raises TimeoutError where none comes."""
         self.context.renew()
         self.reply = None
         self.idle = True
@@ -17854,7 +17857,7 @@ class ClientConnection:
         return not reply.close_after
 
     async def answer(self, reply):
-        """Read a request and answer it. Raises whatever is to be said instead."""
+        """Reads a request and answers it. Raises whatever is to be answered instead."""
         client = self.client
         try:
             data = client.take_head() or await client.read_head(
@@ -17902,7 +17905,7 @@ class ClientConnection:
             raise UpgradeRequired
 
     def refuse(self, reply, failure):
-        """The one place that turns what was raised into an answer."""
+        """Turns what was raised into an answer; nothing else does."""
         self.idle = False
         if isinstance(failure, CallerGone):
             reply.stop_comments()
@@ -17917,7 +17920,7 @@ class ClientConnection:
         reply.refuse(failure)
 
     async def finish(self, reply):
-        """Wait until the answer was taken."""
+        """Waits until the answer was taken."""
         try:
             if not reply.reset:
                 await reply.drain()
@@ -17927,7 +17930,7 @@ class ClientConnection:
             reply.close_after = reply.reset = True
 
     def record(self, reply):
-        """Write down how it went."""
+        """Records how the request went."""
         if reply.comment_timer:
             reply.stop_comments()
         if self.leave_timer:
@@ -17938,8 +17941,8 @@ class ClientConnection:
         self.proxy.books.record(reply.entry.close(self.proxy.clock))
 
     async def say_goodbye(self):
-        """Close so that the last answer is read: closing on unread bytes sends a reset, which could
-        erase it (RFC 9112 9.6)."""
+        """Closes so that the last answer is read: closing on unread bytes sends a reset, which
+        could erase it (RFC 9112 9.6)."""
         reply, client = self.reply, self.client
         if reply and reply.reset:
             return client.reset_on_close()
@@ -17955,7 +17958,7 @@ class ClientConnection:
         await self.linger(seconds, total)
 
     async def linger(self, seconds, total):
-        """Read on until the client closes, too."""
+        """Reads on until the client closes, too."""
         client, context = self.client, self.context
         client.discarding = False
         context.renew()
@@ -18115,7 +18118,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """Hand a new connection to the loop, and wait where it is busy: a burst of new ones must
+        """Hands a new connection to the loop, and waits for a busy loop: a burst of new ones must
         not starve it of the interpreter."""
         self.handing_over.acquire()
         soon(self.loop, self.welcome, request, client_address[0])
@@ -18159,8 +18162,8 @@ class Server(http.server.ThreadingHTTPServer):
             connection.converse(refusal), name=f"client {peer}")
 
     def end_an_idle_one(self):
-        """Make room: of the address with most connections, the one that has been idle longest
-        goes."""
+        """Makes room: closes the connection that has been idle longest, of the address with most
+        connections."""
         idle = [one for one in self.open if one.idle and one.context.future]
         if not idle:
             return False
@@ -18219,7 +18222,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.pages.count()
 
     def reload(self):
-        """Read the certificates again; connections that are open keep theirs. Raises OSError,
+        """Reads the certificates again; open connections keep theirs. Raises OSError,
         ValueError."""
         config = self.proxy.config
         if config.tls_cert_file:
@@ -18232,8 +18235,8 @@ class Server(http.server.ThreadingHTTPServer):
     # -- the end
 
     async def drain(self, seconds: float) -> int:
-        """Stop accepting, close what is idle, let running calls finish for so many seconds, then
-        cut them; returns how many were cut."""
+        """Stops accepting, closes idle connections, lets running calls finish for so many seconds,
+        then cuts them; returns how many were cut."""
         await self.stop_accepting()
         self.draining = True
         self.proxy.watchers.feed.close(0)
@@ -18295,7 +18298,7 @@ class Server(http.server.ThreadingHTTPServer):
 # --------------------------------------------------------------------------------------------------
 
 STOP_SIGNALS = "SIGTERM", "SIGINT"
-ONE_SIGNAL_SECONDS = 0.5  # in which two are one
+ONE_SIGNAL_SECONDS = 0.5  # two signals within it are one
 
 
 def catch_signals(names: Iterable[str], now: Callable[[], float]
@@ -18326,8 +18329,8 @@ class Workers:
     """Keeps processes running, each of which does `work(number, lifeline, again)` and ends with the
     code that returns: the lifeline is a descriptor that ends with the parent, `again` tells that
     one of this number has died."""
-    SETTLED_SECONDS = 5  # who lived so long is started again at once;
-    LEAST_SECONDS = 0.2  # who did not, after a pause that doubles each time,
+    SETTLED_SECONDS = 5  # a worker that lived so long is started again at once,
+    LEAST_SECONDS = 0.2  # another one after a pause that doubles each time,
     MOST_SECONDS = 30    # up to this
     SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1", "SIGCHLD")
     stopping = False
@@ -18380,7 +18383,8 @@ class Workers:
                 self.say(f"worker {number + 1} cannot be started: {failure}")
 
     def start(self, number):
-        """Returns the process. Signals wait meanwhile: what handles them is not for a worker."""
+        """Forks a worker; returns its process. Signals are blocked meanwhile: their handlers are
+        not for a worker."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [
             getattr(signal, name) for name in self.SIGNALS])
         try:
@@ -18392,7 +18396,7 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def be_worker(self, number, mask):
-        """Does the work in a new process, which ends with it."""
+        """Does the work in a new process, and ends it."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -18411,7 +18415,7 @@ class Workers:
             os._exit(code)
 
     def bury(self):
-        """Looks who has ended, and has them started again."""
+        """Collects the processes that have ended, and has them started again."""
         with suppress(ChildProcessError):
             while self.running:
                 process, status = os.waitpid(-1, os.WNOHANG)
@@ -18421,7 +18425,7 @@ class Workers:
                 code = os.waitstatus_to_exitcode(status)
                 if self.stopping:
                     self.code = max(self.code, code)
-                elif code == 2 and number not in self.pauses:  # it was started with what is wrong
+                elif code == 2 and number not in self.pauses:  # a fault that was there at the start
                     self.code = code
                     self.stop()
                     self.hear(signal.SIGTERM, {})
@@ -18490,7 +18494,7 @@ class Demo:
             await server.serve_forever()
 
     async def converse(self, reader, writer):
-        """Answer one request after another, as simply as a proxy lets one."""
+        """Answers one request after another, as simply as a proxy lets one."""
         # Who asks hangs up, or asks what no demo understands.
         with closing(writer), suppress(Exception):
             while True:
@@ -18604,7 +18608,7 @@ class Bench:
             "whole", "upstream", "proxy", "first byte", "jitter", "event")}
 
     async def run(self, calls: Iterable[int], concurrency: int):
-        """Make a call for each of these."""
+        """Makes a call for each of these."""
         loop, calls = asyncio.get_running_loop(), iter(calls)
         self.began = self.ended = loop.time()
         try:
@@ -18645,7 +18649,7 @@ class Bench:
         return response.status
 
     async def read(self, response, context):
-        """Read a body to its end; returns when something of it came, which of a stream is when an
+        """Reads a body to its end; returns when something of it came, which of a stream is when an
         event did. Raises UpstreamFailed."""
         seconds = response.address.transport.read_timeout
         framing, arrivals, going_on = response.framing, [], True
@@ -18783,7 +18787,8 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
         self.tell("calls", bench.report()["per_second"])
 
     async def measure_streams(self, count, before):
-        """Two rounds of so many streams; their memory is not given back to the system at once."""
+        """Measures so many streams in two rounds, as memory is not given back to the system at
+        once."""
         added = await self.added_milliseconds("event", self.STREAM, range(2 * count), count)
         more = self.scrape(self.MEMORY) - before
         self.tell(f"added to an event, {count} streams", added)
@@ -18805,7 +18810,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 # --------------------------------------------------------------------------------------------------
 
 def tell_user(text):
-    """Says what is no part of a command's answer."""
+    """Prints to stderr what is not the result of a command."""
     print(visible(str(text)), file=sys.stderr)
 
 
@@ -18844,7 +18849,7 @@ def describe_redaction(config):
 
 
 def greeting(config):
-    """Returns what the proxy is about to do, in a few lines."""
+    """Returns what the proxy is about to do, line by line."""
     return [
         f"llm_proxy {VERSION} listens on {config.origin(config.host)}",
         *[f"{config.workers} workers share the port"] * (config.workers > 1),
@@ -18897,8 +18902,8 @@ def check(config):
 
 
 def faults_of_start(config):
-    """Yields why a start could not use the database, which stays as it is, its log of usage, Redis
-    or the port; says where it would go without the first. Notes whether keys are stored."""
+    """Yields what would keep a start from using the database, the usage log, Redis or the port.
+    Changes nothing, but notes whether keys are stored, and warns if only memory would be used."""
     try:
         if config.database != "off":
             look_at_database(config)
@@ -18943,7 +18948,8 @@ def cannot_listen(config, failure):
 
 
 def can_be_written(path):
-    """Tells whether a file can be written, or one made there, by making another one."""
+    """Tells whether a file can be written or made; tries the latter with another file in its
+    folder."""
     if os.path.exists(path):
         return not os.path.isdir(path) and os.access(path, os.W_OK)
     folder = os.path.dirname(os.path.abspath(path))
@@ -18952,7 +18958,8 @@ def can_be_written(path):
 
 
 def look_at_database(config):
-    """Raises DatabaseFault where a service could not use it."""
+    """Checks the database without changing it. Raises DatabaseFault if a service could not use
+    it."""
     path = config.database
     database = database_to_read(config)
     if database:
@@ -18970,10 +18977,10 @@ IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
 
 
 def take_one_cpu(cpu, port, worker=0):
-    """Stays on one CPU, where the system can do that. -1: the port picks one, so that two proxies
-    differ; workers take those that follow. One thread does nearly all the work, and a tenth faster
-    where it stays; those that write, which run already, are left free: they would hold it up when
-    they have much to do."""
+    """Pins the process to one CPU, where the system can do that. -1: the port picks it, so that two
+    proxies differ; workers take those that follow. One thread does nearly all the work, a tenth
+    faster where it stays. Writer threads, which run already, are not pinned: they would hold it up
+    when they have much to do."""
     if cpu is None or not CPUS:
         return
     one = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
@@ -18982,10 +18989,10 @@ def take_one_cpu(cpu, port, worker=0):
 
 
 def tune_interpreter():
-    """Lets CPython look for cycles less often: calls leave hardly any, but a look that comes too
-    seldom takes long, and streams wait meanwhile. PyPy compiles what ran a thousand times, and
-    forgets in time how often that was: what runs once for a call was compiled late, or in parts.
-    Now a few hundred calls are enough."""
+    """Tunes the garbage collector and the compiler. CPython looks for cycles less often: calls
+    leave hardly any, but a look that comes too seldom takes long, and streams wait meanwhile. PyPy
+    compiles what ran a few hundred times, and does not forget counts: by default what runs once a
+    call was compiled late, or in parts."""
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
@@ -19012,8 +19019,8 @@ DEMO_HINT = (
 
 
 def database_to_read(config):
-    """Returns the database as it is, None where there is none. Raises DatabaseFault, for whoever
-    may not call would be let in where it is not known that keys are stored."""
+    """Returns the database to read, None without one. Raises DatabaseFault if its keys cannot be
+    read, as anybody could call then."""
     try:
         return Database(config.database, reading=True)
     except NothingRecorded:
@@ -19052,7 +19059,8 @@ def open_patiently(path, lock, shared=False):
 
 @contextmanager
 def telling_of_index(path):
-    """Says where an older version has left calls without one: millions of them take a minute."""
+    """Tells the user that an index is made: for millions of calls of an older version it takes a
+    minute."""
     calls = 0
     with suppress(DatabaseFault, sqlite3.Error), closing(Database(path, reading=True)) as database:
         (calls,), = database.execute(
@@ -19099,7 +19107,7 @@ def write_secret(path, secret):
 
 
 def run(config: Config, remarks: List[str]) -> int:
-    """Serve until a signal says stop; returns the exit code. `remarks` are for the start of the
+    """Serves until a signal says stop; returns the exit code. `remarks` are for the start of the
     log. Raises ConfigFaults and DatabaseFault."""
     raise_descriptor_limit()
     log_stream = open(2, "wb", buffering=0, closefd=False)
@@ -19128,7 +19136,7 @@ def run(config: Config, remarks: List[str]) -> int:
 
 
 def leave_to_workers(database):
-    """Closes a database that is made now, or brought up to date: SQLite's connections must not be
+    """Closes a database after its tables are made or upgraded: SQLite's connections must not be
     carried through a fork (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
     database.connection.close()
     if database.lock:
@@ -19143,7 +19151,7 @@ def remove_admin_key(config):
 
 
 def run_loop(server, lines, lifeline=None):
-    """Serve until a signal says stop; returns the exit code."""
+    """Serves until a signal says stop; returns the exit code."""
     proxy = server.proxy
     proxy.loop.run_until_complete(serve(server, lines, lifeline))
     proxy.books.close(5)
@@ -19153,8 +19161,8 @@ def run_loop(server, lines, lifeline=None):
 
 
 def run_workers(config, log_stream, say, common, lines):
-    """Serve by several processes, whose common Worker this is; returns the exit code."""
-    def take_settings():  # for those that are started from now on
+    """Serves by several processes, whose common Worker this is; returns the exit code."""
+    def take_settings():  # for workers that are started from now on
         with suppress(ConfigFaults):
             config.take(config.reread())
 
@@ -19174,7 +19182,7 @@ def run_workers(config, log_stream, say, common, lines):
 
 
 def say_at_once(stream, as_json, text):
-    """Writes a line to the log without a thread, where somebody reads it."""
+    """Writes a line to the log without a thread, if somebody reads it."""
     line = visible(message_line(text, as_json, time)) + "\n"
     with suppress(OSError):
         if select.select([], [stream], [], 0)[1]:
@@ -19182,7 +19190,7 @@ def say_at_once(stream, as_json, text):
 
 
 def run_worker(config, log_stream, worker):
-    """Serve as one of several processes; returns the exit code."""
+    """Serves as one of several processes; returns the exit code."""
     try:
         if worker.lock:
             database = open_patiently(config.database, worker.lock, shared=True)
@@ -19202,7 +19210,7 @@ def run_worker(config, log_stream, worker):
 
 
 def reload(server: Server):
-    """Go by settings, certificates and a usage log that were changed, and say so."""
+    """Applies changed settings, certificates and a new usage log, and says so."""
     proxy, say = server.proxy, server.proxy.books.log.say
     try:
         config = proxy.config.reread()
@@ -19220,8 +19228,8 @@ def reload(server: Server):
 
 
 async def serve(server: Server, lines: Sequence[str], lifeline: Optional[int]):
-    """Accept until a signal says stop, or the parent of a worker ends, then drain. The `lines` are
-    said when signals are heard."""
+    """Accepts until a signal says stop, or the parent of a worker ends, then drains. The `lines`
+    are logged once signals are handled."""
     say, config = server.proxy.books.log.say, server.proxy.config
     stopping = server.loop.create_future()
 
@@ -19244,14 +19252,15 @@ async def serve(server: Server, lines: Sequence[str], lifeline: Optional[int]):
 
 
 def report_calls(server):
-    """Say which calls are running."""
+    """Logs the calls that are running."""
     calls = server.running_calls()
     for line in [f"running calls: {len(calls)}", *calls]:
         server.proxy.books.log.say(line)
 
 
 def watch_parent(server, lifeline, stop):
-    """Have a worker stop when its parent ends, at once where that could not wait for the drain."""
+    """Makes a worker stop when its parent ends, at once if the parent did not wait for the
+    drain."""
     def end():
         if server.draining:
             os._exit(1)
@@ -19262,7 +19271,7 @@ def watch_parent(server, lifeline, stop):
 
 
 async def probe(server):
-    """Says which upstreams are not there at the start, while calls run already."""
+    """Logs which upstreams are not there at the start, while calls run already."""
     async def one(address):
         with closing(Context(server.loop)) as context:
             fault = await address.probe(context)
@@ -19273,12 +19282,13 @@ async def probe(server):
 
 
 def stops_when_hung_up(config):
-    """Tells whether SIGHUP means that the terminal was closed; it is for certificates, too."""
+    """Tells whether SIGHUP means that the terminal was closed; with TLS it means new
+    certificates."""
     return os.isatty(0) and not config.tls_cert_file
 
 
 def handle_signals(loop, actions):
-    """Have signals, by name, act on the loop."""
+    """Calls the action of each signal, by its name, on the loop."""
     def on_signals(_):
         for number in receiver.recv(64):
             actions[signal.Signals(number).name]()
@@ -19356,7 +19366,7 @@ def tell_of_boxes(execute):
 
 
 def find_call(execute, name):
-    """Returns the row of the last call with this id, or none."""
+    """Returns the row of the last call with this id, in a list, empty without one."""
     return execute("SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1",
                    (name,)).fetchall()
 
@@ -19417,7 +19427,7 @@ def price_row(name, origin, price):
 
 
 def known_prices(own):
-    """Returns rows of the operator's own prices, then of the usual ones that stay."""
+    """Returns rows of the operator's own prices, then of the built-in ones that still count."""
     known = Prices(own)
     return [price_row(name, "PRICES", price) for name, price in known.own.items()] + [
         price_row(name, "built in", price) for name, price in usual_prices().items()
@@ -19442,7 +19452,7 @@ def update_prices(path, url=PRICES_URL):
     except (OSError, ValueError, http.client.HTTPException) as failure:
         with suppress(OSError):
             os.remove(part)
-        cause = in_ascii(str(failure))  # some are the words of who answered
+        cause = in_ascii(str(failure))  # may quote what the other side said
         raise ConfigFaults(f"{path} was not updated from {url}: {cause}") from None
     print(f"{path} has {len(prices)} prices now; PRICES={path} uses them")
 
@@ -19620,8 +19630,8 @@ def user_name():
 
 
 def compare_with_settings(options, found, database):
-    """Warns of an upstream that there is none of. Raises KeyFault where a caller would be given
-    more of what no rule counts."""
+    """Warns of an unknown upstream. Raises KeyFault if a caller would be given more of a unit that
+    no rule counts."""
     try:
         config = read_config(found)
     except ConfigFaults:
@@ -19636,7 +19646,7 @@ def compare_with_settings(options, found, database):
 
 
 def require_caller(store, name, found):
-    """Raises KeyFault where nobody who is known here has this name: it may be misspelt."""
+    """Raises KeyFault if no known caller has this name, which may be misspelt."""
     with suppress(ValueError):
         if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
             return
@@ -19646,7 +19656,7 @@ def require_caller(store, name, found):
 
 
 def show_keys(options, result, found):
-    """Prints what came of it: of a new key the secret alone on stdout."""
+    """Prints the result; of a new key the secret alone goes to stdout."""
     if isinstance(result, NewKey):
         print(result.secret)
         if result.closes and not found.get("PROXY_API_KEYS"):
@@ -19822,7 +19832,7 @@ def add_options(parser, rows):
 
 
 def open_standard_files():
-    """Has those that are closed lead nowhere, before a connection gets the number of one."""
+    """Opens closed standard files as /dev/null, or a connection would get the number of one."""
     number = 0
     while number < 3:
         number = os.open(os.devnull, os.O_RDWR)
@@ -19852,7 +19862,7 @@ def run_command(options, environ):
         threading.Thread(
             target=asyncio.run, args=(demo.serve(),), name="demo", daemon=True).start()
         environ["BASE_API_URL"] = demo.url
-        environ.setdefault("DATABASE", "off")  # so that every demo begins with a full bucket
+        environ.setdefault("DATABASE", "off")  # so that every demo begins with full buckets
         environ["WORKERS"] = "1"  # its endpoint has threads
     config = read_config(environ, dotenv)
     if options.check:
@@ -19880,7 +19890,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         if failure.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter has yet to flush
-        if failure.errno == errno.ENOSPC:  # else who reads has enough, such as head
+        if failure.errno == errno.ENOSPC:  # else the reader, such as head, has enough
             tell_user(failure.strerror)
         return 1
 
