@@ -1063,7 +1063,7 @@ def find_setting(name):
     return SETTINGS_BY_NAME.get(RENAMED.get(general, general))
 
 
-def shown(name: str, text: Optional[str]) -> Optional[str]:
+def without_secret(name: str, text: Optional[str]) -> Optional[str]:
     """Returns the text of a variable in Config.texts without a secret."""
     return "set, not shown" if text is not None and find_setting(name).secret else text
 
@@ -1074,7 +1074,7 @@ GUARDS = """PROXY_API_KEYS LIMITS CORS_ORIGINS TRUSTED_PROXIES TLS_CERT_FILE TLS
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
-def guard_meant_by(name):
+def guard_like(name):
     """Returns the security setting that a misspelt name probably means, None without one."""
     name = name.upper()
     longer = [guard for guard in GUARDS if len(name) > 4 and name in guard]
@@ -1082,27 +1082,27 @@ def guard_meant_by(name):
 
 
 def unknown_setting(name):
-    guard = guard_meant_by(name)
+    guard = guard_like(name)
     close = difflib.get_close_matches(name.upper(), SETTINGS_BY_NAME, 1, 0.8)
     meant = f": did you mean {guard or close[0]}?" if guard or close else ""
     return f"{name} is not a setting{meant}" + " NOTHING IS GUARDED BY THIS" * bool(guard)
 
 
-def plain_ip(host):
+def parse_ip(host):
     """Returns an IP address, of IPv4 where one was mapped into IPv6. Raises ValueError."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
-def is_far(host: str) -> bool:
+def is_external(host: str) -> bool:
     """Tells whether a host is outside of this machine and its network, as far as its name says."""
     try:
-        return plain_ip(host).is_global
+        return parse_ip(host).is_global
     except ValueError:
         return "." in host and not host.endswith((".local", ".localhost", ".lan"))
 
 
-NO_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
+NOT_A_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models$")
 
 
 class Config(types.SimpleNamespace):
@@ -1170,7 +1170,7 @@ class Config(types.SimpleNamespace):
         """Tells whether anybody who reaches the port would spend the operator's key at a vendor,
         though PROXY_API_KEYS does not allow that."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
-            upstream.key and url.scheme == "https" and is_far(url.host)
+            upstream.key and url.scheme == "https" and is_external(url.host)
             for upstream in self.all_upstreams() for url in upstream.url)
 
     def origin(self, host: str) -> str:
@@ -1184,21 +1184,21 @@ class Config(types.SimpleNamespace):
         return bool(own) or any(
             upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
 
-    def keys_to_come_by(self) -> List[str]:
+    def inbound_keys(self) -> List[str]:
         """Returns the keys in the settings by which callers and admins come in."""
         return [*(self.proxy_api_keys or ()), *filter(None, (self.admin_key, self.viewer_key))]
 
     def own_keys(self) -> FrozenSet[str]:
         """Returns the keys of ours and of callers that stand in the settings."""
         ours = {upstream.key for upstream in self.all_upstreams()}
-        return frozenset(ours.union(self.keys_to_come_by()) - {None, PASSTHROUGH})
+        return frozenset(ours.union(self.inbound_keys()) - {None, PASSTHROUGH})
 
     def redacted_upstreams(self) -> FrozenSet[str]:
         """Returns the names of the upstreams that redacted values must not reach."""
         globs = self.redact_upstreams
         return frozenset(one.name for one in self.all_upstreams() if (
             any(fnmatch.fnmatchcase(one.name, glob) for glob in globs) if globs
-            else any(is_far(url.host) for url in one.url)))
+            else any(is_external(url.host) for url in one.url)))
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
@@ -1222,7 +1222,7 @@ class Config(types.SimpleNamespace):
     def mistakes(self):
         """Yields the warnings that speak of one value."""
         for upstream in self.all_upstreams():
-            for match in filter(None, [NO_BASE.search(url.path) for url in upstream.url]):
+            for match in filter(None, [NOT_A_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
         keys = [(f"the key {name or 'without a name'} in PROXY_API_KEYS", key)
@@ -1318,7 +1318,7 @@ class Config(types.SimpleNamespace):
                 if name.endswith("_KEY") and text == PASSTHROUGH:
                     yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
                            " a caller shows one key only")
-        own = self.keys_to_come_by()
+        own = self.inbound_keys()
         if len(set(own)) < len(own):
             yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
 
@@ -1376,7 +1376,7 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment may be a setting that is misspelt."""
     return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
-        difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_meant_by(name))
+        difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_like(name))
 
 
 def set_variables(environ, written):
@@ -1475,7 +1475,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
     faults += config.contradictions()
     faults += [".env: " + unknown_setting(name) for name in config.unknown
-               if name in written and (faults or guard_meant_by(name))]
+               if name in written and (faults or guard_like(name))]
     if faults:
         raise ConfigFaults("\n".join(faults))
     return config
@@ -1828,7 +1828,7 @@ def address_of(host: str) -> str:
     has (RFC 6177). All neighbours share the link-local /64, so there the whole address counts."""
     if ":" not in host:
         return host
-    ip = plain_ip(host)
+    ip = parse_ip(host)
     if ip.version == 4 or ip.is_loopback or ip.is_link_local:
         return str(ip)
     return str(ipaddress.ip_network((ip, 64), strict=False))
@@ -2018,7 +2018,7 @@ class Callers:
 
     def trusts(self, host: str) -> bool:
         """Returns whether `host` is the address of a proxy that is believed."""
-        return any(plain_ip(host) in network for network in self.trusted)
+        return any(parse_ip(host) in network for network in self.trusted)
 
     def address(self, fields: Fields, host: str) -> str:
         """Returns whose address counts: `host`, the peer's, or, where that is a trusted proxy, the
@@ -2028,7 +2028,7 @@ class Callers:
         while hops and self.trusts(host):
             match = FORWARDED_ADDRESS.fullmatch(hops.pop())
             try:
-                host = str(plain_ip(match[match.lastindex]))
+                host = str(parse_ip(match[match.lastindex]))
             except (AttributeError, ValueError):
                 break  # no address: what stands before it is worth no more
         return address_of(host)
@@ -2112,7 +2112,7 @@ class Origins:
         if not match or match[1] in self.SCHEMES:
             return bool(match)
         host = match[2].strip("[]")
-        return match[1] in ("http", "https") and (host == self.host_name or not is_far(host))
+        return match[1] in ("http", "https") and (host == self.host_name or not is_external(host))
 
     @staticmethod
     def is_own(fields: Fields) -> bool:
@@ -7173,7 +7173,7 @@ def what_closes(plain: bytes) -> bytes:
 SPELLED_OTHERWISE = re.compile(r'["\\\x00-\x1f]')
 
 
-class Said(str):
+class FinalText(str):
     """Text that is final: no more is looked for in it, because values were put back there."""
 
 
@@ -7430,7 +7430,7 @@ class Unmasking(Edit):
         came = holder[key]
         is_end = self.sliced or len(event) > self.MAX_SLICE or (
             self.dialect.ends_block(payload, block))
-        holder[key] = Said(self.feed(block, came, event, is_end))
+        holder[key] = FinalText(self.feed(block, came, event, is_end))
         return holder[key] != came
 
     def feed(self, block, came, event, is_end=False):
@@ -16261,7 +16261,7 @@ GET    /audit                  audit       who changed what: ?before=
 GET    /config                 config      the settings, without secrets""".splitlines()]
 
 
-class Ask(NamedTuple):
+class AdminRequest(NamedTuple):
     """One request to the admin API; `name` is what stood in the path."""
     request: Request
     reply: Reply
@@ -16271,7 +16271,7 @@ class Ask(NamedTuple):
     body: JsonObject
 
 
-class Jobs:
+class HelperPool:
     """Helper threads for blocking work, with a bounded queue for each owner, so that nobody's
     requests hold up another's for long."""
     SECONDS = 30
@@ -16323,9 +16323,9 @@ class Admin:
         self.clock = proxy.clock
         self.feed, self.pulse, *_ = proxy.watchers
         self.path = proxy.config.database
-        self.reading = Jobs(2, "pages")
-        self.changing = Jobs(1, "changes", 200)  # a program may make many keys at once
-        self.own_use = Jobs(1, "own use")  # which strangers may ask for
+        self.reading = HelperPool(2, "pages")
+        self.changing = HelperPool(1, "changes", 200)  # a program may make many keys at once
+        self.own_use = HelperPool(1, "own use")  # which strangers may ask for
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Page]:
@@ -16355,7 +16355,7 @@ class Admin:
         self.proxy.require_role(request, entry, row.role)
         body = await self.read_body(reply) if row.method in ("POST", "PATCH") else {}
         query = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=False))
-        ask = Ask(request, reply, entry.caller, name, query, body)
+        ask = AdminRequest(request, reply, entry.caller, name, query, body)
         try:
             found = await getattr(self, row.handler)(ask)
         except NoSuchKey as fault:
@@ -16701,7 +16701,8 @@ class Admin:
         caller = entry.caller
         if caller.key in self.own_use.owners:
             raise Overloaded(wait=1)
-        ask = Ask(request, reply, caller, "", dict(urllib.parse.parse_qsl(request.query)), {})
+        query = dict(urllib.parse.parse_qsl(request.query))
+        ask = AdminRequest(request, reply, caller, "", query, {})
         calls = days = []
         with suppress(BooksAway):
             calls, days = await self.read_books(
@@ -16733,8 +16734,8 @@ class Admin:
 
     async def config(self, _):
         config = self.proxy.config
-        rows = [{"name": name, "value": shown(name, text), "default": find_setting(name).default}
-                for name, text in config.texts.items()]
+        rows = [{"name": name, "value": without_secret(name, text),
+                 "default": find_setting(name).default} for name, text in config.texts.items()]
         return {"settings": rows, "warnings": config.warnings()}
 
 
@@ -18175,7 +18176,7 @@ class Server(http.server.ThreadingHTTPServer):
     def most_of(self, peer):
         """Returns how many connections an address may have; a trusted proxy speaks for many."""
         most = self.proxy.config.max_connections_per_address
-        if self.proxy.callers.trusts(peer) or (not most and plain_ip(peer).is_loopback):
+        if self.proxy.callers.trusts(peer) or (not most and parse_ip(peer).is_loopback):
             return inf
         return most or self.MAX_PER_ADDRESS
 
@@ -18356,11 +18357,11 @@ class Workers:
             select.select(self.signals[:1], [], [], None if pause == inf else max(0, pause))
             with suppress(BlockingIOError):
                 for number in self.signals[0].recv(64):
-                    self.hear(signal.Signals(number), actions)
-            self.bury()
+                    self.forward_signal(signal.Signals(number), actions)
+            self.reap()
         return self.code
 
-    def hear(self, number, actions):
+    def forward_signal(self, number, actions):
         if number != signal.SIGCHLD:
             actions.get(number.name, lambda: None)()
             for process in self.running:
@@ -18414,7 +18415,7 @@ class Workers:
         finally:
             os._exit(code)
 
-    def bury(self):
+    def reap(self):
         """Collects the processes that have ended, and has them started again."""
         with suppress(ChildProcessError):
             while self.running:
@@ -18428,7 +18429,7 @@ class Workers:
                 elif code == 2 and number not in self.pauses:  # a fault that was there at the start
                     self.code = code
                     self.stop()
-                    self.hear(signal.SIGTERM, {})
+                    self.forward_signal(signal.SIGTERM, {})
                 else:
                     self.start_again(number, began, code)
 
@@ -18882,7 +18883,7 @@ def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     faults = list(faults_of_start(config))
     for name, text in config.texts.items():
-        line = re.sub(r";?\s*\n\s*", "; ", shown(name, text) or "not set")
+        line = re.sub(r";?\s*\n\s*", "; ", without_secret(name, text) or "not set")
         print(f"{name:<29} {visible(line)}")
     for line in [*greeting(config)[1:], *["fault: " + fault for fault in faults]]:
         print(visible(line))
@@ -18976,7 +18977,7 @@ def look_at_database(config):
 IN_MEMORY = "warning: calls and buckets are kept in memory only: %s"
 
 
-def take_one_cpu(cpu, port, worker=0):
+def pin_to_cpu(cpu, port, worker=0):
     """Pins the process to one CPU, where the system can do that. -1: the port picks it, so that two
     proxies differ; workers take those that follow. One thread does nearly all the work, a tenth
     faster where it stays. Writer threads, which run already, are not pinned: they would hold it up
@@ -19129,7 +19130,7 @@ def run(config: Config, remarks: List[str]) -> int:
         code = run_workers(config, log_stream, say, common, lines)
     else:
         server = Server(build(config, log_stream, database=database), listener)
-        take_one_cpu(config.cpu_affinity, config.port)
+        pin_to_cpu(config.cpu_affinity, config.port)
         code = run_loop(server, lines)
     remove_admin_key(config)
     return code
@@ -19202,7 +19203,7 @@ def run_worker(config, log_stream, worker):
         if proxy.redis:
             proxy.limits.buckets.replaces_dead = worker.again
         server = Server(proxy, worker.listener)
-        take_one_cpu(config.cpu_affinity, config.port, worker.number)
+        pin_to_cpu(config.cpu_affinity, config.port, worker.number)
     except (ConfigFaults, DatabaseFault) as fault:
         print(fault, file=sys.stderr, flush=True)  # it leaves by os._exit
         return 2
