@@ -79,6 +79,7 @@ import io
 import ipaddress
 import itertools
 import json
+import marshal
 import math
 import mmap
 import operator
@@ -12685,19 +12686,23 @@ class Tally:
         """Returns what a worker has written; where it was killed meanwhile, as it did before."""
         for _, length, at in self.halves(number):
             with suppress(zlib.error, ValueError):
-                return json.loads(zlib.decompress(self.memory[at:at + length]))
+                return marshal.loads(zlib.decompress(self.memory[at:at + length]))
         return {}
 
     def write(self, families: Families):
-        data = zlib.compress(json.dumps(added_up([self.before, families])).encode(), 1)
+        data = zlib.compress(marshal.dumps(added_up([self.before, families])), 1)
         (last, *_), (_, _, at) = self.halves(self.number)
         if len(data) <= self.HALF - self.HEAD.size:
             self.memory[at:at + len(data)] = data
             self.HEAD.pack_into(self.memory, at - self.HEAD.size, last + 1, len(data))
 
-    def families(self) -> Families:
-        """Returns the metrics of all workers together."""
-        return added_up(map(self.read, range(self.workers)))
+    async def families(self) -> Families:
+        """Returns the metrics of all workers together, which takes long where there are many."""
+        found = {}
+        for number in range(self.workers):
+            found = added_up([found, self.read(number)])
+            await asyncio.sleep(0)
+        return found
 
 
 def added_up(parts: Iterable[Families]) -> Families:
@@ -16150,7 +16155,11 @@ class Pages:
             proxy.require_role(request, reply.entry, "viewer")
         lines = []
         own = proxy.watchers.own_families(proxy.routes, proxy.limits.buckets)
-        for name, samples in {**self.count(), **own}.items():
+        counted = self.count()
+        if proxy.tally:
+            proxy.tally.write(counted)
+            counted = await proxy.tally.families()
+        for name, samples in {**counted, **own}.items():
             for line in metric_lines(name, samples):
                 lines.append(line)
                 if len(lines) % self.MANY_LINES == 0:
@@ -16158,13 +16167,9 @@ class Pages:
         reply.send(200, "\n".join([*lines, ""]).encode(), (), self.METRICS_TYPE)
 
     def count(self) -> Families:
-        """Returns the metrics of this process, with workers those of all."""
+        """Returns the metrics of this process."""
         proxy = self.proxy
-        families = proxy.watchers.families(proxy.routes, proxy.books, proxy.limits.buckets)
-        if proxy.tally is None:
-            return families
-        proxy.tally.write(families)
-        return proxy.tally.families()
+        return proxy.watchers.families(proxy.routes, proxy.books, proxy.limits.buckets)
 
     def usual_quota(self, entry):
         """Returns the quota for a small call."""
@@ -18218,9 +18223,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.admin.beat()
         for one in self.proxy.sharers:
             one.beat()
-        if self.proxy.tally:
-            self.proxy.tally.open[self.proxy.tally.number] = len(self.open)
-            self.pages.count()
+        tally = self.proxy.tally
+        if tally:
+            tally.open[tally.number] = len(self.open)
+            tally.write(self.pages.count())
 
     def reload(self):
         """Reads the certificates again; open connections keep theirs. Raises OSError,

@@ -10532,6 +10532,16 @@ class MetricsTest(SignalsCase):
         self.assertEqual(self.sums("requests_total", 'caller="other",model="other"'), 2)
         self.assertEqual(self.sums("requests_total"), 4)
 
+    def test_what_workers_have_counted_is_added_up_for_who_asks_and_not_every_second(self):
+        self.patch_seconds(Server_BEAT_SECONDS=0.01)
+        self.start(METRICS="open")
+        tally = self.proxy.tally = llm_proxy.Tally(2)
+        with patch.object(tally, "families") as families:
+            self.ask()
+            wait_for(lambda: tally.read(0).get("llm_proxy_requests_total"))
+        families.assert_not_called()
+        self.assertEqual(self.sums("requests_total"), 1)
+
     def test_keys_of_one_name_have_one_sample(self):
         self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
                    LIMITS="each 9 requests per day")
@@ -17622,10 +17632,10 @@ class WorkersTest(ProcessCase):
         for number in (0, 1, 0):
             tally.begin(number)
             tally.write({name: [("_count", 1), ("_sum", "0.5")]})
-        self.assertEqual(tally.families(), {name: [("_count", 3), ("_sum", 1.5)]})
+        self.assertEqual(asyncio.run(tally.families()), {name: [("_count", 3), ("_sum", 1.5)]})
         (_, length, at), _ = tally.halves(0)
         tally.memory[at + 5:at + length] = bytes(length - 5)
-        self.assertEqual(tally.families(), {name: [("_count", 2), ("_sum", 1.0)]})
+        self.assertEqual(asyncio.run(tally.families()), {name: [("_count", 2), ("_sum", 1.0)]})
 
 
 # --------------------------------------------------------------------------------------------------
