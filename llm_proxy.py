@@ -2412,13 +2412,19 @@ class Buckets:
             self.levels[key] = level
 
     def make_room(self):
-        """Drops old buckets that are full by now, at most two for each that is added, so this never
-        takes long. If the table has no room, the least recently used goes even when it is not full,
-        in favour of its caller."""
-        for key in list(islice(self.levels, 2)):
-            if len(self.levels) < self.room and not self.is_full(self.levels[key]):
-                break
-            self.drop([key])
+        """Drops old buckets that are full by now. Few are looked at for each that is added, so this
+        never takes long. If the table has no room, and none of them is full, the fullest goes, in
+        favour of its caller, but none that all share."""
+        crowded = len(self.levels) >= self.room
+        oldest = [self.levels[key] for key in islice(self.levels, 4 if crowded else 2)]
+        full = [found.key for found in oldest if self.is_full(found)]
+        self.drop(full)
+        if crowded and not full:
+            for found in oldest:
+                self.levels.move_to_end(found.key)  # others are looked at next
+            self.drop([found.key for found in sorted(
+                oldest, key=lambda found: -found.level / found.rule.capacity)
+                if len(found.key) > 1][:1])
 
     def is_full(self, found):
         """Returns whether a bucket is full by now."""
@@ -3251,9 +3257,13 @@ class CostEstimator:
         if not source or (source.lost and held):
             return held
         output = ceil(source.output_characters() / self.output_ratio(call, caller, source))
-        if whole or source.ended:
-            return ceil(output / (1 - self.habits(call).expect(caller, "hidden")))
-        return max(output, held)
+        if not (whole or source.ended):
+            return max(output, held)
+        habits = self.habits(call)
+        limit, outputs = call.output_limit()
+        # Twice what such calls used: a share near 1 would make a million tokens of a long answer.
+        most = min(limit or inf, 2 * habits.expect(caller, "peak")) * outputs
+        return max(output, min(most, ceil(output / (1 - habits.expect(caller, "hidden")))))
 
     def output_ratio(self, call, caller, source):
         """Returns the weight of text for a token, once its characters are counted."""

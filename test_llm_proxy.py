@@ -2156,6 +2156,16 @@ class LimitsTest(LimitsCase):
             self.admit(1, name=name)
         self.assertEqual([self.left(name) for name in "abcd"], [7, 8, 10, 9])
 
+    def test_a_flood_of_new_callers_fills_no_bucket_that_was_used_up(self):
+        """Neither one's own nor one that all share."""
+        self.start("each 10 tokens per day; all 5000 tokens per day", room=100)
+        self.admit(10, name="greedy")
+        for number in range(300):
+            self.admit(1, name=str(number))
+        self.assertLessEqual(len(self.buckets.levels), 101)
+        self.assertEqual(self.left("greedy"), 0)
+        self.assertEqual(self.buckets.levels["all 5000 tokens per day",].level, 5000 - 310)
+
     def test_buckets_that_are_full_by_now_are_dropped(self):
         self.start()
         for number in range(160):
@@ -2933,6 +2943,15 @@ class LearningTest(ProxyCase):
             self.assertAlmostEqual(self.used("hi")[1], 5000, delta=200)
             self.said = "seen" + " seen" * 99
             self.assertAlmostEqual(self.used("hi")[1], 10000, delta=200)
+
+    def test_a_share_that_others_showed_makes_no_more_of_a_long_answer_than_such_calls_use(self):
+        """Nor more than the call allows."""
+        self.start("seen", hidden=7999)
+        self.used("hi", "alice")
+        self.said = "seen " * 400
+        self.tells = False
+        self.assertEqual(self.used("hi", "bob")[1], 16000)
+        self.assertEqual(self.used("hi", "bob", max_tokens=900)[1], 900)
 
     def test_reasoning_that_passes_is_not_taken_for_hidden(self):
         self.start()
