@@ -8933,8 +8933,10 @@ class Bill(NamedTuple):
 
 class Stored:
     """Remembers things by name, the last ROOM that were made. `policy`: to `pass` all, let each
-    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger."""
+    caller have its `own`, or `refuse` all. `unsaved` are things for the ledger, None where one is
+    forgotten."""
     ROOM = 100_000
+    SHARE = 20_000  # things of one owner
     UNSAVED = 10_000
     BILLS = 1_000
     NAME = re.compile("[!-~]{1,256}")
@@ -8942,6 +8944,7 @@ class Stored:
     def __init__(self, policy: str):
         self.policy = policy
         self.things = OrderedDict()  # Thing by name
+        self.names = defaultdict(dict)  # of each owner's things, oldest first
         self.unsaved = deque()
         self.bills = OrderedDict()  # Bill by name
 
@@ -8987,8 +8990,26 @@ class Stored:
         put_newest(self.bills, name, bill, self.BILLS)
 
     def put(self, name, thing):
-        """Keeps a thing; the oldest above ROOM is dropped."""
-        put_newest(self.things, name, thing, self.ROOM)
+        """Keeps a thing; its owner's oldest above SHARE is dropped, else the oldest above ROOM."""
+        if name in self.things:
+            return
+        own = self.names[thing.owner]
+        self.things[name], own[name] = thing, None
+        if len(own) > self.SHARE:
+            self.forget(next(iter(own)))
+        elif len(self.things) > self.ROOM:
+            self.forget(next(iter(self.things)))
+
+    def forget(self, name):
+        owner = self.things.pop(name).owner
+        del self.names[owner][name]
+        if not self.names[owner]:
+            del self.names[owner]
+        self.save(name, None)
+
+    def save(self, name, thing):
+        if len(self.unsaved) < self.UNSAVED:
+            self.unsaved.append((name, thing))
 
     def note(self, thing, names):
         """Remembers what was made. The first maker keeps it: an answer may name older things."""
@@ -8996,8 +9017,7 @@ class Stored:
             if name in self.things or not self.NAME.fullmatch(name):
                 continue
             self.put(name, thing)
-            if len(self.unsaved) < self.UNSAVED:
-                self.unsaved.append((name, thing))
+            self.save(name, thing)
 
 
 class NameReader:
@@ -10755,10 +10775,12 @@ class Database:
         return found
 
     def add_things(self, things, most):
-        """Inserts things, and removes the oldest above `most`."""
+        """Inserts things, and removes those that are None and the oldest above `most`."""
+        self.connection.executemany("DELETE FROM things WHERE name = ?", [
+            (name,) for name, thing in things if not thing])
         self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
             (name, self.spell_owners([thing.owner]), thing.upstream, thing.address)
-            for name, thing in things])
+            for name, thing in things if thing])
         self.execute(
             "DELETE FROM things WHERE rowid <= (SELECT max(rowid) FROM things) - ?", (most,))
 
@@ -11521,7 +11543,8 @@ class Ledger(Writer):
             log.say(
                 f"{ahead} buckets were saved by a clock that was ahead: they are taken as of now")
         if database:
-            stored.things.update(database.things())
+            for name, thing in database.things().items():
+                stored.put(name, thing)
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 

@@ -7957,6 +7957,16 @@ class StoredTest(ManyCase):
         found = [self.status("GET", "/v1/responses/resp_%d" % number) for number in range(3)]
         self.assertEqual(found, [404, 200, 200])
 
+    def test_who_makes_much_has_nothing_of_others_forgotten(self):
+        self.patch_seconds(Stored_SHARE=2)
+        self.start(**self.KEYS)
+        for number, key in enumerate("abbb"):
+            self.answers({"id": "resp_%d" % number})
+            self.create("/v1/responses", {}, key)
+        found = [self.status("GET", "/v1/responses/resp_%d" % number, "ab"[number > 0])
+                 for number in range(4)]
+        self.assertEqual(found, [200, 404, 200, 200])
+
 
 # --------------------------------------------------------------------------------------------------
 # Upstreams
