@@ -54,6 +54,17 @@ Contents, in reading order; a section uses only what stands above it:
     Demo        a small endpoint to try things on
     Bench       calls that are timed, and what this machine can do
     Commands    the command line
+
+To add something, these are all the places:
+
+    a header on every answer     Reply.head
+    an API                       a Dialect, its row in DIALECTS, its name in DIALECT_NAMES
+    another store of buckets     a class as RedisBuckets, made in build_buckets
+    a page                       a coroutine of Pages, its row in Pages.PAGES; if it streams events,
+                                 by Reply.streaming
+    a change of streamed text    an Edit such as HiddenUsage, added in Reply.receive
+    a setting                    its row in SETTING_ROWS
+    a command                    its row in COMMANDS
 """
 import argparse
 import array

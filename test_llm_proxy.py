@@ -32,6 +32,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import pwd
@@ -1083,6 +1084,14 @@ class FileTest(TableCase):
         listed = re.findall(r"^ {4}(\w+) {2,}\S", contents, re.MULTILINE)
         self.assertGreater(len(listed), 10)
         self.assertEqual(listed, [name for _, name in banners(source())])
+
+    def test_the_places_to_add_something_exist(self):
+        places = ast.get_docstring(tree()).partition("To add")[2]
+        names = re.findall(r"[A-Z]\w+(?:\.\w+)?|[A-Za-z]+_\w+", places)
+        self.assertGreater(len(names), 10)
+        for name in set(names) - {"API"}:
+            with self.subTest(name):
+                operator.attrgetter(name)(llm_proxy)
 
     def test_a_section_uses_only_names_from_sections_above_it(self):
         """Compiled code tells the names: locals and annotations in quotes do not count."""
