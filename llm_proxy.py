@@ -4331,7 +4331,7 @@ def is_words(key, value):
     """Tells whether a key of an API's own object may hold text that somebody wrote."""
     if type(value) is dict:  # such as what a tool calls `id`
         return key not in MEDIA_OBJECTS or not FILE_NAMES.isdisjoint(value)
-    if key in NOT_WORDS or key.endswith(ENDS_OF_IDS):
+    if key in NOT_WORDS or key.endswith(ENDS_OF_IDS) and not key.startswith("user"):
         return False
     return type(value) is not str or key not in DATA_KEYS or not (
         NO_PROSE.match(value) and not SPACE.search(value))

@@ -5284,7 +5284,8 @@ class RedactionTest(ProxyCase):
                 {"systemInstruction": {"parts": [{"text": "@"}]}}
                 {"prompt": ["@", "@"], "suffix": "@"}
                 {"query": "@", "documents": ["@", {"text": "@"}]}
-                {"user": "@", "metadata": {"user_id": "@"}, "prompt": {"variables": {"id": "@"}}}
+                {"user": "@", "user_id": "@", "metadata": {"user_id": "@"}}
+                {"prompt": {"variables": {"id": "@"}}}
                 {"input": [{"action": {"env": {"@": "1"}, "url": "https://h/?q=@"}}]}
                 {"messages": [{"content": [{"file": {"filename": "@"}}, {"type": "refusal"}]}]}
                 {"contents": [{"parts": [{"fileData": {"fileUri": "f", "displayName": "@"}}]}]}
