@@ -62,7 +62,7 @@ import uuid
 import warnings
 import zlib
 import zoneinfo
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from contextlib import (ExitStack, closing, contextmanager, nullcontext, redirect_stderr,
                         redirect_stdout, suppress)
 from functools import lru_cache, partial
@@ -2912,27 +2912,31 @@ class LearningTest(ProxyCase):
             self.ask(call(key, **payload))
         return costs[0]
 
+    def errors_after_fifty(self, pairs, choose):
+        """Returns lists of how far estimates of prompts, and of answers, are from what is right
+        after 50 calls that told it: one of each for each pair of texts, which take turns."""
+        errors = {pair: ([], []) for pair in pairs}
+        for number, pair in zip(range(80), itertools.cycle(pairs)):
+            self.tells = number < 50
+            start = choose.randrange(100)
+            prompt, self.said = [
+                (text * 30)[start:start + choose.randrange(200, 3000)] for text in pair]
+            found = self.used(prompt)
+            exact = 9 + tokens_of(prompt), tokens_of(self.said)
+            if not self.tells:
+                for side, one, other in zip(errors[pair], found, exact):
+                    side.append(abs(one / other - 1))
+        return itertools.chain(*errors.values())
+
     def test_estimates_are_within_a_tenth_after_fifty_calls_in_any_language(self):
         """Also of one who mixes them, and where the answer is another kind of text."""
-        choose = Random(13)
-        every = ENGLISH, CODE, CHINESE
+        every, choose = (ENGLISH, CODE, CHINESE), Random(13)
         alike = [(text, text) for text in every]
-        rows = [alike[:1], alike[1:2], alike[2:], alike[:2], alike,
-                [(ENGLISH, text) for text in every], [(text, ENGLISH) for text in every]]
-        for pairs in self.each(rows):
+        for pairs in self.each((
+                alike[:1], alike[1:2], alike[2:], alike[:2], alike,
+                [(ENGLISH, text) for text in every], [(text, ENGLISH) for text in every])):
             self.start()
-            errors = {pair: ([], []) for pair in pairs}
-            for number, pair in zip(range(80), itertools.cycle(pairs)):
-                self.tells = number < 50
-                start = choose.randrange(100)
-                prompt, self.said = [
-                    (text * 30)[start:start + choose.randrange(200, 3000)] for text in pair]
-                found = self.used(prompt)
-                exact = 9 + tokens_of(prompt), tokens_of(self.said)
-                if not self.tells:
-                    for side, one, other in zip(errors[pair], found, exact):
-                        side.append(abs(one / other - 1))
-            for side in itertools.chain(*errors.values()):
+            for side in self.errors_after_fifty(pairs, choose):
                 self.assertLess(statistics.median(side), 0.1)
 
     def test_what_is_held_for_a_prompt_is_learned_for_each_kind_of_text(self):
@@ -4056,16 +4060,22 @@ class UsageReaderTest(ProxyCase):
             found = self.hear(data, 16384, streamed=False, prompts=2)
             self.assertEqual(found[1:3], ((10, output), True))
             self.assertLessEqual(abs(found[3] - 2 * size), size // 4)
+
+    def test_what_is_told_of_a_list_as_a_whole_is_its_bill_and_one_prompt_has_one_answer(self):
         told = '"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
         wholes = (('{"results":[ONE,ONE],' + told % (10, 4), (10, 4)), ("ONE\nONE\nONE", (5, 2)))
         for size, (whole, tokens) in self.each(itertools.product((0, 9000), wholes)):
             one = '{"text":"%s","model":"mod\u00e8le",' % ("x" * size) + told % (5, 2)
             found = self.hear(whole.replace("ONE", one).encode(), 16384, streamed=False)
             self.assertEqual((*found[1:3], self.reader.model), (tokens, True, "mod\u00e8le"))
-        one = '{"usageMetadata":{"promptTokenCount":5,"candidatesTokenCount":2}}'
-        whole = '{"response":{"inlinedResponses":[{"response":%s},{"response":%s}]}}' % (one, one)
-        self.hear(whole.encode(), streamed=False, endpoint="generate")
+
+    def test_answers_of_a_batch_of_geminis_are_billed_together(self):
+        one = {"response": {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 2}}}
+        self.hear(encoded({"response": {"inlinedResponses": [one, one]}}), streamed=False,
+                  endpoint="generate")
         self.assertEqual(self.reader.reported_usage(True), (Usage(10, 4), True))
+
+    def test_money_that_is_told_of_answers_in_a_list_is_added_up(self):
         one = '{"usage":{"prompt_tokens":5,"completion_tokens":2,"cost":%s}}'
         for text, tokens, usd in self.each((
                 ("[%s,%s]" % (one % 0.5, one % 0.3), (10, 4), 0.8),
@@ -4225,29 +4235,29 @@ class UsageReaderTest(ProxyCase):
         words = "ended" * reader.ended, "closed" * reader.closed, str(reader.fault or ""), ending
         return " ".join(filter(None, words))
 
+    ENDS_WITHOUT_JSON = (  # what came, the ending, the fault
+        (b"event: error\ndata: no\n\n", "upstream_status", 502),
+        (b'error: {"code": 500}\n\n', "upstream_status", 502),
+        (b'data: {"error":\ndata: {}, "error": "no"}\n\n', "upstream_status", 502),
+        (b'event: error\ndata: {"error": {"type": "rate_limit_error"}}\n\n', "upstream_status",
+         429),
+        (b'event:error\r: x\rdata:{"status_code": 500}\r\r', "upstream_status", 500),
+        (b'{"error": {"code": 400}}', "upstream_status", 400),
+        *[(data, "upstream_cut", 0) for data in (
+            b"", b": ping\n\n", events("[DONE]"), events("[DONE]", "[DONE]"),
+            b": ping\r\n\r\n" * 2000 + b"event: x\ndata:[DONE]\r\n\r\n")])
+
     def test_an_error_in_a_stream_may_be_no_json_and_no_stream_may_be_empty(self):
-        rate = b'event: error\ndata: {"error": {"type": "rate_limit_error"}}\n\n'
-        for data, status in self.each([
-                (b"event: error\ndata: no\n\n", 502), (b'error: {"code": 500}\n\n', 502),
-                (b'data: {"error":\ndata: {}, "error": "no"}\n\n', 502), (rate, 429),
-                (b'event:error\r: x\rdata:{"status_code": 500}\r\r', 500)]):
+        for data, ending, fault in self.each(self.ENDS_WITHOUT_JSON):
             reader = self.new_reader()
             reader.feed(data)
-            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_status", True))
-            self.assertEqual(reader.fault, status)
+            self.assertEqual((reader.ending(True), reader.said_nothing, reader.fault or 0),
+                             (ending, True, fault))
+        reader = self.new_reader(streamed=False)
+        self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
         reader = self.new_reader()
         reader.feed(b"data: hello\n\ndata: [DONE]\n\n")
         self.assertEqual(reader.ending(True), "ok")
-        reader = self.new_reader()
-        reader.feed(b'{"error": {"code": 400}}')
-        self.assertEqual((reader.ending(True), reader.fault), ("upstream_status", 400))
-        reader = self.new_reader(streamed=False)
-        self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
-        for data in self.each([b"", b": ping\n\n", events("[DONE]"), events("[DONE]", "[DONE]"),
-                               b": ping\r\n\r\n" * 2000 + b"event: x\ndata:[DONE]\r\n\r\n"]):
-            reader = self.new_reader()
-            reader.feed(data)
-            self.assertEqual((reader.ending(True), reader.said_nothing), ("upstream_cut", True))
 
     ERRORS = """
         {"error": "no"} -> 502
@@ -9245,10 +9255,11 @@ redacted      None"""))
         found = entry["usd"], entry["cost"], entry["remaining"]
         self.assertEqual(found, ("0.000117", 1020, 98980))
         self.assertAlmostEqual(row.pop("time"), time.time(), delta=PATIENCE)
-        found = row.pop("connect_ms"), row.pop("first_ms"), row.pop("ms"), PATIENCE * 1000
-        self.assertEqual(list(found), sorted(found))
-        self.assertEqual(row.pop("id"), answered.get("x-request-id"))
-        self.assertEqual((row.pop("bytes"), row.pop("charges")), (len(answered.body), self.CHARGES))
+        found = [row.pop("connect_ms"), row.pop("first_ms"), row.pop("ms"), PATIENCE * 1000]
+        self.assertEqual(found, sorted(found))
+        found = row.pop("id"), row.pop("bytes"), row.pop("charges")
+        self.assertEqual(found, (
+            answered.get("x-request-id"), len(answered.body), self.CHARGES))
         self.assertEqual({name: str(value) for name, value in row.items()}, self.ROW)
 
     def test_a_json_line_tells_the_same_but_for_details(self):
@@ -9396,16 +9407,15 @@ redacted      None"""))
                 return len(data)
 
         reading, writing = os.pipe()
-        sockets = socket.socketpair()
+        ours, theirs = socket.socketpair()
         file = os.open(new_path(self, "log"), os.O_WRONLY | os.O_CREAT)
         self.addCleanup(os.close, reading)
-        self.addCleanup(sockets[0].close)
+        self.addCleanup(ours.close)
         most_of_pipe = llm_proxy.PIPE_BUF // 241 * 241
         for descriptor, most in self.each((
-                (writing, most_of_pipe), (sockets[1].detach(), most_of_pipe), (file, 24100))):
+                (writing, most_of_pipe), (theirs.detach(), most_of_pipe), (file, 24100))):
             written = []
-            with Recorder(descriptor, "w") as stream, patch.object(
-                    Log, "PAUSE", PATIENCE):
+            with Recorder(descriptor, "w") as stream, patch.object(Log, "PAUSE", PATIENCE):
                 log = Log(stream, as_json=False)
                 for _ in range(100):
                     log.record("x" * 240)
@@ -9674,32 +9684,37 @@ class LedgerTest(LedgerCase):
             yield
             execute("PRAGMA max_page_count = 1000000").fetchall()
 
+    def drop_some(self, ledger):
+        """Has 2,000 rows more come while nothing is written; returns how many were dropped."""
+        entry, = self.ended
+        with self.held_up(ledger, "write_queued") as held:
+            self.assertTrue(held.wait(PATIENCE))
+            for _ in range(2000):
+                ledger.record(entry)
+            dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
+        self.assertGreaterEqual(dropped, 1000)
+        return dropped
+
     def test_a_full_disk_holds_up_no_call_drops_and_counts_rows_and_comes_back_by_itself(self):
         with self.small_disk() as folder:
             path = os.path.join(folder or new_path(self), "llm_proxy.db")
-            usage_log = path + ".jsonl"
+            usage_log = pathlib.Path(path + ".jsonl")
             self.start(DATABASE=path, USAGE_LOG=usage_log, MAX_TOKENS=10 ** 6)
             self.ask("k")
             self.wait_for_rows(1)
             ledger, client = self.proxy.books.ledger, self.connect()
-            ledger.room, entries = 1000, []
-            self.proxy.books.on_end.append(entries.append)
+            ledger.room, self.ended = 1000, deque(maxlen=1)
+            self.proxy.books.on_end.append(self.ended.append)
             self.write_aside(path)
             with self.full_disk(folder):
                 for _ in range(20):
                     client.answers(200, call("k"))
-                said = "the database cannot be written: database or disk is full"
-                wait_for(lambda: said in self.lines.text(), said)
-                with self.held_up(ledger, "write_queued") as held:
-                    self.assertTrue(held.wait(PATIENCE))
-                    for _ in range(2000):
-                        ledger.record(entries[0])
-                    dropped = self.ask(HEALTH).json()["ledger"]["dropped"]
-                self.assertGreaterEqual(dropped, 1000)
+                self.assert_said("the database cannot be written: database or disk is full")
+                dropped = self.drop_some(ledger)
             self.assertEqual(len(self.wait_for_rows(2021 - dropped)), 2021 - dropped)
             self.ask(call("k", "X-Request-ID: the-last"))
-            wait_for(lambda: b"the-last" in pathlib.Path(usage_log).read_bytes(), "the last line")
-            self.assert_counted(pathlib.Path(usage_log).read_text("ascii").splitlines(), 22)
+            wait_for(lambda: b"the-last" in usage_log.read_bytes(), "the last line")
+            self.assert_counted(usage_log.read_text("ascii").splitlines(), 22)
             self.close_books()
             with closing(sqlite3.connect(path)) as connection:
                 found = connection.execute("SELECT level FROM buckets").fetchall()
@@ -9810,16 +9825,17 @@ class KeyStoreTest(KeysCase):
         now = self.clock.time_ns() / 1e9
         expected = {"name": "ann", **self.FIELDS, "created": now, "expires": now + 30 * 86400,
                     "disabled": False, "last_used": None}
-        self.assertEqual(self.keys.find("ann").as_dict(), expected)
+
+        def assert_kept(**changes):
+            expected.update(changes)
+            self.assertEqual(self.keys.find("ann").as_dict(), expected)
+        assert_kept()
         self.assertEqual([key.as_dict() for key in self.keys.list()], [expected])
         self.clock.now += 99
         self.keys.set("ann", expires="1h", team="", models=None, limits="7 running")
-        changed = {**expected, "expires": now + 3600, "team": None, "models": None,
-                   "limits": "7 running"}
-        self.assertEqual(self.keys.find("ann").as_dict(), changed)
+        assert_kept(expires=now + 3600, team=None, models=None, limits="7 running")
         self.keys.set("ann", **dict.fromkeys(self.FIELDS, ""))
-        bare = {**changed, **dict.fromkeys(self.FIELDS), "role": "caller"}
-        self.assertEqual(self.keys.find("ann").as_dict(), bare)
+        assert_kept(**{**dict.fromkeys(self.FIELDS), "role": "caller"})
 
     def test_a_secret_that_is_good_no_more_is_forgotten_after_90_days(self):
         for name, days, left in self.each("""[["ann", 0, 2], ["ben", 89, 4], ["cem", 2, 5]]"""):
@@ -9977,15 +9993,15 @@ class SumsTest(TableCase):
             with patch.object(LedgerReader, "NAMED", named):
                 found = self.reader.usage(
                     "caller", step, self.DAY, self.DAY + 4 * 86400, {"caller": ""})
-            names = [group["name"] for group in found["groups"]]
+            groups, total = found["groups"], found["total"]
+            names = [group["name"] for group in groups]
             self.assertEqual((len(names), "other" in names), (4, False) if named > 2 else (3, True))
-            self.assertEqual((names[0], found["groups"][0]["usd"]), ("rich", "9"))
+            self.assertEqual((names[0], groups[0]["usd"]), ("rich", "9"))
             points = [point for one in found["series"] for point in one["groups"].values()]
-            for name in ("calls", "usd"):
-                total = decimal.Decimal(found["total"][name])
-                for part in (found["groups"], points):
-                    self.assertEqual(sum(decimal.Decimal(one[name]) for one in part), total)
-            self.assertEqual(found["total"]["calls"], 501)
+            for name, parts in itertools.product(("calls", "usd"), (groups, points)):
+                self.assertEqual(sum(decimal.Decimal(one[name]) for one in parts),
+                                 decimal.Decimal(total[name]))
+            self.assertEqual(total["calls"], 501)
 
     STEPS = """\
         Europe/Berlin day 2026-03-28T23:00 2026-03-30T22:00 23 24
@@ -10035,14 +10051,19 @@ class SumsTest(TableCase):
                 "%g:%g" % (span / 3600, sign * (end - begin) / 3600)
                 for span, begin, end, sign in found])
 
-    def test_sums_of_days_and_ranges_are_those_of_their_quarters_in_any_zone(self):
+    def add_in_march(self):
+        """Adds 1,500 calls of eleven days in which clocks change twice; returns their begin."""
         begin, choice = self.seconds("2026-03-27T00:00"), self.random.choice
-        hours = [self.random.randrange(24 * 11) for _ in range(1500)]  # two changes of clocks
+        hours = [self.random.randrange(24 * 11) for _ in range(1500)]
         self.add(*({
             "time": begin + (hour + self.random.random()) * 3600,
             "caller": choice("ab") if hour != 140 else "c", "served": choice("xy"),
             "picodollars": self.random.randrange(10 ** 13), "input": hour}
                    for hour in sorted(hours)))
+        return begin
+
+    def test_sums_of_days_and_ranges_are_those_of_their_quarters_in_any_zone(self):
+        begin = self.add_in_march()
         for name in self.each((
                 "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu",
                 "Australia/Lord_Howe", "Asia/Tokyo")):
@@ -10120,6 +10141,11 @@ class SumsTest(TableCase):
             before, count = page["next"], count + 1
         return found, count
 
+    def filters(self):
+        """Returns [({field: value}, the same in SQL)]."""
+        rows = [row.split(" -> ") for row in self.FILTERS.splitlines()]
+        return [(dict(part.split("=") for part in text.split()), where) for text, where in rows]
+
     def test_calls_are_found_page_by_page_by_what_they_are(self):
         self.add({"served": "rare", "time": self.DAY + 9})
         self.add_many(300)
@@ -10127,12 +10153,11 @@ class SumsTest(TableCase):
             self.add(*({"time": self.DAY + hour * 3600 + number, "caller": "a", "served": "m2",
                         "ms": 999, "outcome": ("refused", "limited")[number % 2]}
                        for number in range(4)))
-        for filters, where in self.each(row.split(" -> ") for row in self.FILTERS.splitlines()):
-            filters = dict(part.split("=") for part in filters.split())
+        for filters, where in self.each(self.filters()):
             query = "SELECT rowid FROM calls WHERE %s ORDER BY 1 DESC" % where
             rows = [row for row, in self.database.connection.execute(query)]
-            self.assertEqual(self.pages(filters, 1000)[0], rows)
-            self.assertEqual(self.pages(filters, 3)[0], rows)
+            for size in (1000, 3):
+                self.assertEqual(self.pages(filters, size)[0], rows)
             with patch.object(LedgerReader, "LOOK", 20):
                 self.assertEqual(self.pages(filters, 50)[0], rows)
         with self.assertRaises(BadRequest):
@@ -10160,16 +10185,14 @@ class SumsTest(TableCase):
 
     def questions(self, now):
         """Returns the statements of all that is asked of the calls."""
-        asked = []
-        connect = llm_proxy.connect
+        asked, connect = [], llm_proxy.connect
 
         def traced(*arguments):
             connection = connect(*arguments)
             connection.set_trace_callback(asked.append)
             return connection
         with patch.object(llm_proxy, "connect", traced):
-            for filters in self.FILTERS.splitlines():
-                filters = dict(part.split("=") for part in filters.split(" -> ")[0].split())
+            for filters, _ in self.filters():
                 self.reader.calls(None, 50, filters)
             self.reader = self.reader._replace(now=now)
             self.reader.usage("team", "day", self.DAY, now, {"caller": "a"})
@@ -10179,8 +10202,8 @@ class SumsTest(TableCase):
             for by in ("caller", "day"):
                 options = SimpleNamespace(since="36h", by=[by], id=None, caller=None)
                 read_usage(self.path, options, now)
-        return [text for text in asked if text not in Database.PROBES
-                and not text.startswith("PRAGMA")]
+        return [text for text in asked
+                if text not in Database.PROBES and not text.startswith("PRAGMA")]
 
     def test_no_question_scans_the_calls(self):
         """SQLite tells how it would go about each statement."""
@@ -10193,21 +10216,23 @@ class SumsTest(TableCase):
             self.assertEqual([step for *_, step in plan if re.match("SCAN (TABLE )?calls", step)],
                              [])
 
+    def reopen(self):
+        self.database.connection.close()
+        self.database = Database(self.path)
+
     def test_calls_of_an_older_version_are_added_up_once_whatever_happens(self):
         self.add_many(500, 1)
         whole = self.reader.totals("caller", self.DAY, self.DAY + 86400)
-        execute = self.database.connection.execute
-        execute("DROP TABLE sums")
-        execute("DELETE FROM facts")
-        self.database.connection.close()
-        self.database = Database(self.path)
+        for statement in ("DROP TABLE sums", "DELETE FROM facts"):
+            self.database.connection.execute(statement)
+        self.reopen()
         self.add({"caller": "new", "time": self.DAY + 90000})
         options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
         used = None
         for step in range(60):
-            with suppress(KeyError), patch.object(
+            with suppress(KeyError), patch.object(Database, "BATCH", 220), patch.object(
                     self.database, "note", side_effect=KeyError if step % 2 else None,
-                    wraps=self.database.note), patch.object(Database, "BATCH", 220):
+                    wraps=self.database.note):
                 self.database.add_older()
             usage = read_usage(self.path, options, self.DAY + 2 * 86400)
             self.assertEqual(usage, used or usage)
@@ -10218,11 +10243,11 @@ class SumsTest(TableCase):
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
+        nothing = dict.fromkeys(("input", "cached", "output", "picodollars"), 0)
         with patch.object(llm_proxy.SumNames, "NAMES", 5):
             for number in range(20):
                 self.add({"served": "junk%d" % number, "outcome": "refused", "time": self.DAY,
-                          "input": 0, "cached": 0, "output": 0, "picodollars": 0,
-                          "caller": "10.0.0.%d" % number})
+                          "caller": "10.0.0.%d" % number, **nothing})
             self.add({"served": "good", "time": self.DAY})
         for by, plain in self.each("""[["model", "good"], ["caller", "alice"]]"""):
             found = self.reader.totals(by, self.DAY, self.DAY + 900)
@@ -10238,8 +10263,7 @@ class SumsTest(TableCase):
         for number in range(3):
             with self.database.transaction():
                 self.database.add([columns_of({"time": self.DAY})] * 7)
-            self.database.connection.close()
-            self.database = Database(self.path)
+            self.reopen()
             with self.database.transaction():  # some calls that nobody kept in mind
                 self.database.add([columns_of({"time": self.DAY})] * 4)
             with patch.object(Database, "BATCH", 3):
@@ -10260,8 +10284,7 @@ class SumsTest(TableCase):
                               (rolled // 86400 * 86400,))
         self.assertEqual(read_usage(self.path, options, now), usage)
         for _ in range(2):
-            self.database.connection.close()
-            self.database = Database(self.path)
+            self.reopen()
             self.assertEqual(self.reader.totals("team", 0, self.DAY + 3 * 86400), whole)
             self.assertEqual(read_usage(self.path, options, now), usage)
 
@@ -10413,9 +10436,8 @@ class BalanceTest(LedgerCase):
         self.close_books()
         self.assert_balance(self.rows(self.path), missing)
 
-    def assert_balance(self, rows, missing):
-        unread = self.CALLERS * self.CALLS - len(rows)  # a caller's reset may erase its call
-        self.assertIn(unread, range(self.CALLERS // 5))
+    def assert_outcomes(self, rows):
+        """What each ending was charged for."""
         outcomes = defaultdict(set)
         for row in rows:
             outcomes[row["outcome"]].add((row["charges"], row["input"]))
@@ -10426,6 +10448,11 @@ class BalanceTest(LedgerCase):
         self.assertEqual(outcomes.keys(), {
             "ok", "upstream_status", "upstream_failed", "upstream_cut", "caller_gone"})
         self.assertEqual(outcomes["upstream_failed"], {("", 0)})
+
+    def assert_balance(self, rows, missing):
+        unread = self.CALLERS * self.CALLS - len(rows)  # a caller's reset may erase its call
+        self.assertIn(unread, range(self.CALLERS // 5))
+        self.assert_outcomes(rows)
         charged = self.charged(rows)
         found = [(rule, amount) for (rule, _), amount in charged.items() if amount]
         self.assertEqual((sorted(found), len(found)), (missing, 5 + 5 + 1 + 1 + 1 + 1))
@@ -10509,20 +10536,20 @@ class MetricsTest(SignalsCase):
                 m -> wrong"""):
             self.ask(call(key, model=model, max_tokens=20))
         rows = self.wait_for_rows(6)
-        for kind in self.each(("input", "cached", "output", "reasoning")):
-            for caller in ("alice", "bob"):
-                found = self.sums("tokens_total", 'kind="%s"' % kind, 'caller="%s"' % caller)
-                self.assertEqual(found, sum(
-                    row[kind] for row in rows if row["caller"] == caller))
+        for kind, caller in self.each(itertools.product(
+                ("input", "cached", "output", "reasoning"), ("alice", "bob"))):
+            found = self.sums("tokens_total", 'kind="%s"' % kind, 'caller="%s"' % caller)
+            self.assertEqual(found, sum(row[kind] for row in rows if row["caller"] == caller))
         self.assertEqual(self.sums("requests_total"), 6)
-        self.assertGreater(self.sums("usd_total"), 0)
-        self.assertAlmostEqual(
-            self.sums("usd_total"), sum(row["picodollars"] for row in rows) / 1e12, 12)
+        usd = sum(row["picodollars"] for row in rows) / 1e12
+        self.assertGreater(usd, 0)
+        self.assertAlmostEqual(self.sums("usd_total"), usd, 12)
+        outcomes = Counter(row["outcome"] for row in rows)
         for outcome in self.each(("ok", "limited", "refused")):
-            self.assertEqual(self.sums("requests_total", 'outcome="%s"' % outcome),
-                             sum(row["outcome"] == outcome for row in rows))
-        self.assertEqual(self.sums("refused_total", 'rule="each 3000 tokens per day"'),
-                         sum(row["outcome"] == "limited" for row in rows))
+            found = self.sums("requests_total", 'outcome="%s"' % outcome)
+            self.assertEqual(found, outcomes[outcome])
+        found = self.sums("refused_total", 'rule="each 3000 tokens per day"')
+        self.assertEqual(found, outcomes["limited"])
 
     def test_doubts_are_counted_beside_money(self):
         self.start(says(), **self.KEYS)
@@ -10651,6 +10678,16 @@ class MetricsTest(SignalsCase):
             self.assertEqual(found[name % "count"], 2)
         self.assertGreater(found['llm_proxy_time_per_output_token_seconds_sum{upstream="base"}'], 1)
 
+    NOW = {
+        'llm_proxy_in_flight{upstream="base"}': 1,
+        'llm_proxy_queue_length{upstream="base"}': 1,
+        'llm_proxy_upstream_state{upstream="base",state="closed"}': 1,
+        'llm_proxy_upstream_state{upstream="base",state="open"}': 0,
+        'llm_proxy_dropped_total{what="ledger"}': 0,
+        'llm_proxy_bucket_level{rule="each 100 requests per day",caller="alice"}': 99,
+        'llm_proxy_bucket_capacity{rule="each 100 requests per day",caller="alice"}': 100,
+        "llm_proxy_loop_held_seconds_total": 0}
+
     def test_what_is_now_is_told_when_it_is_asked_for(self):
         self.start(None, **self.KEYS, MAX_CONCURRENCY=1, LIMITS="each 100 requests per day")
         client, asked = self.ask_stub(call("sk-1"))
@@ -10658,21 +10695,12 @@ class MetricsTest(SignalsCase):
         wait_for(lambda: self.base("sk-1")["queue"]["waiting"], "the line")
         found = self.scrape()
         self.complete(client, asked)
-        self.stub.next().answer()
-        second.read()
+        self.complete(second)
         self.wait_for_rows(2)
         found.update({key: value for key, value in self.scrape().items() if "bucket" in key})
         version = 'llm_proxy_build_info{version="%s",python="' % VERSION
         self.assertEqual([value for key, value in found.items() if key.startswith(version)], [1])
-        bucket = '{rule="each 100 requests per day",caller="alice"}'
-        for key, value in self.each({
-                'llm_proxy_in_flight{upstream="base"}': 1,
-                'llm_proxy_queue_length{upstream="base"}': 1,
-                'llm_proxy_upstream_state{upstream="base",state="closed"}': 1,
-                'llm_proxy_upstream_state{upstream="base",state="open"}': 0,
-                'llm_proxy_dropped_total{what="ledger"}': 0, "llm_proxy_bucket_level" + bucket: 99,
-                "llm_proxy_bucket_capacity" + bucket: 100,
-                "llm_proxy_loop_held_seconds_total": 0}.items()):
+        for key, value in self.each(self.NOW.items()):
             self.assertEqual(found[key], value, key)
         self.assertGreater(found["process_resident_memory_bytes"], 1 << 20)
         self.assertGreater(found["process_open_fds"], 5)
@@ -10708,31 +10736,38 @@ class TracesTest(SignalsCase):
         return [(span, {one["key"]: next(iter(one["value"].values()))
                         for one in span["attributes"]}) for span in found()]
 
+    TOLD = {
+        "http.route": CHAT, "http.response.status_code": "200", "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "openai", "gen_ai.request.model": "gpt-4o-mini",
+        "gen_ai.usage.input_tokens": "1000", "gen_ai.usage.output_tokens": "20",
+        "gen_ai.usage.reasoning.output_tokens": "5",
+        "gen_ai.usage.cache_read.input_tokens": "600", "llm_proxy.caller": "alice",
+        "llm_proxy.usd": 0.000117}
+
     def test_a_span_tells_of_a_call_under_the_names_of_the_conventions(self):
-        self.start_traced(says(BooksTest.USAGE), OTEL_SERVICE_NAME="gate",
-                          OTEL_EXPORTER_OTLP_HEADERS="x-key=a%20b, x-other=2")
+        self.start_traced(says(BooksTest.USAGE))
         self.ask(call("sk-1", model="gpt-4o-mini"))
         (span, told), = self.spans()
-        asked, = self.collector.requests
-        self.assertEqual((asked.method, asked.target), ("POST", "/otlp/v1/traces"))
-        self.assert_fields(asked, "content-type: application/json", "x-key: a b", "x-other: 2")
-        self.assertIn({"key": "service.name", "value": {"stringValue": "gate"}},
-                      asked.json()["resourceSpans"][0]["resource"]["attributes"])
         self.assertEqual(
             (span["name"], span["kind"], "status" in span), ("chat gpt-4o-mini", 3, False))
         took = int(span["endTimeUnixNano"]) - int(span["startTimeUnixNano"])
         self.assertTrue(0 < took < PATIENCE * 10 ** 9)
         self.assertRegex(span["traceId"] + span["spanId"], "^[0-9a-f]{48}$")
         self.assertNotIn("parentSpanId", span)
-        for name, value in self.each({
-                "http.route": CHAT, "http.response.status_code": "200",
-                "gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai",
-                "gen_ai.request.model": "gpt-4o-mini", "gen_ai.usage.input_tokens": "1000",
-                "gen_ai.usage.output_tokens": "20", "gen_ai.usage.reasoning.output_tokens": "5",
-                "gen_ai.usage.cache_read.input_tokens": "600", "llm_proxy.caller": "alice",
-                "llm_proxy.usd": 0.000117}.items()):
+        for name, value in self.each(self.TOLD.items()):
             self.assertEqual(told[name], value, name)
         self.assertNotIn("error.type", told)
+
+    def test_spans_go_where_the_settings_say_with_their_fields_and_name(self):
+        self.start_traced(OTEL_SERVICE_NAME="gate",
+                          OTEL_EXPORTER_OTLP_HEADERS="x-key=a%20b, x-other=2")
+        self.ask("sk-1")
+        self.spans()
+        asked, = self.collector.requests
+        self.assertEqual((asked.method, asked.target), ("POST", "/otlp/v1/traces"))
+        self.assert_fields(asked, "content-type: application/json", "x-key: a b", "x-other: 2")
+        self.assertIn({"key": "service.name", "value": {"stringValue": "gate"}},
+                      asked.json()["resourceSpans"][0]["resource"]["attributes"])
 
     REASONS = json.loads(r"""[
         ["/v1/chat/completions", [{"choices": [{"finish_reason": "stop", "message": {
