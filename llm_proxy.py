@@ -3855,7 +3855,7 @@ class ArrayFraming(EventFraming):
         return 0
 
     def all_data(self, event):
-        return event.lstrip(b"[, \t\r\n")
+        return event.lstrip(b"[], \t\r\n")
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         return event[:len(event) - len(self.all_data(event))] + data
@@ -5990,12 +5990,8 @@ class Editor:
     """Changes a body on its way to the caller: the one place that may. An event that is not whole
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
-    LARGE = 1 << 12       # above this, what is held back is looked at only where it may have ended,
-    MAX_LOOKS = 64        # and after so many times only where it has grown
-
+    LARGE = 1 << 12  # bytes: more than that is looked at only where it may have ended
     held = b""
-    looks = 0      # at one that is large,
-    next_look = 0  # and how large it must be for another one
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
         self.events = events
@@ -6008,7 +6004,8 @@ class Editor:
         if self.events is None:
             return self.feed_slice(data)
         start = len(self.held) - 1
-        if start > self.LARGE and len(data) <= self.most_held and self.must_wait(data, start):
+        is_large = start > self.LARGE and len(data) <= self.most_held
+        if is_large and not self.events.may_end(data, start):
             self.held = data
             return b""
         self.held = b""
@@ -6020,19 +6017,9 @@ class Editor:
         begin = self.events.last_end(data, first)
         events = self.events.cut(data[begin:])
         rest = events.pop() if events and not self.is_over(events[-1]) else b""
-        if events or len(rest) <= self.LARGE:
-            self.looks = self.next_look = 0
         goes = data[:begin] + b"".join(map(self.edited, events))
         self.held = rest
         return goes + self.feed_slice(rest) if len(rest) > self.most_held else goes
-
-    def must_wait(self, data, start):
-        """Returns whether a large event goes on, or was looked at so often that this may wait."""
-        if len(data) < self.next_look or not self.events.may_end(data, start):
-            return True
-        self.looks += 1
-        self.next_look = len(data) * 9 // 8 if self.looks > self.MAX_LOOKS else 0
-        return False
 
     def is_one(self, data):
         end, prefix = self.events.ends[0], self.events.prefix
@@ -6732,6 +6719,7 @@ class Redactor:
     what may leave, and `countries` those whose numbers of phones are known without a code."""
     SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
     LARGE = 4096  # characters: a text of more is searched in steps
+    MANY = 1024   # of what is found in a step
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6813,6 +6801,9 @@ class Redactor:
                 if one[0] >= end:
                     apart.append(one)
                     end = one[1]
+                if len(apart) == self.MANY:
+                    yield apart
+                    apart = []
             yield apart
 
     def matches(self, one, text, begin):
@@ -6895,7 +6886,9 @@ class Masks:
 
     def mask_words(self, words: Words) -> Iterator[None]:
         """Masks the texts that stand at these places."""
-        if words.kind == "json" and is_whole_json(words.text.encode("utf-8", "replace")):
+        is_whole = words.kind == "json" and is_whole_json(words.text.encode("utf-8", "replace"))
+        yield
+        if is_whole:
             after = yield from self.mask_strings(words.text)
         else:
             after = yield from self.mask(words.text, words.is_json(), words.kind != "echo")
@@ -6986,7 +6979,7 @@ def json_before(text: str) -> str:
     for part in JSON_PART.finditer(blot_escapes(text)):
         last, end = part[0], part.end()
         if last in "[{":
-            opened, last = opened + last, ""
+            opened, last = (opened + last)[-64:], ""
         elif last in "]}":
             opened, last = opened[:-1], "0"
             if not opened:
@@ -6994,13 +6987,13 @@ def json_before(text: str) -> str:
         elif last != ",":
             end = part.end(1)
             last = '"' + "\\" * part[1].endswith("\\")
-    return opened[-64:] + last + text[end:end + 40]
+    return opened + last + text[end:end + 40]
 
 
 class Restorer:
     """Puts the values back that the placeholders of a call stand for. With a `redactor`, what the
     model itself says of what must not be seen is masked for good."""
-    MAX_VALUES = 1 << 24  # characters of values that an answer may grow by
+    MAX_VALUES = 1 << 20  # characters of values that an answer may grow by
     # What may become a placeholder, at the end of a text
     BEGUN = re.compile(r"\[(?:\[[A-Za-z0-9_]{0,60}\]?)?\Z")
     # The last word, of ASCII or of any letters, and groups of a number before it, backwards
@@ -7182,6 +7175,7 @@ def varied(data, fixed):
 
 
 CLOSING = {b"{": b"}", b"[": b"]"}
+OPENING = bytes.maketrans(b"]}", b"[{")
 EVENT_HEAD = re.compile(rb"\A(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
 
 
@@ -7213,7 +7207,7 @@ def is_beside(block: Block, other: Block) -> bool:
 class Unmasking(Edit):
     """Puts values back in the events of a stream, though placeholders may be split over several,
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
-    MAX_SLICE = MAX_HELD = 1 << 14  # bytes of JSON in which all words are looked at, at once
+    MAX_SLICE = MAX_HELD = 1 << 13  # bytes of JSON in which all words are looked at, at once
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
     MAX_BLOCKS = 64       # that wait at once, each with an event of a slice's size
     MAX_USUAL = 1 << 12   # bytes of an event like most,
@@ -7224,6 +7218,8 @@ class Unmasking(Edit):
     IN_NO_STRING = b"\xef\xbb\xbf \t\r\n,:[]{}0123456789+-.truefalsEnNIity"  # characters of JSON
     sliced = False        # a part of it went on,
     is_text = False       # or of what is none
+    opened = b""          # stands for it before the rest of an object
+    MAX_OPENED = 1000     # bytes: nobody reads what is deeper
     prefix = b""          # of a slice that begins in a string: its quote, or a key and JSON
     depth = 0             # of the probabilities in which a slice begins
 
@@ -7231,8 +7227,6 @@ class Unmasking(Edit):
         """`events` is None where the response is no stream."""
         self.dialect = dialect
         self.events = events
-        if type(events) is ArrayFraming:  # which cuts nothing that does not begin with an object
-            self.MAX_HELD = 1 << 20
         self.restorer = restorer
         # Values may be spelled otherwise in JSON, as which a text begins.
         self.reads_all = restorer.redactor or SPELLED_OTHERWISE.search(
@@ -7265,14 +7259,16 @@ class Unmasking(Edit):
 
     def apply_any(self, event):
         if self.sliced:
-            goes = self.apply_slice(event, b"")
+            goes = self.apply_slice(event[len(self.opened):], b"")
             self.sliced = self.is_text = False
+            self.opened = b""
             return goes
         self.depth = 0
         if self.restorer.redactor:
             event = self.without_logprobs(event)
-        payload = self.payload(event)
-        return self.apply_object(event, payload) if payload else self.apply_other(event)
+        data = self.data(event)
+        payload = self.payload(data)
+        return self.apply_object(event, payload) if payload else self.apply_other(event, data)
 
     def apply_object(self, event, payload):
         texts = list(self.dialect.texts(payload)) if self.events else ()
@@ -7290,9 +7286,8 @@ class Unmasking(Edit):
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
 
-    def apply_other(self, event):
+    def apply_other(self, event, data):
         """Handles an event without an object: its text, if it is no JSON."""
-        data = (self.events.all_data(event) if self.events else event).strip()
         if data == LAST_DATA:
             return self.end() + event
         restorer = self.restorer
@@ -7321,17 +7316,22 @@ class Unmasking(Edit):
     def slice(self, data: bytes) -> Tuple[bytes, bytes]:
         if len(data) <= self.MAX_SLICE:
             return b"", data
-        end, prefix = self.end_of_slice(data)
+        before = len(self.opened)
+        end, prefix = self.end_of_slice(data[before:])
+        end += before
         begins = self.events and not self.sliced
         self.sliced = True
-        goes = (self.begin_event if begins else self.apply_slice)(data[:end], prefix)
-        return goes, data[end:]
+        goes = (self.begin_event if begins else self.apply_slice)(data[before:end], prefix)
+        if type(self.events) is ArrayFraming:  # which cuts nothing that does not begin as one
+            closing = what_closes(without_escapes(data[:end]))
+            self.opened = closing[:self.MAX_OPENED].translate(OPENING)[::-1]
+        return goes, self.opened + data[end:]
 
     def begin_event(self, event, prefix):
         """Handles the first slice of an event, which nearly always ends within a string."""
         shown = self.without_logprobs(event) if self.restorer.redactor else event
         ends = what_closes(without_escapes(shown))
-        payload = self.payload(shown + ends)
+        payload = self.payload(self.data(shown + ends))
         if payload:
             self.prefix = prefix
             shown = self.apply_object(shown + ends, payload).rstrip(b"\r\n")
@@ -7416,10 +7416,12 @@ class Unmasking(Edit):
                 return step.end()
         return len(plain)
 
-    def payload(self, event):
-        """Returns the object of an event, or of all of the JSON; {} where there is none."""
-        data = self.events.all_data(event) if self.events else event
-        return object_in(data) if data.lstrip()[:1] == b"{" else {}
+    def data(self, event):
+        return (self.events.all_data(event) if self.events else event).strip()
+
+    @staticmethod
+    def payload(data):
+        return object_in(data) if data.startswith(b"{") else {}
 
     def mask_rest(self, payload):
         """Masks what an event says beside its texts; returns whether it is another."""

@@ -5878,7 +5878,7 @@ class UnmaskingTest(ProxyCase):
             data %= tuple(encoded(delta(one)) for one in ("to bob@exa", "mple.org "))
             self.assertNotIn(b"mple.org", self.unmask("chat", data, answers=True))
 
-    def test_a_large_object_in_an_array_is_awaited_whole(self):
+    def test_a_large_object_in_an_array_hides_nothing_of_the_next_one(self):
         pieces = [(0, "x"), (0, 30_000 * "x "), (0, "to [[EMA"), (0, "IL_1]] y")]
         for row in self.each([row for row in TEXT_STREAMS if row[0] == "array"]):
             self.assert_comes_back(row, pieces, 1448, answers=True)
@@ -5894,7 +5894,7 @@ class UnmaskingTest(ProxyCase):
                 for at in range(0, len(data), step):
                     shown += editor.feed(data[at:at + step])
                     self.assertEqual(
-                        shown.count(b"\"text\""), sum([end <= at + step for end in ends]))
+                        shown.count(b"}]}}]}"), sum([end <= at + step for end in ends]))
 
     def test_what_is_no_text_stands_in_events_that_are_read(self):
         odd = b': "\xff": 1\n' + events(delta("an ordinary text "))
@@ -6107,7 +6107,7 @@ class UnmaskingTest(ProxyCase):
         patch_until(self.addCleanup, patch.object(Redactor, "find", look))
         for endpoint, event, step in self.each((
                 *[(row[0], row[1].replace("N", "0", 1), 16384) for row in TEXT_STREAMS
-                  if row[0] != "array" and not self.is_json(row)],
+                  if not self.is_json(row)],
                 ("chat", '{"choices": [{"delta": {"content": TEXT}, "index": 0}]}', 1448),
                 ("responses", '{"type": "response.completed", "response": {"output": [{"content": '
                  '[{"type": "output_text", "text": TEXT}]}], "user": null}}', 16384),
@@ -6118,8 +6118,10 @@ class UnmaskingTest(ProxyCase):
             masks = self.masks()
             masks.redactor = Redactor(KINDS)
             line = "%s\n" if endpoint == "ollama" else "event: x\ndata: %s\n\n"
-            data = "".join([line % one for one in (small, large, small)]).encode()
-            found = self.unmask(endpoint, data, step, answers=True, masks=masks)
+            data = "".join([line % one for one in (small, large, small)])
+            if endpoint == "array":
+                data = "[%s]" % ",\n".join((small, large, small))
+            found = self.unmask(endpoint, data.encode(), step, answers=True, masks=masks)
             texts = "".join(self.said(self.payloads(endpoint, found)).values())
             self.assertEqual(texts.replace(shown, ""), said + said)
             self.assertEqual((texts.count(shown), masks.counts["opaque"]), (times, 0))
@@ -18396,6 +18398,38 @@ class RedactionCostTest(EnduranceCase):
             for text in (seed, seed + " "):
                 took = self.steps(kind, text * (size // len(text)))
                 self.report("%s in %r: %.0f ms, at once %.1f ms", kind, text, 1000 * sum(took),
+                            1000 * max(took))
+                self.assertLess(max(took), CPU_SECONDS * 4)
+
+    ANSWERS = (
+        (llm_proxy.OpenAI(), None, '{"choices": [{"message": {"content": @}}]}'),
+        (llm_proxy.OpenAI(), llm_proxy.SSE,
+         'data: {"choices": [{"index": 0, "delta": {"content": @}}]}\n\n'),
+        (llm_proxy.Gemini(), llm_proxy.JSON_ARRAY,
+         '[{"candidates": [{"content": {"parts": [{"text": @}]}}]}]'))
+
+    def reads(self, dialect, events, data):
+        """Returns the seconds that each read of an answer takes, of which all is masked."""
+        masks = llm_proxy.Masks(llm_proxy.Redactor(llm_proxy.REDACTED))
+        masks.values["[[SECRETS_1]]"] = "-----BEGIN PRIVATE KEY-----\n%s" % ("MIIE" * 3400)
+        restorer = llm_proxy.Restorer(masks, dialect.JSON_TEXTS, masks.redactor)
+        editor = llm_proxy.Editor(events, [llm_proxy.Unmasking(dialect, events, restorer)])
+        took = []
+        for at in range(0, len(data), llm_proxy.BLOCK):
+            began = cpu_seconds()
+            editor.feed(data[at:at + llm_proxy.BLOCK])
+            took.append(cpu_seconds() - began)
+        return took
+
+    def test_each_read_of_an_answer_is_gone_through_soon_whatever_it_says(self):
+        """Objects of an array were awaited whole, 1 MiB of brackets in one for 7 s."""
+        size = self.size(200_000, 1 << 20)
+        for seed in self.each(["a@b.co ", "8.8.8.8 ", "[[SECRETS_1]]", "{", "\\"]):
+            texts = seed * (size // len(seed)), [seed] * (size // (len(seed) + 4))
+            for (dialect, events, shape), said in itertools.product(self.ANSWERS, texts):
+                data = shape.replace("@", json.dumps(said)).encode()
+                took = self.reads(dialect, events, data)
+                self.report("%r: %.0f ms, at once %.1f ms", seed, 1000 * sum(took),
                             1000 * max(took))
                 self.assertLess(max(took), CPU_SECONDS * 4)
 
