@@ -124,6 +124,7 @@ from itertools import chain, islice
 from math import ceil, inf
 from typing import (Any, Awaitable, BinaryIO, Callable, Collection, Dict, FrozenSet, Iterable,
                     Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
+from weakref import WeakKeyDictionary
 
 VERSION = "0.1.0"
 
@@ -2237,11 +2238,6 @@ class Level(NamedTuple):
         refills = -(self.level // self.rule.refill)
         return max(0, self.refilled + refills * self.rule.interval - self.now)
 
-    def refilled_at(self, offset: float) -> float:
-        """Returns the wall-clock time of the last refill; `offset` is how far that clock is ahead
-        of the monotonic one, which may have slept meanwhile."""
-        return self.rule.began or self.refilled + offset
-
     def untaken(self):
         """Returns the same bucket as it was before `amount` was taken."""
         return self.less(-self.amount)
@@ -2459,7 +2455,8 @@ class Buckets:
         offset = wall - self.clock.monotonic()
         if abs(offset - self.offset) > 0.01:  # less is none: the two clocks are not read at once
             self.offset = offset
-        return {found.key: (found.level, found.refilled_at(self.offset))
+        # A period of the calendar began by the wall clock, which may have been set since.
+        return {found.key: (found.level, found.rule.began or found.refilled + self.offset)
                 for found in levels if found.rule.unit != RUNNING}
 
     def seen(self) -> List[Level]:
@@ -12965,7 +12962,7 @@ class Redis(asyncio.Protocol):
     loop go in one write; replies come in the same order. The server counts as away when it refuses
     or cuts the connection, says nothing for SILENT_SECONDS, is late LATE_TIMES in a row, or fails
     what `on_connect` asks; it is `available` again once all of that went well."""
-    ANSWER_SECONDS = 0.08    # for which a call waits
+    ANSWER_SECONDS = 0.08    # for which a call waits, in all
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -12975,9 +12972,9 @@ class Redis(asyncio.Protocol):
     MOST_COMMANDS = 10_000   # kept while Redis is away; as many more may have no reply
 
     available = False
-    transport: Optional[asyncio.Transport] = None
-    task: Optional[asyncio.Task] = None
-    lost: Optional[asyncio.Future] = None     # completed when the connection is no more,
+    transport = None
+    task = None
+    lost = None               # a future, completed when the connection is no more,
     reason: Optional[RedisFault] = None       # and why it is not
     flushing = False
     has_timed_out = False                     # a call, since the last reply
@@ -13001,17 +12998,31 @@ class Redis(asyncio.Protocol):
         self.on_flush = []         # called before commands are sent, to add some
         self.unsent = []           # (command, callback or None)
         self.asked = deque()       # (command, callback or None, when it was sent)
-        self.deadlines = deque()   # (until when a call waits, its future)
+        self.waits = []            # (since when a call waits, for how long, its future)
+        self.patience = WeakKeyDictionary()  # what calls have left of ANSWER_SECONDS, by task
         self.listening = ListeningTime(loop, self.check_timeouts)
 
     # -- for everyone, on the loop
 
     async def call(self, *parts: RedisPart) -> RedisReply:
-        """Returns the reply to a command. Raises RedisFault, after ANSWER_SECONDS at the latest;
-        the command may have been done, or may be yet."""
-        if not self.available or self.has_timed_out:
-            raise RedisFault("answers late" if self.has_timed_out else "is away")
+        """Returns the reply to a command. Raises RedisFault, once this call has waited for
+        ANSWER_SECONDS; the command may have been done, or may be yet."""
+        if not self.available or self.is_late():
+            raise RedisFault("answers late" if self.available else "is away")
         return await self.ask_and_wait(*parts, is_bounded=True)
+
+    def begin_call(self):
+        """Another call begins in this task."""
+        self.patience[asyncio.current_task()] = self.ANSWER_SECONDS
+
+    def is_late(self) -> bool:
+        """Returns whether this call is not to wait."""
+        return self.has_timed_out or self.left() <= 0
+
+    def left(self) -> float:
+        """Returns for how long this call may wait yet."""
+        task = asyncio.current_task(self.loop) or self  # what runs in no task is no call
+        return self.patience.get(task, self.ANSWER_SECONDS)
 
     def send(self, *parts: RedisPart):
         """Sends a command, now or when Redis is there again, and does not wait for the reply. It
@@ -13023,17 +13034,26 @@ class Redis(asyncio.Protocol):
         long as that takes, unless it `is_bounded`. Raises RedisFault."""
         answered = self.loop.create_future()
         self.ask(lambda reply: answered.done() or answered.set_result(reply), *parts)
-        if is_bounded:
-            self.limit_wait(answered)
-        reply = await answered
+        reply = await (self.wait(answered) if is_bounded else answered)
         if isinstance(reply, RedisFault):
             raise reply
         return reply
 
+    async def wait(self, future: asyncio.Future) -> RedisReply:
+        """Returns what a future is completed with, which is a RedisFault once this call has waited
+        for ANSWER_SECONDS."""
+        began = self.listening.now()
+        self.limit_wait(future)
+        reply = await future
+        task = asyncio.current_task()
+        if task in self.patience:
+            self.patience[task] -= self.listening.now() - began
+        return reply
+
     def limit_wait(self, future: asyncio.Future):
-        """Completes a future with a RedisFault if nobody else does within ANSWER_SECONDS."""
+        """Completes a future with a RedisFault if nobody else does while this call may wait."""
         self.listening.run()
-        self.deadlines.append((self.listening.now() + self.ANSWER_SECONDS, future))
+        self.waits.append((self.listening.now(), self.left(), future))
 
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
@@ -13088,7 +13108,6 @@ class Redis(asyncio.Protocol):
             began = inf
             try:
                 await self.begin(place)
-                self.become_available()
                 began = self.loop.time()
                 await self.lost
             except RedisFault as fault:
@@ -13111,7 +13130,7 @@ class Redis(asyncio.Protocol):
             await asyncio.sleep(pause)
 
     async def begin(self, place):
-        """Connects and introduces this client. Raises RedisFault."""
+        """Connects, introduces this client, and says that it is there. Raises RedisFault."""
         await self.connect(place)
         url = self.url
         if url.password:
@@ -13127,6 +13146,13 @@ class Redis(asyncio.Protocol):
                 script.is_loaded = digest == script.digest.encode()
         for act in self.on_connect:
             await act()
+        if self.reason:
+            raise self.reason
+        self.available = True
+        self.late_times = 0
+        self.flush_soon()
+        for act in self.on_return:
+            act()
 
     async def connect(self, place):
         connecting = self.loop.create_task(self.open_connection(place), name="redis connects")
@@ -13149,17 +13175,8 @@ class Redis(asyncio.Protocol):
             return await self.loop.create_unix_connection(lambda: self, url.path)
         host, port = place or (url.host, url.port)
         await self.loop.create_connection(
-            lambda: self, host or url.host, port, ssl=self.tls,
+            lambda: self, host, port, ssl=self.tls,
             server_hostname=url.host if self.tls else None)
-
-    def become_available(self):
-        if self.reason:
-            raise self.reason
-        self.available = True
-        self.late_times = 0
-        self.flush_soon()
-        for act in self.on_return:
-            act()
 
     # -- what the connection says: the names are asyncio's
 
@@ -13178,7 +13195,10 @@ class Redis(asyncio.Protocol):
             return self.leave(fault)
         if replies:
             self.has_timed_out = False
-            self.note_lateness()
+            is_late = self.waited() > self.LATE_SECONDS
+            self.late_times = self.late_times + 1 if is_late else 0
+            if self.late_times >= self.LATE_TIMES:
+                self.leave(RedisFault("answers late"))
         for reply in replies:
             _, answer, _ = self.asked.popleft()
             if answer:
@@ -13220,27 +13240,21 @@ class Redis(asyncio.Protocol):
         """Returns for how many seconds the oldest command has been on its way."""
         return self.listening.now() - self.asked[0][-1]
 
-    def note_lateness(self):
-        is_late = self.waited() > self.LATE_SECONDS
-        self.late_times = self.late_times + 1 if is_late else 0
-        if self.late_times >= self.LATE_TIMES:
-            self.leave(RedisFault("answers late"))
-
     def check_timeouts(self):
         """Ends waits that took too long, and a connection that says nothing; returns whether
         anything is waited for."""
         self.give_up(self.listening.now())
         if self.asked and self.waited() > self.SILENT_SECONDS:
             self.leave(RedisFault("does not answer"))
-        return bool(self.asked or self.deadlines)
+        return bool(self.asked or self.waits)
 
-    def give_up(self, until=inf):
-        """Ends the waits of calls whose deadline is up to then."""
-        while self.deadlines and (self.deadlines[0][0] <= until or self.deadlines[0][1].done()):
-            _, future = self.deadlines.popleft()
-            if not future.done():
-                self.has_timed_out = True
+    def give_up(self, now=inf):
+        """Ends the waits of calls that are too long by now."""
+        for began, left, future in self.waits:
+            if not future.done() and began + left <= now:
+                self.has_timed_out |= began + self.ANSWER_SECONDS <= now
                 future.set_result(RedisFault("answers late"))
+        self.waits = [one for one in self.waits if not one[-1].done()]
 
 
 # What holds for both scripts: KEYS[1] is the hash of the process that asks, KEYS[2] the number of
@@ -13670,9 +13684,8 @@ class RedisBuckets(Buckets):
     beats = 0
     fresh = True              # it was never there
     replaces_dead = False     # a process that died: nobody knows what it took of its share
-    charging: Optional[asyncio.TimerHandle] = None
-    beat_timer: Optional[asyncio.TimerHandle] = None
-    filling: Optional[asyncio.Task] = None
+    charging = beat_timer = None  # timers
+    filling = None                # a task
 
     def __init__(self, clock: Any, redis: Redis, prefix: str, policy: str, peers: int):
         super().__init__(clock)
@@ -13711,16 +13724,14 @@ class RedisBuckets(Buckets):
 
     async def take(self, keyed_rules, costs):
         redis = self.redis
-        if self.state == "away" or redis.has_timed_out:
-            return self.take_locally(keyed_rules, costs, None)
         one = Take(keyed_rules, costs, redis.loop.create_future())
-        self.takes.append(one)
-        redis.flush_soon()
-        redis.limit_wait(one.future)
-        await one.future
+        if self.state != "away" and not redis.is_late():
+            self.takes.append(one)
+            redis.flush_soon()
+            await redis.wait(one.future)
         one.decided = True
         if one.levels is None:
-            return self.take_locally(keyed_rules, costs, one if one.sent else None)
+            return self.take_locally(one)
         return tightest_of(one.levels), one.levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
@@ -13902,11 +13913,11 @@ class RedisBuckets(Buckets):
 
     # -- while Redis is away
 
-    def take_locally(self, keyed_rules, costs, one):
-        """Decides a take without Redis, by the policy for that; `one` is a take that was sent.
-        Raises LimitsAway."""
+    def take_locally(self, one):
+        """Decides a take without Redis, by the policy for that. Raises LimitsAway."""
         if self.policy == "closed":
             raise LimitsAway
+        keyed_rules, costs = one.keyed_rules, one.costs
         if self.policy == "open":
             levels = [found._replace(level=max(0, found.level), amount=costs[found.rule.unit])
                       for found in self.levels_after(keyed_rules, costs, NO_COST)]
@@ -13915,7 +13926,7 @@ class RedisBuckets(Buckets):
         tightest = tightest_of(levels)
         if tightest.level >= 0:
             self.local.store(levels)
-            if one:
+            if one.sent:
                 one.admitted = True
             else:
                 super().settle(keyed_rules, costs, NO_COST, 0.0)
@@ -14061,12 +14072,12 @@ class RedisBuckets(Buckets):
                 self.fills.discard(owner)
 
 
-# Tells how many calls of a process run at an upstream, and returns how many more may: KEYS are how
-# many run by process, and until when that holds; the processes that wait for a slot (since when),
-# those that asked lately, and since when there are any of these. Who has waited for longer comes
-# first. ARGV are how many slots there are, how long what is told holds, the process, how many run,
-# how many it wants, how long it has waited, how many more it may have before all have told of
-# theirs, and how long that takes. Times are in milliseconds.
+# Tells how many calls of a process run at an upstream, and returns how many more may, and how many
+# run elsewhere: KEYS are how many run by process, and until when that holds; the processes that
+# wait for a slot (since when), those that asked lately, and since when there are any of these. Who
+# has waited for longer comes first. ARGV are how many slots there are, how long what is told holds,
+# the process, how many run, how many it wants, how long it has waited, how many more it may have
+# before all have told of theirs, and how long that takes. Times are in milliseconds.
 LUA_SLOTS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -14077,13 +14088,15 @@ for _, one in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
 end
 redis.call('ZREM', KEYS[2], process)
 local since = now - ARGV[6]
-local room = ARGV[1] - running - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
+local room, elsewhere = ARGV[1] - running, 0
+room = room - redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. since)
 local rows = redis.call('HGETALL', KEYS[1])
 for i = 1, #rows, 2 do
   local count, ends = string.match(rows[i + 1], '(%d+) (%d+)')
   if tonumber(ends) <= now then redis.call('HDEL', KEYS[1], rows[i])
-  elseif rows[i] ~= process then room = room - count end
+  elseif rows[i] ~= process then elsewhere = elsewhere + count end
 end
+room = room - elsewhere
 local began = redis.call('GET', KEYS[4]) or now  -- now where Redis has lost what it knew
 redis.call('SET', KEYS[4], began)
 if now - began < tonumber(ARGV[8]) then room = math.min(room, ARGV[7]) end
@@ -14099,7 +14112,7 @@ if given < wanted then
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
 redis.call('PEXPIRE', KEYS[4], 100 * ARGV[2])
-return given
+return {given, elsewhere}
 """
 
 
@@ -14110,11 +14123,12 @@ class SharedQueue(FairQueue):
     died come back."""
     HOLDS_MS = 30_000
     TELL_MS = 1000       # until all have told of their slots, when Redis has lost them
-    POLL_SECONDS = 0.02  # between two questions, while calls wait
+    POLL_SECONDS = 0.01  # between two questions, while calls wait
     AT_ONCE = 32         # slots that are asked for at once
     short = False
-    task: Optional[asyncio.Task] = None  # while it asks
-    timer: Optional[asyncio.TimerHandle] = None
+    elsewhere = 0        # how many ran in other processes when Redis told
+    answered = None      # a future, while it asks
+    timer = None
 
     def __init__(self, most: int, limits: QueueLimits, clock: Any, redis: Redis, name: str,
                  part: Callable[[int], int]):
@@ -14137,6 +14151,8 @@ class SharedQueue(FairQueue):
         ticket = super().enter(key, weight, waited)
         if not ticket.running:
             self.tell_soon()
+            if self.answered:
+                self.redis.limit_wait(self.answered)
         return ticket
 
     def leave(self, ticket: Ticket):
@@ -14148,28 +14164,38 @@ class SharedQueue(FairQueue):
         self.tell_soon()
 
     def tell_soon(self):
-        if self.redis.available and self.task is None:
+        if self.redis.available and self.answered is None:
             if self.timer:
                 self.timer.cancel()
-            self.task = self.redis.loop.create_task(self.tell(), name="asks for slots")
+            self.answered = self.redis.loop.create_future()
+            self.redis.loop.call_soon(self.tell)  # more may come in this pass of the loop
 
-    async def tell(self):
+    def tell(self):
         """Tells how many calls run, and asks for a slot for each that waits."""
-        await asyncio.sleep(0)  # more may come in this pass of the loop
         running, waiting = self.running, self.waiting()
         wanted = min(len(waiting), self.AT_ONCE)
         age = max([ticket.waited() for ticket in waiting], default=0)
-        try:
-            given = await self.redis.call(*self.script.parts(self.keys, [
-                self.all, self.HOLDS_MS, self.redis.process, running, wanted, age,
-                self.part(self.all) - running, self.TELL_MS]))
-            self.take(given)
-            self.short = given < wanted
-        except RedisFault as fault:  # it may have given some, until it is told again
+        answered = self.answered
+        answered.add_done_callback(partial(self.on_answer, running, wanted))
+        self.redis.limit_wait(answered)
+        self.redis.ask(lambda reply: answered.done() or answered.set_result(reply),
+                       *self.script.parts(self.keys, [
+                           self.all, self.HOLDS_MS, self.redis.process, running, wanted, age,
+                           self.part(self.all) - running, self.TELL_MS]))
+
+    def on_answer(self, running, wanted, answered):
+        self.answered = None
+        reply = answered.result()
+        if isinstance(reply, RedisFault):  # it may have given some, until it is told again
             given = 0
             self.short = True  # as far as is known: ask again
-            self.redis.leave_if_refused(fault)
-        self.task = None
+            self.redis.leave_if_refused(reply)
+            if self.redis.available:
+                self.take(min(self.part(self.all), self.all - self.elsewhere) - self.running)
+        else:
+            given, self.elsewhere = reply
+            self.take(given)
+            self.short = given < wanted
         if self.short:
             self.limits.shrink()  # who may wait counts only now
             self.timer = self.redis.loop.call_later(self.POLL_SECONDS, self.tell_soon)
@@ -14177,8 +14203,8 @@ class SharedQueue(FairQueue):
             self.tell_soon()
 
     def take(self, count):
-        """Starts so many more calls; some that wanted a slot may have left."""
-        self.most = self.running + count
+        """Starts so many more calls, if any; some that wanted a slot may have left."""
+        self.most = self.running + max(0, count)
         for _ in range(count):
             self.start_next()
         self.most = self.running
@@ -14191,16 +14217,13 @@ class SharedQueue(FairQueue):
 
     def go_alone(self):
         """Goes on with a part of the slots, beside those it has: Redis is away."""
-        if self.timer:
-            self.timer.cancel()
-        self.take(max(0, self.part(self.all) - self.running))
+        self.take(self.part(self.all) - self.running)
         self.most = self.part(self.all)
         self.short = True
 
     def beat(self):
         """Renews what Redis keeps for a while only; to be called every second."""
-        if self.running:
-            self.tell_soon()
+        self.tell_soon()
 
 
 # Keeps what is newer, and returns all where that is not what the process knows: KEYS are a hash
@@ -14224,7 +14247,7 @@ class SharedKeys:
     on while Redis is away. The last change of a key counts, by the clocks of the boxes."""
     LOOK_SECONDS = 0.3
     AT_ONCE = 200      # keys that are told
-    timer: Optional[asyncio.TimerHandle] = None
+    timer = None
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
@@ -14292,7 +14315,7 @@ class SharedSums:
     AT_ONCE = 200
     WAIT_SECONDS = 1
     SUM = re.compile(b"([0-9]{1,18}) (.*)", re.DOTALL)
-    after: Optional[str] = None  # where the stream is read from
+    after = None  # where the stream is read from
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
@@ -14388,9 +14411,15 @@ class SharedFeed(Feed):
 
     def ask(self, key):
         self.redis.send("EXPIRE", key, self.GONE_SECONDS)
-        after = self.read_to.setdefault(key, b"%d-0" % (wall_time(self.clock) * 1000))
-        self.redis.ask(partial(self.on_entries, key),
-                       "XRANGE", key, entry_after(after), "+", "COUNT", self.MOST_READ)
+        if key in self.read_to:
+            self.redis.ask(partial(self.on_entries, key), "XRANGE", key,
+                           entry_after(self.read_to[key]), "+", "COUNT", self.MOST_READ)
+        else:  # what was told before is not for us
+            self.redis.ask(partial(self.begin_at, key), "XREVRANGE", key, "+", "-", "COUNT", 1)
+
+    def begin_at(self, key, reply):
+        if not isinstance(reply, RedisFault):
+            self.read_to[key] = reply[0][0] if reply else b"0-0"
 
     def on_entries(self, key, reply):
         with suppress(ValueError, TypeError, LookupError, ArithmeticError):
@@ -14398,14 +14427,13 @@ class SharedFeed(Feed):
                 if process.decode() == self.redis.process:
                     continue
                 if key == self.seconds_key:
-                    self.note_second(process, json.loads(text))
+                    second = json.loads(text)
+                    self.more.update({field: number(second[field])
+                                      for field, number in self.COUNTED.items()})
+                    self.others[process] = self.clock.monotonic(), second
+                    self.note_interest()
                 elif name.decode() in self.TOLD:
                     super().tell(name.decode(), json.loads(text))
-
-    def note_second(self, process, second):
-        self.more.update({name: number(second[name]) for name, number in self.COUNTED.items()})
-        self.others[process] = self.clock.monotonic(), second
-        self.note_interest()
 
     def pulse(self, payload):
         super().pulse(payload)
@@ -14486,26 +14514,24 @@ class SharedStored(Stored):
         """Looks up the things that a call names and this process does not know, and claims the bill
         if the call asks for its answer. Raises AskedElsewhere; a call that cancels is not put off,
         but its answer is withheld."""
+        self.redis.begin_call()
         names, path = call.references(), call.stored
         if path and path.name:
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
         with suppress(RedisFault, ValueError, TypeError, LookupError):
-            if unknown:
-                await self.find_things(unknown)
+            found = unknown and await self.redis.call(
+                "MGET", *[self.key("thing", name) for name in unknown])
+            for name, text in zip(unknown, found):
+                if text:
+                    maker, *place = json.loads(text)
+                    self.put(name, Thing(Database.read_owners(maker)[0], *place))
             name = self.bill_name(call)
             if name and (self.policy == "pass" or self.things[name].owner == owner):
                 is_ours = await self.claim_bill(call, name)
                 call.withheld = not is_ours and method != "DELETE"  # which tells of no answer
         if call.withheld and method == "GET":
             raise AskedElsewhere
-
-    async def find_things(self, names):
-        found = await self.redis.call("MGET", *[self.key("thing", name) for name in names])
-        for name, text in zip(names, found):
-            if text:
-                owner, *place = json.loads(text)
-                self.put(name, Thing(Database.read_owners(owner)[0], *place))
 
     # -- bills
 
@@ -14543,9 +14569,6 @@ class SharedStored(Stored):
         call = Call(DIALECTS[dialect], endpoint, "", "")
         call.upstream_model, call.models, call.made = models[0], models, made
         return Bill(hold, call, characters)
-
-    def record(self, entry):
-        self.end_poll(entry.call)
 
     def end_poll(self, call):
         """Puts back a bill that is still open when the last call that asks for it ends."""
@@ -15861,7 +15884,7 @@ def share(proxy, buckets):
         await stored.recall(call, method, request.cache["caller"][1].key)
 
     proxy.read = read
-    proxy.books.on_end.append(stored.record)
+    proxy.books.on_end.append(lambda entry: stored.end_poll(entry.call))
     proxy.sharers.append(stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
     proxy.watchers.warnings.once = partial(tell_first, redis, prefix)
@@ -15874,7 +15897,7 @@ def share(proxy, buckets):
             if queue:
                 upstream.queue = SharedQueue(
                     queue.most, queue.limits, proxy.clock, redis,
-                    "%sslots:%s" % (prefix, upstream.name),
+                    f"{prefix}slots:{upstream.name}",
                     lambda most: max(1, most // buckets.processes))
                 proxy.sharers.append(upstream.queue)
 

@@ -11255,6 +11255,30 @@ class RedisFaultsTest(RedisCase):
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "answers late")
 
+    def test_a_call_waits_in_all_for_as_long_as_for_one_answer(self):
+        redis, clock, words = self.start([b"+OK\r\n"]), Clock(), []
+        listening = SimpleNamespace(now=clock.monotonic, run=lambda: None)
+
+        async def call():
+            redis.begin_call()
+            for _ in range(3):
+                try:
+                    await redis.call("A")
+                except RedisFault as fault:
+                    words.append(str(fault))
+        with patch.object(redis, "listening", listening):
+            calling = self.loop.create_task(call())
+            for seconds, reply, told in self.each((
+                    (0.06, b":1\r\n", 0), (0.01, b"", 0), (0.02, b"", 2))):
+                self.wait_for(lambda: redis.asked)
+                clock.seconds += seconds
+                redis.data_received(reply)
+                redis.check_timeouts()
+                self.run_loop(asyncio.sleep(0.001))
+                self.assertEqual(words, told * ["answers late"])
+            self.run_loop(calling)
+        self.assertFalse(redis.is_late())  # for others
+
     def test_a_cluster_says_where_to_go(self):
         self.patch_seconds(Redis_STEADY_SECONDS=0)
         there = self.scripted(*[[b"+OK\r\n", b"+PONG\r\n"]] * 2)
@@ -11815,7 +11839,9 @@ class SharedLimitsTest(ProxyCase):
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
         buckets = self.start_here(limits="each 5 requests per hour")
         self.assertLess(buckets.redis.ANSWER_SECONDS + llm_proxy.ListeningTime.STEP_SECONDS, 0.1)
-        self.assertEqual(self.admitted(1), 1)
+        with patch.object(Redis, "begin_call") as begin:
+            self.assertEqual(self.admitted(1), 1)
+        begin.assert_called_once_with()
         self.redis.process.send_signal(signal.SIGSTOP)
         seconds = []
         for _ in range(4):
@@ -12224,14 +12250,13 @@ class SharedQueueTest(RedisCase):
 
     def test_a_call_that_comes_while_another_one_gets_its_slot_is_asked_for_too(self):
         queue = self.queue(2)
-        ask = queue.redis.call
+        ask = queue.redis.ask
 
-        async def ask_and_enter(*arguments):
-            answer = await ask(*arguments)
-            queue.redis.call = ask
+        def ask_and_enter(*arguments):
+            ask(*arguments)
+            queue.redis.ask = ask
             queue.enter("b", 1)
-            return answer
-        queue.redis.call = ask_and_enter
+        queue.redis.ask = ask_and_enter
         queue.enter("a", 1)
         self.wait_until(2)
 
@@ -12270,14 +12295,33 @@ class SharedQueueTest(RedisCase):
         first, second = self.queue(2), self.queue(2)
         tickets = [first.enter("a", 1) for _ in range(2)]
         self.wait_until(2, 0)
-        late = RedisFault("answers late")
-        with patch.object(second.redis, "call", side_effect=late) as ask:
+        second.beat()
+        self.rest()
+        with patch.object(second.redis, "ask", side_effect=self.too_late) as ask:
             second.enter("b", 1)
             self.wait_for(lambda: ask.call_count > 1)
             second.enter("c", 1)
             self.assertEqual(self.running(), [2, 0])
         tickets[0].leave()
         self.wait_until(1, 1)
+
+    @staticmethod
+    def too_late(answer, *_):
+        answer(RedisFault("answers late"))
+
+    def test_while_redis_is_late_each_has_what_is_free_of_its_part(self):
+        self.patch_seconds(Redis_SILENT_SECONDS=PATIENCE)
+        first, second = [self.queue(3, part=lambda most: 2) for _ in range(2)]
+        first.enter("a", 1)
+        self.wait_until(1, 0)
+        second.beat()
+        self.rest()
+        self.server.process.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            second.enter("b", 1)
+        self.wait_until(1, 2)
+        self.server.process.send_signal(signal.SIGCONT)
+        self.wait_for(lambda: self.taken() == 3)
 
     def test_a_connection_that_is_cut_costs_no_slot(self):
         queue = self.queue(2)
@@ -15163,6 +15207,24 @@ class SharedEventsTest(AdminCase):
         self.assertEqual(told[:4], [(5, 10, "1"), (0, 0, "0"), (2, 4, "0.5"), (0, 0, "0")])
         one.exchange({})  # while Redis is away: what others count meanwhile is not of one second
         self.assertEqual(one.read_to, {})
+
+    def test_what_others_told_before_a_process_came_is_not_counted_whatever_its_clock_says(self):
+        asked = []
+        one = llm_proxy.SharedFeed(Clock(), SimpleNamespace(
+            available=True, process="", send=lambda *_: None,
+            ask=lambda answer, *parts: asked.append((answer, *parts))), "x:")
+        for reply, read in self.each((([[b"9-7", [b"from", b"x", b"pulse", b"{}"]]], "9-8"),
+                                      ([], "0-1"))):
+            one.read_to.clear()
+            for parts in (("XREVRANGE", "x:pulses", "+", "-", "COUNT", 1),
+                          ("XRANGE", "x:pulses", read, "+", "COUNT", one.MOST_READ)):
+                one.exchange({})
+                (answer, *asked_for), = asked
+                self.assertEqual(asked_for, [*parts])
+                answer(reply)
+                asked.clear()
+                self.assertEqual(one.others, {})
+                reply = []
 
     def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
         (_, here), (_, there) = self.start_two()
