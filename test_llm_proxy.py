@@ -5129,6 +5129,57 @@ sk-toggleable-content-label-arrow disk-usage1234567890123456789 sk-short1
 """
 
 
+class Drawn(Random):
+    """Draws what is masked, as it is written."""
+
+    def digits(self, count):
+        return "".join(self.choices("0123456789", k=count))
+
+    def letters(self, count, alphabet="abcdefghijkmnpqrstuvwxyz"):
+        return "".join(self.choices(alphabet, k=count))
+
+    def card(self):
+        begin, size = self.choice((
+            ("4", 16), ("51", 16), ("2221", 16), ("34", 15), ("6011", 16), ("62", 19)))
+        number = begin + self.digits(size - len(begin) - 1)
+        check = sum([sum(divmod(2 * int(one), 10)) for one in number[::-2]])
+        return number + str(-(check + sum(map(int, number[-2::-2]))) % 10)
+
+    def iban(self):
+        country, size = self.choice((("DE", 22), ("FR", 27), ("NL", 18), ("NO", 15)))
+        account = self.digits(size - 4)
+        number = "".join([str(int(one, 36)) for one in account + country]) + "00"
+        return "%s%02d%s" % (country, 98 - int(number) % 97, account)
+
+    def grouped(self, text, between):
+        """As it is, or in groups of four."""
+        groups = between.join([text[at:at + 4] for at in range(0, len(text), 4)])
+        return self.choice((text, groups))
+
+    def phone(self):
+        return self.choice((
+            "+49 151 " + self.digits(8), "+1 415-555-" + self.digits(4), "+4479" + self.digits(8)))
+
+    def ssn(self):
+        return "%03d-%02d-%04d" % (
+            self.randrange(1, 600), self.randrange(1, 100), self.randrange(1, 10_000))
+
+    def secret(self):
+        begin, size = self.choice((
+            ("sk-proj-", 40), ("ghp_", 36), ("glpat-", 20), ("hf_", 34), ("AIza", 35)))
+        return begin + self.letters(size, "aBcDeFgHiJkL0123456789")
+
+    def sorts(self):
+        """Returns {kind: what draws one}."""
+        return {
+            "email": lambda: "%s.%s@%s.example.org" % (
+                self.letters(5), self.digits(3), self.letters(6)),
+            "card": lambda: self.grouped(self.card(), self.choice(" -")),
+            "iban": lambda: self.grouped(self.iban(), " "), "phone": self.phone,
+            "ssn": self.ssn, "secrets": self.secret,
+            "ip": lambda: "%d.%d.%d.%d" % (
+                self.randrange(11, 100), *[self.randrange(1, 256) for _ in range(3)])}
+
 def finish(steps):
     """Take all steps at once; returns what the last one returns."""
     while True:
@@ -5207,46 +5258,8 @@ class RedactionTest(ProxyCase):
             self.assertEqual(self.found("\n".join([sort() for _ in range(10_000)])), [])
 
     def test_five_hundred_true_ones_of_each_kind_are_found(self):
-        draw = Random(2)
-
-        def digits(count):
-            return "".join(draw.choices("0123456789", k=count))
-
-        def letters(count, alphabet="abcdefghijkmnpqrstuvwxyz"):
-            return "".join(draw.choices(alphabet, k=count))
-
-        def card():
-            begin, size = draw.choice((
-                ("4", 16), ("51", 16), ("2221", 16), ("34", 15), ("6011", 16), ("62", 19)))
-            number = begin + digits(size - len(begin) - 1)
-            check = sum([sum(divmod(2 * int(one), 10)) for one in number[::-2]])
-            return number + str(-(check + sum(map(int, number[-2::-2]))) % 10)
-
-        def iban():
-            country, size = draw.choice((("DE", 22), ("FR", 27), ("NL", 18), ("NO", 15)))
-            account = digits(size - 4)
-            number = "".join([str(int(one, 36)) for one in account + country]) + "00"
-            return "%s%02d%s" % (country, 98 - int(number) % 97, account)
-
-        def groups(text, size, between):
-            return between.join([text[at:at + size] for at in range(0, len(text), size)])
-
-        def secret():
-            begin, size = draw.choice((
-                ("sk-proj-", 40), ("ghp_", 36), ("glpat-", 20), ("hf_", 34), ("AIza", 35)))
-            return begin + letters(size, "aBcDeFgHiJkL0123456789")
-        sorts = {
-            "email": lambda: "%s.%s@%s.example.org" % (letters(5), digits(3), letters(6)),
-            "card": lambda: draw.choice((card(), groups(card(), 4, draw.choice(" -")))),
-            "iban": lambda: draw.choice((iban(), groups(iban(), 4, " "))),
-            "phone": lambda: draw.choice((
-                "+49 151 " + digits(8), "+1 415-555-" + digits(4), "+4479" + digits(8))),
-            "ssn": lambda: "%03d-%02d-%04d" % (
-                draw.randrange(1, 600), draw.randrange(1, 100), draw.randrange(1, 10_000)),
-            "ip": lambda: "%d.%d.%d.%d" % (draw.randrange(11, 100), *[
-                draw.randrange(1, 256) for _ in range(3)]),
-            "secrets": secret}
-        for kind, sort in self.each(sorts.items()):
+        draw = Drawn(2)
+        for kind, sort in self.each(draw.sorts().items()):
             values = [sort() for _ in range(500)]
             found = self.found("".join(["see %s, or\n" % value for value in values]), [kind])
             self.assertEqual([value for _, value in found], values)
@@ -5557,8 +5570,9 @@ class UnmaskingTest(ProxyCase):
     TEXTS = ["hi [[EMAIL_1]] x", "a[b[[SECRETS_12]][", "\u20ac[[EMAIL_2]]\U0001f600[["]
     JSON_TEXTS = ['{"a":"[[EMAIL_1]]","b":["[[SECRETS_12]]"]}', '{"k":[["x"]]}']
 
-    def masks(self):
-        masks = Masks(Redactor(["email"]))
+    def masks(self, *kinds):
+        """Masks that know VALUES, and mask these kinds: addresses of mail by default."""
+        masks = Masks(Redactor(kinds or ["email"]))
         for placeholder, value in self.VALUES.items():
             masks.placeholders[value] = placeholder
             masks.values[placeholder] = value
@@ -5668,24 +5682,28 @@ class UnmaskingTest(ProxyCase):
             texts[block] = texts[block][size:]
         return pieces
 
+    def stream_at_random(self, chance, redactor):
+        """Has texts masked that a model repeats; returns the row of its stream, the texts, Masks,
+        and what a caller sees of it."""
+        row = chance.choice(TEXT_STREAMS)
+        found = [self.text_at_random(chance) for _ in range(2 if "N" in row[1] else 1)]
+        texts = [text for text, _ in found]
+        if self.is_json(row):
+            texts = [json.dumps({"k": [text]}, ensure_ascii=chance.random() < 0.5)
+                     for text in texts]
+        payload = {"messages": [{"role": "user", "content": text} for text in texts]}
+        masks = Masks(redactor)
+        sent = finish(masks.mask_payload(payload, encoded(payload)))
+        seen = [one["content"] for one in (sent or payload)["messages"]]
+        for (_, leaks), text in zip(found, seen):
+            self.assertEqual([one for one in leaks if one in text], [], text)
+        return row, texts, masks, self.stream(row, self.pieces_at_random(chance, seen))
+
     @tested_once
     def test_texts_at_random_in_streams_at_random_leak_nothing_and_come_back(self):
-        chance = Random(17)
-        redactor = Redactor(REDACTED)
+        chance, redactor = Random(17), Redactor(REDACTED)
         for _ in range(self.RANDOM_STREAMS):
-            row = chance.choice(TEXT_STREAMS)
-            found = [self.text_at_random(chance) for _ in range(2 if "N" in row[1] else 1)]
-            texts = [text for text, _ in found]
-            if self.is_json(row):
-                texts = [json.dumps({"k": [text]}, ensure_ascii=chance.random() < 0.5)
-                         for text in texts]
-            payload = {"messages": [{"role": "user", "content": text} for text in texts]}
-            masks = Masks(redactor)
-            sent = finish(masks.mask_payload(payload, encoded(payload)))
-            seen = [one["content"] for one in (sent or payload)["messages"]]
-            for (_, leaks), text in zip(found, seen):
-                self.assertEqual([one for one in leaks if one in text], [], text)
-            data = self.stream(row, self.pieces_at_random(chance, list(seen)))
+            row, texts, masks, data = self.stream_at_random(chance, redactor)
             shown = self.unmask(row[0], data, chance.choice((None, 3, 50, 400)),
                                 chance.random() < 0.3, masks=masks)
             self.assertEqual(sorted(self.said(self.payloads(row[0], shown)).values()),
@@ -5703,21 +5721,24 @@ class UnmaskingTest(ProxyCase):
                 found = self.unmask("chat", many)
                 self.assertEqual(found.count(data), many.count(data))
 
+    FIRST = {"id": "c", "choices": [{"index": 1, "delta": {
+        "role": "assistant", "content": "a [["}, "logprobs": {}}], "usage": {"x": 1}}
+    SHOWN = {**FIRST, "choices": [{**FIRST["choices"][0], "delta": {
+        "role": "assistant", "content": "a "}}]}
+    REST = {"id": "c", "choices": [{"index": 1, "delta": {"content": "[["}}]}
+    # What follows FIRST, and how much of it comes before REST
+    ENDS = """[
+        [[{"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}], 0],
+        [[{"error": {"message": "x"}}], 0], [["[DONE]"], 0], [[], 0],
+        [[{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, "[DONE]"], 1],
+        [[{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}], 1]]"""
+
     def test_what_waits_goes_on_before_what_ends_its_block_and_once_only(self):
-        first = {"id": "c", "choices": [{"index": 1, "delta": {
-            "role": "assistant", "content": "a [["}, "logprobs": {}}], "usage": {"x": 1}}
-        rest = {"id": "c", "choices": [{"index": 1, "delta": {"content": "[["}}]}
-        shown = {**first, "choices": [{**first["choices"][0], "delta": {
-            "role": "assistant", "content": "a "}}]}
-        other = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-        for ends, place in self.each([
-                ([{"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}], 0),
-                ([{"error": {"message": "x"}}], 0), (["[DONE]"], 0), ([other, "[DONE]"], 1),
-                ([], 0), ([other], 1)]):
-            found = self.unmask("chat", events(first, *ends)).split(b"\n\n")[:-1]
+        for ends, place in self.each(self.ENDS):
+            found = self.unmask("chat", events(self.FIRST, *ends)).split(b"\n\n")[:-1]
             found = [one[6:].decode() for one in found]
             found = [one if one == "[DONE]" else json.loads(one) for one in found]
-            self.assertEqual(found, [shown, *ends[:place], rest, *ends[place:]])
+            self.assertEqual(found, [self.SHOWN, *ends[:place], self.REST, *ends[place:]])
 
     def test_another_kind_of_text_ends_the_one_before_it(self):
         said = [{"reasoning": "think ["}, {"content": "say"}, {"content": " ["},
@@ -5781,28 +5802,32 @@ class UnmaskingTest(ProxyCase):
                 found = self.unmask("chat", told.encode(), step, events=False)
                 self.assertEqual(found.decode(), shown)
 
+    def unmask_json(self, *arguments, **options):
+        return json.loads(self.unmask("chat", *arguments, events=False, **options))
+
     def test_what_is_too_large_to_be_awaited_whole_goes_on_in_pieces(self):
         told = json.dumps({"a": "[[EMAIL_1]]", "b": ["x" * 30, "y[[EMAIL_1]]"], "c": "[[EMAIL_1]]"})
+        cards = [4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3
+        inner = json.dumps(["x" * 30, "[[SECRETS_12]]"])
         self.patch_seconds(Unmasking_MAX_SLICE=40)
         for step in self.each((23, 1, 41)):
             found = self.unmask("chat", told.encode(), step, events=False)
             self.assertEqual(found.decode(), told.replace("[[EMAIL_1]]", "ann@example.com"))
-            cards = json.dumps([4111111111111111, "4111111111111111", "\u00e9 b@x.org"] * 3)
-            found = self.unmask("chat", cards.encode(), step, answers=True, events=False,
-                                masks=Masks(Redactor(KINDS)))
-            self.assertEqual(json.loads(found), [
-                4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
-            for size in range(4):
-                wide = json.dumps({"a": size * "a" + 20 * "\u4f60\u597d[[EMAIL_1]]"},
-                                  ensure_ascii=False)
-                found = self.unmask("chat", wide.encode(), step, events=False)
-                self.assertEqual(json.loads(found), json.loads(
-                    wide.replace("[[EMAIL_1]]", "ann@example.com")))
-            inner = json.dumps(json.dumps(["x" * 30, "[[SECRETS_12]]"]))
-            found = json.loads(self.unmask("chat", inner.encode(), step, events=False))
-            self.assertEqual(json.loads(found)[1], self.VALUES["[[SECRETS_12]]"])
+            found = self.unmask_json(encoded(cards), step, answers=True,
+                                     masks=Masks(Redactor(KINDS)))
+            self.assertEqual(found, [4111111111111111, "[[CARD]]", "\u00e9 [[EMAIL]]"] * 3)
+            found = json.loads(self.unmask_json(encoded(inner), step))
+            self.assertEqual(found[1], self.VALUES["[[SECRETS_12]]"])
             for large in (b"x" * 99, b"\"" + b"x" * 99):
                 self.assertEqual(self.unmask("chat", large, step, events=False), large)
+
+    def test_a_piece_may_end_within_a_character(self):
+        self.patch_seconds(Unmasking_MAX_SLICE=40)
+        for step, size in self.each(itertools.product((23, 1, 41), range(4))):
+            said = size * "a" + 20 * "\u4f60\u597d[[EMAIL_1]]"
+            wide = json.dumps({"a": said}, ensure_ascii=False).encode()
+            self.assertEqual(self.unmask_json(wide, step), {
+                "a": said.replace("[[EMAIL_1]]", "ann@example.com")})
 
     def test_of_many_blocks_and_large_events_nothing_waits(self):
         for count, size, waits in self.each(((64, 5, 64), (65, 5, 64), (1, 1 << 17, 0))):
@@ -5934,14 +5959,19 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(self.unmask("chat", seed * 20_000, 16384, True, False), seed * 20_000)
             self.assertLess(cpu_seconds() - began, 5)
 
-    def test_numbers_of_json_in_an_answer_stay(self):
-        said = '[ {"n": [ -@, @, [], @, {"": @}], "s": "@ \\\\"}, {"m":@}]'.replace(
-            "@", "4111111111111111")
-        shown = json.loads(said.replace('"4111111111111111', '"[[CARD]]'))
-        whole = said[:said.rindex('"')]
+    NUMBER = "4111111111111111"
+    NUMBERS = '[ {"n": [ -@, @, [], @, {"": @}], "s": "@ \\\\"}, {"m":@}]'.replace("@", NUMBER)
+
+    def test_what_comes_before_a_place_in_json_may_be_told_in_two_steps(self):
+        whole = self.NUMBERS[:self.NUMBERS.rindex('"')]
         for at in range(len(whole)):
             before = json_before(json_before(whole[:at]) + whole[at:])
             self.assertEqual(before, json_before(whole))
+
+    def test_numbers_of_json_in_an_answer_stay(self):
+        said = self.NUMBERS
+        shown = json.loads(said.replace('"' + self.NUMBER, '"[[CARD]]'))
+        whole = encoded({"arguments": said, "card": self.NUMBER})
         for row in self.each([row for row in TEXT_STREAMS if self.is_json(row)]):
             for at in range(len(said)):
                 masks = Masks(Redactor(KINDS))
@@ -5949,34 +5979,32 @@ class UnmaskingTest(ProxyCase):
                 found = self.unmask(row[0], data, answers=True, masks=masks)
                 text, = self.said(self.payloads(row[0], found)).values()
                 self.assertEqual(json.loads(text), shown)
-            whole = encoded({"arguments": said, "card": "4111111111111111"})
-            found = json.loads(self.unmask("chat", whole, answers=True, events=False, masks=masks))
+            found = self.unmask_json(whole, answers=True, masks=masks)
             self.assertEqual((json.loads(found["arguments"]), found["card"]), (shown, "[[CARD]]"))
 
+    NO_JSON = (
+        '{"a": "{\\"n\\": @}"}', '{"a": "\\\\\\", [@"}', '{"a": ": @ "}', '{"a": 1} and "n": @ x',
+        '[{"a": 1}, x @ ]', '[{"a": 1} @ ]', '{"a": [1], @ ', '{a: @ , "b" @ ',
+        '```js\n{a:[ 1 @ ],"b" ,@ }')
+
     def test_numbers_in_what_only_holds_json_or_begins_as_such_are_masked(self):
-        number = "4111111111111111"
-        for said in self.each((
-                '{"a": "{\\"n\\": @}"}', '{"a": "\\\\\\", [@"}', '{"a": ": @ "}',
-                '{"a": 1} and "n": @ x', '[{"a": 1}, x @ ]', '[{"a": 1} @ ]',
-                '{"a": [1], @ ', '{a: @ , "b" @ ', '```js\n{a:[ 1 @ ],"b" ,@ }')):
-            shown = said.replace("@", "[[CARD]]")
-            said = said.replace("@", number)
+        for text in self.each(self.NO_JSON):
+            said, shown = [text.replace("@", one) for one in (self.NUMBER, "[[CARD]]")]
             for at in range(len(said)):
                 masks = Masks(Redactor(KINDS))
                 data = events(delta(said[:at]), delta(said[at:]))
                 found = self.unmask("chat", data, answers=True, masks=masks)
-                text, = self.said(self.payloads("chat", found)).values()
-                self.assertEqual(text, shown)
-            nested = '{"n": %s}' % number
+                found, = self.said(self.payloads("chat", found)).values()
+                self.assertEqual(found, shown)
+            nested = '{"n": %s}' % self.NUMBER
             whole = {"content": said, "arguments": json.dumps({"content": nested}),
                      "input": {"content": [nested]}}
-            found = json.loads(self.unmask("chat", encoded(whole), answers=True,
-                                           events=False, masks=masks))
+            found = self.unmask_json(encoded(whole), answers=True, masks=masks)
             self.assertEqual(found["content"], shown)
-            self.assertNotIn(number, json.dumps(found))
-        large = encoded({"a": "[ %s" % number, "b": 20_000 * "x"})
+            self.assertNotIn(self.NUMBER, json.dumps(found))
+        large = encoded({"a": "[ " + self.NUMBER, "b": 20_000 * "x"})
         found = self.unmask("chat", large, answers=True, events=False, masks=masks)
-        self.assertNotIn(number.encode(), found)
+        self.assertNotIn(self.NUMBER.encode(), found)
 
     def test_no_probabilities_tell_what_is_masked(self):
         choice = {"logprobs": {"content": [{"token": "bob@", "top_logprobs": []}]}}
@@ -6059,24 +6087,22 @@ class UnmaskingTest(ProxyCase):
     def test_of_long_texts_parts_go_on_without_what_must_not_be_seen(self):
         """In one piece of JSON, and in an event that repeats a text."""
         shown = "%s\n\u00e9 [[SECRETS]] [[EMAIL]] ann@example.com\t\\ [[CARD]]. "
-        for size in self.each((100, 16_000, 30_000)):
+        for size, (events_of, step) in self.each(itertools.product(
+                (100, 16_000, 30_000), ((events, 16384), (encoded, 5000)))):
             said = (shown % (size * "x ")).replace("[[EMAIL]]", "bob@corp.com").replace(
                 "[[CARD]]", "4111 1111 1111 1111").replace("ann@example.com", "[[EMAIL_1]]")
             said = "".join([said.replace("[[SECRETS]]", one)
                             for one in (self.TOKEN, self.PRIVATE_KEY) * (1 + 15_000 // size)])
-            payload = {"choices": [{"message": {"content": said}, "n": 4111111111111111}]}
-            for events_of, step in ((events, 16384), (encoded, 5000)):
-                masks = self.masks()
-                masks.redactor = Redactor(KINDS)
-                data = events_of(payload)
-                found = self.unmask("chat", data + events(delta("x")) * (events_of is events),
-                                    step, answers=True, events=events_of is events, masks=masks)
-                first = found.partition(b"\n")[0].rpartition(b"data: ")[2]
-                choice = json.loads(first)["choices"][0]
-                self.assertEqual(choice["n"], 4111111111111111)
-                self.assertEqual(set(choice["message"]["content"].split(". ")),
-                                 {shown[:-2] % (size * "x "), ""})
-                self.assertEqual(masks.counts["opaque"], 0)
+            data = events_of({"choices": [{"message": {"content": said}, "n": 4111111111111111}]})
+            masks, streamed = self.masks(*KINDS), events_of is events
+            found = self.unmask("chat", data + events(delta("x")) * streamed, step, answers=True,
+                                events=streamed, masks=masks)
+            first = found.partition(b"\n")[0].rpartition(b"data: ")[2]
+            choice = json.loads(first)["choices"][0]
+            self.assertEqual(choice["n"], 4111111111111111)
+            self.assertEqual(set(choice["message"]["content"].split(". ")),
+                             {shown[:-2] % (size * "x "), ""})
+            self.assertEqual(masks.counts["opaque"], 0)
 
     def test_in_parts_too_a_number_of_a_tool_call_stays_and_its_strings_are_masked(self):
         said = {"n": 4111111111111111, "to": "bob@corp.com", "card": "4111111111111111"}
@@ -6086,37 +6112,37 @@ class UnmaskingTest(ProxyCase):
             message = {"content": size * "w ", "tool_calls": [{"function": {
                 "name": "f", "arguments": json.dumps([said] * times)}}]}
             data = encoded({"choices": [{"message": message}]})
-            masks = self.masks()
-            masks.redactor = Redactor(KINDS)
+            masks = self.masks(*KINDS)
             found = json.loads(self.unmask(
                 "chat", data, step, answers=True, events=False, masks=masks))
             call_of, = found["choices"][0]["message"]["tool_calls"]
             self.assertEqual(json.loads(call_of["function"]["arguments"]), [shown] * times)
 
+    UNIT = 'to bob@x.org, [[EMAIL_1]] \u00e9 4111 1111 1111 1111 "q"\n'
+    LARGE_EVENTS = (
+        *[(row[0], row[1].replace("N", "0", 1), 16384) for row in TEXT_STREAMS
+          if "arguments" not in row[1] and "partial_json" not in row[1]],
+        ("chat", '{"choices": [{"delta": {"content": TEXT}, "index": 0}]}', 1448),
+        ("responses", '{"type": "response.completed", "response": {"output": [{"content": '
+         '[{"type": "output_text", "text": TEXT}]}], "user": null}}', 16384),
+        ("messages", '{"type": "message_start", "logprobs": [["bob@", "x.org"], {}],'
+         ' "message": {"content": [{"text": TEXT}]}}', 16384))
+
     def test_of_an_event_of_any_size_a_slice_is_looked_at_at_once(self):
         """Of a text in it that goes on, too; and nothing of it is passed over."""
-        seen, find = [], Redactor.find
-        unit = 'to bob@x.org, [[EMAIL_1]] \u00e9 4111 1111 1111 1111 "q"\n'
-        shown = unit.replace("bob@x.org", "[[EMAIL]]").replace(
+        seen, find, times = [], Redactor.find, 100_000 // len(self.UNIT)
+        shown = self.UNIT.replace("bob@x.org", "[[EMAIL]]").replace(
             "[[EMAIL_1]]", "ann@example.com").replace("4111 1111 1111 1111", "[[CARD]]")
-        times = 100_000 // len(unit)
 
         def look(redactor, text):
             seen.append(len(text))
             return find(redactor, text)
         patch_until(self.addCleanup, patch.object(Redactor, "find", look))
-        for endpoint, event, step in self.each((
-                *[(row[0], row[1].replace("N", "0", 1), 16384) for row in TEXT_STREAMS
-                  if not self.is_json(row)],
-                ("chat", '{"choices": [{"delta": {"content": TEXT}, "index": 0}]}', 1448),
-                ("responses", '{"type": "response.completed", "response": {"output": [{"content": '
-                 '[{"type": "output_text", "text": TEXT}]}], "user": null}}', 16384),
-                ("messages", '{"type": "message_start", "logprobs": [["bob@", "x.org"], {}],'
-                 ' "message": {"content": [{"text": TEXT}]}}', 16384))):
+        for endpoint, event, step in self.each(self.LARGE_EVENTS):
             said = "at b" if "delta" in event else "x"
-            small, large = [event.replace("TEXT", json.dumps(one)) for one in (said, times * unit)]
-            masks = self.masks()
-            masks.redactor = Redactor(KINDS)
+            small, large = [event.replace("TEXT", json.dumps(one))
+                            for one in (said, times * self.UNIT)]
+            masks = self.masks(*KINDS)
             line = "%s\n" if endpoint == "ollama" else "event: x\ndata: %s\n\n"
             data = "".join([line % one for one in (small, large, small)])
             if endpoint == "array":
