@@ -3919,20 +3919,20 @@ class Call:
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
     put_model: Optional[Callable[[str], bytes]] = None
-    made: Sequence[str] = ()  # the names of what was made
+    made: Sequence[str] = ()  # names of the stored things that its response made
     trace: Optional["Trace"] = None
     stream = False
-    usage_requested_by_us = False  # the caller did not ask for it
+    usage_requested_by_us = False  # the caller did not ask for the usage
     # What it asks for, once that is known:
     limit: Optional[Tuple[Optional[int], int]] = None
-    large = False      # whether its body is,
-    is_plain = False   # and whether it asks for nothing but an answer to messages
-    forgotten = False  # what is large of it
-    length = None      # until it is asked for
-    masked: Optional[JsonObject] = None  # the payload without what must not leave,
-    masks: Optional["Masks"] = None      # and what stands for that
-    withheld = False  # another call is to settle what the answer tells of
-    on_made = None  # a callback that is told the names of what was made
+    large = False      # its body is large
+    is_plain = False   # it asks for nothing but an answer to messages
+    forgotten = False  # large parts of the payload were dropped
+    length = None      # of the prompt; computed when it is asked for
+    masked: Optional[JsonObject] = None  # the payload with placeholders
+    masks: Optional["Masks"] = None      # the values behind the placeholders
+    withheld = False  # another call settles this answer
+    on_made = None  # callback: gets the names of what was made
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
 
@@ -6126,26 +6126,26 @@ class UsageReader:
     LINE_END = 1 << 13
     LAST_EVENTS = 1 << 11
     MAX_UNPACKED = 1 << 20
-    MAX_ANSWERS = 1 << 12  # read at once
+    MAX_ANSWERS = 1 << 12  # answers that are read at once
 
     characters = 0
-    kind = 0                       # of the text
-    usual: Optional[Usage] = None  # by usual_usage
-    model: Optional[str] = None    # the one that served, where the response says so,
-    tier: Optional[str] = None     # and how
-    counts: JsonObject = {}        # which is not changed, but replaced
-    lost = False          # how much text it held is not known
-    listed = ""           # the key of a list of answers, which it is
-    ended = False         # the model has stopped,
-    closed = False        # and the stream's own last event has passed, or that it has ended is told
+    kind = 0                       # kind of text, by `kind_of_text`
+    usual: Optional[Usage] = None  # found by usual_usage, without parsing
+    model: Optional[str] = None    # the model that served, if the response names it
+    tier: Optional[str] = None     # the service tier, likewise
+    counts: JsonObject = {}        # replaced as a whole, never changed
+    lost = False          # the amount of text is unknown
+    listed = ""           # key of the list, if the response is a list of answers
+    ended = False         # the model has stopped
+    closed = False        # the last event has passed, or the end was reported otherwise
     inflater = None
     editor: Optional[Editor] = None
-    cut = False           # the beginning of a line or of JSON is gone
+    cut = False           # the beginning of a line or of JSON was dropped
     final: Optional[bool] = None  # whether nothing more will be reported, by is_final
     end_is_read = False
-    running = False       # it has not ended, which is told
-    fault = 0             # the status of the error that the response is
-    said_nothing = False  # it is one, or has no end, and had no text and told of none
+    running = False       # the response says that the call still runs
+    fault = 0             # status of the error, if the response is one
+    said_nothing = False  # an error or a stream without an end that held no text
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = 0.0
@@ -7206,15 +7206,15 @@ class Unmasking(Edit):
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_SLICE = MAX_HELD = 1 << 13  # bytes of JSON in which all words are looked at, at once
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
-    MAX_BLOCKS = 64       # that wait at once, each with an event of a slice's size
-    MAX_USUAL = 1 << 12   # bytes of an event like most,
-    left_to_learn = 4     # of which a new sort takes half a millisecond
+    MAX_BLOCKS = 64       # blocks that wait at once, each with an event of a slice's size
+    MAX_USUAL = 1 << 12   # bytes of an example of the usual event
+    left_to_learn = 4     # examples; to learn one takes half a millisecond
     # An escape, or a character, of which the rest is to come
     BEGUN_ESCAPE = re.compile(
         r"(?<!\\)(?:\\\\)*(\\(?:u[0-9a-fA-F]{0,3})?|[\udc80-\udcff]{1,3})\Z")
     IN_NO_STRING = b"\xef\xbb\xbf \t\r\n,:[]{}0123456789+-.truefalsEnNIity"  # characters of JSON
-    sliced = False        # a part of it went on,
-    is_text = False       # or of what is none
+    sliced = False        # a slice of the event was passed on
+    is_text = False       # a slice of it was no JSON
     opened = b""          # stands for it before the rest of an object
     MAX_OPENED = 1000     # bytes: nobody reads what is deeper
     prefix = b""          # of a slice that begins in a string: its quote, or a key and JSON
@@ -7939,16 +7939,16 @@ class Context:
     """Goes through a call, as Go's context does: every await for a peer is one of `wait`, so it
     ends at its deadline or when the call is ended, and can be seen. The timer is moved only when it
     fires, so that a wait costs none."""
-    future: Optional[asyncio.Future] = None  # what is awaited,
-    what = "nothing"                         # in words,
-    since = 0.0                              # from when
-    deadline = inf                      # to when, in the loop's time
-    until = inf                         # when all of the call is to be over
+    future: Optional[asyncio.Future] = None  # what is awaited
+    what = "nothing"                         # the same in words
+    since = 0.0                              # when the wait began
+    deadline = inf                      # when the wait must end, in the loop's time
+    until = inf                         # when the whole call must end
     timer = None
-    timer_at = inf                      # when it fires
-    reason: Optional[Exception] = None       # for which it was ended
-    slot: Optional["Ticket"] = None          # of the busy upstream that is asked
-    on_connect: Optional[Callable[[float], None]] = None  # hears how long connecting took
+    timer_at = inf                      # when the timer fires
+    reason: Optional[Exception] = None       # why the call was ended
+    slot: Optional["Ticket"] = None          # in the queue of a busy upstream
+    on_connect: Optional[Callable[[float], None]] = None  # gets the seconds of connecting
     # Which model is asked for whom, where it is of interest how such calls fare
     subject: Optional[Tuple[str, CallerKey]] = None
 
@@ -8027,12 +8027,12 @@ class Stream:
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
     because of `failure` where it is set."""
     failure: Optional[OSError] = None
-    wrote_at = 0.0  # when a slow peer last took something
-    unsent = b""    # what was dropped when writing failed
-    write_waiter: Optional[asyncio.Future] = None  # of the task that waits until something was sent
+    wrote_at = 0.0  # when a slow peer last took bytes
+    unsent = b""    # bytes that were dropped when writing failed
+    write_waiter: Optional[asyncio.Future] = None  # a task awaits that bytes were sent
     source: Optional["Stream"] = None      # the stream to pause while this one is slow
-    poller = None   # for what can be read
-    MOST_POSTED = 4096  # bytes, which any socket takes that has nothing else to send
+    poller = None   # tells whether there is something to read
+    MOST_POSTED = 4096  # bytes that an idle socket always takes
     # Callbacks. `on_full`: so much was read ahead that reading was paused.
     on_end = on_full = on_write_failed = None
 
@@ -8047,11 +8047,11 @@ class Stream:
         # What is read for every call is not left to the class: CPython would look there last.
         self.reading = self.writing = False  # whether the loop tells when it can be done
         self.ended = False
-        self.posted = b""                    # what is sent in the loop's next pass
-        self.write_failed = False            # what is written is dropped
-        self.discarding = False              # nobody will use what comes: a refused body's rest
-        self.waiter = None                   # a future of who awaits that more comes
-        self.sink = None                     # a callback that is given what comes
+        self.posted = b""                    # bytes to send in the loop's next pass
+        self.write_failed = False            # from now on writes are dropped
+        self.discarding = False              # input is dropped: the rest of a refused body
+        self.waiter = None                   # a task awaits more input
+        self.sink = None                     # callback: gets the input instead of the buffer
 
     def __repr__(self) -> str:
         state = "failed" if self.failure else "ended" if self.ended else "open"
@@ -10035,15 +10035,15 @@ class Entry:
     request_id = None
     outcome = "ok"
     cause = None
-    gave_up = False     # the caller did not wait for the end
+    gave_up = False     # the caller's own deadline was over
     queued = None       # milliseconds in line; None where there was none
-    held_up = 0.0       # seconds before the first byte in which others were awaited
-    found = None        # by kind, how much that must not leave; None without any
+    held_up = 0.0       # seconds before the first byte that others took, such as the queue
+    found = None        # {kind of redacted value: count}; None without any
     caller: Optional[Caller] = None
     method = None
     path = None
     call: Optional[Call] = None
-    upstream = None     # its name
+    upstream = None     # name of the upstream
     hold: Optional[Hold] = None
     status = 0
     reader: Optional[UsageReader] = None
@@ -10051,16 +10051,16 @@ class Entry:
     picodollars = 0
     priced = None       # whether the price is known; None where nothing was used
     passed = 0          # bytes of body sent to the caller
-    connect_ms = None   # until there was a connection; None where a spare one served
+    connect_ms = None   # time to connect; None for a spare connection
     agent = None        # what the client calls itself
     started = None      # monotonic seconds, as are first_byte and ended
     first_byte = None
-    who = ""            # when it has ended: the caller, or the address where nobody was found,
-    all_ms = 0          # milliseconds, and
-    first_ms = None     # those to the first byte, where there was one
-    trace: Optional["Trace"] = None        # where traces are wanted,
-    reasons: Sequence[str] = ()            # and with it why the model stopped
-    context: Optional[Context] = None      # while it runs, both
+    who = ""            # caller, or address of an unknown one; set at the end
+    all_ms = 0          # milliseconds to the end
+    first_ms = None     # milliseconds to the first byte, None without one
+    trace: Optional["Trace"] = None        # if traces are on
+    reasons: Sequence[str] = ()            # with a trace: why the model stopped
+    context: Optional[Context] = None      # this and the ticket: while it runs
     ticket: Optional[Ticket] = None
 
     def __init__(self, address: str, peer: str):
@@ -14680,30 +14680,30 @@ def read_codings(text: str) -> int:
 class Reply:
     """`begun`: a head was sent; `early`: it was ours, and comments followed. `close_after`: the
     connection cannot carry another request; `reset`: its end must not look like the body's."""
-    WHOLE_SECONDS = 10    # how long a metered answer that is no stream is awaited whole,
-    MAX_WHOLE = 1 << 18   # and how large it may be, so that its head can say what it cost
+    WHOLE_SECONDS = 10    # a metered JSON answer is awaited whole for so long
+    MAX_WHOLE = 1 << 18   # and up to this size, so that its head can tell its cost
     WAITING = "waiting for the model"
 
     request: Optional[Request] = None
-    content: Optional[bytes] = None         # its body, where that came with its head
-    adapter: Optional[BodyAdapter] = None   # of the response's body,
-    first = b""                             # what has come of that,
-    framing_line = ""                       # and how it is framed
+    content: Optional[bytes] = None         # the body of the request, if it came with its head
+    adapter: Optional[BodyAdapter] = None   # carries the body of the response
+    first = b""                             # the part of it that came with the head
+    framing_line = ""                       # the header line for its framing
     begun = close_after = until_close = reset = False
-    patience = inf                     # seconds that the caller has for one wait
-    started = 0                             # unix nanoseconds, when the request's head was there
+    patience = inf                     # seconds that the caller gives each wait
+    started = 0                             # unix nanoseconds when the request's head had come
 
     def __init__(self, client: Stream, context: Context, common: Common, entry: Entry):
         self.client = client
         self.context = context
         self.common = common
         self.entry = entry
-        self.body: Optional[RequestBody] = None  # what is still to come of the request's
+        self.body: Optional[RequestBody] = None  # the rest of the request's body
         self.call: Optional[Call] = None
         self.early = False
         self.end_at = inf  # when the call is to be over, in the loop's time
         self.comment_timer = None
-        self.comment_seconds = inf  # for which a stream may be silent before a comment is put in
+        self.comment_seconds = inf  # silence of a stream before a comment
 
     def take(self, request: Request):
         """Takes the head of the request that is to be answered."""
@@ -17770,15 +17770,15 @@ class ClientConnection:
     IDLE_SECONDS = 75         # between two requests
     HALF_CLOSE_SECONDS = 0.5  # a client that closed its sending side still gets a prompt answer
     HANG_UP_SECONDS = 0.2     # between two looks at a client that sent too far ahead to be read
-    LINGER_SECONDS = 5        # without a byte, after an answer to a request that is not whole
+    LINGER_SECONDS = 5        # of silence, after an answer to a request that is not whole
     LINGER_TOTAL_SECONDS = 30
     MAX_LINGER_BYTES = 64 << 20
     GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
 
     reply: Optional[Reply] = None   # while a request is answered
     last: Optional[Request] = None
-    served = False                  # whether one was
-    idle = True                     # nothing has come whole that the server's end must wait for
+    served = False                  # a request was answered
+    idle = True                     # no request is being answered
     full_timer = leave_timer = None
 
     def __init__(self, server, sock, peer, address):
