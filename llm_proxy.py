@@ -397,7 +397,7 @@ shares = listed(pattern(  # '80%' -> 0.8
 PICODOLLARS = 10 ** 12
 NANODOLLAR = 1000  # picodollars; in Redis, whose numbers are doubles, money is in the former
 UNITS = "requests tokens input_tokens output_tokens usd running estimate".split()
-UNITS_OF_CALLS = ("requests", "running")  # which every call costs, whatever it is
+UNITS_OF_CALLS = ("requests", "running")  # every call costs these
 ANEW = 1 << 80  # a refill that fills any bucket
 DURATIONS = {word: int(seconds) for word, seconds in table_of("""
     second 1
@@ -703,9 +703,9 @@ class LinearPattern:
     short, or unable to take what another round would. This is checked beforehand because a search
     cannot be stopped, and holds all threads."""
     LONGEST = 300        # characters
-    MOST_ROUNDS = 64     # of what is unlimited, or steps after what is open,
-    MOST_OF_GROUPS = 16  # and of what is unlimited and has more than one character
-    MOST_CHOICES = 3     # whose ways begin alike
+    MOST_ROUNDS = 64     # rounds of an unlimited repetition, and steps after it
+    MOST_OF_GROUPS = 16  # rounds of an unlimited group of several characters
+    MOST_CHOICES = 3     # choices whose branches begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
     MOST_STEPS = 2500    # of a search from one character
     # A letter, a digit, a space and a sign of other scripts, and some of the last ones
@@ -1125,7 +1125,7 @@ NOT_A_BASE = re.compile("//|/(chat/)?completions$|/messages$|/responses$|/models
 class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
-    keys_are_stored = False  # in DATABASE, at the start: nobody else may call
+    keys_are_stored = False  # keys of DATABASE at the start: nobody else may call
     admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
     reread: Callable[[], "Config"]  # while a proxy runs: how to read the settings again
 
@@ -2439,7 +2439,7 @@ class Buckets:
 
     def is_full(self, found):
         """Returns whether a bucket is full by now."""
-        level = self.level_of(found.rule, found.key).level  # which drops gifts that have ended
+        level = self.level_of(found.rule, found.key).level  # drops gifts that have ended
         return found.key not in self.given and level >= found.rule.capacity
 
     def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
@@ -2611,7 +2611,7 @@ class Limits:
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
         """Returns the rules that a call must pass, each with the key of its bucket: those of
         `model`, and of the `others` that may serve it instead."""
-        kinds = self.kinds  # in `known` only what a rule asks for
+        kinds = self.kinds  # only `known` scopes that a rule asks for
         call = (caller.key, caller.name, address if "address" in kinds else None,
                 model if "model" in kinds else None, upstream, caller.stored_key)
         found = self.known.get(call)
@@ -2825,7 +2825,7 @@ class WrongKeys:
 
 CHARACTERS_PER_TOKEN = 4
 MAX_TOKENS_PER_CALL = 1 << 40     # a count above this is wrong, whoever sent it
-MAX_COST = PICODOLLARS * 10 ** 6  # and so is a call that costs more
+MAX_COST = PICODOLLARS * 10 ** 6  # a call that costs more is wrong, too
 # What searches of the web cost, by how the model's name begins: millidollars for each, of so many
 # of a call. Google charged a call once before Gemini 3.
 SEARCH_COSTS = ("gemini-1", 35, 1), ("gemini-2", 35, 1), ("gemini", 14, inf), ("", 10, inf)
@@ -3093,7 +3093,7 @@ class Prices:
                  + (written - hour) * price.cache_write + output * price.output)
         if hour:
             total += hour * price.hour_write
-        if searches and price.output:  # not by a server of one's own
+        if searches and price.output:  # a server of one's own charges nothing
             total += search_cost(served or model, searches)
         if others:
             costs = [self.cost(other, model) for other in others]
@@ -3251,7 +3251,7 @@ class CostEstimator:
         reported, complete = source.reported_usage(whole) if source else (None, False)
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
-            if reported.estimated:  # its input was not told
+            if reported.estimated:  # its input was not reported
                 least = self.estimated_input(call, caller)
                 return reported._replace(input=max(least, reported.input))
             # Where no rule counts tokens, what is learned is for the books alone.
@@ -3311,7 +3311,7 @@ class CostEstimator:
             if not limit or used.output > model.expect(caller, "peak") * outputs:
                 own.note_output(used.output // outputs)
         if own.calls <= LEARN_ALL or random.random() < LEARN_SHARE:
-            self.models.move_to_end(name)  # who calls often is here often enough
+            self.models.move_to_end(name)  # often enough for models that are called often
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
             model.refresh()
@@ -3371,7 +3371,7 @@ def is_too_complex(data):
     if commas > MANY_NUMBERS and may_have_long_number(data):
         return True
     levels = itertools.accumulate(array.array("b", outside.translate(STEPS)))
-    return MAX_JSON_DEPTH + 1 in levels  # which change by one
+    return MAX_JSON_DEPTH + 1 in levels  # levels change by one
 
 
 def may_have_long_number(data):
@@ -3427,10 +3427,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
 STRICT_JSON = strict_decoder(unique, short_integer)
-QUICK_JSON = strict_decoder(unique, int)  # for what has no long number
+QUICK_JSON = strict_decoder(unique, int)  # for JSON without long numbers
 
 
-KEY_END = re.compile(r'"\s*:')  # which may stand in a string, too
+KEY_END = re.compile(r'"\s*:')  # may also match inside a string
 
 
 def was_strict(text, value):
@@ -3577,7 +3577,7 @@ class JsonBody:
         """Returns JSON with what was cut out in its place."""
         if not self.cuts:
             return short
-        data, pieces, last = memoryview(self.data), [], 0  # which is copied once
+        data, pieces, last = memoryview(self.data), [], 0  # so that it is copied only once
         for mark in re.finditer(b"<%b:[0-9]+>" % self.secret, short):
             pieces += short[last:mark.start()], data[self.cuts[mark[0]]]
             last = mark.end()
@@ -3764,8 +3764,8 @@ class EventFraming(NamedTuple):
     """Says how the streams of an API are cut into events."""
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
-    ends: Tuple[bytes, ...]  # what may end an event, our own first,
-    pairs: Tuple[bytes, ...]  # and bytes, equally many, of which one is in each of these
+    ends: Tuple[bytes, ...]  # what may end an event, our own first
+    pairs: Tuple[bytes, ...]  # as many pairs of bytes: each end holds one of its pair
     MOST_LINES = 16  # of an event that may end without what must end it: each is read anew
 
     def comment(self, text: str) -> bytes:
@@ -3889,7 +3889,7 @@ JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",), (b"}",))
 
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something and is not known otherwise
-UPLOAD = "upload"    # that of a file to be stored
+UPLOAD = "upload"    # the endpoint of a file to be stored
 UNNAMED = (UNKNOWN, UPLOAD)
 
 
@@ -4294,7 +4294,7 @@ NOT_WORDS = MEDIA_OBJECTS.union("""images id ids created_at obfuscation type mod
     encrypted_content thoughtSignature thought_signature mimeType mime_type media_type fileUri
     file_uri""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
-FILE_NAMES = set_of("displayName display_name")  # in MEDIA_OBJECTS
+FILE_NAMES = set_of("displayName display_name")  # keys of names in MEDIA_OBJECTS
 NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
 SPACE = re.compile(r"\s")
 HOLD_WORDS = frozenset((str, list, dict))
@@ -4856,7 +4856,7 @@ class Dialect:
         """Returns whether no more usage will be reported than the `counts` of a response or an
         event: None where that is known at the end."""
         if payload.get(self.LAST_KEY) == self.FIRST_TYPE:
-            return False  # what it tells of the output is no count
+            return False  # its output is no count yet
         ended = self.has_reason(payload) or self.is_last(payload)
         return ended or bool(  # some tell of the prompt first
             not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
@@ -5232,7 +5232,7 @@ class OpenAI(Dialect):
         "tool_choice": FREE_CHOICE, "tool_choice.mode": FREE_CHOICE,
         "tool_choice.allowed_tools.mode": FREE_CHOICE, "function_call": FREE_CHOICE,
         "response_format": FREE_FORMAT, "text.format": FREE_FORMAT,
-        "suffix": (),  # what is filled in goes into a file
+        "suffix": (),  # the text to fill in goes into a file
         **dict.fromkeys("""grammar json_schema structured_outputs guided_json guided_regex
             guided_choice guided_grammar guided_decoding nvext prediction regex ebnf
             regex_pattern grammar_string""".split(), NOTHING)}  # vLLM, SGLang, llama.cpp, TabbyAPI
@@ -5664,8 +5664,8 @@ class Ollama(Dialect):
 DIALECTS = {dialect.name: dialect for dialect in (
     Anthropic(), Gemini(), Interactions(), Ollama(), OpenAI(), Azure())}
 UNKNOWN_DIALECT = Dialect()
-NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text,
-NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # and those at which no assistant speaks
+NO_TEXT = (None, "count", "other", "embed", UPLOAD)  # endpoints that answer with no text
+NO_LIMIT_REPLY = (*NO_TEXT, UNKNOWN)                 # endpoints at which no assistant speaks
 
 
 def content_never_null(payload):
@@ -5677,7 +5677,7 @@ def content_never_null(payload):
     return payload if fixed == messages else {**payload, "messages": fixed}
 
 
-QUIRKS = {"deepseek": content_never_null}  # by the names of upstreams
+QUIRKS = {"deepseek": content_never_null}  # name of an upstream -> change of its payloads
 ONE_MODEL = re.compile("/v1(?:beta)?/models/[A-Za-z0-9_.@-]{1,256}")
 FREE_METHODS = "GET HEAD OPTIONS DELETE".split()
 # Bodies of these types are relayed as they come: nothing is in them that we could read.
@@ -5759,8 +5759,8 @@ class Dialects:
         self.max_text = config.max_text_bytes
         self.aliases = config.model_aliases or {}
         self.names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
-        self.chooses = bool(config.upstreams)         # by models, which upstream is asked
-        self.reads_counts = self.chooses              # also of calls that only count
+        self.chooses = bool(config.upstreams)         # the model decides which upstream is asked
+        self.reads_counts = self.chooses  # the model is also read of calls that only count
         self.unknown_calls = config.unknown_calls
         self.is_admin_path = lru_cache(KNOWN_MODELS)(
             lambda method, path: not admin_paths and is_admin_path(method, path))
@@ -5818,7 +5818,7 @@ class Dialects:
         if endpoint in (None, UNKNOWN):
             stored = self.stored_at(method, path)
             endpoint = endpoint and self.cost_of_unknown(path, stored)
-        if query and (endpoint or stored):  # whose usage may be owed for
+        if query and (endpoint or stored):  # its usage may settle a background call
             query = without(MASK, query)
         return dialect, endpoint, path, query, prefix, stored
 
@@ -5938,7 +5938,7 @@ def front(data: bytes) -> JsonObject:
     text = "" if is_too_complex(data) else data.decode("utf-8", "replace")
     with suppress(ValueError):
         for key, value, place in members(text):
-            if place.stop < len(text):  # else it may go on
+            if place.stop < len(text):  # else the value may be incomplete
                 found[key] = value
     return found
 
@@ -6266,7 +6266,7 @@ class UsageReader:
         for match in found[:1] + found[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
             payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
-            if not payload:  # its JSON may stand in several lines
+            if not payload:  # its JSON may have several lines
                 event = data[events.last_end(data, match.start()):]
                 payload = events.payload(events.cut(event)[0])
             self.note(payload)
@@ -6351,7 +6351,7 @@ class UsageReader:
         payload = object_in(found)
         if NAMED_FAULT.search(event):
             self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
-        if found.strip() == LAST_DATA:  # which may be all that there is
+        if found.strip() == LAST_DATA:  # it may be all that there is
             self.closed = self.density > 0 or bool(OTHER_DATA.search(data))
             return True
         self.closed |= self.dialect.is_last(payload)
@@ -6649,7 +6649,7 @@ def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
     return Shape(kind, mark, search, check, hint=hint or re.escape(mark))
 
 
-LONG_WORD = "[A-Za-z0-9_-]{8}"  # in each secret
+LONG_WORD = "[A-Za-z0-9_-]{8}"  # every secret holds one
 SHAPES = (
     shape("email", r"""  # what has no domain is taken as a whole: none of its words has one
         [A-Za-z0-9_](?<![A-Za-z0-9_].)(?!(?<=g)it@)[A-Za-z0-9_.%+'-]{0,63}
@@ -6841,10 +6841,10 @@ class Masks:
         """`opaque`: what to do with what cannot be read."""
         self.redactor = redactor
         self.opaque = opaque
-        self.places: List[str] = []    # where the first ones stood
+        self.places: List[str] = []    # where the first values stood
         self.counts: Dict[str, int] = Counter()
-        self.placeholders: Texts = {}  # by value
-        self.values: Texts = {}        # by placeholder
+        self.placeholders: Texts = {}  # value -> placeholder
+        self.values: Texts = {}        # placeholder -> value
         self.taken: Set[str] = set()
         self.numbers: Dict[str, int] = Counter()
 
@@ -8393,7 +8393,7 @@ class Transfer:
 
     def __exit__(self, *_: Any):
         self.let_go()
-        self.target.source = None  # which may be slow to the end
+        self.target.source = None  # the target may be slow to the end
         if self.timer:
             self.timer.cancel()
         self.source.resume_reading()
@@ -8511,7 +8511,7 @@ class Turns:
         self.handle = None
         while self.waiting and self.handle is None:
             owner, turns = self.waiting.popitem(last=False)
-            if Stream.wake(turns.popleft()):  # else it has left
+            if Stream.wake(turns.popleft()):  # False if that task has left
                 self.begin()
             if turns:
                 self.waiting[owner] = turns
@@ -8530,7 +8530,7 @@ class RequestBody:
     INFLATED_AT_ONCE = 1 << 20  # bytes, which take 3 ms
     FAILURES = {Transfer.MALFORMED: BrokenBody, Transfer.SILENT: RequestTimeout,
                 Transfer.BROKEN_OFF: CallerGone, Transfer.SLOW: TimeoutError}
-    owner: Optional[CallerKey] = None  # who has to answer for
+    owner: Optional[CallerKey] = None  # whose share of the budget it uses
     held = 0      # bytes of the budget
     received = 0  # bytes of payload
 
@@ -8991,7 +8991,7 @@ class Stored:
             return None
         collection, name, _ = call.stored
         _, _, last = ABOUT_THING.sub("", call.path).rpartition("/")
-        is_answer = last == name or collection == "evals"  # whose runs are asked for
+        is_answer = last == name or collection == "evals"  # the runs of the eval are asked for
         return self.full_name(collection, last) if is_answer else None
 
     def full_name(self, collection, name):
@@ -9111,7 +9111,7 @@ ACCOUNT_FIELDS = re.compile("openai-(organization|project)|x-goog-user-project")
 NEVER_UPSTREAM = HOP_BY_HOP.union(
     CREDENTIAL_FIELDS, (AZURE_CREDENTIAL_FIELD, "host", "content-length", "expect"))
 MAX_INTERIM_RESPONSES = 16  # 1xx, before the real one
-CONTENT_METHODS = "POST", "PUT", "PATCH"  # whose length is told though it is 0 (RFC 9110 8.6)
+CONTENT_METHODS = "POST", "PUT", "PATCH"  # they tell their length even if it is 0 (RFC 9110 8.6)
 
 
 class Response:
@@ -9120,8 +9120,8 @@ class Response:
     after."""
     streamed = False  # whether its body is a stream of events
     released = False
-    secret = ""       # what it must not tell,
-    hides = frozenset()  # and which fields
+    secret = ""       # a key that it must not show
+    hides = frozenset()  # header fields that it must not show
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
                  request_was_sent):
@@ -9134,7 +9134,7 @@ class Response:
         self.ticket = None  # the place of its call, which ends with it
         # Whether it has no body by its nature (RFC 9112 6.3), though some send one
         self.bodiless = method == "HEAD" or head.status in (204, 304)
-        self.length = head.length  # which is another's as soon as the next head has come
+        self.length = head.length  # the head object is reused for the next response
         if self.bodiless:
             self.framing = Sized(0)
         elif self.length is not None:
@@ -9227,7 +9227,7 @@ class Breaker:
         self.failures = 0
         self.opened = None
         self.trying = False
-        self.callers = set()  # for whom it failed; two are enough to know
+        self.callers = set()  # callers for whom it failed; two are enough
 
     def concerns(self, caller):
         return self.opened is not None and (
@@ -9265,7 +9265,7 @@ class Breaker:
         return "half_open" if self.trying or self.seconds_left(now) <= 0 else "open"
 
 
-Subject = Tuple[str, CallerKey]  # which model is asked for whom
+Subject = Tuple[str, CallerKey]  # (model, caller that asks for it)
 
 
 class Breakers:
@@ -9419,7 +9419,7 @@ class Address:
                     head += b"Content-Length: %d\r\n" % len(body)
                 if len(body) <= BLOCK:
                     stream.post(b"%b\r\n%b" % (head, body))
-                else:  # what is large is not copied
+                else:  # a large body is not copied
                     stream.write(head + b"\r\n")
                     stream.write(body)
                 request_was_sent = not stream.write_failed
@@ -9445,7 +9445,7 @@ class Address:
 
     def part_with(self, stream, slot, method="", framing=None):
         """Leaves a connection whose client has left."""
-        def end(parting):  # which may be cancelled before it began
+        def end(parting):  # runs even if the task is cancelled before it began
             self.partings.discard(parting)
             stream.close()
             slot.leave()
@@ -10086,7 +10086,7 @@ class Entry:
         self.reader = self.context = self.ticket = None
         call = self.call
         if call:
-            call.on_made = None  # which has the entry
+            call.on_made = None  # it holds the entry
             if call.large or call.made or call.masks:
                 call.drop()
         return self
@@ -10274,7 +10274,7 @@ class Log(Writer):
         self.clock = clock
         self.stream = stream
         self.as_json = as_json
-        self.quiet_until = {}  # by what was said something about, in monotonic seconds
+        self.quiet_until = {}  # subject of a line -> monotonic seconds
         self.thread.start()
 
     def say(self, text: str, about: Optional[str] = None):
@@ -10369,7 +10369,7 @@ class UsageLog(Log):
         self.stream.close()
 
 
-WAIT_SECONDS = 5  # for another process that writes the database
+WAIT_SECONDS = 5  # wait for another process that writes the database
 Levels = Dict[BucketKey, Tuple[int, float]]  # level, and wall-clock time of the last refill
 KeyRecords = Dict[str, Tuple[float, str]]  # name of a key -> when it was changed, and all of it
 
@@ -10447,7 +10447,7 @@ class SumNames:
     MOST_NAMES = 2000
 
     def __init__(self):
-        self.names = defaultdict(set)  # by quarter and what they are of
+        self.names = defaultdict(set)  # (quarter, kind of name) -> names
 
     def put(self, sums: Iterable[Sequence]) -> List[List[Union[int, str]]]:
         """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
@@ -10513,8 +10513,8 @@ class Database:
     MOST_VALUES = 999           # of a statement, before SQLite 3.32
     APPLICATION = b"llmp"       # SQLite's application_id (fileformat2, 1.3.9)
     MOST_ROWS = 400             # of a statement, less than SQLite's most arms of a compound one
-    BATCH = 5000                # calls that are added up at once,
-    FORGOTTEN = 500             # and that are removed
+    BATCH = 5000                # calls that are added up at once
+    FORGOTTEN = 500             # calls that are removed at once
     MOST_UNTOLD = 100_000       # sums that wait until others can be told
     TELL = "INSERT INTO untold(sum) VALUES %s"
     SCHEMA = """PRAGMA application_id = 0x%s;
@@ -11520,7 +11520,7 @@ class Ledger(Writer):
     reopen_at = 0.0
     trouble = ""          # why not all is written yet
     version = -1          # of the database, when keys were read
-    done: Collection[Order] = ()  # what is good still, and known here
+    done: Collection[Order] = ()  # orders that still hold and are carried out here
     # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
     # is put into `records`.
     on_records: Optional[Callable[[KeyRecords], None]] = None
@@ -11606,7 +11606,7 @@ class Ledger(Writer):
             self.trouble = str(failure)
             return self.log.say(f"the database cannot be written: {failure}", "DATABASE")
         except Exception:
-            self.log.report()  # and go on without these
+            self.log.report()  # then go on without these
             self.dropped += len(batch)
         for _ in batch:
             self.queue.popleft()
@@ -11704,7 +11704,7 @@ class Ledger(Writer):
         try:
             self.database.note_use(used)
             self.database.note_processes(self.limits.buckets.processes)
-        except sqlite3.Error as failure:  # which is no reason to write the calls again
+        except sqlite3.Error as failure:  # the calls need not be written again
             self.log.say(f"the keys in DATABASE cannot be written: {failure}", "DATABASE")
 
     def recent_levels(self, keyed_rules):
@@ -11759,7 +11759,7 @@ class RefusalSums:
 
     def __init__(self, log: Log):
         self.log = log
-        self.counts = Counter()  # by status and address
+        self.counts = Counter()  # (status, address) -> refusals
 
     def counts_only(self, entry):
         """Returns whether a refusal is only counted here, and not written down."""
@@ -11784,7 +11784,7 @@ class RefusalSums:
 
 class Watcher:
     """A listener that Books tells of calls, on the loop: it must not wait."""
-    counts_all = False  # also refusals that are written down nowhere
+    counts_all = False  # hears also of refusals that are only counted
 
     def begin(self, entry: Entry):
         """Hears that a call was read and is about to be routed."""
@@ -11867,7 +11867,7 @@ class Feed(Watcher):
     what happens now. Each has a number, by which a page that was cut off goes on. While nobody
     looks, calls cost nothing here."""
     ROOM = 1000
-    KEPT_SECONDS = 60  # for a page that was cut off, after which it begins anew
+    KEPT_SECONDS = 60  # a page that was cut off for longer begins anew
     PER_SECOND = 200  # events of calls; nobody can read more, and numbers come by the pulse
     told = 0          # of calls, in this second
     listeners = 0     # pages that are open
@@ -11979,7 +11979,7 @@ class Poster(Writer):
     def deliver(self, payload):
         data = to_json_bytes(payload)
         for delay in self.DELAYS:
-            if delay and self.stop.wait(delay):  # in the end there is one try
+            if delay and self.stop.wait(delay):  # when the process ends there is one try
                 break
             fault = self.post(data)
             if fault is None:
@@ -12005,8 +12005,8 @@ class Poster(Writer):
 
 # -- metrics, as Prometheus reads them (https://prometheus.io/docs/instrumenting/exposition_formats)
 
-OTHER = "other"  # the label of what is one too many to have one of its own,
-NONE = "-"       # and of what there is none of
+OTHER = "other"  # label of names beyond those that have their own
+NONE = "-"       # label for no name
 CALL_LABELS = "caller model upstream dialect outcome".split()
 DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
 NO_DETAILS = NO_USAGE[DETAILS]
@@ -12050,7 +12050,7 @@ HISTOGRAMS = {  # of each upstream: where their buckets end, in seconds
     "llm_proxy_overhead_seconds":
         "0.0001 0.00025 0.0005 0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5"}
 Samples = Iterable[Tuple[str, Union[int, float, str]]]  # (what follows the name, value)
-Families = Dict[str, Samples]  # by the names of METRICS
+Families = Dict[str, Samples]  # name in METRICS -> samples
 
 
 def metric_lines(name: str, samples: Samples) -> Iterator[str]:
@@ -12140,13 +12140,13 @@ class Metrics(Watcher):
     counts_all = True
 
     def __init__(self):
-        self.known = {}    # Series by what calls say of themselves,
-        self.series = {}   # and by its labels
+        self.known = {}    # what calls say of themselves -> Series
+        self.series = {}   # labels -> Series
         self.times = {}    # Times by upstream
         self.callers = {}  # labels by key
         self.models = set()
-        self.refused = Counter()   # by rule
-        self.redacted = Counter()  # by kind
+        self.refused = Counter()   # rule -> refusals
+        self.redacted = Counter()  # kind -> redacted values
 
     def record(self, entry):
         call = entry.call
@@ -12198,7 +12198,7 @@ class Metrics(Watcher):
             self.series[values] = Series(values, times)
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
-        if entry.outcome == LimitReached.outcome:  # these come here each time
+        if entry.outcome == LimitReached.outcome:  # limited calls come here each time
             known = entry.cause in self.refused or len(self.refused) < self.MAX_NAMES
             self.refused[entry.cause if known else OTHER] += 1
         else:
@@ -12217,7 +12217,7 @@ class Metrics(Watcher):
         answered = entry.outcome == "ok" and entry.status == 200
         if model and model not in self.models and answered and len(self.models) < self.MAX_NAMES:
             self.models.add(model)
-            self.known.clear()  # what else was asked of it has a series of its own from now on
+            self.known.clear()  # from now on its calls have a series of their own
         return model if model in self.models else OTHER if model else NONE
 
     # -- what is told when somebody asks
@@ -12278,7 +12278,7 @@ class Pulse(Watcher):
     PER_SECOND = 100  # times: percentiles of all would be no truer
     MAX_CALLERS = 1_000
     MAX_SHOWN = 100
-    counts_all = True  # who is refused called lately, too
+    counts_all = True  # a refused caller has called lately, too
 
     def __init__(self, clock: Any, buckets: Buckets, feed: Feed, metrics: Metrics):
         self.clock = clock
@@ -12289,9 +12289,9 @@ class Pulse(Watcher):
         self.seconds = deque(maxlen=self.MINUTE)
         self.times = deque(  # (end, seconds, upstream)
             maxlen=self.MINUTE * self.PER_SECOND)
-        self.room = self.PER_SECOND  # for those of this second
-        self.callers = {}  # by key: who, and when it called last, in ns
-        self.changed = {}  # by the key of a bucket: its rule, and whose it is
+        self.room = self.PER_SECOND  # events that this second has room for
+        self.callers = {}  # key -> (label, last call in ns)
+        self.changed = {}  # key of a bucket -> (rule, owner)
 
     def record(self, entry):
         caller = entry.caller
@@ -12702,8 +12702,8 @@ class Tally:
     HEAD = struct.Struct("<QQ")   # the number of the writing, and how long it is
     UNEVEN = 4                    # connections that one may have more than another
     YIELD_SECONDS = 0.005
-    number = 0                    # of this worker
-    before: Families = {}         # what those before this one have counted
+    number = 0                    # the number of this worker
+    before: Families = {}         # what earlier processes of this number have counted
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -12779,7 +12779,7 @@ class Worker(NamedTuple):
     stands above Workers because `build`, which those do not know, makes its parts by it."""
     listener: socket.socket
     lock: Optional[BinaryIO]  # of the database, where there is one
-    secret: bytes             # by which digests of keys are blinded: all have the same labels
+    secret: bytes             # blinds digests of keys: all workers have the same labels
     tally: Tally
     number: int = 0
     lifeline: int = -1        # a descriptor that ends with the parent
@@ -12836,7 +12836,7 @@ class RedisReader:
 
     def __init__(self):
         self.data = bytearray()
-        self.place = 0  # where the next thing begins
+        self.place = 0  # where the next reply begins
         self.size = 0   # of the reply so far
         self.replies = self.read_all()
 
@@ -12930,7 +12930,7 @@ class ListeningTime:
     no turn on a busy machine: an answer that has arrived and could not be read yet must not count
     as late. It runs only while somebody waits."""
     STEP_SECONDS = 0.01
-    LATE_SECONDS = 0.01  # that a step may be, on a machine that is not so busy
+    LATE_SECONDS = 0.01  # a step may be so late on a machine that is not busy
     SLOWNESS = 20        # of the time after that: nobody waits for ever
     held = 0.0
     due = inf            # the next step
@@ -12975,7 +12975,7 @@ class Redis(asyncio.Protocol):
     transport = None
     task = None
     lost = None               # a future, completed when the connection is no more,
-    reason: Optional[RedisFault] = None       # and why it is not
+    reason: Optional[RedisFault] = None       # why it has ended
     flushing = False
     has_timed_out = False                     # a call, since the last reply
     late_times = 0
@@ -13537,7 +13537,7 @@ class Batch:
     def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
         self.number = number
         self.describe = describe
-        self.buckets = {}  # by key: number, rule, name, kind
+        self.buckets = {}  # key -> number, rule, name, kind
         self.acts = []
         self.takes = []
         self.charged = Counter()
@@ -13624,8 +13624,8 @@ class Charges:
     def __init__(self):
         # (bucket, when it was taken for what a window gets back, else 0) -> (rule, amount)
         self.unsent = {}
-        self.pending = Counter()  # by bucket
-        self.running = Counter()  # by (rule, bucket)
+        self.pending = Counter()  # bucket -> amount
+        self.running = Counter()  # (rule, bucket) -> calls
 
     def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
         """Returns whether there was room."""
@@ -13669,7 +13669,7 @@ class RedisBuckets(Buckets):
     are sent in order, again until they are answered, and each is done once. Levels in an answer
     are without what is pending: charges made here that Redis has not answered."""
     MOST_BATCHES = 32         # without an answer: Redis keeps the answers to so many
-    MOST_ACTS = 200           # in one of them
+    MOST_ACTS = 200           # acts in one batch
     MOST_KEPT = 20_000        # acts that are not sent yet
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # to have all answered when the process ends
@@ -13976,7 +13976,7 @@ class RedisBuckets(Buckets):
             levels = () if self.fresh and existed else self.known_levels()
             await self.put_back(done, iter(levels), loss)
         self.fresh = False
-        self.loss = loss  # not before: whoever has put back only some does so again
+        self.loss = loss  # not before: a process that put back only some must do it again
         for batch in list(self.batches):
             self.on_answer(batch, await self.redis.ask_and_wait(*self.batch_parts(batch)))
         charges = self.charges
@@ -14188,7 +14188,7 @@ class SharedQueue(FairQueue):
         reply = answered.result()
         if isinstance(reply, RedisFault):  # it may have given some, until it is told again
             given = 0
-            self.short = True  # as far as is known: ask again
+            self.short = True  # there may be too few slots: ask again
             self.redis.leave_if_refused(reply)
             if self.redis.available:
                 self.take(min(self.part(self.all), self.all - self.elsewhere) - self.running)
@@ -14363,7 +14363,7 @@ class SharedFeed(Feed):
     anybody looks, what happens."""
     FRESH_SECONDS = 2.5
     GONE_SECONDS = 60   # after which Redis forgets what nobody reads
-    MOST_SECONDS = 200  # that Redis keeps, of all processes
+    MOST_SECONDS = 200  # seconds of all processes that Redis keeps
     MOST_READ = 500     # of what was told, at once
     ADDED = "in_flight", "line", "running", "buckets"
     COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
@@ -14486,8 +14486,8 @@ class SharedStored(Stored):
     A claim is a lease, so it ends with its process."""
     LEASE_SECONDS = 30
     KEEP_SECONDS = 30 * 86400
-    MOST_NAMES = 200  # that are looked for at once
-    limits: Optional[Limits] = None  # whose rules bills go by
+    MOST_NAMES = 200  # names that are looked for at once
+    limits: Optional[Limits] = None  # its rules count for bills
 
     def __init__(self, policy: str, redis: Redis, prefix: str, clock: Any):
         super().__init__(policy)
@@ -14602,9 +14602,9 @@ PEOPLES_AGENTS = re.compile(
     "|cline/|zed/")
 # These sleep for as long as Retry-After says, were it for hours.
 SLEEPING_AGENTS = re.compile("codex[_-]")
-PATIENT_SECONDS = 60  # who must wait longer need not ask again
+PATIENT_SECONDS = 60  # clients need not retry after a longer wait
 USER_FIELD_PREFIX = "x-openwebui-"  # fields that begin like this say who the caller's user is
-OUR_FIELD_PREFIX = "x-llm-proxy-"   # and these are meant for us
+OUR_FIELD_PREFIX = "x-llm-proxy-"   # fields that begin like this are meant for us
 TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
 RATE_FIELDS = """X-RateLimit-Limit X-RateLimit-Remaining X-RateLimit-Refill-Tokens
     X-RateLimit-Refill-Seconds X-RateLimit-Reset-Seconds""".split()  # in the order of Quota
@@ -14734,7 +14734,7 @@ class Reply:
                 await asyncio.sleep(0)  # to join it took its time
                 try:
                     await self.common.turns.take(owner, self.context)
-                except TimeoutError:  # its own time is over
+                except TimeoutError:  # the caller's own deadline is over
                     raise Overloaded from None
             return content
         if len(self.content) > most:
@@ -15011,7 +15011,7 @@ class Reply:
                       f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        if response.secret:  # which an error inside a 200 may quote
+        if response.secret:  # an error inside a 200 may quote it
             key = response.secret.encode()
             self.first = self.first.replace(key, b"*" * len(key))
         answer = self.head(response.status, lines) + self.first
@@ -15041,7 +15041,7 @@ class Reply:
         text = CRLF.join([*lines, ""])
         if response.secret:
             text = text.replace(response.secret, "*" * len(response.secret))
-        if not redirects:  # which depend on the call
+        if not redirects:  # redirects depend on the call
             head.cache[hides] = text
         return text
 
@@ -15249,7 +15249,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 
 class Proxy:
     tally: Optional[Tally] = None  # of all workers, where there are several
-    STEP_SECONDS = 0.005  # for which something may hold the loop that can be done in steps
+    STEP_SECONDS = 0.005  # for so long one step of longer work may hold the loop
 
     def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -15303,7 +15303,7 @@ class Proxy:
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
                     raise
-                call.path = path  # which may name a model
+                call.path = path  # it may name a model
 
     async def serve_by(self, upstream, reply, entry, call):
         """The rest of its life, at one upstream. Both with-blocks undo what they hold."""
@@ -15426,7 +15426,7 @@ class Proxy:
 
     def identify_anew(self, request, entry):
         callers = self.callers
-        entry.address = callers.address(request, entry.peer)  # also of those who are refused
+        entry.address = callers.address(request, entry.peer)  # also for refused requests
         entry.agent = user_agent(request)
         credential = callers.credential(request, request.query)
         try:
@@ -15475,7 +15475,7 @@ class Proxy:
         """Raises ModelNotAllowed for a call of another model than these, or of nobody knows
         which."""
         names = [name for name in call.models if name]
-        if call.endpoint is None:  # what is not read
+        if call.endpoint is None:  # such a call is not read
             if method not in FREE_METHODS and self.config.unknown_calls == "pass":
                 raise ModelNotAllowed
             return
@@ -15594,7 +15594,7 @@ class Proxy:
         if refusal:
             raise refusal
         caller = entry.caller
-        before = (entry.queued or 0) / 1000  # in the line of another upstream
+        before = (entry.queued or 0) / 1000  # in the queue of another upstream
         weight = self.weights.get(caller.key_name, 1)
         ticket = entry.ticket = upstream.queue.enter(caller.key, weight, before)
         try:
@@ -15649,7 +15649,7 @@ class Proxy:
         call.usage_requested_by_us = False
         response = await upstream.send(method, head, unasked, context)
         if response.status < 400 and len(upstream.without_options) < KNOWN_MODELS:
-            upstream.without_options.add(call.upstream_model)  # else the fault was another one
+            upstream.without_options.add(call.upstream_model)  # else the question was not the fault
         return response
 
     def settle(self, entry, ending):
@@ -16115,9 +16115,9 @@ class Catalogue:
     def __init__(self, routes: Routes, clock: Any):
         self.upstreams = [one for one in routes.all if one.globs or one is routes.base]
         self.clock = clock
-        self.lists = {}   # by name of an upstream, as are
+        self.lists = {}   # upstream -> its models
         self.due = {}     # when it is to be asked again
-        self.asking = {}  # and the task that asks it
+        self.asking = {}  # upstream -> the task that asks it
 
     async def models(self, context: Context, upstreams: List[Upstream]) -> Dict[str, Model]:
         """Returns the models of these upstreams by name; the first of a name counts. Callers that
@@ -16302,7 +16302,7 @@ class AdminPage(NamedTuple):
     method: str
     path: str  # below /admin/api; NAME stands for what varies
     handler: str
-    does: str  # for people
+    does: str  # a sentence for people
 
     @property
     def role(self) -> str:
@@ -16357,7 +16357,7 @@ class HelperPool:
     def __init__(self, threads: int, name: str, most: int = 20):
         self.most = most
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, name)
-        self.owners = Counter()  # whose jobs are waiting or running
+        self.owners = Counter()  # owner -> its jobs that wait or run
 
     async def run(self, context: Context, owner: CallerKey, act: Callable[..., Any],
                   *arguments: Any) -> Any:
@@ -16403,7 +16403,7 @@ class Admin:
         self.path = proxy.config.database
         self.reading = HelperPool(2, "pages")
         self.changing = HelperPool(1, "changes", 200)  # a program may make many keys at once
-        self.own_use = HelperPool(1, "own use")  # which strangers may ask for
+        self.own_use = HelperPool(1, "own use")  # open to strangers
         self.rows = [(re.compile(row.path.replace("NAME", "([^/]+)")), row) for row in ADMIN_PAGES]
 
     def page(self, request: Request) -> Optional[Page]:
@@ -17773,7 +17773,7 @@ class ClientConnection:
     LINGER_SECONDS = 5        # of silence, after an answer to a request that is not whole
     LINGER_TOTAL_SECONDS = 30
     MAX_LINGER_BYTES = 64 << 20
-    GOODBYE_SECONDS = 1       # for a last answer to be read, before the connection is closed
+    GOODBYE_SECONDS = 1       # so that the last answer is read before the close
 
     reply: Optional[Reply] = None   # while a request is answered
     last: Optional[Request] = None
@@ -17841,7 +17841,7 @@ class ClientConnection:
         """Closes the connection if it is idle, because the server stops; a request that has come
         whole is answered."""
         if self.idle:
-            self.client.on_readable()  # what came and was not read yet
+            self.client.on_readable()  # input that was not read yet
             if b"\r\n\r\n" not in self.client.read_buffer:
                 self.context.end(QuietEnd())
 
@@ -18142,11 +18142,11 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     HANDED_OVER = 4         # new connections that wait for the loop while more are accepted
-    UNSENT_BYTES = 65536    # that the system holds for a slow reader, on Linux
+    UNSENT_BYTES = 65536    # bytes that Linux holds for a slow reader
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
-    BEAT_SECONDS = 1        # what is shown or told second by second goes by it
+    BEAT_SECONDS = 1        # period of all that is shown second by second
     LOOK_SECONDS = 0.1      # between two looks of the accepting thread: at the loop, for the end
     tls: Optional[ssl.SSLContext] = None
     emptied = None  # a future of that no connection is open
@@ -18167,7 +18167,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.handshakes = Handshakes(proxy.clock)
         self.open = set()  # of ClientConnection
         self.by_address = Counter()  # how many are open of each
-        self.lingering = OrderedDict()  # those that were let go, oldest first
+        self.lingering = OrderedDict()  # connections that only wait for their end, oldest first
         self.handing_over = threading.Semaphore(self.HANDED_OVER)
         self.loop_watch = LoopWatch(proxy)
         super().__init__(listener.getsockname(), ClientConnection, bind_and_activate=False)
@@ -19943,7 +19943,7 @@ def run_command(options, environ):
             target=asyncio.run, args=(demo.serve(),), name="demo", daemon=True).start()
         environ["BASE_API_URL"] = demo.url
         environ.setdefault("DATABASE", "off")  # so that every demo begins with full buckets
-        environ["WORKERS"] = "1"  # its endpoint has threads
+        environ["WORKERS"] = "1"  # the demo has threads, so no fork
     config = read_config(environ, dotenv)
     if options.check:
         return check(config)
