@@ -10504,6 +10504,8 @@ def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
     return bool(list(execute("SELECT 1 FROM facts WHERE name = 'closed'")))
 
 
+INDEX_IDS = "CREATE INDEX IF NOT EXISTS calls_id ON calls (id)"
+HAS_IDS = "SELECT 1 FROM sqlite_master WHERE name = 'calls_id'"
 CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
 
 
@@ -10518,10 +10520,8 @@ class Database:
     MOST_UNTOLD = 100_000       # sums that wait until others can be told
     TELL = "INSERT INTO untold(sum) VALUES %s"
     SCHEMA = """PRAGMA application_id = 0x%s;
-        DROP TABLE IF EXISTS ids;
         CREATE TABLE IF NOT EXISTS calls (%s);
         CREATE INDEX IF NOT EXISTS calls_time ON calls (time);
-        CREATE INDEX IF NOT EXISTS calls_id ON calls (id);
         CREATE TABLE IF NOT EXISTS buckets (rule TEXT, subject TEXT, level INTEGER, since REAL,
         PRIMARY KEY (rule, subject));
         CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB);
@@ -10628,6 +10628,8 @@ class Database:
                     if name not in known:
                         execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
+            if last < self.BATCH:
+                execute(INDEX_IDS)
             self.facts = {"summed": last, "unsummed": last}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
@@ -10639,6 +10641,19 @@ class Database:
                 execute("DELETE FROM facts WHERE name IN ('rolled', 'listed')")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
+
+    def index_ids(self, hinders: Callable[[], bool]):
+        """Makes an index of the ids of calls that an older version has left without one: seconds
+        for a million, unless something hinders it. Raises sqlite3.Error."""
+        connection = self.connection
+        connection.set_progress_handler(hinders, 100_000)
+        try:
+            with self.transaction():
+                self.execute("DROP TABLE IF EXISTS ids")  # which some of them had instead
+                self.execute(INDEX_IDS)
+        finally:
+            connection.set_progress_handler(None, 0)
+            self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def make_room(self):
         """Makes SQLite move what was written to its place, from now on soon: it puts up to 4 MB
@@ -11037,7 +11052,7 @@ CALL_FILTERS = {
                 " WHEN :outcome IN ('ok', 'caller_gone') THEN calls - failed - limited"
                 " ELSE failed END > 0", "outcome = :outcome"),
     "failed": ("failed > 0", FAILED),
-    "id": ("", "id = :id"),
+    "id": ("1", "id = :id"),
     "slow": ("slowest >= :slow", "ms >= :slow")}
 FIND_ID = "SELECT rowid FROM calls WHERE id = :id ORDER BY rowid DESC LIMIT 100"
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
@@ -11197,7 +11212,7 @@ class LedgerReader(NamedTuple):
         where = " AND ".join(where for _, where in conditions) or "1"
         values["before"] = MOST if before is None else before
         with self.ask() as execute:
-            if "id" in values:
+            if "id" in values and list(execute(HAS_IDS)):
                 ranges = [(row, row) for row, in execute(FIND_ID, values)]
             elif conditions:
                 ranges = self.find_ranges(
@@ -11519,6 +11534,7 @@ class Ledger(Writer):
     sum_at = 0.0
     reopen_at = 0.0
     trouble = ""          # why not all is written yet
+    has_ids = False       # whether calls have an index of theirs, or one was tried
     version = -1          # of the database, when keys were read
     done: Collection[Order] = ()  # orders that still hold and are carried out here
     # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
@@ -11623,12 +11639,23 @@ class Ledger(Writer):
                     return  # calls are to be written, too
             more = self.trade and self.trade(database)
             self.sum_at = now if more else now + self.SUM_SECONDS
+            if not self.has_ids:
+                self.index_ids()
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say(f"the sums of calls cannot be written: {failure}")
         except Exception:
             self.sum_at = now + 60
             self.log.report()
+
+    def index_ids(self):
+        """Calls wait meanwhile, so it gives up, until the next start, before these are too many."""
+        self.has_ids = True
+        try:
+            self.database.index_ids(
+                lambda: len(self.queue) > self.room // 2 or self.stop.is_set())
+        except sqlite3.Error as failure:
+            self.log.say(f"only the latest calls are found by their ids: {failure}")
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be
@@ -11878,33 +11905,32 @@ class Feed(Watcher):
         self.clock = clock
         self.number = clock.time_ns() // 10 ** 6  # above all that were before the last start
         self.events = deque(maxlen=self.ROOM)
-        self.waiting = set()  # futures of pages
+        self.fresh = []  # those of calls that are yet to be added: name, what describes it
 
     def tell(self, name: str, payload: JsonObject):
-        """Adds an event, and wakes who waits for one."""
+        """Adds an event."""
         self.number += 1
         text = f"id: {self.number}\nevent: {name}\ndata: {json.dumps(payload)}\n\n"
         self.events.append(text.encode())
-        if self.waiting:
-            self.wake()
-
-    def wake(self):
-        for future in self.waiting:
-            Stream.wake(future)
-        self.waiting.clear()
 
     def begin(self, entry):
-        if self.listeners and self.has_room():
-            self.tell("begin", entry.as_running(self.clock))
+        if self.listeners:
+            self.put_off("begin", partial(entry.as_running, self.clock))
 
     def record(self, entry):
-        if (self.kept or self.listeners) and entry.call and self.has_room():
-            self.tell("end", {**call_fields(entry.as_fields()), "key": entry.started})
+        if (self.kept or self.listeners) and entry.call:
+            self.put_off("end", lambda: {**call_fields(entry.as_fields()), "key": entry.started})
 
-    def has_room(self):
-        """Returns whether one more event may be told in this second."""
+    def put_off(self, name, describe):
+        """Has a call told of soon: many described together take a third of the time."""
         self.told += 1
-        return self.told <= self.PER_SECOND
+        if self.told <= self.PER_SECOND:
+            self.fresh.append((name, describe))
+
+    def tell_fresh(self):
+        fresh, self.fresh = self.fresh, []
+        for name, describe in fresh:
+            self.tell(name, describe())
 
     def exchange(self, payload: JsonObject):
         """Tells other processes, where there are some, what was in a second."""
@@ -11915,6 +11941,7 @@ class Feed(Watcher):
 
     def pulse(self, payload: JsonObject):
         """Tells what was in the second that is over."""
+        self.tell_fresh()
         self.told = 0
         if self.listeners:
             self.kept = self.KEPT_SECONDS
@@ -11927,10 +11954,10 @@ class Feed(Watcher):
 
     def close(self, wait):
         self.closed = True
-        self.wake()
 
     def since(self, number: int) -> bytes:
         """Returns the events after a number, or one that tells that some of them are forgotten."""
+        self.tell_fresh()
         first = len(self.events) - (self.number - number)
         if 0 <= first <= len(self.events):
             return b"".join(islice(self.events, first, None))
@@ -16391,8 +16418,7 @@ class Admin:
     MAX_BODY = 1 << 16
     MAX_SHOWN = 200
     MAX_KNOWN = 20          # models of an upstream
-    BEAT_SECONDS = 0.25     # events that come within it go out together
-    SILENT_SECONDS = 15     # then a comment shows that the stream lives
+    BEAT_SECONDS = 0.5      # between two looks for events, which go out together
     READ_SECONDS = 2        # until the proxy goes by a change of keys
 
     def __init__(self, proxy: Proxy, catalogue: Catalogue):
@@ -16562,24 +16588,11 @@ class Admin:
                 while not feed.closed:
                     self.proxy.require_role(ask.request, reply.entry, "viewer")  # still
                     data, number = feed.since(number), feed.number
-                    if not data:
-                        data = await self.next_event(reply)
                     if data:
                         await send(data)
-                        await reply.context.sleep(self.BEAT_SECONDS, "more events")
+                    await reply.context.sleep(self.BEAT_SECONDS, "events")
         finally:
             feed.listeners -= 1
-
-    async def next_event(self, reply):
-        """Waits for an event; returns a comment if none comes."""
-        future = reply.context.loop.create_future()
-        self.feed.waiting.add(future)
-        try:
-            await reply.context.wait(future, self.SILENT_SECONDS, "events")
-        except TimeoutError:
-            return b": still here\n\n"
-        finally:
-            self.feed.waiting.discard(future)
 
     def beat(self):
         """Tells open pages what was in the second that is over."""
@@ -19127,31 +19140,13 @@ def open_database(config, remarks, shared=False):
 def open_patiently(path, lock, shared=False):
     """Opens a database that another process may have locked; SQLite waits 5 seconds each time.
     Raises DatabaseFault."""
-    with telling_of_index(path):
-        for left in reversed(range(12)):
-            try:
-                return Database(path, lock, shared=shared)
-            except InUse as fault:
-                if not left:
-                    raise
-                tell_user(f"{fault}, waiting")
-
-
-@contextmanager
-def telling_of_index(path):
-    """Tells the user that an index is made: for millions of calls of an older version it takes a
-    minute."""
-    calls = 0
-    with suppress(DatabaseFault, sqlite3.Error), closing(Database(path, reading=True)) as database:
-        (calls,), = database.execute(
-            "SELECT CASE WHEN EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'calls_id') THEN 0"
-            " ELSE (SELECT count(*) FROM calls) END")
-    if calls:
-        tell_user(f"DATABASE {path} is of an older version: an index of {calls} calls is made")
-    began = time.monotonic()
-    yield
-    if calls:
-        tell_user(f"the index was made within {time.monotonic() - began:.1f} seconds")
+    for left in reversed(range(12)):
+        try:
+            return Database(path, lock, shared=shared)
+        except InUse as fault:
+            if not left:
+                raise
+            tell_user(f"{fault}, waiting")
 
 
 def offer_dashboard(config, has_admin, path):
