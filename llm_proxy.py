@@ -1254,7 +1254,7 @@ class Config(types.SimpleNamespace):
         """Returns the warnings about all settings together, each once at most."""
         prefix = next((one.name for one in self.upstreams), "NAME")
         is_fixed = self.token_cost_mode == "request"
-        return [sentence for holds, sentence in (
+        rows = (
             (not self.base_api_url and not any(one.models for one in self.upstreams),
              f"only paths with a prefix, such as /{prefix}/v1, lead anywhere: neither BASE_API_URL"
              " nor UPSTREAM_..._MODELS is set"),
@@ -1283,8 +1283,8 @@ class Config(types.SimpleNamespace):
              " no call can ever be let in"),
             (not self.limits and not is_fixed and self.response_token_reserve > self.max_tokens,
              f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
-             f" {self.max_tokens}: a call that names no max_tokens can never be let in"),
-        ) if holds]
+             f" {self.max_tokens}: a call that names no max_tokens can never be let in"))
+        return [sentence for holds, sentence in rows if holds]
 
     def may_ignore_models(self):
         """Tells whether rules depend on models, and the base, which is no vendor's, may ignore
@@ -1303,51 +1303,48 @@ class Config(types.SimpleNamespace):
 
     def contradictions(self):
         """Yields faults of settings that are right one by one, and wrong together."""
+        has_redis = self.texts["REDIS_URL"]
+        workers = self.workers or 1
+        keys = self.inbound_keys()
+        rows = (
+            (not self.texts["BASE_API_URL"] and not self.upstreams,
+             "BASE_API_URL is not set. Start like this:"
+             "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)"),
+            ("{me}" in (self.limit_message or "") and not self.public_url,
+             "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"),
+            (self.share_slots == "on" and not has_redis,
+             "SHARE_SLOTS must be off without REDIS_URL (got 'on')"),
+            (workers > 1 and not (has_redis and hasattr(os, "fork")),
+             f"WORKERS must be 1 without REDIS_URL, or on a system without fork (got '{workers}')"),
+            (len(set(keys)) < len(keys),
+             "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"),
+            (self.tls_key_file and not self.tls_cert_file, "TLS_KEY_FILE needs TLS_CERT_FILE"))
+        yield from [sentence for holds, sentence in rows if holds]
+        first = self.cpu_affinity
+        if CPUS and first not in (None, -1):
+            for one in {*range(first, first + workers)}.difference(CPUS):
+                yield f"CPU_AFFINITY must be a CPU this process may use (got '{one}')"
+        yield from self.faults_of_upstreams()
+        yield from self.faults_of_tls()
+
+    def faults_of_upstreams(self):
         names = [upstream.name for upstream in self.upstreams]
         for name in self.upstream_order or ():
             if name not in names:
                 among = ", ".join(names) or "named upstreams"
                 yield f"UPSTREAM_ORDER must be among {among} (got '{name}')"
-        if self.texts["BASE_API_URL"] is None and not names:
-            yield ("BASE_API_URL is not set. Start like this:"
-                   "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py  (or try --demo)")
-        if "{me}" in (self.limit_message or "") and not self.public_url:
-            yield "LIMIT_MESSAGE must not name {me} where PUBLIC_URL is not set"
-        yield from self.contradictions_of_processes()
-        yield from self.contradictions_of_keys()
-        yield from self.contradictions_of_tls()
+        for name, text in self.texts.items():
+            if self.proxy_api_keys and name.endswith("_KEY") and text == PASSTHROUGH:
+                yield (f"{name} must not be passthrough where PROXY_API_KEYS is set: a caller"
+                       " shows one key only")
 
-    def contradictions_of_processes(self):
-        has_redis = self.texts["REDIS_URL"] is not None
-        if self.share_slots == "on" and not has_redis:
-            yield "SHARE_SLOTS must be off without REDIS_URL (got 'on')"
-        if (self.workers or 1) > 1 and not (has_redis and hasattr(os, "fork")):
-            yield ("WORKERS must be 1 without REDIS_URL, or on a system without fork"
-                   f" (got '{self.workers}')")
-        first = self.cpu_affinity
-        if CPUS and first not in (None, -1):
-            for one in {*range(first, first + (self.workers or 1))}.difference(CPUS):
-                yield f"CPU_AFFINITY must be a CPU this process may use (got '{one}')"
-
-    def contradictions_of_keys(self):
-        if self.proxy_api_keys:
-            for name, text in self.texts.items():
-                if name.endswith("_KEY") and text == PASSTHROUGH:
-                    yield (f"{name} must not be passthrough where PROXY_API_KEYS is set:"
-                           " a caller shows one key only")
-        own = self.inbound_keys()
-        if len(set(own)) < len(own):
-            yield "ADMIN_KEY and VIEWER_KEY must be keys of their own, not set elsewhere, too"
-
-    def contradictions_of_tls(self):
-        if self.tls_cert_file:
-            try:
+    def faults_of_tls(self):
+        try:
+            if self.tls_cert_file:
                 server_context(self.tls_cert_file, self.tls_key_file)
-            except (OSError, ValueError) as failure:
-                yield ("TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key,"
-                       f" not encrypted: {failure}")
-        elif self.tls_key_file:
-            yield "TLS_KEY_FILE needs TLS_CERT_FILE"
+        except (OSError, ValueError) as failure:
+            yield ("TLS_CERT_FILE and TLS_KEY_FILE must be a certificate and its key, not"
+                   f" encrypted: {failure}")
 
 
 def server_context(certificates: str, key: Optional[str]) -> ssl.SSLContext:
