@@ -1135,19 +1135,20 @@ class Config(types.SimpleNamespace):
         vars(self).update(dict.fromkeys(self.chosen))
         self.choose_defaults()
 
+    @property
     def all_upstreams(self) -> List[UpstreamConfig]:
-        """Returns the base first, where it is set."""
+        """All upstreams: the base first, if it is set."""
         base = UpstreamConfig("base", self.base_api_url, self.base_api_key, model=self.base_model,
                               dialect=usual_dialect("base", self.base_api_url or ()),
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
     # What a running proxy can go by without a new start.
-    RELOADED = frozenset("""
+    RELOADED = set_of("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
         REFILL_TOKENS REFILL_INTERVAL_SECONDS TOKEN_COST_MODE REQUEST_TOKEN_COST
         RESPONSE_TOKEN_RESERVE IMAGE_TOKENS REDACT REDACT_MODE REDACT_UPSTREAMS REDACT_ALLOW
-        REDACT_PATTERNS REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""".split())
+        REDACT_PATTERNS REDACT_COUNTRY REDACT_ANSWERS REDACT_OPAQUE""")
 
     def take(self, new: "Config") -> List[str]:
         """Takes what may change while it runs; returns the names of what else was changed. Raises
@@ -1188,7 +1189,7 @@ class Config(types.SimpleNamespace):
         though PROXY_API_KEYS does not allow that."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
             upstream.key and url.scheme == "https" and is_external(url.host)
-            for upstream in self.all_upstreams() for url in upstream.url)
+            for upstream in self.all_upstreams for url in upstream.url)
 
     def origin(self, host: str) -> str:
         """Returns where callers reach this proxy by the name of its host."""
@@ -1199,7 +1200,7 @@ class Config(types.SimpleNamespace):
         """Tells whether callers are told apart by keys: ours, or their own for an upstream."""
         own = self.keys_are_stored if self.proxy_api_keys is None else self.proxy_api_keys
         return bool(own) or any(
-            upstream.key == PASSTHROUGH for upstream in self.all_upstreams())
+            upstream.key == PASSTHROUGH for upstream in self.all_upstreams)
 
     def inbound_keys(self) -> List[str]:
         """Returns the keys in the settings by which callers and admins come in."""
@@ -1207,24 +1208,24 @@ class Config(types.SimpleNamespace):
 
     def own_keys(self) -> FrozenSet[str]:
         """Returns the keys of ours and of callers that stand in the settings."""
-        ours = {upstream.key for upstream in self.all_upstreams()}
+        ours = {upstream.key for upstream in self.all_upstreams}
         return frozenset(ours.union(self.inbound_keys()) - {None, PASSTHROUGH})
 
     def redacted_upstreams(self) -> FrozenSet[str]:
         """Returns the names of the upstreams that redacted values must not reach."""
         globs = self.redact_upstreams
-        return frozenset(one.name for one in self.all_upstreams() if (
+        return frozenset(one.name for one in self.all_upstreams if (
             any(fnmatch.fnmatchcase(one.name, glob) for glob in globs) if globs
             else any(is_external(url.host) for url in one.url)))
 
     def speaks_https(self) -> bool:
         """Tells whether any upstream is reached by TLS."""
         return any(url.scheme == "https"
-                   for upstream in self.all_upstreams() for url in upstream.url)
+                   for upstream in self.all_upstreams for url in upstream.url)
 
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but probably a mistake."""
-        names = [upstream.name for upstream in self.all_upstreams()]
+        names = [upstream.name for upstream in self.all_upstreams]
         return [
             *map(unknown_setting, self.unknown),
             *(f"{name} is now {RENAMED[name]}" for name in RENAMED if name in self.texts),
@@ -1238,7 +1239,7 @@ class Config(types.SimpleNamespace):
 
     def mistakes(self):
         """Yields the warnings that speak of one value."""
-        for upstream in self.all_upstreams():
+        for upstream in self.all_upstreams:
             for match in filter(None, [NOT_A_BASE.search(url.path) for url in upstream.url]):
                 yield (f"the URL of {upstream.name} has {match[0]} in its path: a base is what"
                        " stands before that, such as http://127.0.0.1:8000/v1")
@@ -1993,7 +1994,7 @@ class Callers:
 
     def __init__(self, config: Config, secret: bytes, stored: StoredKeys):
         """`stored` are keys beside those of the settings; digests are blinded by the `secret`."""
-        is_azure = any(upstream.dialect == "azure" for upstream in config.all_upstreams())
+        is_azure = any(upstream.dialect == "azure" for upstream in config.all_upstreams)
         self.credential_fields = CREDENTIAL_FIELDS[1:] + (AZURE_CREDENTIAL_FIELD,) * is_azure
         self.trusted = config.trusted_proxies or ()
         self.caller_header = config.caller_header
@@ -5755,7 +5756,7 @@ class Dialects:
         admin_paths = config.vendor_admin_paths == "on"
         self.max_text = config.max_text_bytes
         self.aliases = config.model_aliases or {}
-        self.names = {one.name: one.dialect or "openai" for one in config.all_upstreams()}
+        self.names = {one.name: one.dialect or "openai" for one in config.all_upstreams}
         self.chooses = bool(config.upstreams)         # the model decides which upstream is asked
         self.reads_counts = self.chooses  # the model is also read of calls that only count
         self.unknown_calls = config.unknown_calls
@@ -7519,9 +7520,9 @@ TRAILERS = re.compile(TRAILER_LINES.pattern + rb"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
 # RFC 9110 7.6.1: they speak of one connection, not of the message.
-HOP_BY_HOP = frozenset("""
+HOP_BY_HOP = set_of("""
     close connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer
-    transfer-encoding upgrade""".split())
+    transfer-encoding upgrade""")
 LONG_FIELDS = frozenset(CREDENTIAL_FIELDS).union(["cookie"])
 # A second one would leave the choice to whoever reads it next.
 SINGLE = frozenset(
@@ -14654,7 +14655,7 @@ REPLACED = HOP_BY_HOP.union(map(str.lower, RATE_FIELDS), """
 REPLACED_WITH_CORS = REPLACED.union("access-control-" + name for name in """
     allow-origin allow-headers allow-methods allow-credentials expose-headers
     max-age allow-private-network""".split())
-VALIDATORS = frozenset("etag content-md5 digest content-digest repr-digest".split())
+VALIDATORS = set_of("etag content-md5 digest content-digest repr-digest")
 EVENT_TYPES = tuple({dialect.events.content_type for dialect in DIALECTS.values()})
 UNBUFFERED = "X-Accel-Buffering: no"  # nginx would hold events back
 STREAM_LINES = ["Cache-Control: no-cache", UNBUFFERED]
@@ -16100,7 +16101,7 @@ def build_routes(config: Config, clock: Any, say: Callable[..., None]) -> Routes
     breaking = config.breaker_failures, config.breaker_seconds
     limits = QueueLimits(config.max_queue, config.max_queue_per_caller, config.queue_seconds)
     made = [Upstream(one, transport, config.upstream_retries, breaking, limits, clock, say)
-            for one in config.all_upstreams()]
+            for one in config.all_upstreams]
     return Routes(made.pop(0) if config.base_api_url else None, made)
 
 
@@ -18943,7 +18944,7 @@ def greeting(config):
     return [
         f"llm_proxy {VERSION} listens on {config.origin(config.host)}",
         *[f"{config.workers} workers share the port"] * (config.workers > 1),
-        *map(describe_upstream, config.all_upstreams()),
+        *map(describe_upstream, config.all_upstreams),
         describe_limits(config),
         *describe_redaction(config),
         *("warning: " + warning for warning in config.warnings())]
@@ -19708,7 +19709,7 @@ def compare_with_settings(options, found, database):
         config = read_config(found)
     except ConfigFaults:
         return  # the settings of the proxy are elsewhere
-    names = [one.name for one in config.all_upstreams()]
+    names = [one.name for one in config.all_upstreams]
     if getattr(options, "upstream", None) not in (None, "", *names):
         tell_user(f"there is no upstream {ascii(options.upstream)}: calls by this key are refused")
     if options.act == "give":

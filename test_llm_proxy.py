@@ -1312,7 +1312,7 @@ r='', password='')
 
     def test_an_upstream_that_does_not_say_has_the_api_of_its_vendor_or_openais(self):
         for text, dialect in self.each(self.USUAL_DIALECTS):
-            upstream = read_config(settings_of(text)).all_upstreams()[-1]
+            upstream = read_config(settings_of(text)).all_upstreams[-1]
             self.assertEqual(str(upstream.dialect), dialect)
 
     FAULTS = """
