@@ -1727,6 +1727,7 @@ class UpstreamTimeout(Refusal):
     outcome = "upstream_failed"
     cause = "timed out"
     message = "The upstream did not answer in time"
+    broke_before_response = False
 
 
 class BreakerOpen(Refusal):
@@ -2838,6 +2839,10 @@ def put_newest(table, key, value, most):
     return value
 
 
+def clamp(value, bounds):
+    return min(bounds[1], max(bounds[0], value))
+
+
 # First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
 # what stands between. b"\xe2" begins punctuation and signs.
 WIDE = {0xe0, 0xe1, *range(0xe3, 0xf5)}
@@ -2858,20 +2863,37 @@ class CutText(str):
     size = 0
 
 
-PROSE = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \n.,'"
+# The bytes that are no signs, and tables that leave words alone of a text, and runs of signs.
+LETTERS = bytes(one for one in range(256) if one > 127 or chr(one).isalnum())
+PROSE = LETTERS + b" \n.,'"
+ONLY_WORDS = bytes(one if one in LETTERS else 32 for one in range(256))
+ONLY_SIGNS = bytes(32 if one in LETTERS else one for one in range(256))
 
 
-def kind_of_text(text):
-    """Returns 0 for prose in Latin letters, 1 to 3 for code, by how many signs are in it, and 4 for
-    other scripts, by what the beginning holds: their tokens differ in length."""
-    data = text[:1000].encode("utf-8", "surrogatepass")
-    size, rare = len(data), len(data.translate(None, PROSE))
-    if rare * 25 <= size:
-        return 0  # the usual case
-    if rare * 2 > size:
-        return 4
-    signs = rare - data.count(b"  ") * 4 // 5  # spaces that indent are one token
-    return 1 + (signs * 20 > size) + (signs * 9 > size)
+class TextKind(NamedTuple):
+    """Tells what a text is, as far as its tokens differ in length: `number` is 0 for prose in Latin
+    letters, 1 to 3 for code, by how it is indented, and 4 for other scripts. `scale` is how much of
+    its weight makes as many tokens as one of prose does: of code, that differs from text to
+    text."""
+    number: int = 0
+    scale: float = 1.0
+
+
+def kind_of_text(text: str) -> TextKind:
+    """Judges by the beginning and the middle. In code, a word, a run of signs and the end of a line
+    are about a token each."""
+    middle = max(500, len(text) // 2)
+    sample = text[:500] + text[middle:middle + 500]
+    data = sample.encode("utf-8", "surrogatepass")
+    size = len(data)
+    if size * 3 > len(sample) * 4:
+        return TextKind(4)
+    if len(data.translate(None, PROSE)) * 25 <= size:
+        return TextKind()  # the usual case
+    words, signs = data.translate(ONLY_WORDS).split(), data.translate(ONLY_SIGNS).split()
+    units = len(words) + len(signs) + data.count(b"\n")
+    scale = len(sample) / max(1, units) / CHARACTERS_PER_TOKEN
+    return TextKind(1 + min(2, data.count(b"  ") * 20 // size), clamp(scale, (0.25, 1.2)))
 
 
 NUMBERS = frozenset((int, float))
@@ -3097,7 +3119,7 @@ class Prices:
             costs = [self.cost(other, model) for other in others]
             total += sum([cost for cost, _ in costs])
             return min(MAX_COST, total), all([known for _, known in costs])
-        return total if total < MAX_COST else MAX_COST, True
+        return min(MAX_COST, total), True
 
 
 HabitName = Union[str, Tuple[str, int]]
@@ -3160,11 +3182,7 @@ class ModelHabits:
             self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if is_ratio else usual
 
 
-def clamp(value, bounds):
-    return min(bounds[1], max(bounds[0], value))
-
-
-LEARN_ALL = 8       # learned is from so many first calls of a caller to a model, and then from
+LEARN_ALL = 20      # learned is from so many first calls of a caller to a model, and then from
 LEARN_SHARE = 0.05  # this share: counting takes time
 
 
@@ -3226,9 +3244,12 @@ class CostEstimator:
 
     def estimated_input(self, call, caller):
         length = call.prompt_length()
-        name = "input", length[2]
-        ratio = self.habits(call).expect(caller, name, CHARACTERS_PER_TOKEN)
-        return self.tokens_of(length, ratio)
+        return self.tokens_of(length, self.ratio(call, caller, "input", length[2]))
+
+    def ratio(self, call, caller, side, kind):
+        """Returns the weight of a text for each of its tokens."""
+        name = side, kind.number
+        return self.habits(call).expect(caller, name, CHARACTERS_PER_TOKEN) * kind.scale
 
     def tokens_of(self, length, ratio):
         """Returns the tokens of a prompt."""
@@ -3250,8 +3271,8 @@ class CostEstimator:
         if complete and not (
                 self.needs_estimate and self.is_understated(call, caller, reported, source)):
             if reported.estimated:  # its input was not reported
-                least = self.estimated_input(call, caller)
-                return reported._replace(input=max(least, reported.input))
+                return reported._replace(
+                    input=max(reported.input, self.estimated_input(call, caller)))
             # Where no rule counts tokens, what is learned is for the books alone.
             if self.needs_estimate or random.random() < LEARN_SHARE:
                 self.learn(call, caller, reported, source)
@@ -3266,7 +3287,8 @@ class CostEstimator:
         """Returns the tokens of the text that came, and of what its model hides."""
         if not source or (source.lost and held):
             return held
-        output = ceil(source.output_characters() / self.output_ratio(call, caller, source))
+        weight = source.output_characters()  # which finds its kind, too
+        output = ceil(weight / self.ratio(call, caller, "output", source.kind))
         if not (whole or source.ended):
             return max(output, held)
         habits = self.habits(call)
@@ -3274,11 +3296,6 @@ class CostEstimator:
         # Twice what such calls used: a share near 1 would make a million tokens of a long answer.
         most = min(limit or inf, 2 * habits.expect(caller, "peak")) * outputs
         return max(output, min(most, ceil(output / (1 - habits.expect(caller, "hidden")))))
-
-    def output_ratio(self, call, caller, source):
-        """Returns the weight of text for a token, once its characters are counted."""
-        name = "output", source.kind
-        return self.habits(call).expect(caller, name, CHARACTERS_PER_TOKEN)
 
     def is_understated(self, call, caller, told, source):
         """Returns whether far more text passed than the tokens that were told can be. The text is
@@ -3294,7 +3311,8 @@ class CostEstimator:
         if not many and passed <= most * CHARACTERS_PER_TOKEN:
             return False
         weight = source.output_characters()
-        return weight > most * max(self.output_ratio(call, caller, source), CHARACTERS_PER_TOKEN)
+        ratio = self.ratio(call, caller, "output", source.kind)
+        return weight > most * max(ratio, CHARACTERS_PER_TOKEN)
 
     def learn(self, call, caller, used, source):
         """Notes what a call used. An output that its limit has cut says only what is possible."""
@@ -3320,8 +3338,9 @@ class CostEstimator:
         if self.needs_estimate and used.input:
             weight, media, kind = call.prompt_length()
             if weight >= 64 and not media:
-                own.move(("input", kind), clamp(weight / used.input, ModelHabits.OWN_RATIOS))
-        weight = source.output_characters() if used.output >= 16 else 0
+                ratio = weight / kind.scale / used.input
+                own.move(("input", kind.number), clamp(ratio, ModelHabits.OWN_RATIOS))
+        weight = source.output_characters() / source.kind.scale if used.output >= 16 else 0
         if weight:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
@@ -3329,7 +3348,7 @@ class CostEstimator:
             elif weight < seen * ModelHabits.OWN_RATIOS[0]:
                 seen = ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
             own.move("hidden", min(0.9999, 1 - seen / used.output))
-            own.move(("output", source.kind), clamp(weight / seen, ModelHabits.OWN_RATIOS))
+            own.move(("output", source.kind.number), clamp(weight / seen, ModelHabits.OWN_RATIOS))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3711,12 +3730,12 @@ def as_list(value):
 
 def is_integer(value):
     """Returns whether a value of JSON is an integer: some write 12.0."""
-    return type(value) is int or (type(value) is float and value.is_integer())
+    return type(value) in NUMBERS and value % 1 == 0
 
 
 def is_count(value):
     """Returns whether a value of JSON can be a number of tokens."""
-    return (type(value) is int or is_integer(value)) and 0 <= value < MAX_TOKENS_PER_CALL
+    return is_integer(value) and 0 <= value < MAX_TOKENS_PER_CALL
 
 
 def merged(before, after, join=max):
@@ -4040,7 +4059,7 @@ class Call:
                 found += names_of_things(part)
         return found
 
-    def prompt_length(self) -> Tuple[int, List[int], int]:
+    def prompt_length(self) -> Tuple[int, List[int], TextKind]:
         """Returns the weight of the prompt's text, and of that in each image and the like, and what
         kind of text it is."""
         if self.length is None:
@@ -4224,7 +4243,7 @@ def chat_length(messages):
         text = " ".join(chain(contents, map(ROLE, messages)))
     except (KeyError, TypeError):
         return None
-    return text_weight(text), [], kind_of_text(max(contents, key=len)) if contents else 0
+    return text_weight(text), [], kind_of_text(max(contents, key=len, default=""))
 
 
 def media_texts(part):
@@ -4250,7 +4269,7 @@ def media_texts(part):
     return texts
 
 
-def text_length(payload: JsonObject) -> Tuple[int, List[int], int]:
+def text_length(payload: JsonObject) -> Tuple[int, List[int], TextKind]:
     """Returns the weight of the text anywhere in a payload but the model, joined by spaces: of
     strings, and of keys below the top level that are not an API's own; a list of numbers has as
     many tokens. The second list has the weight of the text in each image and the like. Third comes
@@ -4293,8 +4312,7 @@ NOT_WORDS = MEDIA_OBJECTS.union("""images id ids created_at obfuscation type mod
     file_uri""".split())
 ENDS_OF_IDS = ("_id", "_ids", "Id", "Ids")
 FILE_NAMES = set_of("displayName display_name")  # keys of names in MEDIA_OBJECTS
-NO_PROSE = re.compile("(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200}")
-SPACE = re.compile(r"\s")
+NO_PROSE = re.compile(r"(?:(?:data|https?|gs|file):|[A-Za-z0-9+/_=-]{200})\S*")
 HOLD_WORDS = frozenset((str, list, dict))
 
 
@@ -4332,8 +4350,7 @@ def is_words(key, value):
         return key not in MEDIA_OBJECTS or not FILE_NAMES.isdisjoint(value)
     if key in NOT_WORDS or key.endswith(ENDS_OF_IDS) and not key.startswith("user"):
         return False
-    return type(value) is not str or key not in DATA_KEYS or not (
-        NO_PROSE.match(value) and not SPACE.search(value))
+    return type(value) is not str or key not in DATA_KEYS or not NO_PROSE.fullmatch(value)
 
 
 def words_in(payload: JsonObject) -> Iterator[Words]:
@@ -4926,9 +4943,10 @@ class Dialect:
                 return faults[0]
         return 0
 
-    def usual_usage(self, data, model):
+    def usual_usage(self, data, model, begin=0):
         """Returns the usage of a response that is no error, where it can be told without parsing it
-        that `model` served, and that nothing else is of interest."""
+        that `model` served, and that nothing else is of interest. It is told in what
+        begins at a place: all, or a stream's last event."""
         return None
 
     def find_usage(self, data, openings):
@@ -5294,13 +5312,13 @@ class OpenAI(Dialect):
             rest["choices"] = [{"index": 0, "delta": {}, "text": "", "finish_reason": None}]
         return rest
 
-    def usual_usage(self, data, model):
+    def usual_usage(self, data, model, begin=0):
         """Finds three counts in what ends the response."""
         find = data.find
-        start, named = data.rfind(self.USAGE_MARK), find(b'"model"')
-        if (find(b"_tokens", 0, start) >= 0 or not data.startswith(model_marks(model), named)
+        start, named = data.rfind(self.USAGE_MARK), find(b'"model"', begin)
+        if (find(b"_tokens", begin, start) >= 0 or not data.startswith(model_marks(model), named)
                 or find(b'"model"', named + 1) >= 0
-                or find(self.TIER_MARK) >= 0 or find(b'"status"') >= 0):
+                or find(self.TIER_MARK) >= 0 or find(b'"status"', begin) >= 0):
             return None
         end = USUAL_END.fullmatch(data, start)
         told = end.groups() if end else ()
@@ -5724,18 +5742,12 @@ ADMIN_PARTS = """
 ADMIN_ROOTS = """
     streams? pull push create copy delete blobs signout sleep pause resume download unload
     shutdown keys workers""".split()
-ADMIN_PATH = re.compile("(.*/(%s)|(/api|/v1)*/(%s))(/.*)?" % (
-    "|".join(ADMIN_PARTS), "|".join(ADMIN_ROOTS)))
-# and these at the end, where the method is no GET
-ADMIN_CHANGE = re.compile(".*/(models|props|lora-adapters|tools|cvectors)")
-MODEL_REMOVAL = re.compile(".*/models/[^/]*(/[^/]*)?")
-
-
-def is_admin_path(method, path):
-    """Returns whether a path, as `fold_path` has it, manages an upstream."""
-    return bool(ADMIN_PATH.fullmatch(path)
-                or (method not in ("GET", "HEAD") and ADMIN_CHANGE.fullmatch(path))
-                or (method == "DELETE" and MODEL_REMOVAL.fullmatch(path)))
+# in "METHOD PATH", with a path of `fold_path`; others that end the path where the method is no GET;
+# and the removal of a model
+ADMIN_REQUEST = re.compile(
+    "[^ ]+ (.*/(%s)|(/api|/v1)*/(%s))(/.*)?"
+    "|(?!GET |HEAD )[^ ]+ .*/(models|props|lora-adapters|tools|cvectors)"
+    "|DELETE .*/models/[^/]*(/[^/]*)?" % ("|".join(ADMIN_PARTS), "|".join(ADMIN_ROOTS)))
 
 
 # An upstream in Go would take "MODEL" for "model", and we would have read another one.
@@ -5753,15 +5765,14 @@ class Dialects:
     for a metered endpoint is that endpoint, under its plain name; what cannot be named plainly is
     refused."""
     def __init__(self, config: Config):
-        admin_paths = config.vendor_admin_paths == "on"
         self.max_text = config.max_text_bytes
         self.aliases = config.model_aliases or {}
         self.names = {one.name: one.dialect or "openai" for one in config.all_upstreams}
         self.chooses = bool(config.upstreams)         # the model decides which upstream is asked
         self.reads_counts = self.chooses  # the model is also read of calls that only count
         self.unknown_calls = config.unknown_calls
-        self.is_admin_path = lru_cache(KNOWN_MODELS)(
-            lambda method, path: not admin_paths and is_admin_path(method, path))
+        self.passes_admin = config.vendor_admin_paths == "on"
+        self.manages = lru_cache(KNOWN_MODELS)(ADMIN_REQUEST.fullmatch)
         # By the ends of paths in lower case, the longer of two first; these, and what they mean
         self.ends = {end.lower(): (dialect, endpoint, end) for dialect in DIALECTS.values()
                      for end, endpoint in dialect.ENDPOINTS.items()}
@@ -5790,7 +5801,8 @@ class Dialects:
         """Returns the dialect, None where that is not known; the endpoint, None where nothing is
         metered; and the path to use. Raises BadRequest, Forbidden."""
         folded = fold_path(path)
-        if self.is_admin_path(method, self.split(folded)[1]):
+        request = f"{method} {self.split(folded)[1]}"
+        if not self.passes_admin and self.manages(request):
             raise Forbidden
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
@@ -5832,12 +5844,12 @@ class Dialects:
             model = self.read_payload(call)
         elif self.chooses and method == "GET" and ONE_MODEL.fullmatch(call.path):
             place, _, model = call.path.rpartition("/")
-            call.path = "%s/%s" % (place, urllib.parse.quote(self.resolve(model), safe="@"))
+            call.path = place + "/" + urllib.parse.quote(self.resolve(model), safe="@")
         if isinstance(model, str):
             if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
         call.large = bool(call.body) and len(call.body) > LARGE_BODY
 
     def resolve(self, model: str) -> str:
@@ -5961,13 +5973,11 @@ class HiddenUsage(Edit):
 
     def __init__(self, dialect: OpenAI):
         self.dialect = dialect
-        self.mark = dialect.USAGE_MARK
         self.search = dialect.usage_begin.search
 
     def find(self, data: bytes) -> int:
-        found = None
-        if data.find(self.mark) >= 0:  # as in `may_be_fault`
-            found = self.search(data)
+        # As in `may_be_fault`.
+        found = data.find(self.dialect.USAGE_MARK) >= 0 and self.search(data)
         return found.start() if found else len(data)
 
     def apply(self, event: bytes) -> bytes:
@@ -6127,7 +6137,7 @@ class UsageReader:
     MAX_ANSWERS = 1 << 12  # answers that are read at once
 
     characters = 0
-    kind = 0                       # kind of text, by `kind_of_text`
+    kind = TextKind()              # kind of text, by `kind_of_text`
     usual: Optional[Usage] = None  # found by usual_usage, without parsing
     model: Optional[str] = None    # the model that served, if the response names it
     tier: Optional[str] = None     # the service tier, likewise
@@ -6336,10 +6346,8 @@ class UsageReader:
     def read_usual_end(self, data):
         """Returns whether the last event alone tells of usage, and as most servers do."""
         begin = begin_of_line(data, len(data))
-        if not self.counts and not self.tier and data.rfind(self.dialect.TIER_MARK) < 0 and (
-                data.find(self.dialect.USAGE_MARK) >= begin):
-            event = data[begin + len(self.dialect.events.prefix):]
-            self.usual = self.dialect.usual_usage(event, self.call.upstream_model)
+        if not self.counts and not self.tier and data.find(self.dialect.USAGE_MARK) >= begin:
+            self.usual = self.dialect.usual_usage(data, self.call.upstream_model, begin)
         return self.usual is not None
 
     def note_end(self, event, data):
@@ -6458,7 +6466,8 @@ class UsageReader:
                 self.streamed or self.listed or WHOLE_JSON.fullmatch(data))):
             return len(data)
         said = self.dialect.said(data, self.endpoint, self.streamed)
-        self.kind = self.kind or kind_of_text(max(said, key=len, default=""))
+        if not self.characters:
+            self.kind = kind_of_text(max(said, key=len, default=""))
         return sum(map(text_weight, said))
 
 
@@ -9802,20 +9811,18 @@ class Upstream:
     def is_repeatable(method, refusal):
         """Tells whether what a spare connection lost, because it was closed under us, can be asked
         again (RFC 9110 9.2.2)."""
-        return method in ("GET", "HEAD") and isinstance(refusal, UpstreamFailed) and (
-            refusal.broke_before_response)
+        return method in ("GET", "HEAD") and refusal.broke_before_response
 
     @staticmethod
     def verdict(refusal, spare, body, context):
         """Returns False where the address is to blame. It is not for a malformed response, the
         call's own deadline, a spare connection that was closed under us, or an upload that took so
         long that it may have tired of waiting for the client."""
-        uploading = not refusal.nothing_sent and not isinstance(body, bytes) and not body.ended
+        uploading = not (refusal.nothing_sent or isinstance(body, bytes) or body.ended)
         if uploading or context.expired():
             return None
-        if isinstance(refusal, UpstreamTimeout):
-            return False
-        return False if refusal.broke_before_response and not spare else None
+        failed = isinstance(refusal, UpstreamTimeout) or refusal.broke_before_response and not spare
+        return False if failed else None
 
     def head(self, method: str, path: str, query: str, dialect: Dialect, key: Optional[str],
              lines: List[str], address: Address) -> bytes:
@@ -9863,7 +9870,7 @@ class Routes:
         self.named = named
         self.all = ([base] if base else []) + named
         self.by_name = {upstream.name: upstream for upstream in self.all}
-        self.known = {}
+        self.known = lru_cache(KNOWN_MODELS)(self.serving)
 
     def find(self, call: Call, thing: Optional[Thing] = None) -> List[Upstream]:
         """Returns the upstreams of a call; one that names a stored `thing` goes to where that is.
@@ -9884,7 +9891,7 @@ class Routes:
         """Disables these upstreams, and enables the others."""
         for one in self.all:
             one.disabled = one.name in names
-        self.known.clear()  # the next one of the model's serves it
+        self.known.cache_clear()  # the next one of the model's serves it
 
     def candidates(self, call, thing):
         for upstream in self.all if thing else ():
@@ -9894,25 +9901,18 @@ class Routes:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
             return [self.base]
-        found = self.known.get(call.resolved_model)
-        if found is None:
-            found = self.serving(call.resolved_model)
+        found = self.known(call.resolved_model)
         if not found:
             raise NoRoute(call.model)
         return found
 
     def serving(self, model):
-        """Returns the upstreams that serve a model, else the base, and remembers them."""
+        """Returns the upstreams that serve a model, else the base."""
         found = [upstream for upstream in self.named
                  if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
         found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
-        if self.base and not found:
-            found = [self.base]
-        if len(self.known) >= KNOWN_MODELS:
-            self.known.clear()
-        self.known[model] = found
-        return found
+        return found or ([self.base] if self.base else [])
 
     def close_queues(self):
         for upstream in self.all:

@@ -2706,12 +2706,20 @@ class UsageTest(ProxyCase):
                 self.assertEqual(found, llm_proxy.text_length({"messages": messages}))
 
     def test_prose_and_code_and_other_scripts_are_kinds_of_text(self):
-        """And so is code by how many signs it has."""
-        rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 3), ("a = b[key]", 3),
-                ("        return found_value + other\n" * 9, 1), (CODE * 9, 2),
-                ("\u4e2d\u6587 etc.", 4), ("\ud800", 4), (ENGLISH * 9 + CHINESE * 99, 0)]
+        """And so is code by how it is indented; a text is judged by its beginning and middle."""
+        rows = [("Well, it's 5 o'clock.", 0), ("", 0), ("na\u00efve", 0), ("a = b[key]", 1),
+                (CODE * 9, 1), ("  x = y(z)\n" * 9, 2),
+                ("        return found_value + other\n" * 9, 3), ("\t" * 9, 1),
+                ("\u4e2d\u6587 etc.", 4), ("\ud800", 4), (ENGLISH * 9 + CHINESE * 99, 4)]
         for text, kind in self.each(rows):
-            self.assertEqual(llm_proxy.kind_of_text(text), kind)
+            self.assertEqual(llm_proxy.kind_of_text(text).number, kind)
+
+    def test_words_runs_of_signs_and_lines_of_code_weigh_as_much_as_tokens_of_prose(self):
+        """What has fewer weighs less, within bounds."""
+        rows = [(ENGLISH, 1), ("if x == 10: return y\n", 20 / 8 / 4), ("x+" * 99, 0.25),
+                ("=" * 999, 1.2), (CHINESE, 1)]
+        for text, scale in self.each(rows):
+            self.assertAlmostEqual(llm_proxy.kind_of_text(text * 3).scale, scale, places=1)
 
     def test_a_fair_number_of_tokens_is_seen_in_texts_of_any_script(self):
         for text, times, tokens in self.each("""
@@ -3066,6 +3074,7 @@ class LearningTest(ProxyCase):
         config = read_config({**HERE, "IMAGE_TOKENS": "500"})
         estimator = llm_proxy.CostEstimator(config, Prices(None), {"tokens"})
         source = mock.Mock(most_characters=lambda: 400, output_characters=lambda: 400,
+                           kind=llm_proxy.TextKind(),
                            reported_usage=lambda whole: (Usage(100, 100), True))
         asked = llm_proxy.Call(OpenAI(), "chat", CHAT, "")
         for number in range(2000):
