@@ -9225,28 +9225,31 @@ STATES = "closed", "half_open", "open"  # of breakers, the best first
 class Breaker:
     """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
     tries whether it can be closed. One that takes longer than that to find out does not keep others
-    from trying, too. What failed for one caller alone is closed to that one alone: it may be the
-    calls that are at fault."""
+    from trying, too. What failed is closed to those for whom it did: it may be the calls that are
+    at fault. It is closed to all where those are two, and it worked for nobody for `seconds`."""
+    MAX_CALLERS = 100
 
     def __init__(self, most: int, seconds: float):
         self.most = most
         self.seconds = seconds
         self.failures = 0
+        self.began = 0.0      # when the first of them was
         self.opened = None
         self.trying = False
-        self.callers = set()  # callers for whom it failed; two are enough
+        self.callers = set()  # callers for whom it failed
 
-    def concerns(self, caller):
+    def concerns(self, now, caller):
         return self.opened is not None and (
-            caller is None or caller in self.callers or len(self.callers) != 1)
+            caller is None or caller in self.callers
+            or len(self.callers) > 1 and now >= self.began + self.seconds)
 
     def seconds_left(self, now, caller=None):
         """Returns how long no call may be made; 0 or less: it may."""
-        return self.opened + self.seconds - now if self.concerns(caller) else 0
+        return self.opened + self.seconds - now if self.concerns(now, caller) else 0
 
     def enter(self, now, caller=None):
         """Notes that a call is made."""
-        if self.concerns(caller):
+        if self.concerns(now, caller):
             self.opened = now
             self.trying = True
 
@@ -9260,8 +9263,10 @@ class Breaker:
             self.opened = None
             self.callers.clear()
         elif good is False:
+            if not self.failures:
+                self.began = now
             self.failures += 1
-            if caller is not None and len(self.callers) < 2:
+            if caller is not None and len(self.callers) < self.MAX_CALLERS:
                 self.callers.add(caller)
             if self.opened is not None or self.failures >= self.most:
                 self.opened = now
@@ -15336,7 +15341,10 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite, None if upstream.model else self.resolve)
-        subject = reply.context.subject = call.upstream_model, entry.caller.key
+        caller = entry.caller
+        # Keys that were not given out are anybody's to invent.
+        caller_key = caller.key if caller.role else ("address", entry.address)
+        subject = reply.context.subject = call.upstream_model, caller_key
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if call.large and not upstream.rewrite:
                 call.forget()

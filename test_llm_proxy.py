@@ -8777,13 +8777,36 @@ class BreakerTest(CallCase):
 
     def test_what_fails_for_one_caller_or_one_model_is_closed_to_that_alone(self):
         bad = {"model": "bad"}
+        clock = Clock(0)
         self.start(lambda asked: asked.answer(b"{}", "502 x" if b"bad" in asked.body else "200 OK"),
-                   BREAKER_FAILURES=2)
-        for key, payload, status in self.each((
-                ("mallory", bad, 502), ("mallory", bad, 502), ("mallory", bad, 503),
-                ("mallory", {}, 200), ("alice", {}, 200), ("alice", bad, 502),
-                ("alice", bad, 503), ("bob", bad, 503), ("bob", {}, 200))):
+                   clock, BREAKER_FAILURES=2, PROXY_API_KEYS="mallory,alice,bob,eve")
+        for second, key, payload, status in self.each((
+                (0, "mallory", bad, 502), (9, "mallory", bad, 502), (9, "mallory", bad, 503),
+                (9, "mallory", {}, 200), (9, "alice", {}, 200), (9, "alice", bad, 502),
+                (9, "alice", bad, 503), (29, "bob", bad, 502), (29, "bob", bad, 503),
+                (30, "eve", bad, 503), (30, "eve", {}, 200), (59, "eve", bad, 502),
+                (59, "alice", bad, 503))):
+            self.pass_seconds(second - clock.now)
             self.assert_status(status, call(key, **payload))
+
+    def test_keys_that_anyone_can_invent_count_as_their_one_address(self):
+        self.start(says(b"{}", "502 x"), Clock(), BREAKER_FAILURES=2)
+        for key, seconds, status in self.each((
+                ("a", 0, 502), ("b", 0, 502), ("c", 0, 503), ("c", 30, 502), ("d", 0, 503))):
+            self.pass_seconds(seconds)
+            self.assert_status(status, call(key))
+        self.connect(source="127.0.0.2").answers(502, call("e"))
+        self.assert_calls(4)
+
+    def test_what_works_for_somebody_is_not_closed_to_all(self):
+        clock = Clock()
+        self.start(lambda asked: asked.answer(b"{}", "502 x" if b"bad" in asked.body else "200 OK"),
+                   clock, BREAKER_FAILURES=2, PROXY_API_KEYS="mallory,malice,bob")
+        for _ in range(3):
+            for key, text, status in (("mallory", "bad", 502), ("malice", "bad", 502),
+                                      ("malice", "bad", 503), ("bob", "good", 200)):
+                self.assert_status(status, call(key, user=text))
+                clock.now += 4
 
     def test_what_cannot_be_reached_is_closed_to_all(self):
         self.start(BREAKER_FAILURES=2)
