@@ -1926,13 +1926,16 @@ class Caller:
     spells an IP is not that IP. `key_name` is what PROXY_API_KEYS calls the key, or its name where
     it is stored; people may share one. `label` is for logs: a name, the address, or key:1a2b3c4d, a
     digest against which nobody can test guesses without `secret`. `role` is None where the key is
-    none that was given out. `until`: when that ends, in seconds since 1970."""
-    __slots__ = "key name key_name label role team tag stored_key until".split()
+    none that was given out. `until`: when that ends, in seconds since 1970. `origin` is who counts
+    where anyone may invent a key."""
+    __slots__ = "key name key_name label role team tag stored_key until origin".split()
 
     def __init__(self, key: CallerKey, name: Optional[str], secret: bytes = b"",
                  key_name: Optional[str] = None, role: Optional[str] = None,
-                 stored_key: Optional[Key] = None, until: Optional[float] = None):
+                 stored_key: Optional[Key] = None, until: Optional[float] = None,
+                 origin: Optional[CallerKey] = None):
         self.key = key
+        self.origin = origin or key
         self.name = name
         self.key_name = key_name
         self.label = name or "key:" + hashlib.blake2b(key[1], digest_size=4, key=secret).hexdigest()
@@ -2077,7 +2080,7 @@ class Callers:
             raise Unauthorized
         if one is None:
             return Caller(("address", address), address)
-        return Caller(("key", one), None, self.secret)
+        return Caller(("key", one), None, self.secret, origin=("address", address))
 
     def known_by(self, credential):
         """Returns the caller whose secret has this digest, None if there is none."""
@@ -9658,7 +9661,6 @@ class Upstream:
         self.headers = config.headers
         self.rewrite = QUIRKS.get(config.name)
         self.retries = retries
-        self.send = self.send_patiently if retries else self.send_once
         self.clock = clock
         self.say = say
         most = config.max_concurrency
@@ -9685,7 +9687,6 @@ class Upstream:
             return self
         alone = copy.copy(self)
         alone.addresses = found
-        alone.send = alone.send_patiently if self.retries else alone.send_once
         return alone
 
     def choose(self, failed, failure, context):
@@ -15293,7 +15294,6 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
-        self.read = dialects.read
         self.resolve = dialects.resolve
         self.has_deadlines = config.max_call_seconds > 0
         self.stored = stored
@@ -15303,7 +15303,6 @@ class Proxy:
         self.watchers = watchers
         self.traces = watchers.traces
         if self.traces:
-            self.request_head = self.traced_head
             self.settle = self.traced_settle
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
@@ -15317,7 +15316,9 @@ class Proxy:
         entry = reply.entry
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
-        await self.read(call, request.method, request, reply.read_body)
+        await self.dialects.read(call, request.method, request, reply.read_body)
+        if self.sharers:
+            await self.stored.recall(call, request.method, entry.caller.key)
         self.begin(call, reply)
         if call.large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
@@ -15341,10 +15342,7 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite, None if upstream.model else self.resolve)
-        caller = entry.caller
-        # Keys that were not given out are anybody's to invent.
-        caller_key = caller.key if caller.role else ("address", entry.address)
-        subject = reply.context.subject = call.upstream_model, caller_key
+        subject = reply.context.subject = call.upstream_model, entry.caller.origin
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if call.large and not upstream.rewrite:
                 call.forget()
@@ -15656,22 +15654,25 @@ class Proxy:
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
-        head = partial(self.request_head, reply.request, call, upstream)
+        head = partial(self.traced_head if self.traces else self.request_head,
+                       reply.request, call, upstream)
+        send = upstream.send_patiently if upstream.retries else upstream.send_once
         if call.body is None:
             body = reply.body if reply.content is None else reply.content
-            send = upstream.send_once if body else upstream.send  # nothing is uploaded twice
+            if body:  # nothing is uploaded twice
+                send = upstream.send_once
             return send(method, head, body, context)
         if call.stream and self.estimator.needs_usage and (
                 call.upstream_model not in upstream.without_options):
-            return self.send_with_question(upstream, method, head, call, context)
-        return upstream.send(method, head, call.upstream_body, context)
+            return self.send_with_question(upstream, send, method, head, call, context)
+        return send(method, head, call.upstream_body, context)
 
-    async def send_with_question(self, upstream, method, head, call, context):
+    async def send_with_question(self, upstream, send, method, head, call, context):
         """Sends a call whose stream must be asked for its usage; an upstream that refuses the
         question is not asked again."""
         unasked = call.upstream_body
         call.dialect.request_usage(call)
-        response = await upstream.send(method, head, call.upstream_body, context)
+        response = await send(method, head, call.upstream_body, context)
         if not call.usage_requested_by_us or response.status not in (400, 422):
             return response
         with ExitStack() as stack:
@@ -15680,7 +15681,7 @@ class Proxy:
                 stack.pop_all()
                 return response
         call.usage_requested_by_us = False
-        response = await upstream.send(method, head, unasked, context)
+        response = await send(method, head, unasked, context)
         if response.status < 400 and len(upstream.without_options) < KNOWN_MODELS:
             upstream.without_options.add(call.upstream_model)  # else the question was not the fault
         return response
@@ -15805,7 +15806,7 @@ class Proxy:
 
     def traced_head(self, request, call, upstream, address):
         """Returns the same as `request_head`, with the trace that the call is part of."""
-        return Proxy.request_head(self, request, call, upstream, address) + call.trace.line()
+        return self.request_head(request, call, upstream, address) + call.trace.line()
 
     @staticmethod
     def lines_of_ours(call, upstream):
@@ -15910,13 +15911,7 @@ def hear_of_others(proxy):
 def share(proxy, buckets):
     """Makes a proxy share by Redis what it has beside buckets."""
     config, redis, stored = proxy.config, buckets.redis, proxy.stored
-
-    async def read(call, method, request, read_body):
-        await proxy.dialects.read(call, method, request, read_body)
-        stored.limits = proxy.limits
-        await stored.recall(call, method, request.cache["caller"][1].key)
-
-    proxy.read = read
+    stored.limits = proxy.limits
     proxy.books.on_end.append(lambda entry: stored.end_poll(entry.call))
     proxy.sharers.append(stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
@@ -15985,6 +15980,7 @@ def rebuild(proxy: Proxy, config: Config) -> List[str]:
     proxy.callers = Callers(config, proxy.callers.secret, proxy.callers.stored)
     proxy.limits = build_limits(config, proxy.limits.buckets, proxy.limits.own)
     proxy.limits.take_over(proxy.wall())
+    proxy.stored.limits = proxy.limits
     proxy.prices = Prices(config.prices, config.unpriced)
     renew_estimator(proxy)
     renew_redaction(proxy)
