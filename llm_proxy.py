@@ -9682,11 +9682,8 @@ class Upstream:
 
     def only(self, name: str) -> "Upstream":
         """Returns this upstream with the address of this name alone, if it has it."""
-        found = [one for one in self.addresses if one.name == name]
-        if not found or len(self.addresses) == 1:
-            return self
         alone = copy.copy(self)
-        alone.addresses = found
+        alone.addresses = [one for one in self.addresses if one.name == name] or self.addresses
         return alone
 
     def choose(self, failed, failure, context):
@@ -15294,7 +15291,6 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
-        self.resolve = dialects.resolve
         self.has_deadlines = config.max_call_seconds > 0
         self.stored = stored
         self.routes = routes
@@ -15341,7 +15337,7 @@ class Proxy:
         entry.upstream = upstream.name
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
-                             upstream.rewrite, None if upstream.model else self.resolve)
+                             upstream.rewrite, None if upstream.model else self.dialects.resolve)
         subject = reply.context.subject = call.upstream_model, entry.caller.origin
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if call.large and not upstream.rewrite:
@@ -18258,7 +18254,7 @@ class Server(http.server.ThreadingHTTPServer):
     def end_an_idle_one(self):
         """Makes room: closes the connection that has been idle longest, of the address with most
         connections."""
-        idle = [one for one in self.open if one.idle and one.context.future]
+        idle = [one for one in self.open if one.idle and one.context.is_waiting()]
         if not idle:
             return False
         oldest = max(idle, key=lambda one: (self.by_address[one.address], -one.context.since))

@@ -16277,6 +16277,20 @@ class ServerTest(ServerCase):
         for client in (few, *others):
             client.answers(200, call())
 
+    def test_a_connection_whose_request_has_just_come_is_not_idle(self):
+        client = self.connect()
+        client.answers(200, call())
+        connection, = self.server.open
+        self.awaiting("a request")
+
+        def make_room():
+            client.send(call())
+            connection.client.on_readable()
+            self.assertFalse(self.server.end_an_idle_one())
+
+        self.on_loop(make_room)
+        client.answers(200)
+
     def test_one_address_has_a_cap_of_its_own_unless_it_speaks_for_others(self):
         two = {"MAX_CONNECTIONS_PER_ADDRESS": 2}
         self.patch_seconds(Server_MAX_PER_ADDRESS=2)  # which does not concern loopback
