@@ -18,7 +18,6 @@ import base64
 import bisect
 import concurrent.futures
 import datetime
-import decimal
 import dis
 import errno
 import fcntl
@@ -65,6 +64,7 @@ import zoneinfo
 from collections import Counter, defaultdict, deque
 from contextlib import (ExitStack, closing, contextmanager, nullcontext, redirect_stderr,
                         redirect_stdout, suppress)
+from decimal import Decimal
 from functools import lru_cache, partial
 from math import ceil, inf
 from random import Random
@@ -5623,6 +5623,11 @@ class UnmaskingTest(ProxyCase):
             return json.loads(data)
         return [json.loads(line[line.index(b"{"):]) for line in data.splitlines() if b"{" in line]
 
+
+    def texts(self, endpoint, data):
+        """The texts of a stream, as a client has them in the end."""
+        return [*self.said(self.payloads(endpoint, data)).values()]
+
     @classmethod
     def said(cls, value, path=(), found=None):
         """What a client takes the texts of a stream to be, by where they stand."""
@@ -5715,8 +5720,8 @@ class UnmaskingTest(ProxyCase):
             row, texts, masks, data = self.stream_at_random(chance, redactor)
             shown = self.unmask(row[0], data, chance.choice((None, 3, 50, 400)),
                                 chance.random() < 0.3, masks=masks)
-            self.assertEqual(sorted(self.said(self.payloads(row[0], shown)).values()),
-                             sorted(filter(None, texts)), (row, data))
+            self.assertEqual(sorted(self.texts(row[0], shown)), sorted(filter(None, texts)),
+                             (row, data))
 
     def test_an_event_in_which_nothing_changes_passes_byte_for_byte(self):
         for data in self.each([
@@ -5857,8 +5862,8 @@ class UnmaskingTest(ProxyCase):
         for row in self.each([TEXT_STREAMS[0], TEXT_STREAMS[5], TEXT_STREAMS[9]]):
             for cut in range(len(said)):
                 data = self.stream(row, [(0, said[:cut]), (0, said[cut:])])
-                found = self.said(self.payloads(row[0], self.unmask(row[0], data, answers=True)))
-                self.assertEqual(list(found.values()), [shown])
+                found = self.texts(row[0], self.unmask(row[0], data, answers=True))
+                self.assertEqual(found, [shown])
         whole = json.dumps({"text": said + "\n", "args": {"a@b.example": 5}})
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
         self.assertEqual(json.loads(found), {"text": shown + "\n", "args": {"[[EMAIL]]": 5}})
@@ -5872,7 +5877,7 @@ class UnmaskingTest(ProxyCase):
                 said = [delta(text[:first]), delta(text[first:last]), delta(text[last:])]
                 masks = Masks(Redactor(["phone"]))
                 found = self.unmask("chat", events(*said, "[DONE]"), answers=True, masks=masks)
-                shown, = self.said(self.payloads("chat", found)).values()
+                shown, = self.texts("chat", found)
                 self.assertNotIn("1234567", shown, (first, last))
 
     def test_all_words_of_an_answer_are_masked_whatever_stands_beside_them(self):
@@ -5986,7 +5991,7 @@ class UnmaskingTest(ProxyCase):
                 masks = Masks(Redactor(KINDS))
                 data = self.stream(row, [(0, said[:at]), (0, said[at:])])
                 found = self.unmask(row[0], data, answers=True, masks=masks)
-                text, = self.said(self.payloads(row[0], found)).values()
+                text, = self.texts(row[0], found)
                 self.assertEqual(json.loads(text), shown)
             found = self.unmask_json(whole, answers=True, masks=masks)
             self.assertEqual((json.loads(found["arguments"]), found["card"]), (shown, "[[CARD]]"))
@@ -5997,22 +6002,24 @@ class UnmaskingTest(ProxyCase):
         '```js\n{a:[ 1 @ ],"b" ,@ }')
 
     def test_numbers_in_what_only_holds_json_or_begins_as_such_are_masked(self):
+        nested = '{"n": %s}' % self.NUMBER
         for text in self.each(self.NO_JSON):
             said, shown = [text.replace("@", one) for one in (self.NUMBER, "[[CARD]]")]
             for at in range(len(said)):
                 masks = Masks(Redactor(KINDS))
                 data = events(delta(said[:at]), delta(said[at:]))
                 found = self.unmask("chat", data, answers=True, masks=masks)
-                found, = self.said(self.payloads("chat", found)).values()
-                self.assertEqual(found, shown)
-            nested = '{"n": %s}' % self.NUMBER
+                self.assertEqual(self.texts("chat", found), [shown])
             whole = {"content": said, "arguments": json.dumps({"content": nested}),
                      "input": {"content": [nested]}}
             found = self.unmask_json(encoded(whole), answers=True, masks=masks)
             self.assertEqual(found["content"], shown)
             self.assertNotIn(self.NUMBER, json.dumps(found))
+
+    def test_numbers_in_a_large_text_that_begins_as_json_are_masked(self):
         large = encoded({"a": "[ " + self.NUMBER, "b": 20_000 * "x"})
-        found = self.unmask("chat", large, answers=True, events=False, masks=masks)
+        found = self.unmask("chat", large, answers=True, events=False,
+                            masks=Masks(Redactor(KINDS)))
         self.assertNotIn(self.NUMBER.encode(), found)
 
     def test_no_probabilities_tell_what_is_masked(self):
@@ -6035,8 +6042,7 @@ class UnmaskingTest(ProxyCase):
             shown = told.replace("@", spelled(value))
             for cut in range(len(said)):
                 found = self.unmask("chat", events(delta(said[:cut]), delta(said[cut:])))
-                text, = self.said(self.payloads("chat", found)).values()
-                self.assertEqual(text, shown)
+                self.assertEqual(self.texts("chat", found), [shown])
             found = self.unmask("chat", encoded({"content": said}), events=False)
             self.assertEqual(json.loads(found), {"content": shown})
 
@@ -6055,7 +6061,7 @@ class UnmaskingTest(ProxyCase):
             found = self.unmask("chat", events(*[
                 delta(said[at:at + size]) for at in range(0, len(said), size)], "[DONE]"),
                 answers=True, masks=masks)
-            self.assertEqual(list(self.said(self.payloads("chat", found)).values()), [shown])
+            self.assertEqual(self.texts("chat", found), [shown])
 
     def test_a_long_secret_is_not_searched_again_at_each_piece(self):
         search = mock.Mock(wraps=Restorer.BEGUN_SECRET)
@@ -6079,7 +6085,7 @@ class UnmaskingTest(ProxyCase):
         for said, shown in self.each((("[[EMAIL", "_1]]"), ("bob@corp", ".com")),):
             found = self.unmask("chat", events(
                 delta("to " + said), delta(shown + " x" * 60_000), "[DONE]"), 16384, answers=True)
-            text, = self.said(self.payloads("chat", found)).values()
+            text, = self.texts("chat", found)
             self.assertIn(text.split()[1], ("ann@example.com", "[[EMAIL]]"))
 
     def test_in_parts_too_no_probabilities_tell_what_is_masked(self):
@@ -6093,16 +6099,21 @@ class UnmaskingTest(ProxyCase):
                 {**one, "logprobs": None if type(one["logprobs"]) is dict else []}
                 for one in choices]})
 
+    LONG = "%s\n\u00e9 [[SECRETS]] [[EMAIL]] ann@example.com\t\\ [[CARD]]. "
+
+    def long_text(self, size):
+        """LONG as a model says it, again and again, with this many spaces."""
+        said = (self.LONG % (size * "x ")).replace("[[EMAIL]]", "bob@corp.com").replace(
+            "[[CARD]]", "4111 1111 1111 1111").replace("ann@example.com", "[[EMAIL_1]]")
+        return "".join([said.replace("[[SECRETS]]", one)
+                        for one in (self.TOKEN, self.PRIVATE_KEY) * (1 + 15_000 // size)])
+
     def test_of_long_texts_parts_go_on_without_what_must_not_be_seen(self):
         """In one piece of JSON, and in an event that repeats a text."""
-        shown = "%s\n\u00e9 [[SECRETS]] [[EMAIL]] ann@example.com\t\\ [[CARD]]. "
         for size, (events_of, step) in self.each(itertools.product(
                 (100, 16_000, 30_000), ((events, 16384), (encoded, 5000)))):
-            said = (shown % (size * "x ")).replace("[[EMAIL]]", "bob@corp.com").replace(
-                "[[CARD]]", "4111 1111 1111 1111").replace("ann@example.com", "[[EMAIL_1]]")
-            said = "".join([said.replace("[[SECRETS]]", one)
-                            for one in (self.TOKEN, self.PRIVATE_KEY) * (1 + 15_000 // size)])
-            data = events_of({"choices": [{"message": {"content": said}, "n": 4111111111111111}]})
+            message = {"content": self.long_text(size)}
+            data = events_of({"choices": [{"message": message, "n": 4111111111111111}]})
             masks, streamed = self.masks(*KINDS), events_of is events
             found = self.unmask("chat", data + events(delta("x")) * streamed, step, answers=True,
                                 events=streamed, masks=masks)
@@ -6110,7 +6121,7 @@ class UnmaskingTest(ProxyCase):
             choice = json.loads(first)["choices"][0]
             self.assertEqual(choice["n"], 4111111111111111)
             self.assertEqual(set(choice["message"]["content"].split(". ")),
-                             {shown[:-2] % (size * "x "), ""})
+                             {self.LONG[:-2] % (size * "x "), ""})
             self.assertEqual(masks.counts["opaque"], 0)
 
     def test_in_parts_too_a_number_of_a_tool_call_stays_and_its_strings_are_masked(self):
@@ -6128,6 +6139,7 @@ class UnmaskingTest(ProxyCase):
             self.assertEqual(json.loads(call_of["function"]["arguments"]), [shown] * times)
 
     UNIT = 'to bob@x.org, [[EMAIL_1]] \u00e9 4111 1111 1111 1111 "q"\n'
+    TIMES = 100_000 // len(UNIT)
     LARGE_EVENTS = (
         *[(row[0], row[1].replace("N", "0", 1), 16384) for row in TEXT_STREAMS
           if "arguments" not in row[1] and "partial_json" not in row[1]],
@@ -6137,9 +6149,20 @@ class UnmaskingTest(ProxyCase):
         ("messages", '{"type": "message_start", "logprobs": [["bob@", "x.org"], {}],'
          ' "message": {"content": [{"text": TEXT}]}}', 16384))
 
+    def small_and_large(self, endpoint, event):
+        """Such an event with a small text, with a large one, and again; and the small text."""
+        said = "at b" if "delta" in event else "x"
+        small, large = [event.replace("TEXT", json.dumps(one))
+                        for one in (said, self.TIMES * self.UNIT)]
+        line = "%s\n" if endpoint == "ollama" else "event: x\ndata: %s\n\n"
+        data = "".join([line % one for one in (small, large, small)])
+        if endpoint == "array":
+            data = "[%s]" % ",\n".join((small, large, small))
+        return data.encode(), said
+
     def test_of_an_event_of_any_size_a_slice_is_looked_at_at_once(self):
         """Of a text in it that goes on, too; and nothing of it is passed over."""
-        seen, find, times = [], Redactor.find, 100_000 // len(self.UNIT)
+        seen, find = [], Redactor.find
         shown = self.UNIT.replace("bob@x.org", "[[EMAIL]]").replace(
             "[[EMAIL_1]]", "ann@example.com").replace("4111 1111 1111 1111", "[[CARD]]")
 
@@ -6148,18 +6171,12 @@ class UnmaskingTest(ProxyCase):
             return find(redactor, text)
         patch_until(self.addCleanup, patch.object(Redactor, "find", look))
         for endpoint, event, step in self.each(self.LARGE_EVENTS):
-            said = "at b" if "delta" in event else "x"
-            small, large = [event.replace("TEXT", json.dumps(one))
-                            for one in (said, times * self.UNIT)]
             masks = self.masks(*KINDS)
-            line = "%s\n" if endpoint == "ollama" else "event: x\ndata: %s\n\n"
-            data = "".join([line % one for one in (small, large, small)])
-            if endpoint == "array":
-                data = "[%s]" % ",\n".join((small, large, small))
-            found = self.unmask(endpoint, data.encode(), step, answers=True, masks=masks)
-            texts = "".join(self.said(self.payloads(endpoint, found)).values())
+            data, said = self.small_and_large(endpoint, event)
+            found = self.unmask(endpoint, data, step, answers=True, masks=masks)
+            texts = "".join(self.texts(endpoint, found))
             self.assertEqual(texts.replace(shown, ""), said + said)
-            self.assertEqual((texts.count(shown), masks.counts["opaque"]), (times, 0))
+            self.assertEqual((texts.count(shown), masks.counts["opaque"]), (self.TIMES, 0))
             self.assertLess(max(seen), 1 << 16)
 
     def test_what_is_no_json_is_masked_as_text_and_counted(self):
@@ -7983,27 +8000,28 @@ class StoredTest(ManyCase):
 
     def test_calls_go_where_the_thing_they_speak_of_was_made(self):
         """One upstream has two addresses; that model serves nothing else."""
-        first, second, other = self.stub_of("first"), self.stub_of("second"), self.stub_of("other")
+        first, second, other = map(self.stub_of, ("first", "second", "other"))
         self.start(says({"from": "base"}),
                    UPSTREAM_BOX_URL="%s/v1,%s/v1" % (first.url, second.url),
                    UPSTREAM_BOX_MODELS="m", UPSTREAM_OTHER_URL=other.url)
+
+        def tell(member):
+            for one in (first, second):
+                one.answer = says({member: "resp_%d" % one.port})
         for stub in self.each((first, second) * 2):
-            for one in (first, second):
-                one.answer = says(b'{"id": "resp_%d"}' % one.port)
-            while self.create("/v1/responses", {}).json() != {"id": "resp_%d" % stub.port}:
-                pass
-            for one in (first, second):
-                one.answer = says(b'{"from": %d}' % one.port)
             name = "resp_%d" % stub.port
-            for data in (request("GET", "/v1/responses/" + name),
-                         request("DELETE", "/v1/responses/" + name),
-                         request("POST", "/v1/responses/%s/cancel" % name),
-                         request("GET", "/box/v1/responses/" + name),
+            path = "/v1/responses/" + name
+            tell("id")
+            while self.create("/v1/responses", {}).json() != {"id": name}:
+                pass
+            tell("from")
+            for data in (request("GET", path), request("DELETE", path),
+                         request("POST", path + "/cancel"), request("GET", "/box" + path),
                          request("POST", "/v1/responses", {
                              "model": "x", "previous_response_id": name})):
-                self.assert_from(stub.port, data)
+                self.assert_from(name, data)
         self.assert_from("base", request("GET", "/v1/responses/resp_0"))
-        self.assert_from("other", request("GET", "/other/v1/responses/" + name))
+        self.assert_from("other", request("GET", "/other" + path))
 
     def test_only_the_last_things_are_remembered(self):
         self.patch_seconds(Stored_ROOM=2)
@@ -9476,7 +9494,7 @@ redacted      None"""))
                 (writing, most_of_pipe), (theirs.detach(), most_of_pipe), (file, 24100))):
             written = []
             with Recorder(descriptor, "w") as stream, patch.object(Log, "PAUSE", PATIENCE):
-                log = Log(stream, as_json=False)
+                log = Log(stream, False)
                 for _ in range(100):
                     log.record("x" * 240)
                 log.close(PATIENCE)
@@ -9645,9 +9663,7 @@ class LedgerTest(LedgerCase):
         for number in range(1, 4):
             self.ask("k")
             self.wait_for_rows(number)
-            with closing(sqlite3.connect(self.path)) as connection:
-                found = connection.execute("SELECT level FROM buckets").fetchall()
-            self.assertEqual(found, [(10 - number,)])
+            self.assertEqual(self.stored_levels(), [10 - number])
 
     def test_a_file_that_is_deleted_or_replaced_is_begun_anew(self):
         self.start(MAX_TOKENS=10)
@@ -9665,9 +9681,7 @@ class LedgerTest(LedgerCase):
             wait_for(lambda: self.lines.text().count("are kept in " + self.path) == number + 1)
             self.ask("k")
             self.wait_for_rows(1)
-            with closing(sqlite3.connect(self.path)) as connection:
-                found = wait_for(connection.execute("SELECT level FROM buckets").fetchall)
-            self.assertEqual(found, [(8 - 2 * number,)])
+            self.assertEqual(wait_for(self.stored_levels), [8 - 2 * number])
 
     def test_a_lost_lock_is_taken_again_and_what_another_service_has_is_left_to_it(self):
         self.start()
@@ -9791,30 +9805,35 @@ class LedgerTest(LedgerCase):
         self.assertGreaterEqual(dropped, 1000)
         return dropped
 
+    def start_full(self, path):
+        """One that has answered a call, on a disk with little left; returns a Client."""
+        self.start(DATABASE=path, USAGE_LOG=path + ".jsonl", MAX_TOKENS=10 ** 6)
+        self.ask("k")
+        self.wait_for_rows(1)
+        self.proxy.books.ledger.room, self.ended = 1000, deque(maxlen=1)
+        self.proxy.books.on_end.append(self.ended.append)
+        self.write_aside(path)
+        return self.connect()
+
+    def stored_levels(self):
+        with closing(sqlite3.connect(self.path)) as connection:
+            return [level for level, in connection.execute("SELECT level FROM buckets")]
+
     def test_a_full_disk_holds_up_no_call_drops_and_counts_rows_and_comes_back_by_itself(self):
         with self.small_disk() as folder:
             path = os.path.join(folder or new_path(self), "llm_proxy.db")
-            usage_log = pathlib.Path(path + ".jsonl")
-            self.start(DATABASE=path, USAGE_LOG=usage_log, MAX_TOKENS=10 ** 6)
-            self.ask("k")
-            self.wait_for_rows(1)
-            ledger, client = self.proxy.books.ledger, self.connect()
-            ledger.room, self.ended = 1000, deque(maxlen=1)
-            self.proxy.books.on_end.append(self.ended.append)
-            self.write_aside(path)
+            usage_log, client = pathlib.Path(path + ".jsonl"), self.start_full(path)
             with self.full_disk(folder):
                 for _ in range(20):
                     client.answers(200, call("k"))
                 self.assert_said("the database cannot be written: database or disk is full")
-                dropped = self.drop_some(ledger)
+                dropped = self.drop_some(self.proxy.books.ledger)
             self.assertEqual(len(self.wait_for_rows(2021 - dropped)), 2021 - dropped)
             self.ask(call("k", "X-Request-ID: the-last"))
             wait_for(lambda: b"the-last" in usage_log.read_bytes(), "the last line")
             self.assert_counted(usage_log.read_text("ascii").splitlines(), 22)
             self.close_books()
-            with closing(sqlite3.connect(path)) as connection:
-                found = connection.execute("SELECT level FROM buckets").fetchall()
-            self.assertEqual(found, [(10 ** 6 - 22,)])
+            self.assertEqual(self.stored_levels(), [10 ** 6 - 22])
 
     @staticmethod
     def write_aside(path):
@@ -10084,19 +10103,18 @@ class SumsTest(TableCase):
 
     def test_usage_has_groups_a_series_and_a_total_that_is_the_sum_of_both(self):
         self.add_many(500)
-        self.add({"caller": "rich", "picodollars": 9 * 10 ** 12, "time": self.DAY + 3 * 86400})
+        self.add({"caller": "rich", "picodollars": 9e12, "time": self.DAY + 259200})
         for named, step in self.each("""[[200, "day"], [2, "hour"], [2, "month"]]"""):
             with patch.object(LedgerReader, "NAMED", named):
                 found = self.reader.usage(
-                    "caller", step, self.DAY, self.DAY + 4 * 86400, {"caller": ""})
+                    "caller", step, self.DAY, self.DAY + 345600, {"caller": ""})
             groups, total = found["groups"], found["total"]
             names = [group["name"] for group in groups]
             self.assertEqual((len(names), "other" in names), (4, False) if named > 2 else (3, True))
             self.assertEqual((names[0], groups[0]["usd"]), ("rich", "9"))
             points = [point for one in found["series"] for point in one["groups"].values()]
             for name, parts in itertools.product(("calls", "usd"), (groups, points)):
-                self.assertEqual(sum(decimal.Decimal(one[name]) for one in parts),
-                                 decimal.Decimal(total[name]))
+                self.assertEqual(sum(Decimal(one[name]) for one in parts), Decimal(total[name]))
             self.assertEqual(total["calls"], 501)
 
     STEPS = """\
@@ -10316,27 +10334,36 @@ class SumsTest(TableCase):
         self.database.connection.close()
         self.database = Database(self.path)
 
-    def test_calls_of_an_older_version_are_added_up_once_whatever_happens(self):
-        self.add_many(500, 1)
-        whole = self.reader.totals("caller", self.DAY, self.DAY + 86400)
+    def make_old(self):
+        """Has the database be one of a version that had no sums."""
         for statement in ("DROP TABLE sums", "DELETE FROM facts"):
             self.database.connection.execute(statement)
         self.reopen()
+
+    def add_older(self, fault):
+        """Adds up some calls more, which meets this fault, or none, when it is noted."""
+        note = patch.object(self.database, "note", wraps=self.database.note, side_effect=fault)
+        with suppress(KeyError), patch.object(Database, "BATCH", 220), note:
+            self.database.add_older()
+
+    def test_calls_of_an_older_version_are_added_up_once_whatever_happens(self):
+        self.add_many(500, 1)
+        whole = self.reader.totals("caller", self.DAY, self.DAY + 86400)
+        self.make_old()
         self.add({"caller": "new", "time": self.DAY + 90000})
-        options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
-        used = None
+        usages, options = [], SimpleNamespace(since="9999d", by=None, id=None, caller=None)
         for step in range(60):
-            with suppress(KeyError), patch.object(Database, "BATCH", 220), patch.object(
-                    self.database, "note", side_effect=KeyError if step % 2 else None,
-                    wraps=self.database.note):
-                self.database.add_older()
-            usage = read_usage(self.path, options, self.DAY + 2 * 86400)
-            self.assertEqual(usage, used or usage)
-            used = usage
+            self.add_older(KeyError if step % 2 else None)
+            usages.append(read_usage(self.path, options, self.DAY + 2 * 86400))
+        self.assertEqual(usages, usages[:1] * 60)
         found = self.reader.totals("caller", self.DAY, self.DAY + 2 * 86400)
-        self.assertEqual((self.database.facts["unsummed"], found.pop("new").calls, found),
-                         (0, 1, whole))
+        found = self.database.facts["unsummed"], found.pop("new").calls, found
+        self.assertEqual(found, (0, 1, whole))
         self.assertEqual(self.reader.call("id-3")["row"], 4)
+
+    def quarter(self, by):
+        """The sums of the first one of DAY."""
+        return self.reader.totals(by, self.DAY, self.DAY + 900)
 
     def test_names_that_nobody_answered_for_make_no_sums_without_end(self):
         nothing = dict.fromkeys(("input", "cached", "output", "picodollars"), 0)
@@ -10346,13 +10373,12 @@ class SumsTest(TableCase):
                           "caller": "10.0.0.%d" % number, **nothing})
             self.add({"served": "good", "time": self.DAY})
         for by, plain in self.each("""[["model", "good"], ["caller", "alice"]]"""):
-            found = self.reader.totals(by, self.DAY, self.DAY + 900)
+            found = self.quarter(by)
             self.assertEqual((len(found), found["other"].calls, found[plain].calls), (7, 15, 1))
         self.assertEqual(len(self.pages({"model": "junk19"}, 5)[0]), 1)
-
         with patch.object(llm_proxy.SumNames, "MOST_NAMES", 8):
             self.add(*({"served": "s%d" % number, "time": self.DAY} for number in range(9)))
-        found = self.reader.totals("model", self.DAY, self.DAY + 900)
+        found = self.quarter("model")
         self.assertEqual((len(found), found["other"].calls), (9, 22))
 
     def test_what_was_not_added_up_before_the_end_is_after_the_next_start(self):
@@ -10518,13 +10544,19 @@ class BalanceTest(LedgerCase):
         capacities = {rule.text: rule.capacity for rule in self.proxy.limits.rules}
         return [(key[0], capacities[key[0]] - level) for key, level in levels(self.proxy).items()]
 
-    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+    def start_balanced(self, **settings):
         keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
         self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
-                   UNPRICED="0.5")
-        self.proxy.limits.buckets.clock = Clock()  # nothing is refilled meanwhile
+                   UNPRICED="0.5", **settings)
+
+    def converse_all(self):
         with threads(partial(self.converse, seed) for seed in range(self.CALLERS)):
             pass
+
+    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+        self.start_balanced()
+        self.proxy.limits.buckets.clock = Clock()  # nothing is refilled meanwhile
+        self.converse_all()
         wait_for(lambda: not self.server.open, "the end of every call")
         missing = sorted(self.missing())
         running = self.proxy.limits.buckets.levels["all 1000 running",]
@@ -10620,7 +10652,9 @@ class MetricsTest(SignalsCase):
         bad = asked.json()["model"].startswith("bad")
         asked.answer(b"{}", "404 Not Found" if bad else "200 OK")
 
-    def test_counters_are_the_sums_of_the_ledger(self):
+    def start_counted(self):
+        """A proxy that has answered calls of two callers, limited one and refused another; returns
+        their rows."""
         self.start(lambda asked: asked.answer(completion(1000, 20)), **self.KEYS,
                    LIMITS="each 3000 tokens per day; all 3 usd per day")
         for model, key in self.each("""
@@ -10631,16 +10665,21 @@ class MetricsTest(SignalsCase):
                 gpt-4o-mini -> sk-1
                 m -> wrong"""):
             self.ask(call(key, model=model, max_tokens=20))
-        rows = self.wait_for_rows(6)
+        return self.wait_for_rows(6)
+
+    def test_counters_are_the_sums_of_the_ledger(self):
+        rows = self.start_counted()
         for kind, caller in self.each(itertools.product(
                 ("input", "cached", "output", "reasoning"), ("alice", "bob"))):
             found = self.sums("tokens_total", 'kind="%s"' % kind, 'caller="%s"' % caller)
             self.assertEqual(found, sum(row[kind] for row in rows if row["caller"] == caller))
-        self.assertEqual(self.sums("requests_total"), 6)
         usd = sum(row["picodollars"] for row in rows) / 1e12
         self.assertGreater(usd, 0)
         self.assertAlmostEqual(self.sums("usd_total"), usd, 12)
-        outcomes = Counter(row["outcome"] for row in rows)
+
+    def test_calls_are_counted_by_how_they_ended(self):
+        outcomes = Counter(row["outcome"] for row in self.start_counted())
+        self.assertEqual(self.sums("requests_total"), 6)
         for outcome in self.each(("ok", "limited", "refused")):
             found = self.sums("requests_total", 'outcome="%s"' % outcome)
             self.assertEqual(found, outcomes[outcome])
@@ -11494,30 +11533,34 @@ class LossesTest(RedisCase):
     SECONDS = RedisCase.PATIENT
     STEPS = 150
     RULE = read_rule("each 1 requests per 365d burst 1000")
+    KEYED_RULES = [(RULE, (RULE.text,))]
+
+    def take_part(self, store, act):
+        if act == "call":
+            self.run_loop(store.take(self.KEYED_RULES, costs(1)))
+        elif act == "lose":
+            self.server.ask("FLUSHALL")
+        else:
+            store.beat_timer.cancel()
+            store.beat()
+            self.run_loop(asyncio.sleep(0.001))
 
     def test_no_call_is_forgotten_nor_charged_twice(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0, RedisBuckets_BEAT_SECONDS=PATIENCE)
-        server, clock, keyed_rules = RedisServer(self), Clock(), [(self.RULE, (self.RULE.text,))]
-        stores = [RedisBuckets(clock, self.client(server.url), "test", "share", 3)
+        self.server, clock = RedisServer(self), Clock()
+        stores = [RedisBuckets(clock, self.client(self.server.url), "test", "share", 3)
                   for _ in range(3)]
         self.left_done(stores)
         stores[0].LOOKS = 0  # it sees no charges of the others but by its own
-        chance, calls = Random(3), 0
+        chance = Random(3)
         acts = chance.choices(["call", "lose", "beat"], [10, 3, 4], k=self.STEPS)
-        for act, store in [*((act, chance.choice(stores)) for act in acts),
-                           *(("beat", store) for store in 2 * stores)]:
-            if act == "call":
-                self.run_loop(store.take(keyed_rules, costs(1)))
-                calls += 1
-            elif act == "lose":
-                server.ask("FLUSHALL")
-            else:
-                store.beat_timer.cancel()
-                store.beat()
-                self.run_loop(asyncio.sleep(0.001))
+        for store, act in [*((chance.choice(stores), act) for act in acts),
+                           *((store, "beat") for store in 2 * stores)]:
+            self.take_part(store, act)
             self.left_done(stores)
-        name, _ = stores[0].describe(*keyed_rules[0])
-        self.assertEqual(int(server.ask("GET", name).split()[0]), 1000 - calls)
+        name, _ = stores[0].describe(*self.KEYED_RULES[0])
+        left = int(self.server.ask("GET", name).split()[0])
+        self.assertEqual(left, 1000 - acts.count("call"))
 
     def left_done(self, stores):
         self.wait_for(lambda: all(map(is_done, stores)))
@@ -11782,6 +11825,9 @@ class SharedLimitsTest(ProxyCase):
         found = [self.redis.ask("GET", name) for name in self.redis.ask("KEYS", "*:b:*")]
         return sorted(int(text.split()[0]) for text in found if text)
 
+    def wait_for_stored(self, *levels):
+        wait_for(lambda: self.stored() == [*levels], "%r in Redis" % (levels,))
+
     def test_two_proxies_share_a_bucket(self):
         one = self.start_here()
         self.assert_admitted(6, 6)
@@ -11801,9 +11847,15 @@ class SharedLimitsTest(ProxyCase):
             self.assertEqual(self.ask().get("x-ratelimit-remaining"), left)
             self.is_back(buckets)
 
+    @contextmanager
+    def soon(self):
+        """What is done meanwhile may not take long."""
+        began = time.monotonic()
+        yield
+        self.assertLess(time.monotonic() - began, PATIENCE / 4)
+
     def test_while_redis_is_away_each_has_its_share_and_that_is_charged_later(self):
-        one = self.start_here()
-        two = self.start_here()
+        one, two = self.start_here(), self.start_here()
         wait_for(lambda: one.processes == two.processes == 2)
         for self.address in reversed(self.proxies):
             self.assertEqual(self.admitted(1), 1)
@@ -11812,19 +11864,17 @@ class SharedLimitsTest(ProxyCase):
         self.redis.kill()
         self.is_away(two)
         one.beats = two.beats = two.START_BEATS  # after which Redis is said to be there
-        began = time.monotonic()
-        self.assert_admitted(4, 6)  # of the 8 that are left
-        self.assertLess(time.monotonic() - began, PATIENCE / 4)
+        with self.soon():
+            self.assert_admitted(4, 6)  # of the 8 that are left
         self.assert_said(": this process goes by its share of the limits, one of 2")
         self.assertIn("llm_proxy_limits_degraded 1", self.get("/metrics").body.decode())
         wait_for(lambda: self.ask(HEALTH).json()["limits"]["redis"] == "is not there")
         self.redis.start()
-        began = time.monotonic()
-        self.is_back(one)
-        self.is_back(two)
-        self.assertLess(time.monotonic() - began, PATIENCE / 4)
+        with self.soon():
+            self.is_back(one)
+            self.is_back(two)
         self.assert_said("Redis is there again: ")
-        wait_for(lambda: self.stored() == [4])
+        self.wait_for_stored(4)
         self.assert_admitted(4, 6)
 
     def test_charges_that_find_no_room_are_counted_and_running_calls_end_all_the_same(self):
@@ -11857,7 +11907,7 @@ class SharedLimitsTest(ProxyCase):
         self.is_back(buckets)
         self.redis.ask("FLUSHALL")
         self.assert_admitted(2, 5)
-        wait_for(lambda: self.stored() == [0, 89])
+        self.wait_for_stored(0, 89)
         self.assertEqual(self.redis.ask("KEYS", "*:r:*")[1:], [])
         asked.answer()
         client.head()
@@ -11867,7 +11917,7 @@ class SharedLimitsTest(ProxyCase):
         self.assert_admitted(7, 7, "sk-1")
         wait_for(lambda: one.processes == two.processes == 2)
         self.redis.ask("FLUSHALL")
-        wait_for(lambda: self.stored() == [3])
+        self.wait_for_stored(3)
         self.assert_admitted(3, 4, "sk-1")
         self.assertFalse(one.is_degraded or two.is_degraded)
 
@@ -11972,7 +12022,7 @@ class SharedLimitsTest(ProxyCase):
         wait_for(lambda: [one.processes for one in both] == [2, 2])
         self.assert_admitted(4, 4)
         self.redis = new
-        wait_for(lambda: self.stored() == [6], "the replica")
+        self.wait_for_stored(6)
         return old, new, link, both
 
     @staticmethod
@@ -12058,26 +12108,22 @@ class SharedLimitsTest(ProxyCase):
             self.assert_admitted(in_time, 4)
 
     def test_what_is_given_and_filled_is_so_for_all(self):
-        rule, key = "each 10 requests per hour", "sk-1"
-        one = self.start_here(PROXY_API_KEYS="ann=" + key)
-        two = self.start_here(PROXY_API_KEYS="ann=" + key)
-        self.assert_admitted(10, 12, key)
-        owner = ("key", hashlib.sha256(key.encode()).digest())
+        one, two = self.start_for_ann(), self.start_for_ann()
         loop = one.redis.loop
-        loop.call_soon_threadsafe(one.fill, owner)
-        wait_for(lambda: not self.stored())
-        self.assert_admitted(10, 12, key)
-        until = time.monotonic() + 60
-        loop.call_soon_threadsafe(one.give, self.proxy.limits.rules[0], (rule, owner), 3, until)
-        wait_for(lambda: self.stored() == [3])
-        self.assert_admitted(3, 12, key)
+        self.assert_admitted(10, 12, "sk-1")
+        loop.call_soon_threadsafe(one.fill, self.ANN)
+        self.wait_for_stored()
+        self.assert_admitted(10, 12, "sk-1")
+        self.give_at(one, 3, 60)
+        self.wait_for_stored(3)
+        self.assert_admitted(3, 12, "sk-1")
         self.assertEqual([amount for (amount, _), in two.given.values()], [3])
-        loop.call_soon_threadsafe(one.fill, owner)
+        loop.call_soon_threadsafe(one.fill, self.ANN)
         wait_for(lambda: self.stored() != [0])
-        self.assert_admitted(1, 1, key)
+        self.assert_admitted(1, 1, "sk-1")
         self.redis.ask("FLUSHALL")
-        wait_for(lambda: self.stored() == [12])
-        self.assert_admitted(12, 15, key)
+        self.wait_for_stored(12)
+        self.assert_admitted(12, 15, "sk-1")
 
     def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
         one, two = self.start_here(), self.start_here()
@@ -12151,36 +12197,39 @@ class SharedLimitsTest(ProxyCase):
         loop.call_soon_threadsafe(buckets.beat)
         wait_for(lambda: buckets.loss > before and is_done(buckets))
 
+    def give_at(self, buckets, amount, seconds):
+        """Gives more to the key of start_for_ann, at this proxy."""
+        buckets.redis.loop.call_soon_threadsafe(
+            buckets.give, self.proxy.limits.rules[0], (self.RULE, self.ANN), amount,
+            time.monotonic() + seconds)
+
+    ANN = "key", hashlib.sha256(b"sk-1").digest()
+
+    def start_for_ann(self):
+        return self.start_here(PROXY_API_KEYS="ann=sk-1")
+
+    def assert_given(self, buckets, level, *gifts):
+        """So much is there and stored, of it these gifts, (amount, seconds) each."""
+        self.is_back(buckets)
+        self.wait_for_stored(level)
+        wait_for(lambda: [[(amount, round(until - time.monotonic(), -1)) for amount, until in row]
+                          for row in buckets.given.values()] == [list(gifts)])
+
     def test_each_gift_is_put_back_once_with_its_own_end(self):
-        key = "sk-1"
-        buckets = self.start_here(PROXY_API_KEYS="ann=" + key)
-        rule, = self.proxy.limits.rules
-        owner = "key", hashlib.sha256(key.encode()).digest()
-        self.assert_admitted(1, 1, key)
-
-        def give(amount, seconds):
-            buckets.redis.loop.call_soon_threadsafe(
-                buckets.give, rule, (rule.text, owner), amount, time.monotonic() + seconds)
-
-        def assert_given(level, *gifts):
-            self.is_back(buckets)
-            wait_for(lambda: self.stored() == [level])
-            wait_for(lambda: [[(amount, round(until - time.monotonic(), -1))
-                               for amount, until in row]
-                              for row in buckets.given.values()] == [list(gifts)])
-
+        buckets = self.start_for_ann()
+        self.assert_admitted(1, 1, "sk-1")
         for amount, seconds, level in self.each(((5, 600, 14), (7, 3600, 21))):
-            give(amount, seconds)
-            wait_for(lambda: self.stored() == [level])
+            self.give_at(buckets, amount, seconds)
+            self.wait_for_stored(level)
         gifts = (5, 600), (7, 3600)
         self.redis.ask("FLUSHALL")
-        assert_given(21, *gifts)
+        self.assert_given(buckets, 21, *gifts)
         self.redis.kill()
         self.is_away(buckets)
-        give(3, 1800)
+        self.give_at(buckets, 3, 1800)
         self.redis.start()
-        assert_given(24, *gifts, (3, 1800))
-        self.assert_admitted(24, 26, key)
+        self.assert_given(buckets, 24, *gifts, (3, 1800))
+        self.assert_admitted(24, 26, "sk-1")
 
     def test_running_calls_of_all_count_and_those_of_a_dead_process_end(self):
         rules = "each 3 running"
@@ -12256,33 +12305,36 @@ class BalanceInRedisTest(BalanceTest):
             found.append((rule.text, scale * (capacity - level)))
         return found
 
-    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
-        self.redis = RedisServer(self)
-        keys = ",".join("k%d=sk-%d" % (number, number) for number in range(5))
-        paths, servers, self.addresses = [], [], []
+    def start_three(self):
+        """Returns the server and the path of the ledger of each."""
+        self.redis, self.addresses, started = RedisServer(self), [], []
         for _ in range(3):
-            paths.append(new_path(self, "calls.db"))
-            self.start(self.answer, LIMITS=self.RULES, PROXY_API_KEYS=keys, LOG_FORMAT="text",
-                       UNPRICED="0.5", DATABASE=paths[-1], REDIS_URL=self.redis.url)
-            servers.append(self.server)
+            path = new_path(self, "calls.db")
+            self.start_balanced(DATABASE=path, REDIS_URL=self.redis.url)
+            started.append((self.server, path))
             self.addresses.append(self.address)
             wait_for(lambda: self.proxy.limits.buckets.state == "here")
-        over = Event()
+        return started
+
+    def close_when_done(self, server):
+        wait_for(lambda: not server.open, "the end of every call")
+        buckets = server.proxy.limits.buckets
+        charges = buckets.charges  # a call may have its slot until its upstream has closed
+        wait_for(lambda: is_done(buckets) and not (charges.pending or charges.running), "Redis")
+        server.proxy.books.close(PATIENCE)
+
+    def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
+        started, over = self.start_three(), Event()
 
         def cut():
             while not over.wait(0.1):
                 self.redis.ask("CLIENT", "KILL", "TYPE", "normal")
         with threads([cut]):
-            with threads(partial(self.converse, seed) for seed in range(self.CALLERS)):
-                pass
+            self.converse_all()
             over.set()
-        wait_for(lambda: not any(server.open for server in servers), "the end of every call")
-        for proxy in [server.proxy for server in servers]:
-            buckets = proxy.limits.buckets
-            charges = buckets.charges  # a call may have its slot until its upstream has closed
-            wait_for(lambda: is_done(buckets) and not (charges.pending or charges.running), "Redis")
-            proxy.books.close(PATIENCE)
-        self.assert_balance([row for path in paths for row in self.rows(path)],
+        for server, _ in started:
+            self.close_when_done(server)
+        self.assert_balance([row for _, path in started for row in self.rows(path)],
                             sorted(self.missing()))
 
 
@@ -12658,16 +12710,16 @@ class SharedSumsTest(ProxyCase):
         database.close()
 
     def test_what_is_no_sum_is_left_out(self):
-        one = self.box()
-        good = [0, *"abcde", *[1] * 13]
+        one, add = self.box(), partial(self.redis.ask, "XADD", "{llm_proxy}:sums", "*")
+        counts = [*"abcde", *[1] * 13]
+        good = [0, *counts]
         for row in self.each(("", "{", "{}", "[]", "[" * 9999, good[:-1],
                               [*good[:-1], -1], [*good[:-1], "1"],
-                              [*good[:-1], 10 ** 19], [1.5, *good[1:]], [None, *good[1:]])):
+                              [*good[:-1], 10 ** 19], [1.5, *counts], [None, *counts])):
             text = row if type(row) is str else json.dumps(row)
-            self.redis.ask("XADD", "{llm_proxy}:sums", "*", "other", "1 " + text)
-            self.redis.ask("XADD", "{llm_proxy}:sums", "*", "other", text, "and", "more")
-        self.redis.ask("XADD", "{llm_proxy}:sums", "*", "another", "1 " + json.dumps(
-            [int(time.time() // 900) * 900, *"abcde", *[1] * 13]))
+            add("other", "1 " + text)
+            add("other", text, "and", "more")
+        add("another", "1 " + json.dumps([int(time.time() // 900) * 900, *counts]))
         wait_for(lambda: self.totals(one[1]) == [("a", 1, 2)], lambda: self.totals(one[1]))
 
 
@@ -13019,26 +13071,31 @@ class SettlingTest(LedgerCase):
         self.get(poll + "/results")
         self.assertEqual(self.row(1)["unpriced"], 1)
 
+    # How a batch is made, what answers that, where it is asked for; what is told then and is left
+    ENDED_BATCHES = """[
+        ["/v1/batches", {"id": "b"}, "/v1/batches/b",
+         [{"object": "batch", "status": "completed"}, 400],
+         [{"object": "batch", "status": "expired"}, 400],
+         [{"object": "batch", "status": "cancelled"}, 400],
+         [{"object": "batch", "status": "in_progress"}, 400],
+         [{"object": "batch", "status": "failed"}, 1000]],
+        ["/v1/projects/p/batchPredictionJobs", {"name": "projects/p/batchPredictionJobs/b"},
+         "/v1/projects/p/batchPredictionJobs/b", [{"state": "JOB_STATE_SUCCEEDED"}, 400],
+         [{"state": "JOB_STATE_RUNNING", "error": {"code": 13, "message": "x"}}, 400],
+         [{"state": "JOB_STATE_FAILED", "error": {"code": 13, "message": "x"}}, 1000]],
+        ["/v1beta/models/m:batchGenerateContent", {"name": "batches/b"}, "/v1/batches/b",
+         [{"metadata": {"state": "BATCH_STATE_FAILED"},
+           "error": {"code": 13, "message": "x"}}, 1000]]]"""
+
     def test_a_batch_that_ends_without_usage_costs_what_was_held_but_not_if_it_failed(self):
-        batches, job = "/v1/batches", {"name": "projects/p/batchPredictionJobs/b"}
-        jobs = "/v1/projects/p/batchPredictionJobs"
-        error = {"code": 13, "message": "x"}
-        for path, answered, told, left in self.each((
-                *[(batches, {"id": "b"}, {"object": "batch", "status": state}, left)
-                  for state, left in (("completed", 400), ("expired", 400), ("cancelled", 400),
-                                      ("in_progress", 400), ("failed", 1000))],
-                (jobs, job, {"state": "JOB_STATE_SUCCEEDED"}, 400),
-                (jobs, job, {"state": "JOB_STATE_RUNNING", "error": error}, 400),
-                (jobs, job, {"state": "JOB_STATE_FAILED", "error": error}, 1000),
-                ("/v1beta/models/m:batchGenerateContent", {"name": "batches/b"},
-                 {"metadata": {"state": "BATCH_STATE_FAILED"}, "error": error}, 1000))):
-            self.start(says(answered))
-            self.post(path, b'{"max_tokens": 600}')
-            self.stub.answer = says({**answered, **told})
-            poll = batches if "batches" in answered.get("name", "") else path
-            for _ in range(2):
-                self.get(poll + "/b")
-            self.assertEqual(round(self.left(), -2), left)
+        for path, answered, poll, *ends in self.each(self.ENDED_BATCHES):
+            for told, left in ends:
+                self.start(says(answered))
+                self.post(path, b'{"max_tokens": 600}')
+                self.stub.answer = says({**answered, **told})
+                for _ in range(2):
+                    self.get(poll)
+                self.assertEqual(round(self.left(), -2), left, told)
 
     def test_an_answer_that_is_owed_for_is_asked_for_plainly(self):
         self.start(says({"id": "resp_1"}))
@@ -15079,8 +15136,8 @@ class AdminBooksTest(AdminCase):
         usage = self.look("/usage?by=caller&step=hour")
         found = [row["calls"] for row in (*usage["groups"], usage["total"])]
         self.assertEqual(found, [2, 1, 3])
-        text = self.admin("GET", "/usage?format=csv").body.decode()
-        self.assertTrue(text.startswith("name,calls,failed,limited,"))
+        table = self.admin("GET", "/usage?format=csv").body
+        self.assertTrue(table.startswith(b"name,calls,failed,limited,"))
         callers = self.look("/callers")["callers"]
         self.assertEqual([row["today"]["calls"] for row in callers], [1, 2])
         self.assertEqual(callers[0]["buckets"][0]["capacity"], 1000)
@@ -15286,21 +15343,32 @@ class SharedEventsTest(AdminCase):
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
         self.assertEqual(two.watchers.feed.listeners, 0)
 
+    def lone_feed(self):
+        """A feed that Redis has left."""
+        return llm_proxy.SharedFeed(Clock(), SimpleNamespace(available=False, process=""), "x:")
+
+    def told_of_a_second(self, one, rows):
+        """What is told when others counted this meanwhile, (calls, dollars) each."""
+        one.on_entries(one.seconds_key, [[b"7-%d" % number, [
+            b"from", b"other", b"pulse", encoded({
+                "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd,
+                "looking": False})]] for number, (calls, usd) in enumerate(rows)])
+        found = one.added_up({"calls": 0, "tokens": 0, "failed": 0, "usd": "0"})
+        one.pulse({})
+        return found["calls"], found["tokens"], found["usd"]
+
     def test_what_others_counted_is_told_once_whether_or_not_each_second_was_read(self):
-        one = llm_proxy.SharedFeed(Clock(), SimpleNamespace(
-            available=False, process=""), "x:")
-        nothing, told = {"calls": 0, "tokens": 0, "failed": 0, "usd": "0"}, []
-        for rows in ([(5, "1")], [], [(0, "0"), (2, "0.5")], [(9, "nan!")],
-                     [(10 ** 99, "1e9999999")]):
-            one.on_entries(one.seconds_key, [[b"7-%d" % number, [
-                b"from", b"other", b"pulse", encoded({
-                    "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd,
-                    "looking": False})]] for number, (calls, usd) in enumerate(rows)])
-            found = one.added_up(nothing)
-            one.pulse({})
-            told.append((found["calls"], found["tokens"], found["usd"]))
-        self.assertEqual(told[:4], [(5, 10, "1"), (0, 0, "0"), (2, 4, "0.5"), (0, 0, "0")])
-        one.exchange({})  # while Redis is away: what others count meanwhile is not of one second
+        one = self.lone_feed()
+        for rows, told in self.each((
+                ([(5, "1")], (5, 10, "1")), ([], (0, 0, "0")),
+                ([(0, "0"), (2, "0.5")], (2, 4, "0.5")), ([(9, "nan!")], (0, 0, "0")))):
+            self.assertEqual(self.told_of_a_second(one, rows), told)
+        self.told_of_a_second(one, [(10 ** 99, "1e9999999")])  # is no fault
+
+    def test_what_others_count_while_redis_is_away_is_not_told_as_of_one_second(self):
+        one = self.lone_feed()
+        self.told_of_a_second(one, [(5, "1")])
+        one.exchange({})
         self.assertEqual(one.read_to, {})
 
     def test_what_others_told_before_a_process_came_is_not_counted_whatever_its_clock_says(self):
