@@ -6725,6 +6725,7 @@ class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
     SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
+    LONGEST = 320    # what a value may have that begins in a step of a few
     LARGE = 4096  # characters: a text of more is searched in steps
     MANY = 1024   # of what is found in a step
 
@@ -6798,7 +6799,7 @@ class Redactor:
                 if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for begin in range(start, min(len(text), start + self.SLICE), one.step):
                         found += self.matches(one, text, begin)
-                        if len(text) > self.LARGE:
+                        if len(text) > min(one.step, self.LARGE):
                             yield ()
             # Of two that overlap the first one counts, or the longer one.
             found.sort(key=operator.itemgetter(1), reverse=True)
@@ -6816,7 +6817,7 @@ class Redactor:
     def matches(self, one, text, begin):
         """Returns what of a Shape begins in a step."""
         end = begin + one.step
-        some = list(one.search.finditer(text, begin, end + one.step // 4))
+        some = list(one.search.finditer(text, begin, end + max(one.step // 4, self.LONGEST)))
         if not some:  # the usual case
             return ()
         rows = zip(map(re.Match.start, some), map(one.check, some), itertools.repeat(one.kind))
@@ -15999,7 +16000,7 @@ def renew_redaction(proxy):
         return
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
-    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 12)
+    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 9)  # one may take 20 us a character
                for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
