@@ -6758,7 +6758,7 @@ class Redactor:
         """Yields the same in parts, many of them empty; each takes some milliseconds at most."""
         if not self.may_find(text):
             return
-        if text.find("\\") < 0:
+        if "\\" not in text:
             yield from self.search_plain(text)
             return
         plain, places, missing = yield from self.without_escapes(text)
@@ -7031,7 +7031,7 @@ class Restorer:
         self.before_json = re.compile(
             b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
 
-    def restore(self, text: str, is_json: bool = False, before: str = "") -> str:
+    def restore(self, text: str, is_json: bool, before: str) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that; `before`
         is as `json_before` returns it."""
         if self.redactor and self.redactor.may_hold(text):
@@ -7040,7 +7040,7 @@ class Restorer:
 
     def restore_text(self, data: bytes, is_json: bool = False) -> bytes:
         text = data.decode("utf-8", "surrogateescape")
-        return self.restore(text, is_json).encode("utf-8", "surrogateescape")
+        return self.restore(text, is_json, "").encode("utf-8", "surrogateescape")
 
     def with_values(self, text, is_json):
         if "[[" not in text:
@@ -7100,7 +7100,7 @@ class Restorer:
         """Returns JSON, or events, with values in all strings, and where `masks` says so without
         what must not be seen; the rest stays as it is spelled."""
         masks = masks and self.redactor
-        if not masks and data.find(b"[[") < 0 and data.find(b"\\u005") < 0:
+        if not masks and b"[[" not in data and b"\\u005" not in data:
             return data
         text = data.decode("utf-8", "surrogateescape")
         places = [match.span(1) for match in JSON_STRING.finditer(blot_escapes(text))]
