@@ -8683,6 +8683,16 @@ class BreakerTest(CallCase):
             asked.finish()
             self.assertEqual(begin + client.rest().body, said.replace(b"sk-hush-hush", 12 * b"*"))
 
+    def test_a_later_event_that_quotes_a_key_of_ours_goes_on_without_it(self):
+        for redact in self.each(("", "email")):
+            self.start(None, BASE_API_KEY=self.QUOTED, REDACT=redact, REDACT_UPSTREAMS="*")
+            client, asked = self.ask_stub(call(system="a@x.org", stream=True))
+            asked.stream(event(1))
+            client.head()
+            client.expect(event(1))
+            asked.chunks(b"data: %b\n\n" % self.QUOTING)
+            client.expect(b"data: %b\n\n" % self.HIDDEN)
+
     OF_KEY = b'{"error": "of sk-hush-hush"}'
     OF_STARS = OF_KEY.replace(b"sk-hush-hush", 12 * b"*")
     # The coding, the bytes, what is passed on: None where they cannot be read
