@@ -16399,8 +16399,11 @@ class HelperPool:
             self.owners -= Counter([owner])
             Stream.wake(answered)
 
+        try:
+            job = self.pool.submit(act, *arguments)
+        except RuntimeError:  # can't start new thread
+            raise Overloaded from None
         self.owners[owner] += 1
-        job = self.pool.submit(act, *arguments)
         job.add_done_callback(lambda _: soon(context.loop, end))
         try:
             await context.wait(answered, self.SECONDS, "the database")

@@ -15202,6 +15202,12 @@ class AdminBooksTest(AdminCase):
             leaves.set()
         wait_for(lambda: not self.server.admin.reading.owners, "the end of all jobs")
 
+    def test_what_no_thread_can_be_started_for_is_a_503_and_does_not_count(self):
+        self.start()
+        with patch.object(Thread, "start", side_effect=RuntimeError):
+            self.assertEqual(self.admin("GET", "/calls").status, 503)
+        self.assertFalse(self.server.admin.reading.owners)
+
     def test_a_program_may_make_many_keys_at_once(self):
         self.start()
         clients = [self.connect().send(request(
