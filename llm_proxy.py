@@ -2931,7 +2931,7 @@ class Usage(NamedTuple):
         return Usage(*sums, self.estimated, hour_write, self.model, self.tiers, self.picodollars)
 
 
-# List prices as published for text, in USD per million tokens, collected on 2026-11-26: rows of a
+# List prices as published for text, in USD per million tokens, collected on 2026-11-28: rows of a
 # name, input, output, read from a cache, written to one. Before them stands what all of them share:
 # the tokens of a prompt above which input and output cost so many times that, and tiers that are
 # not as usual. Prices that end within weeks are left out for those that follow.
@@ -2939,8 +2939,8 @@ USUAL_PRICES = (
     # https://developers.openai.com/api/docs/pricing and its pages of models
     ("272000 2 1.5; ultrafast 3", "gpt-6.2-astra 8 40 .4 10; gpt-6.2-sol 2 10 .1 2.5"),
     ("272000 2 1.5", """
-        gpt-6.1-sol 2 10 .1 2.5; gpt-6-astra 10 50 1 12.5; gpt-6-sol 2 10 .2 2.5
-        gpt-6-luna .1 .5 .01 .125; gpt-5.6 4 20 .4 5; gpt-5.6-sol 4 20 .4 5
+        gpt-6.1-sol 2 10 .1 2.5; gpt-6.1-terra 1 5 .05 1.25; gpt-6-astra 10 50 1 12.5
+        gpt-6-sol 2 10 .2 2.5; gpt-6-luna .1 .5 .01 .125; gpt-5.6 4 20 .4 5; gpt-5.6-sol 4 20 .4 5
         gpt-5.6-terra 2 12 .2 2.5; gpt-5.6-luna .2 1.2 .02 .25; gpt-5.4 2.5 15 .25
         gpt-5.4-pro 30 180; gpt-5.5-pro 30 180"""),
     ("272000 2 1.5; priority 2.5; fast 2.5", "gpt-5.5 5 30 .5"),
@@ -2949,6 +2949,8 @@ USUAL_PRICES = (
         gpt-4.1 2 8 .5; gpt-4.1-mini .4 1.6 .1; o3 2 8 .5"""),
     ("", """
         gpt-5.4-mini .75 4.5 .075; gpt-5.4-nano .2 1.25 .02; gpt-5.3-codex 1.75 14 .175
+        gpt-5.3-chat-latest 1.75 14 .175; gpt-5.2-chat-latest 1.75 14 .175
+        gpt-5.1-chat-latest 1.25 10 .125
         gpt-5.2 1.75 14 .175; gpt-5.2-codex 1.75 14 .175; gpt-5.2-pro 21 168
         gpt-5.1 1.25 10 .125; gpt-5.1-codex 1.25 10 .125; gpt-5.1-codex-max 1.25 10 .125
         gpt-5.1-codex-mini .25 2 .025; gpt-5 1.25 10 .125; gpt-5-codex 1.25 10 .125
@@ -2977,6 +2979,7 @@ USUAL_PRICES = (
     # https://ai.google.dev/gemini-api/docs/pricing
     ("200000 2 1.5; priority 1.8", """
         gemini-3.1-pro 2 12 .2; gemini-3.1-pro-preview 2 12 .2; gemini-3-pro-preview 2 12 .2
+        gemini-3.1-pro-preview-customtools 2 12 .2
         gemini-2.5-pro 1.25 10 .125"""),
     ("priority 1.8", """
         gemini-4-argon 4 20 .2; gemini-4-neon 3 15 .15; gemini-4-hydrogen 1.5 7.5 .075
@@ -3005,17 +3008,20 @@ USUAL_PRICES = (
     ("", """
         kimi-k3.1-pro 2 10 .2 2; kimi-k3.1-pro-highspeed 4 20 .2 4; kimi-k3 3 15 .3
         kimi-k2.7-code .95 4 .19; kimi-k2.7-code-highspeed 1.9 8 .38; kimi-k2.6 .95 4 .16
-        kimi-k2.5 .6 3 .1"""),
+        kimi-k2.5 .6 3 .1; kimi-k2-thinking .6 2.5 .15; kimi-k2-thinking-turbo 1.15 8 .15"""),
     # Mistral, Alibaba, Z.ai and MiniMax, as others list them
     ("", """
         mistral-large-2512 .5 1.5; mistral-large-4 .68 2.09; mistral-large-4.0 .68 2.09
         mistral-medium-3.5 1.5 7.5; mistral-medium 1.5 7.5; mistral-small .15 .6; codestral .3 .9
         devstral .4 2; devstral-2512 .4 2; magistral-medium 2 5; mistral-embed .1 0
         qwen3.8-max 2 6; qwen3.7-max 2.5 7.5 .5 3.125; qwen3-max 1.2 6; glm-5.3 1.4 4.4 .26
-        glm-5.3-flash .07 .25; glm-5.2 1.4 4.4 .26; glm-5.1 1.4 4.4 .26; glm-5 1 3.2 .2
+        glm-5.3-flash .15 .5 .03; glm-5.2 1.4 4.4 .26; glm-5.1 1.4 4.4 .26; glm-5 1 3.2 .2
         glm-4.7 .6 2.2 .11; glm-4.6 .6 2.2 .11; glm-4.5-air .2 1.1 .03
-        minimax-m2.7 .3 1.2 .06 .375; minimax-m2.5 .3 1.2 .03 .375"""),
-    ("256000 4 2", "qwen3.7-plus .5 3 .05 .625; qwen3.6-plus .5 3"),
+        glm-5-turbo 1.2 4 .24; glm-5v-turbo 1.2 4 .24; mistral-medium-2604 1.5 7.5
+        mistral-small-2603 .15 .6; mistral-large-2411 2 6; qwen3.5-plus .4 2.4
+        minimax-m2.7 .3 1.2 .06 .375; minimax-m2.7-highspeed .6 2.4 .06 .375
+        minimax-m2.5 .3 1.2 .03 .375; minimax-m2.5-highspeed .6 2.4 .06 .375"""),
+    ("256000 4 2", "qwen3.7-plus .5 3 .05 .625; qwen3.6-plus .5 3 .05 .625"),
     ("512000 2 2", "minimax-m3 .3 1.2 .06"))
 
 
