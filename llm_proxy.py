@@ -1638,7 +1638,7 @@ class Unauthorized(Refusal):
 
 
 class TooManyGuesses(Refusal):
-    """Wrong keys from one address, which may be somebody who tries them all."""
+    """Many wrong keys from one address, perhaps of somebody who tries them all."""
     status = 429
     code = "too_many_wrong_keys"
     message = "Too many wrong keys came from this address, wait a minute"
@@ -1816,7 +1816,8 @@ CallerKey = Tuple[str, Union[bytes, str]]  # ('key', SHA-256 of a credential), (
 
 
 class Fields:
-    """Header fields, by name in lower case; whoever reads a message derives its head from this."""
+    """Header fields, by name in lower case; the readers of messages derive their heads from
+    this."""
     __slots__ = ()
 
     def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
@@ -2053,7 +2054,7 @@ class Callers:
         return address_of(host)
 
     def end_user(self, fields: Fields, peer: str, caller: Caller) -> Caller:
-        """Returns the person for whom a trusted proxy speaks, as a caller of its own, named
+        """Returns the person in the field of a trusted proxy, as a caller of its own, named
         KEY/USER, or -/USER without a key; else `caller`."""
         name = self.caller_header and self.trusts(peer) and fields.get(self.caller_header)
         if not name:
@@ -2068,8 +2069,8 @@ class Callers:
                       role=caller.role, stored_key=caller.stored_key, until=caller.until)
 
     def identify(self, credential: Optional[str], address: str, wall: float) -> Caller:
-        """Returns who calls at the time `wall`. Raises Unauthorized where keys are asked for and
-        `credential` is none of them, and for one that was, wherever it comes."""
+        """Returns the caller at the time `wall`. Raises Unauthorized for an unknown credential
+        where keys are asked for, and everywhere for one that was valid before."""
         one = credential and digest(credential)
         caller = one and self.known_by(one)
         if caller:
@@ -2093,8 +2094,8 @@ class Callers:
         return [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
 
     def named(self, label: str) -> List[Caller]:
-        """Returns who has this label: several where PROXY_API_KEYS has a name twice. Whoever has no
-        name is found by the address alone."""
+        """Returns the callers with this label: several where PROXY_API_KEYS has a name twice. A
+        caller without a name is found by its address alone."""
         found = {caller.key: caller for caller in self.everybody() if caller.label == label}
         if not found:
             with suppress(ValueError):
@@ -2104,8 +2105,8 @@ class Callers:
 
 
 class Origins:
-    """Says which web pages may call. A browser tells the page's origin with every POST, whatever
-    its page wants, so one that is opened here cannot spend in the name of who looks at it."""
+    """Decides which web pages may call. A browser tells the page's origin with every POST, whatever
+    the page wants, so a page cannot spend in the name of a person who opens it."""
     # What no page of the web can have.
     SCHEMES = "chrome-extension moz-extension app tauri capacitor vscode-webview".split()
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
@@ -4034,7 +4035,7 @@ class Call:
             self.upstream_body = self.put_model(model)
 
     def runs_in_background(self) -> bool:
-        """Returns whether its answer will only be told to who asks for it later."""
+        """Returns whether its answer is only told to a later call that asks for it."""
         return True in map(self.payload.get, LATER) or (
             self.endpoint == UNKNOWN and bool(LATER_PATH.search(self.path)))
 
@@ -8825,7 +8826,7 @@ class Ticket:
             self.queue.leave(self)
 
     def turn_away(self):
-        """Takes its place from a waiting call, for that of a caller who has fewer."""
+        """Takes its place from a waiting call, for a caller with fewer calls."""
         self.leave()
         self.call_back()
 
@@ -8904,7 +8905,7 @@ class FairQueue:
             self.start(ticket)
 
     def close(self):
-        """Ends all waiting, in every queue with these limits; calls back those that wait in this
+        """Ends all waiting, in every queue with these limits, and tells the calls that wait in this
         one."""
         self.limits.closed = True
         for owner in self.queues.values():
@@ -10175,7 +10176,8 @@ class Entry:
         return {name: fields[name] for name in LOG_FIELDS}
 
     def as_text(self):
-        """Returns one line of printable ASCII, whatever the caller sent; ~ marks an estimate."""
+        """Returns one line of printable ASCII, whatever the caller has sent; ~ marks an
+        estimate."""
         call, usage = self.call, self.usage
         first = "-" if self.first_byte is None else f"{self.first_ms}ms"
         cost, left = self.charged("-")
@@ -10765,7 +10767,7 @@ class Database:
                     "* 86400000 AS INTEGER)) WHERE name = 'untold'")
         self.tells = True
 
-    def hear(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
+    def add_heard_sums(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
         """Adds what other boxes told up to a moment, each sum once, and forgets what they were
         told up to this number. A sum is (box, its number there, text)."""
         found, facts = [], {"heard": moment}
@@ -11314,7 +11316,7 @@ def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> Sto
 
 
 class KeyFault(ValueError):
-    """Why something cannot be done with keys, in a sentence for whoever asked."""
+    """Why something cannot be done with keys, in a sentence for the admin."""
 
 
 class NoSuchKey(KeyFault):
@@ -11491,7 +11493,7 @@ def describe_fields(fields):
 
 
 def lock_name(path: str) -> str:
-    """Returns the name of a database's lock, which is one, whatever links lead to it."""
+    """Returns the name of a database's lock, the same by whichever link the database is reached."""
     return os.path.realpath(path) + ".lock"
 
 
@@ -11515,7 +11517,7 @@ def lock_for_service(path: str, shared: bool = False) -> Optional[BinaryIO]:
 
 
 def let_workers_in(lock: BinaryIO):
-    """Lets those who ask for it as workers have a lock, too. Raises OSError."""
+    """Opens a lock to other workers, which ask for it as such. Raises OSError."""
     import fcntl
     fcntl.flock(lock, fcntl.LOCK_SH)
 
@@ -14377,7 +14379,8 @@ class SharedSums:
         except (RedisFault, concurrent.futures.TimeoutError):
             return False  # they are told again, and the others know them by their numbers
         last = entries[-1][0] if entries else b"0-0"
-        database.hear(self.read(entries), int(last.partition(b"-")[0]), told[-1][0] if told else 0)
+        last_told = told[-1][0] if told else 0
+        database.add_heard_sums(self.read(entries), int(last.partition(b"-")[0]), last_told)
         self.after = entry_after(last) if entries else after
         return self.AT_ONCE in (len(told), len(entries))
 
@@ -15451,8 +15454,8 @@ class Proxy:
             raise NoPrice
 
     def identify(self, request: Request, entry: Entry):
-        """Finds out who asks, which is decided once for each head that a connection repeats, until
-        keys are changed."""
+        """Finds out who calls, once for each head that a connection repeats, until keys are
+        changed."""
         known = request.cache.get("caller")
         if known is None or known[0] is not self.callers or (
                 known[1].until is not None and known[1].until <= self.wall()):
@@ -15735,7 +15738,7 @@ class Proxy:
         """Returns whether a call in the background has not told that it ended."""
         reader = entry.reader
         return entry.call.runs_in_background() and (not reader or reader.running or (
-            usage.estimated and not self.told_usage(entry, ending)[1]))
+            usage.estimated and not self.final_usage(entry, ending)[1]))
 
     def await_usage(self, entry):
         """Keeps the charge of a background call open until its usage is known."""
@@ -15746,7 +15749,7 @@ class Proxy:
             self.stored.owe(call.made[0], Bill(hold, call, seen))
 
     @staticmethod
-    def told_usage(entry, ending):
+    def final_usage(entry, ending):
         reader = entry.reader
         return reader.reported_usage(ending == "ok") if reader else (None, False)
 
@@ -15758,7 +15761,7 @@ class Proxy:
         entry.call.owes = None
         if not (bill and reader):
             return
-        usage, is_final = self.told_usage(entry, ending)
+        usage, is_final = self.final_usage(entry, ending)
         if not is_final or reader.running:
             join = operator.add if GOES_ON.search(entry.call.query) else max
             bill = bill._replace(characters=join(bill.characters, reader.output_characters()))
@@ -16694,7 +16697,8 @@ class Admin:
         return await self.change_keys(ask, KeyStore.rotate, ask.name, ask.body.get("grace"))
 
     def known_as(self, label):
-        """Returns who has this name. Raises NoSuchPage where nobody has: it may be misspelt."""
+        """Returns the callers of this name. Raises NoSuchPage if there are none, as it may be
+        misspelt."""
         found = self.proxy.known_as(label)
         if not found:
             raise NoSuchPage("Nobody of this name is known here")
@@ -16771,7 +16775,7 @@ class Admin:
     # -- callers and limits
 
     def known_callers(self):
-        """Returns those who called lately, and those whose keys have names."""
+        """Returns the callers of late, and those whose keys have names."""
         found = {key: caller for key, (caller, _) in self.pulse.callers.items()}
         for caller in self.proxy.callers.everybody():
             if caller.role == "caller":
@@ -18115,8 +18119,8 @@ class LoopWatch:
 
 
 class Handshakes:
-    """Gives each address 20 turns a second for a TLS handshake, which is dear; who comes sooner
-    waits, but never longer than MOST_SECONDS."""
+    """Gives each address 20 turns a second for TLS handshakes, which are expensive; more wait, but
+    never longer than MOST_SECONDS."""
     RULE = read_rule("address 20 requests per second")._replace(refill=1, interval=0.05)
     MOST_SECONDS = 5
 
@@ -18124,8 +18128,8 @@ class Handshakes:
         self.buckets = Buckets(clock)
 
     def seconds_to_turn(self, address: str) -> float:
-        """Takes a turn; returns the time to it. Raises QuietEnd where too many have come, some of
-        whom may have left."""
+        """Takes a turn; returns the seconds until it. Raises QuietEnd if too many wait, of which
+        some may have left."""
         level = self.buckets.level_of(self.RULE, (self.RULE.text, ("address", address))).less(1)
         if level.wait > self.MOST_SECONDS:
             raise QuietEnd
@@ -18222,7 +18226,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Hands a new connection to the loop, and waits for a busy loop: a burst of new ones must
         not starve it of the interpreter."""
         self.handing_over.acquire()
-        soon(self.loop, self.welcome, request, client_address[0])
+        soon(self.loop, self.start_connection, request, client_address[0])
 
     def service_actions(self):
         self.loop_watch.look()
@@ -18232,7 +18236,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- on the loop
 
-    def welcome(self, request, peer):
+    def start_connection(self, request, peer):
         self.handing_over.release()
         # Whoever is on the link can have as many of its addresses as they like.
         address = "fe80::" if peer.startswith("fe80:") else address_of(peer)
@@ -19706,7 +19710,7 @@ def keys_command(options, found):
 
 
 def user_name():
-    """Returns who gives the command, by name or, in a container, number."""
+    """Returns who gives the command: a name, or in a container a number."""
     try:
         return getpass.getuser()
     except (ImportError, LookupError, OSError):
