@@ -3374,6 +3374,7 @@ MAX_JSON_DEPTH = 128
 MAX_JSON_PARTS = 160_000
 # The same and back slashes, in strings, too: these are 10 MB of prose.
 MAX_JSON_MARKS = 4_000_000
+MAX_BACK_SLASHES = 1_000_000  # an escape takes ten times as long as another character
 LONG_NUMBER = 400     # digits; an integer of more takes too long to read
 MANY_NUMBERS = 50_000  # commas outside of strings: each is read without a function of ours
 # Nothing else need be looked at. The letters are those that may follow a back slash.
@@ -3386,7 +3387,7 @@ def is_too_complex(data):
     """Returns whether JSON is nested too deeply or would take too long to read; that is one search
     of linear passes. For JSON that is not valid this holds up to where a parser would stop."""
     marks = data.translate(None, NO_MARKS)
-    if len(marks) > MAX_JSON_MARKS:
+    if len(marks) > MAX_JSON_MARKS or marks.count(b"\\") > MAX_BACK_SLASHES:
         return True
     marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
     if marks.count(b'"') > MAX_JSON_PARTS:
@@ -3480,7 +3481,7 @@ def decode_json(data, decoder=PLAIN_JSON):
     """Reads JSON in UTF-8, in half the time that json.loads takes; raises ValueError."""
     brackets = data.count(b"[") + data.count(b"{")
     if (brackets > MAX_JSON_DEPTH or len(data) > MAX_JSON_PARTS) and is_too_complex(data):
-        raise ValueError("nested too deeply, or not valid JSON")
+        raise ValueError("nested too deeply, too complex, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
         if not HAS_SCANNER and decoder in (PLAIN_JSON, QUICK_JSON):

@@ -3279,6 +3279,15 @@ class JsonTest(ProxyCase):
                 '{"a": {"a": 1}, "b": {"a": 1}}', brackets_in_a_string]):
             self.assertEqual(JsonBody(text.encode()).parse(), json.loads(text))
 
+    def test_so_many_escapes_as_would_hold_the_loop_are_not_read(self):
+        text = '{"a": "%s"}'
+        for escape in self.each(("\\n", '\\"', "\\\\")):
+            many = escape * (1_000_000 // escape.count("\\"))
+            self.assertEqual(len(JsonBody((text % many).encode()).parse()["a"]),
+                             len(many) // len(escape))
+            with self.assertRaises(BadRequest):
+                JsonBody((text % (many + escape)).encode()).parse()
+
     def test_json_is_read_as_strictly_where_no_c_code_reads_it(self):
         with patch.object(llm_proxy, "HAS_SCANNER", False):
             self.assertEqual(JsonBody(b'{"a": "\\": ", "b": {"a": 1.5}}').parse(),
