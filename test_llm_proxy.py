@@ -11861,6 +11861,19 @@ class SharedLimitsTest(ProxyCase):
         self.assertEqual(health["limits"], {
             "shared_by": 2, "degraded": False, "redis": "is there", "dropped": 0})
 
+    def test_of_200_calls_at_once_at_four_proxies_exactly_100_get_in_by_three_rules(self):
+        self.patch_seconds(**{"Redis_" + name: PATIENCE for name in RedisCase.PATIENT})
+        for _ in range(4):
+            self.start_here(limits="all 100 requests per hour; each 60 requests per hour;"
+                                   "all 1000 running")
+        clients = []
+        for number in range(200):
+            self.address = self.proxies[number % 4]
+            clients.append(self.connect().send(call("sk-%d" % (number // 4 % 2))))
+        let_in = [client.read().body == b'{"said": "hi"}' for client in clients]
+        self.assertEqual(sum(let_in), 100)
+        self.assertEqual(self.stored()[0], 0)
+
     def test_what_a_call_did_not_use_can_be_had_by_the_other(self):
         told = says({"usage": {"prompt_tokens": 10, "completion_tokens": 20}})
         for left in ("970", "940"):
