@@ -15325,11 +15325,11 @@ class Proxy:
         self.identify(request, entry)                                               # identify
         call = self.new_call(request, reply)
         await self.dialects.read(call, request.method, request, reply.read_body)
+        if call.large:  # others come in between reading it, looking for things and estimating it
+            await asyncio.sleep(0)
         if self.sharers:
             await self.stored.recall(call, request.method, entry.caller.key)
         self.begin(call, reply)
-        if call.large:  # others come in between reading it, looking for things and estimating it
-            await asyncio.sleep(0)
         upstreams = self.route(call, entry.caller)                                  # route
         if call.large:
             await asyncio.sleep(0)
