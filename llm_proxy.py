@@ -5277,9 +5277,10 @@ class OpenAI(Dialect):
         choices.delta.tool_calls.function.arguments choices.delta.function_call.arguments delta
         choices.delta.tool_calls.custom.input delta.content.text.value
         content text token.text delta.message.content.text delta.message.content.thinking
-        delta.message.tool_calls.function.arguments"""  # llama.cpp's, TGI's and Cohere's own
+        delta.message.tool_calls.function.arguments delta.message.tool_plan
+        tool_call_delta.parameters"""  # llama.cpp's, TGI's and Cohere's own
     BLOCK_NUMBERS = "output_index content_index summary_index".split()
-    BLOCK_END = re.compile(r"\.done$")
+    BLOCK_END = re.compile(r"\.done$|-end$")  # the latter are Cohere's
 
     ERRORS = table_of("""
         401 authentication_error
@@ -6641,8 +6642,9 @@ IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
 # (2.5.29.15); and the words for these, as a group, or for hosts
 SHORT_NUMBERS = re.compile(r"([1-9])(?<![@/=].)(?!\.\1\.\1\.\1|\.8\.4\.4)"
                            r"\.[0-9]\.(?:[0-9]|29)\.[0-9]{1,2}(?![0-9]|[:/][0-9])")
-TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip|e\.g)"
-                         r"|address|client|dns|from|host|ip|nameserver|peer|server)\b")
+TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip|e\.g)|address"
+                         r"|client|dns|from|host|ip|listen(?:s|ing)|nameserver|peer|reached"
+                         r"|run(?:s|ning) (?:at|on)|server)\b")
 
 
 def end_of_ipv4(match: "re.Match[str]") -> int:

@@ -5106,6 +5106,8 @@ ip -> my IP 5.9.7.12 -> 5.9.7.12
 ip -> client 5.9.7.12 port 22 -> 5.9.7.12
 ip -> '4.2.2.2' -> 4.2.2.2
 ip -> version 2, client 5.9.7.12 -> 5.9.7.12
+ip -> version 2 runs at 5.9.7.12 -> 5.9.7.12
+ip -> version 2 listens on 5.9.7.12 -> 5.9.7.12
 ip -> 5.9.7.12 - - [10/Oct/2026:13:55:36] -> 5.9.7.12
 ip -> from [2a00:1450:4001:81b::200e] -> 2a00:1450:4001:81b::200e
 secrets -> sk-ant-api03-%(long)s -> sk-ant-api03-%(long)s
@@ -5560,11 +5562,15 @@ TEXT_STREAMS = [
     ("own", '{"token": {"id": 1, "text": TEXT}, "index": 7}', ""),  # TGI
     ("own", '{"event_type": "text-generation", "text": TEXT, "is_finished": false}',
      '{"event_type": "stream-end", "is_finished": true, "response": {}}'),  # Cohere
+    ("own", '{"event_type": "tool-calls-chunk", "tool_call_delta": {"index": 0, "parameters":'
+     ' TEXT}}', ""),
+    ("own", '{"type": "content-delta", "delta": {"message": {"content": {"text": TEXT}}}}',
+     '{"type": "content-end"}'),
     *[("ollama", '{"done": false, %s}' % said, end) for said, end in [
         ('"message": {"role": "assistant", "content": TEXT}', '{"done": true}'),
         ('"response": TEXT', '{"response": "", "done": true}')]]]
 TEXT_KEYS = set("""content reasoning_content refusal arguments text thinking delta partial_json
-    response input stringValue""".split())
+    response input stringValue parameters""".split())
 
 
 def spelled(value):
@@ -5755,6 +5761,13 @@ class UnmaskingTest(ProxyCase):
             found = [one[6:].decode() for one in found]
             found = [one if one == "[DONE]" else json.loads(one) for one in found]
             self.assertEqual(found, [self.SHOWN, *ends[:place], self.REST, *ends[place:]])
+
+    def test_what_waits_goes_on_before_the_end_of_a_text_at_cohere(self):
+        said = events({"type": "content-delta", "delta": {"message": {"content": {"text": "x ["}}}},
+                      {"type": "content-end"})
+        found = self.payloads("own", self.unmask("own", said))
+        self.assertEqual([one["type"] for one in found],
+                         ["content-delta", "content-delta", "content-end"])
 
     def test_another_kind_of_text_ends_the_one_before_it(self):
         said = [{"reasoning": "think ["}, {"content": "say"}, {"content": " ["},
