@@ -2844,7 +2844,7 @@ def put_newest(table, key, value, most):
 
 
 def clamp(value, bounds):
-    return min(bounds[1], max(bounds[0], value))
+    return sorted((*bounds, value))[1]  # the one in the middle
 
 
 # First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
@@ -3227,8 +3227,8 @@ class CostEstimator:
         output = self.reserve if limit is None else limit
         estimate = 0
         if "estimate" in self.units:
-            prompt = self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
-            estimate = max(1, prompt + min(MAX_TOKENS_PER_CALL, output * outputs))
+            estimate = max(1, self.tokens_of(call.prompt_length(), CHARACTERS_PER_TOKEN)
+                           + min(MAX_TOKENS_PER_CALL, output * outputs))
         prompt = self.estimated_input(call, caller)
         least = held = self.held(call, prompt, output * outputs, estimate)
         if not limit:
@@ -3513,22 +3513,21 @@ def without_escapes(data: bytes) -> bytes:
     return data.replace(b"\\\\", b"--").replace(b'\\"', b"--")
 
 
-# What stands before the first key of an object, between a key and its value, and before the next
-BEFORE_FIRST = re.compile(r'\ufeff?\s*\{\s*(?=")')
+# What stands before a key of an object, and between it and its value
+BEFORE_KEY = re.compile(r'\ufeff?\s*[{,]\s*(?=")')
 COLON = re.compile(r"\s*:\s*")
-BEFORE_NEXT = re.compile(r'\s*,\s*(?=")')
 
 
 def members(text):
     """Yields (key, value, its place) of a JSON object, which may be cut. Raises ValueError."""
-    step = BEFORE_FIRST.match(text)
+    step = BEFORE_KEY.match(text)
     while step:
         key, end = PLAIN_JSON.raw_decode(text, step.end())
         step = COLON.match(text, end)
         if step:
             value, end = PLAIN_JSON.raw_decode(text, step.end())
             yield key, value, slice(step.end(), end)
-            step = BEFORE_NEXT.match(text, end)
+            step = BEFORE_KEY.match(text, end)
 
 
 class JsonBody:
@@ -6227,16 +6226,16 @@ class UsageReader:
             end = self.end_of_answers(data)
         if len(data) - end > (self.MAX_UNPACKED if self.listed else self.MAX_LINE):
             if not self.streamed and not self.cut:
+                self.final = False  # as long as nothing behind it tells
                 self.note(front(data))
-                self.lost = self.endpoint not in NO_TEXT
-                if self.listed:
-                    self.final = False
+            self.lost = self.endpoint not in NO_TEXT
             self.cut = True
             end = len(data) - self.LINE_END
         passed = data[:end]
         if passed and not self.density:
             self.density = self.count_characters(passed) / end
-        self.characters += round(end * self.density)
+        if not self.cut:  # it may be an image
+            self.characters += round(end * self.density)
         if self.streamed:
             self.scan_for_usage(passed)
         del self.kept[:end]
@@ -6403,21 +6402,23 @@ class UsageReader:
             # Gemini's stream is an array.
             payload = self.dialect.find_usage(data.rstrip(b"] \t\r\n"), OPENINGS[:1])
             if not self.cut:
-                is_within = not payload and self.dialect.USAGE_MARK in data
-                payload = object_in(data) if is_within else {**front(data), **payload}
+                within = not payload and self.dialect.USAGE_MARK in data
+                payload = object_in(data) if within else {**front(data), **payload}
         if payload:
             self.note_json(payload, data)
 
     def note_json(self, payload, data):
         self.note_answer(payload)
+        if self.cut and self.listed not in self.dialect.ANSWERS:
+            self.final = None  # the last one tells what all of them used
         state = payload.get("status") or payload.get("state") or dig(payload, "metadata", "state")
         # Google says BATCH_STATE_FAILED and the like.
         self.closed = str(state).lower().rpartition("state_")[2] in self.dialect.LAST_STATES
         self.running = type(state) is str and not self.closed
         if not self.counts or may_be_fault(data):
             self.fault = self.dialect.fault(payload)
-        said = payload.get("message") or payload.get("detail") or payload.get("msg")
-        if type(said) is str and self.endpoint not in NO_LIMIT_REPLY and not (
+        said = map(type, filter(None, map(payload.get, ("message", "detail", "msg"))))
+        if str in said and self.endpoint not in NO_LIMIT_REPLY and not (
                 self.counts or self.lost or any(map(payload.get, ANSWER_KEYS))
                 or any(self.dialect.said(data, self.endpoint, False))):
             self.fault = self.fault or fault_status(payload)  # no assistant writes it like this

@@ -4072,6 +4072,24 @@ class UsageReaderTest(ProxyCase):
             self.assertEqual(found[1:3], ((10, output), True))
             self.assertLessEqual(abs(found[3] - 2 * size), size // 4)
 
+    def test_an_image_within_an_answer_of_several_is_no_text_and_the_last_one_tells_the_bill(self):
+        """Unless that one does not tell."""
+        image = {"inlineData": {"mimeType": "image/png", "data": "A" * 3_000_000}}
+        told = [{"candidates": [{"content": {"parts": [part]}}], "usageMetadata": {
+            "promptTokenCount": 20, "candidatesTokenCount": count}}
+                for part, count in (({"text": "here it is"}, 3), (image, 1291), ({}, 1300))]
+        untold = told[:1] + [{"candidates": told[1]["candidates"]}]
+        answers = {"whole": told, "with an image last": told[:2], "without an end": untold}
+        for name, streamed, output in self.each([
+                ("whole", True, 1300), ("whole", False, 1300), ("with an image last", False, 1291),
+                ("without an end", False, None)]):
+            data = [json.dumps(part).encode() for part in answers[name]]
+            data = b"".join(map(b"data: %b\r\n\r\n".__mod__, data)) if streamed else (
+                b"[%b]" % b",\r\n".join(data))
+            _, used, final, characters = self.hear(
+                data, 65536, endpoint="generate", streamed=streamed)
+            self.assertEqual((used[1] if final else None, characters < 99), (output, True))
+
     def test_what_is_told_of_a_list_as_a_whole_is_its_bill_and_one_prompt_has_one_answer(self):
         told = '"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
         wholes = (('{"results":[ONE,ONE],' + told % (10, 4), (10, 4)), ("ONE\nONE\nONE", (5, 2)))
