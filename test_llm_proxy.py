@@ -15661,6 +15661,15 @@ class PageTest(AdminCase):
         path = within + "//*[self::button or self::a or self::summary][normalize-space()='%s']"
         self.until(lambda: self.browser.run(self.CLICK % json.dumps(path % name)))
 
+    def count(self, what):
+        return self.browser.run("document.querySelectorAll('main tbody %s').length" % what)
+
+    def open_row(self, number, rows):
+        """Click on this row of a table, as soon as that has so many."""
+        self.until(lambda: self.count("tr") == rows)
+        row = self.browser.find("//main//tbody/tr[%d]" % number)
+        self.browser.do("POST", row + "/click", {})
+
     ENTER = """(field => {
         field?.focus(); field?.select();
         return !!field && document.execCommand("insertText", false, %s);
@@ -15670,8 +15679,9 @@ class PageTest(AdminCase):
         """Put text into the field of this name. (WebDriver's keys take ten times as long.)"""
         self.until(lambda: self.browser.run(self.ENTER % (json.dumps(text), name)))
 
-    def log_in(self, key=ADMIN, path="/dashboard"):
-        self.browser.open(self.place + path)
+    def log_in(self, view="", key=ADMIN, path="/dashboard"):
+        """Log in at this view: the overview by default."""
+        self.browser.open(self.place + path + "#" + view)
         self.enter("key", key)
         self.click("Log in")
         self.see("Log out")
@@ -15688,7 +15698,7 @@ class PageTest(AdminCase):
         self.see("ended: ok", "0 running calls")
         self.click("Calls")
         self.see("gemma")
-        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.open_row(1, 1)
         self.see("Mostly streaming", "to first byte", "Request id")
         self.assertNotIn("Cached", self.text())
 
@@ -15699,8 +15709,7 @@ class PageTest(AdminCase):
     def make_key(self, **settings):
         """Logs in and makes ann a key with two limits on the page; returns it."""
         self.start(**settings)
-        self.log_in()
-        self.click("Keys")
+        self.log_in("keys")
         self.enter("name", "ann")
         self.enter("limits", "5 requests per day; 2 running")
         self.click("Make key")
@@ -15742,8 +15751,7 @@ class PageTest(AdminCase):
 
     def test_the_call_that_is_shown_with_a_new_key_goes_to_a_model_that_it_may_use(self):
         self.start(says(b'{"data": [{"id": "gpt-5"}, {"id": "gemma"}]}'))
-        self.log_in()
-        self.click("Keys")
+        self.log_in("keys")
         self.click("More")
         self.enter("name", "ann")
         self.enter("models", "gem*")
@@ -15752,8 +15760,7 @@ class PageTest(AdminCase):
 
     def test_an_upstream_is_tested_and_disabled(self):
         self.start(says(b'{"data": [{"id": "gemma"}]}'))
-        self.log_in()
-        self.click("Upstreams")
+        self.log_in("upstreams")
         self.click("Test")
         self.see("1 model")
         self.click("Disable")
@@ -15766,8 +15773,7 @@ class PageTest(AdminCase):
     def test_usage_is_drawn_for_the_range_that_was_chosen(self):
         self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
         self.call("ann")
-        self.log_in()
-        self.click("Usage")
+        self.log_in("usage")
         self.click("day")
         self.click("tokens")
         self.see("Tokens by caller, last 24 hours", "1,234", "so far")
@@ -15782,16 +15788,14 @@ class PageTest(AdminCase):
         for number in range(23):
             self.ask("key%d" % number)
         wait_for(lambda: self.look("/usage")["total"]["calls"] == 23, "the rows")
-        self.log_in()
-        self.browser.run("location.hash = '#usage?measure=calls'")
+        self.log_in("usage?measure=calls")
         self.see("and 3 others\t3\t", "Total\t23\t")
         self.assertEqual(self.count("tr"), 22)
 
     def test_usage_is_drawn_for_chosen_days(self):
         self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
         self.call("ann")
-        self.log_in()
-        self.browser.run("location.hash = '#usage?range=custom&measure=tokens'")
+        self.log_in("usage?range=custom&measure=tokens")
         self.see("Tokens by caller, chosen days", "1,234")
         self.browser.run(
             "[...document.forms[0].elements].slice(0, 2).map(one => one.value = '2020-02-0' + 2)")
@@ -15866,8 +15870,7 @@ class PageTest(AdminCase):
 
     def test_a_list_of_calls_that_grew_long_begins_anew(self):
         self.start()
-        self.log_in()
-        self.click("Calls")
+        self.log_in("calls")
         self.see("No call has come yet")
         rows = 0
         for number in range(10):
@@ -15884,34 +15887,28 @@ class PageTest(AdminCase):
         self.start(LIMITS="each 1 requests per day")
         for _ in range(2):
             self.call("ann")
-        self.log_in()
-        self.browser.run("location.hash = '#calls?outcome=limited'")
-        self.until(lambda: self.count("tr") == 1)
-        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.log_in("calls?outcome=limited")
+        self.open_row(1, 1)
         self.see("Rule\neach 1 requests per day")
         self.assertNotIn("Charged", self.text())
 
     def test_a_call_that_was_refused_for_want_of_a_price_says_what_gives_one(self):
         self.start(LIMITS="each 1 usd per day")
         self.call("ann", model="unheard-of")
-        self.log_in()
-        self.click("Calls")
-        self.until(lambda: self.count("tr") == 1)
-        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.log_in("calls")
+        self.open_row(1, 1)
         self.see("PRICES or UNPRICED can give it one")
 
     def test_a_small_budget_is_told_as_exactly_as_it_is_spent(self):
         self.start(LIMITS="each 0.02 usd per day")
         self.call("ann")
-        self.log_in()
-        self.click("Callers")
+        self.log_in("callers")
         self.see(" of 0.0200 USD")
 
     def test_the_focus_is_again_where_a_form_was_opened(self):
         self.start(PROXY_API_KEYS="ben=ben")
         self.admin("POST", "/keys", {"name": "ann"})
-        self.log_in()
-        self.click("Keys")
+        self.log_in("keys")
         for name, field in self.each((("Edit", "limits"), ("Pause", ""), ("Rotate", ""))):
             self.click(name, self.KEY)
             self.assertEqual(self.browser.run("document.activeElement.name"), field)
@@ -15928,34 +15925,26 @@ class PageTest(AdminCase):
         for _ in range(2):
             self.ask(call("ann", "X-Request-ID: twice"))
         wait_for(lambda: len(self.look("/calls")["calls"]) == 2, "the rows")
-        self.log_in()
-        self.click("Calls")
+        self.log_in("calls")
         self.ask(call("ann", "X-Request-ID: twice"))
-        self.until(lambda: self.count("tr") == 3)
-        self.browser.do("POST", self.browser.find("//main//tbody/tr[2]") + "/click", {})
+        self.open_row(2, 3)
         self.see("Request id")
         self.assertEqual((self.count("tr"), self.count("tr.open dl")), (4, 1))
 
     def test_a_call_that_is_told_twice_has_one_row(self):
         self.start(PROXY_API_KEYS="ann=ann")
         self.call("ann")
-        self.log_in()
-        self.browser.run("location.hash = '#calls?caller=ann'")
+        self.log_in("calls?caller=ann")
         self.until(lambda: self.count("tr") == 1)
         self.on_loop(self.proxy.watchers.feed.tell, "end", {**self.look("/calls")["calls"][-1]})
         self.ask("ann")
-        self.until(lambda: self.count("tr") == 2)
-        self.browser.do("POST", self.browser.find("//main//tbody/tr[2]") + "/click", {})
+        self.open_row(2, 2)
         self.see("Request id")
         self.assertEqual((self.count("tr"), self.count("tr.open dl")), (3, 1))
 
-    def count(self, what):
-        return self.browser.run("document.querySelectorAll('main tbody %s').length" % what)
-
     def test_a_live_call_is_found_by_the_model_that_answered_it(self):
         self.start(says(b'{"model": "gemma-2", "usage": {"prompt_tokens": 7}}'))
-        self.log_in()
-        self.browser.run("location.hash = '#calls?model=gemma-2'")
+        self.log_in("calls?model=gemma-2")
         self.see("No such call")
         self.ask(call("ann", model="gemma"))
         self.until(lambda: self.count("tr") == 1)
@@ -15963,8 +15952,7 @@ class PageTest(AdminCase):
     def test_who_watches_a_caller_sees_its_call_run_and_end(self):
         self.start(PROXY_API_KEYS="ann=ann,ben=ben")
         self.stub.answer = None
-        self.log_in()
-        self.browser.run("location.hash = '#calls?caller=ann'")
+        self.log_in("calls?caller=ann")
         self.see("No such call so far")
         (client, asked), _ = [self.begin(event(1), key=key) for key in ("ann", "ben")]
         self.until(lambda: (self.count("tr"), "streaming" in self.text()) == (1, True))
@@ -15988,7 +15976,7 @@ class PageTest(AdminCase):
 
     def test_a_viewer_sees_nothing_that_changes_anything(self):
         self.call("ann")
-        self.log_in(VIEWER)
+        self.log_in(key=VIEWER)
         for tab, text in self.each("""[["Callers", "1 caller"], ["Keys", "keys add alice"],
                                     ["Upstreams", "base"], ["Audit", "Nothing was changed"]]"""):
             self.click(tab)
@@ -16008,7 +15996,7 @@ class PageTest(AdminCase):
     def test_a_caller_sees_what_it_has_left(self):
         self.start(PROXY_API_KEYS="ann=sk-ann", LIMITS="each 5 requests per day")
         self.call("sk-ann")
-        self.log_in("sk-ann", "/me")
+        self.log_in("", "sk-ann", "/me")
         self.see("What ann has left", "4 of 5 requests, full in", "1 call", "Last calls")
 
     EVIL = "<img src=x onerror=alert(1)></script>\"'>"
@@ -16016,10 +16004,9 @@ class PageTest(AdminCase):
     def test_what_others_said_is_text(self):
         self.start(says({"error": {"message": self.EVIL}}, "400 Bad"))
         self.call("ann", "User-Agent: " + self.EVIL, model=self.EVIL)
-        self.log_in()
-        self.click("Calls")
+        self.log_in("calls")
         self.see(self.EVIL, "upstream said 400")
-        self.browser.do("POST", self.browser.find("//main//tbody/tr[1]") + "/click", {})
+        self.open_row(1, 1)
         self.see("Agent", "Request id")
         self.click("Usage")
         self.click("model")
