@@ -19443,6 +19443,7 @@ class Attacker:
         "brackets": (b'{"model": "m", "messages": [', b"[],", b"0]}"),
         "digits": (b'{"model": "fast", "messages": [', b"9" * 4299 + b",", b"0]}"),
         "text": (b'{"model": "m", "messages": [{"role": "user", "content": "', b"word ", b'"}]}'),
+        "lines": (b'{"model": "m", "messages": [{"role": "user", "content": "', b"a\\n", b'"}]}'),
         "picture": (
             b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url",'
             b' "image_url": {"url": "data:image/png;base64,', b"iVBORw0KGgo+", b'"}}]}]}')}
@@ -19454,6 +19455,8 @@ class Attacker:
         "2 MB of brackets": ("brackets", 2 << 20, 1, KEY),
         "32 MB of 4,299-digit integers": ("digits", LARGE, 1, KEY),
         "32 MB of text": ("text", LARGE, 1, KEY),
+        "8.3 MB of text": ("text", 8_300_000, 1, KEY),
+        "3 MB of lines of one letter": ("lines", 2_999_000, 1, KEY),
         "a 32 MB picture": ("picture", LARGE, 1, KEY)}
     SINK = "/sink" + CHAT
 
