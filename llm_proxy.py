@@ -3118,8 +3118,8 @@ class Prices:
             return 0, False
         while prompt > price.above_tokens:
             price = price.above
-        plain = prompt - cached - written
-        total = ((plain if plain > 0 else 0) * price.input + cached * price.cache_read
+        uncached = prompt - cached - written
+        total = ((uncached if uncached > 0 else 0) * price.input + cached * price.cache_read
                  + (written - hour) * price.cache_write + output * price.output)
         if hour:
             total += hour * price.hour_write
@@ -3213,7 +3213,7 @@ class CostEstimator:
         self.units = units
         self.models: "OrderedDict[str, ModelHabits]" = OrderedDict()  # by folded name
         self.unknown = ModelHabits()
-        self.plain = self.costs(Usage(), 0, 0, 1)
+        self.one_request = self.costs(Usage(), 0, 0, 1)
         self.needs_price = "usd" in units
         self.needs_estimate = not units <= {"requests", "running"}
         self.needs_usage = not units <= {"requests", "running", "estimate"}
@@ -3888,13 +3888,14 @@ class ArrayFraming(EventFraming):
         return b",\n" + data
 
     def cut(self, data: bytes) -> List[bytes]:
-        plain = without_escapes(data)
-        braces = b"".join(plain.split(b'"')[::2]).translate(None, NO_BRACES)  # outside of strings
+        unescaped = without_escapes(data)
+        # Those outside of strings.
+        braces = b"".join(unescaped.split(b'"')[::2]).translate(None, NO_BRACES)
         if 0 not in itertools.accumulate(map((124).__sub__, braces)):  # { adds 1, } takes 1 away
             return [data]  # much faster than step by step
         ends = [0]
         depth = 0
-        for step in JSON_STEP.finditer(plain):
+        for step in JSON_STEP.finditer(unescaped):
             if step[0] in b"{}":
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:
@@ -4487,8 +4488,9 @@ MADE_IN = """response interaction conversation container file output content ann
 def may_refer(data):
     """Returns whether JSON may name something stored: by one of these words, or where an escape may
     spell one. Quotes in texts, which begin no word, would each be looked at."""
-    plain = data.replace(b'\\"', b"")
-    return data.find(b"\\u") >= 0 or bool(REFERENCE.search(plain) or ID_ALONE.search(plain))
+    unquoted = data.replace(b'\\"', b"")
+    return data.find(b"\\u") >= 0 or bool(
+        REFERENCE.search(unquoted) or ID_ALONE.search(unquoted))
 
 
 def says_of_things(part):
@@ -4588,15 +4590,15 @@ def read_money(value):
     return [value] if type(value) in NUMBERS and 0 <= value < MAX_COST else []
 
 
-def with_iterations(told, parts):
+def with_iterations(told, steps):
     """Returns the usage of a call that ran in several steps, some of them by another model. The
     reported sum may lack some of these (Anthropic's compaction)."""
     served = fold_model(told.model or "")
-    own = [part for part in parts if not served or fold_model(part.model) == served]
-    steps = Usage(others=tuple(own)).with_others()
-    if steps.input + steps.output > told.input + told.output:
-        told = steps._replace(**dict(zip(told._fields[7:], told[7:])))
-    return told._replace(others=tuple([part for part in parts if part not in own]))
+    own = [step for step in steps if not served or fold_model(step.model) == served]
+    summed = Usage(others=tuple(own)).with_others()
+    if summed.input + summed.output > told.input + told.output:
+        told = summed._replace(**dict(zip(told._fields[7:], told[7:])))
+    return told._replace(others=tuple([step for step in steps if step not in own]))
 
 
 Block = Tuple[Any, ...]  # names a block of text: numbers, a type, and the keys and indexes to it
@@ -4886,7 +4888,7 @@ class Dialect:
         return ended or bool(  # some tell of the prompt first
             not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
 
-    def parts(self, payload):
+    def usage_holders(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand, by
         the key at which they do."""
         return {name: [part for part in as_list(payload[name])[:1000] if type(part) is dict]
@@ -4897,10 +4899,10 @@ class Dialect:
         found = payload.get(self.usage_key)
         if not isinstance(found, dict):
             found = {}
-            for name, parts in self.parts(payload).items():
+            for name, holders in self.usage_holders(payload).items():
                 join = operator.add if name in self.ANSWERS else max
                 found = merged(found, reduce(
-                    lambda one, part: merged(one, self.counts_in(part), join), parts, {}))
+                    lambda one, part: merged(one, self.counts_in(part), join), holders, {}))
         beside = {name: payload[name] for name in payload if name in self.COUNTS}
         searches = self.searches(payload)
         if searches:
@@ -4919,8 +4921,8 @@ class Dialect:
         if is_name(model):
             tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
-        for part in chain(*self.parts(payload).values()):
-            found = self.served(part)
+        for holder in chain(*self.usage_holders(payload).values()):
+            found = self.served(holder)
             if found[0]:
                 return found
         return None, None
@@ -4947,8 +4949,8 @@ class Dialect:
     def fault(self, payload: JsonObject) -> int:
         """Returns the status of the error that a response or an event with status 200 is, 0 where
         it is none: one of several answers may have gone well."""
-        for parts in (*self.parts(payload).values(), [payload]):
-            faults = [fault_in(part, payload) for part in parts]
+        for holders in (*self.usage_holders(payload).values(), [payload]):
+            faults = [fault_in(holder, payload) for holder in holders]
             if faults and all(faults):
                 return faults[0]
         return 0
@@ -4979,19 +4981,19 @@ class Dialect:
     def usage(self, counts: JsonObject, model: Optional[str] = None,
               tier: Optional[str] = None) -> Optional[Usage]:
         """Returns None where `counts` says nothing that is plausible."""
-        told = self.plain_usage(counts, model, tier)
+        told = self.usage_of_step(counts, model, tier)
         iterations = counts.get("iterations")
         if told is None or not isinstance(iterations, list):
             return told
-        parts = [self.plain_usage(one, self.served(one)[0] or model, tier)
+        steps = [self.usage_of_step(one, self.served(one)[0] or model, tier)
                  for one in iterations if isinstance(one, dict)]
-        return with_iterations(told, [part for part in parts if part])
+        return with_iterations(told, [step for step in steps if step])
 
-    def plain_usage(self, counts, model, tier):
+    def usage_of_step(self, counts, model, tier):
         """Returns the usage that counts and their details tell, but for iterations. An input of
         nothing is none that was told: some leave out what was in a cache."""
-        parts = [counts, *[part for part in counts.values() if type(part) is dict]]
-        found = self.found(parts)
+        all_counts = [counts, *[one for one in counts.values() if type(one) is dict]]
+        found = self.found(all_counts)
         if self.NEEDED_COUNTS.isdisjoint(found):
             return None
         is_told = "prompt" in found or "total" in found
@@ -5001,13 +5003,13 @@ class Dialect:
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
         return Usage(prompt, output, cached, written, min(output, found["reasoning"]),
                      not (prompt and is_told), min(written, found["hour"]), model, tuple(tiers),
-                     self.picodollars(parts), (), found["searches"])
+                     self.picodollars(all_counts), (), found["searches"])
 
-    def found(self, parts):
+    def found(self, all_counts):
         """Returns counts by what they are; what is not among them is 0."""
         found = defaultdict(int)
-        for part in parts:
-            for name, value in part.items():
+        for one in all_counts:
+            for name, value in one.items():
                 kind = self.COUNTS.get(name)
                 if kind and is_count(value) and value >= found[kind]:
                     found[kind] = int(value)
@@ -5034,12 +5036,12 @@ class Dialect:
             sent = max(sent, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
-    def picodollars(self, parts):
+    def picodollars(self, all_counts):
         """Returns what a call cost, where the counts or their details say so."""
-        told = [unit * amount for part in parts for name, unit in self.MONEY.items()
-                if name in part for amount in read_money(part[name])]
-        if told and parts[0].get("is_byok") is True:  # OpenRouter, by one's own key
-            own = read_money(dig(parts[0], "cost_details", "upstream_inference_cost"))
+        told = [unit * amount for one in all_counts for name, unit in self.MONEY.items()
+                if name in one for amount in read_money(one[name])]
+        if told and all_counts[0].get("is_byok") is True:  # OpenRouter, by one's own key
+            own = read_money(dig(all_counts[0], "cost_details", "upstream_inference_cost"))
             told = [max(told) + PICODOLLARS * sum(own)]
         return min(MAX_COST, round(max(told))) if told else None
 
@@ -15567,7 +15569,7 @@ class Proxy:
         if key and key.globs:
             self.check_models(call, entry.method, key.globs)
         estimator = self.estimator
-        costs = least = NO_COST if call.unmetered else estimator.plain
+        costs = least = NO_COST if call.unmetered else estimator.one_request
         if estimator.needs_estimate and not call.unmetered:
             if estimator.needs_price:
                 self.require_price(call, entry)
