@@ -13322,7 +13322,8 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 # it had no answer for. They saw it at different times, between different losses. So a text also
 # tells what was charged after each loss of the last minute, 'loss:amount,...'; without that it is
 # what was there before. Of several that are put back the least of these counts, less the most that
-# was seen of each of those. A charge that others saw before its process was told counts twice.
+# was seen of each of those. A charge that others saw before its process was told counts twice: to
+# know it again, each text and each answer would have to tell what each process has charged.
 LUA_BATCH = LUA_TIME + """
 local words = string.gmatch(ARGV[1], '%S+')
 local function number() return tonumber(words()) end
@@ -14144,7 +14145,7 @@ for i = 1, #rows, 2 do
 end
 room = room - elsewhere
 local began = redis.call('GET', KEYS[4]) or now  -- now where Redis has lost what it knew
-redis.call('SET', KEYS[4], began)
+redis.call('SET', KEYS[4], began, 'PX', 100 * ARGV[2])
 if now - began < tonumber(ARGV[8]) then room = math.min(room, ARGV[7]) end
 local given = math.max(0, math.min(wanted, room))
 if running + given > 0 then
@@ -14157,7 +14158,6 @@ if given < wanted then
   redis.call('ZADD', KEYS[3], now + 200, process)
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end
-redis.call('PEXPIRE', KEYS[4], 100 * ARGV[2])
 return {given, elsewhere}
 """
 
