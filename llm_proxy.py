@@ -17021,13 +17021,11 @@ const table = (columns, rows) => h("table", "cards live", h("thead", null, h("tr
   columns.map(([head, , kind]) => h("th", {class: kind}, head)))), h("tbody", null, rows));
 const list = (columns, items, keyOf = ({name}) => name) =>
   table(columns, items.map(item => row(columns, item, keyOf(item))));
-// Painting makes what is shown like what was drawn anew, and touches only what differs: with each
-// pulse, and when somebody did something; else what is pointed at does not move.
+// Painting touches only what differs. With each pulse, what is pointed at stays where it is.
 const HANDLERS = "click submit input keydown pointermove pointerleave blur".split(" ");
 const STILL = "tbody:is(:hover, :has(:focus-visible))";
-let isAsked = false;
 function paint(asked) {
-  isAsked = asked === true;
+  view.isAsked = asked === true;
   if (model && !isMe) paintBar();
   if (view.draw && !view.isLoading) patchChildren($("main"), shown([view.draw()])); }
 function patch(old, fresh) {
@@ -17041,7 +17039,7 @@ function patch(old, fresh) {
   for (const name of HANDLERS) old["on" + name] = fresh["on" + name];
   patchChildren(old, [...fresh.childNodes]); }
 function patchChildren(old, children) {
-  const isStill = !isAsked && old.matches(STILL);
+  const isStill = !view.isAsked && old.matches(STILL);
   const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
   let place = old.firstChild, used = new Set();
   for (const child of children) {
@@ -17053,8 +17051,7 @@ function patchChildren(old, children) {
     used.add(twin || child); }
   if (!isStill) [...old.childNodes].filter(child => !used.has(child)).forEach(drop); }
 function drop(node) { // rows of lists fade
-  if (node.className === "gone") return;
-  if (!node.dataset?.key || isAsked) return node.remove();
+  if (!node.dataset?.key || view.isAsked) return node.remove();
   node.className = "gone";
   setTimeout(() => node.remove(), 300); }
 // Numbers, money and times as people read them. Times are unix seconds, in the viewer's zone.
@@ -17265,6 +17262,7 @@ function bucketText({unit, interval}, {level, capacity, refill, next, full}) {
   return `${state}${amount(level)} of ${amount(capacity)} ${unit === "usd" ? "USD" : unit}`
     + (level >= capacity ? ", full" : `${more}, full in ${seconds(full)}`); }
 const isOwn = ({rule}) => /^(each|key|address)/.test(rule); // of one caller alone
+const isOfAll = ({rule}) => rule.startsWith("all");
 function bucketBar(bucket) {
   const found = bucketNow(bucket), share = Math.max(0, Math.min(1, found.level / found.capacity));
   const style = `transform: scaleX(${share.toFixed(4)})`, [whose] = bucket.rule.split(" ");
@@ -17274,12 +17272,14 @@ function bucketBar(bucket) {
 // Callers: their buckets, what they used today, and what may be done about it.
 const nameAndTeam = ({name, team}) => [link("calls", {caller: name}, name), small(" ", team ?? "")];
 const CALLERS = [["Caller", nameAndTeam, "whole"],
-  ["Buckets", ({buckets}) => buckets.length ? buckets.map(bucketBar) : small("no limit"), "whole"],
+  ["Buckets", ({buckets}) => buckets.length ? buckets.filter(one => !isOfAll(one)).map(bucketBar)
+    : small("no limit"), "whole"],
   ["Tokens today", ({today}) => short(tokensOf(today)), "number"],
   ["USD today", ({today}) => money(today, 2), "number"],
   ["Last 24 h", ({hours}) => spark(hours, 24)],
   ["", one => isAdmin() ? callerActions(one) : one.paused && small("paused"), "actions whole"]];
-const RULES = [["Rule", "text", "whole"], ["Refused since the start", "refused", "number"]];
+const RULES = [["Rule", "text", "whole"], ["Left", ({bucket}) => bucket && bucketBar(bucket),
+  "whole"], ["Refused since the start", "refused", "number"]];
 function openCallers(view, query) {
   let sought = query.get("filter") ?? "", loaded = 0, rules = [];
   const known = new Map(), filter = () => input("text", "Filter callers", {value: sought,
@@ -17288,13 +17288,16 @@ function openCallers(view, query) {
   view.draw = () => {
     const found = [...known.values()].filter(({name, team}) =>
       `${name} ${team ?? ""}`.toLowerCase().includes(sought.toLowerCase()));
+    const shared = [...known.values()].flatMap(({buckets}) => buckets).filter(isOfAll);
+    for (const rule of rules) rule.bucket = shared.find(one => one.rule === rule.text);
     return [h("div", "tools", filter(), plural(found.length, "caller")),
       known.size ? list(CALLERS, found) : firstCall(),
       rules.length > 0 && [h2("Rules"), list(RULES, rules, rule => "rule " + rule.text)]]; };
-  view.bucket = bucket => update(known.get(bucket.caller)?.buckets, bucket, "rule");
-  view.ended = call => {
-    if (known.has(call.caller)) addTo(known.get(call.caller).today, call);
-    else if (now() - loaded > 2) load(view.changed); };
+  view.bucket = bucket => [...known.values()].filter(({name, team}) => name === bucket.caller
+    || isOfAll(bucket) || (!isOwn(bucket) && team === known.get(bucket.caller)?.team))
+    .forEach(({buckets}) => update(buckets, bucket, "rule"));
+  view.ended = call => known.has(call.caller) ? addTo(known.get(call.caller).today, call)
+    : now() - loaded > 2 && load(view.changed);
   view.changed = async () => {
     loaded = now();
     ({rules} = await read("limits"));
@@ -17364,8 +17367,7 @@ function openUsage(view, query) {
 async function download(asked) {
   const take = response => response.blob(), query = queryOf({...asked, format: "csv"});
   const href = URL.createObjectURL(await send("admin/api/usage" + query, {take}));
-  h("a", {href, download: `usage-by-${asked.by}.csv`}).click();
-  URL.revokeObjectURL(href); }
+  h("a", {href, download: `usage-by-${asked.by}.csv`}).click(); }
 function usageParts(usage, range, measure, query) {
   const [name, unit, valueOf] = MEASURES[measure], isMoney = measure === "money";
   const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
@@ -17403,12 +17405,12 @@ function usageTable(usage, series, query, valueOf) {
     + " failed")], "number"], ["Tokens", sum => short(tokensOf(sum)), "number"], ["USD", sum =>
     money(sum, total.usd < 1 ? 4 : 2), "number"],
     ["%", sum => all ? usd(100 * valueOf(sum) / all, 0) : "–", "number"]];
-  const group = ({name, told}) => told ?? [swatch(colour(name)), name ? closer(name) : "none"];
+  const group = ({name, told}) => told ?? [swatch(colour(name)), closer(name)];
   const columns = [[title(by), group, "whole"], ...numbers];
   const line = (sum, more) => row(columns, sum, sum.told ?? "of " + sum.name, more);
-  const rest = groups.slice(20), told = `and ${plural(rest.length, "other")}`;
-  return h("div", null, table(columns, [groups.slice(0, 20).map(group => line(group)), rest.length
-    > 0 && line(rest.reduce(addTo, {told})), line({...total, told: "Total"}, {class: "total"})])); }
+  return h("div", null, table(columns, [groups.slice(0, 20).map(group => line(group)), groups[20]
+    && line(groups.slice(20).reduce(addTo, {told: "all others"})), line({...total, told: "Total"},
+    {class: "total"})])); }
 // Charts: stacked bars; a line follows the pointer or the arrow keys.
 const EDGE = {left: 56, right: 16, top: 16, bottom: 24}, allOf = step => sumOf(step.values);
 function ticks(top) { // round numbers from zero up, three to five of them
@@ -17574,9 +17576,8 @@ function charge(text) { // "rule=amount", of money in picodollars
 const FIELDS = {name: "alice", limits: "1 usd per day; 2 running", expires: "30d",
   models: "gemma*,gpt-4*", team: "", upstream: "", redact: "", tag: "", note: ""};
 const EXAMPLES = ["1 usd per day", "60 requests per minute", "100000 tokens per day"];
-const KEYS = [
-  ["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)], "whole"],
-  ["Role", ({role, team}) => [role, below(team)], "line"],
+const KEYS = [["Name", ({name, note}) => [link("calls", {caller: name}, name), below(note)],
+  "whole"], ["Role", ({role, team}) => [role, below(team)], "line"],
   ["Limits", ({limits, models}) => [limits || small("general rules"), below(models)]],
   ["Expires", ({expires}) => expires ? year(expires) : "never", "line"],
   ["Last used", ({last_used}) => last_used ? moment(last_used) : "never", "line"],
@@ -17586,10 +17587,9 @@ function openKeys(view) {
   const columns = isAdmin() ? [...KEYS, ["", keyActions, "actions whole"]] : KEYS;
   let keys = [];
   view.changed = async () => { ({keys} = await read("keys")); };
-  view.draw = () => {
-    const stored = keys.length ? list(columns, keys) : noKey();
-    return [made && madeKey(made), isAdmin() ? h("div", "columns form", h("div", null, stored),
-      keyForm(keys.find(({name}) => view.asked === "edit " + name))) : stored]; }; }
+  view.draw = () => [made && madeKey(made), h("div", isAdmin() && "columns form", h("div", null,
+    keys.length ? list(columns, keys) : noKey()), isAdmin() && keyForm(keys.find(({name}) =>
+    view.asked === "edit " + name)))]; }
 const noKey = () => empty(model.keys_are_asked_for ? "No key is stored."
   : "Whoever reaches this proxy may call, until the first key is stored. Make one here, or so:",
   "python llm_proxy.py keys add alice --limits '1 usd per day'");
@@ -17656,9 +17656,9 @@ function upstreamActions({name, state}) {
     small("New calls go elsewhere, or get 404."), () => set("disable", " takes no new calls."))
     : button("Enable", () => set("enable", " takes calls again."))]; }
 // Audit: who changed what.
-const AUDIT = [
-  ["Time", ({time}) => moment(time), "line"], ["Who", ({who, role}) => [who, small(" ", role)]],
-  ["What", "what"], ["Target", "target"], ["From", "address"], ["Detail", "detail", "whole"]];
+const AUDIT = [["Time", ({time}) => moment(time), "line"],
+  ["Who", ({who, role}) => [who, small(" ", role)]], ["What", "what"], ["Target", "target"],
+  ["From", "address"], ["Detail", "detail", "whole"]];
 function openAudit(view) {
   let rows = [], next = null;
   const take = async (known, before) => {

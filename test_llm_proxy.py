@@ -15730,6 +15730,15 @@ class PageTest(AdminCase):
         self.click("Give", self.KEY + "//form")
         self.see("4 of 5 requests", "ann got 1 requests more for 1d.")
 
+    def test_a_bucket_that_callers_share_is_shown_once_by_its_rule_and_drains(self):
+        self.start(LIMITS="all 5 requests per day; each 9 requests per day")
+        self.call("ann")
+        self.log_in("callers")
+        for left, key in self.each("""[["4", "ann"], ["3", "bob"], ["2", "ann"]]"""):
+            self.see("%s of 5 requests" % left)
+            self.assertEqual(self.text().count(" of 5 requests"), 1)
+            self.ask(key)
+
     def test_a_key_is_paused_and_rotated(self):
         first = self.make_key()
         self.click("Callers")
@@ -15789,7 +15798,7 @@ class PageTest(AdminCase):
             self.ask("key%d" % number)
         wait_for(lambda: self.look("/usage")["total"]["calls"] == 23, "the rows")
         self.log_in("usage?measure=calls")
-        self.see("and 3 others\t3\t", "Total\t23\t")
+        self.see("all others\t3\t", "Total\t23\t")
         self.assertEqual(self.count("tr"), 22)
 
     def test_usage_is_drawn_for_chosen_days(self):
