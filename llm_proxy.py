@@ -12944,7 +12944,7 @@ class RedisReader:
         return bytes(self.data[start:end])
 
 
-RedisPart = Union[bytes, str, int]
+RedisPart = Union[bytes, str, int, float]
 
 
 def redis_command(parts: Sequence[RedisPart]) -> bytes:
@@ -13070,11 +13070,6 @@ class Redis(asyncio.Protocol):
         task = asyncio.current_task(self.loop) or self  # what runs in no task is no call
         return self.patience.get(task, self.ANSWER_SECONDS)
 
-    def send(self, *parts: RedisPart):
-        """Sends a command, now or when Redis is there again, and does not wait for the reply. It
-        may be done twice if the connection is lost."""
-        self.ask(None, *parts)
-
     async def ask_and_wait(self, *parts: RedisPart, is_bounded: bool = False) -> RedisReply:
         """Returns the reply to a command, whether or not the connection is available yet; waits as
         long as that takes, unless it `is_bounded`. Raises RedisFault."""
@@ -13103,8 +13098,8 @@ class Redis(asyncio.Protocol):
 
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
-        a RedisFault. Without it the command waits until Redis is there, and is sent again if the
-        connection is lost."""
+        a RedisFault. Without it the command waits until Redis is there, and is sent again, so maybe
+        done twice, if the connection is lost."""
         # What is kept leaves room to greet Redis, which would stay away else.
         most = 2 * self.MOST_COMMANDS if answer else self.MOST_COMMANDS
         has_room = len(self.asked) + len(self.unsent) < most
@@ -13966,7 +13961,7 @@ class RedisBuckets(Buckets):
             raise LimitsAway
         keyed_rules, costs = one.keyed_rules, one.costs
         if self.policy == "open":
-            levels = [found._replace(level=max(0, found.level), amount=costs[found.rule.unit])
+            levels = [found._replace(level=max(0, found.level))
                       for found in self.levels_after(keyed_rules, costs, NO_COST)]
         else:
             levels = self.local.levels_after(self.local_rules(keyed_rules), costs, NO_COST)
@@ -14322,7 +14317,7 @@ class SharedKeys:
         if self.redis.available:  # before, it may not be the database that is meant
             told = [(name, *self.news.pop(name)) for name in list(islice(self.news, self.AT_ONCE))]
             self.redis.ask(self.on_keys, "EVAL", LUA_KEYS, 2, *self.names, self.changes,
-                           *chain(*[(name, repr(when), text) for name, when, text in told]))
+                           *chain(*told))
 
     def on_keys(self, reply):
         if isinstance(reply, RedisFault):
@@ -14431,7 +14426,7 @@ class SharedFeed(Feed):
             self.send(self.events_key, self.ROOM, name, payload)
 
     def send(self, key, most, name, payload):
-        self.redis.send("XADD", key, "MAXLEN", "~", most, "*",
+        self.redis.ask(None, "XADD", key, "MAXLEN", "~", most, "*",
                         "from", self.redis.process, name, json.dumps(payload, default=str))
 
     def exchange(self, payload: JsonObject):
@@ -14457,7 +14452,7 @@ class SharedFeed(Feed):
         self.elsewhere = elsewhere
 
     def ask(self, key):
-        self.redis.send("EXPIRE", key, self.GONE_SECONDS)
+        self.redis.ask(None, "EXPIRE", key, self.GONE_SECONDS)
         if key in self.read_to:
             self.redis.ask(partial(self.on_entries, key), "XRANGE", key,
                            entry_after(self.read_to[key]), "+", "COUNT", self.MOST_READ)
@@ -14548,7 +14543,7 @@ class SharedStored(Stored):
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
 
     def keep(self, key, found, *words):
-        self.redis.send("SET", key, json.dumps(found), "EX", self.KEEP_SECONDS, *words)
+        self.redis.ask(None, "SET", key, json.dumps(found), "EX", self.KEEP_SECONDS, *words)
 
     def note(self, thing, names):
         new = [name for name in names if name not in self.things]
@@ -14625,16 +14620,16 @@ class SharedStored(Stored):
         if name in self.bills:
             self.owe(name, self.bills.pop(name))
         elif name in self.claimed:
-            self.redis.send("DEL", self.key("bill", name))
+            self.redis.ask(None, "DEL", self.key("bill", name))
         self.claimed.discard(name)
         # Also where Redis has not answered: it may have given the claim.
-        self.redis.send("EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
+        self.redis.ask(None, "EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
 
     def beat(self):
         """Renews the leases; to be called every second."""
         if self.redis.available:
             for name in self.claimed:
-                self.redis.send("EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
+                self.redis.ask(None, "EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------

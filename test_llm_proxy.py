@@ -11401,7 +11401,7 @@ class RedisFaultsTest(RedisCase):
         redis.on_connect.append(lambda: redis.ask_and_wait("PING"))
         with patch.object(Redis, "MOST_COMMANDS", 2):
             for name in "abc":
-                redis.send("SET", name)
+                redis.ask(None, "SET", name)
             self.assertEqual((len(redis.unsent), redis.dropped), (2, 1))
             self.wait_for(lambda: redis.available)  # though there is room for no more
         self.wait_for(lambda: not redis.unsent)
@@ -11526,7 +11526,7 @@ class RedisTest(RedisCase):
         self.wait_for(lambda: redis.available)
         server.kill()
         self.wait_for(lambda: not redis.available)
-        redis.send("SET", "a", "later")
+        redis.ask(None, "SET", "a", "later")
         server.start()
         began = time.monotonic()
         self.wait_for(lambda: redis.available)
@@ -15433,8 +15433,8 @@ class SharedEventsTest(AdminCase):
     def test_what_others_told_before_a_process_came_is_not_counted_whatever_its_clock_says(self):
         asked = []
         one = llm_proxy.SharedFeed(Clock(), SimpleNamespace(
-            available=True, process="", send=lambda *_: None,
-            ask=lambda answer, *parts: asked.append((answer, *parts))), "x:")
+            available=True, process="",
+            ask=lambda answer, *parts: answer and asked.append((answer, *parts))), "x:")
         for reply, read in self.each((([[b"9-7", [b"from", b"x", b"pulse", b"{}"]]], "9-8"),
                                       ([], "0-1"))):
             one.read_to.clear()
