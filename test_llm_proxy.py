@@ -78,9 +78,9 @@ from llm_proxy import (REDACTED, SETTINGS, SETTINGS_BY_NAME, UNITS, VERSION, Adm
                        BadRequest, Batch, Buckets, Caller, CallerGone, Chunked, ClientConnection,
                        ConfigFaults, Context, Database, JsonBody, LedgerReader, LimitReached,
                        Limits, LinearPattern, Log, Malformed, Masks, OpenAI, Prices, Redactor,
-                       Redis, RedisBuckets, RedisFault, RedisReader, Restorer, SelfTest, Stream,
-                       Usage, build, json_before, read_config, read_price, read_rule, read_usage,
-                       server_context, text_weight)
+                       Redis, RedisBuckets, RedisFault, RedisReader, Restorer, SSE, SelfTest,
+                       Stream, Usage, build, json_before, read_config, read_price, read_rule,
+                       read_usage, server_context, text_weight)
 
 FILE = os.path.abspath(llm_proxy.__file__)
 FOLDER = os.path.dirname(FILE)
@@ -2021,6 +2021,10 @@ class LimitsCase(TableCase):
             self.admit(*amounts, **whom)
         return caught.exception
 
+    def assert_refused(self, said, seconds):
+        refusal = self.refused(1)
+        self.assertEqual((str(refusal), refusal.fields), (said, {"Retry-After": seconds}))
+
     def peek(self, cost=0, name="alice"):
         """Returns (Quota, seconds until `cost` can be had)."""
         pairs = self.limits.matching(caller(name), "1", "")
@@ -2140,9 +2144,7 @@ class LimitsTest(LimitsCase):
     def test_a_limit_says_the_wait_in_the_words_of_the_operator(self):
         self.start(message="{wait}, {please}: 100%")
         self.admit(10)
-        refusal = self.refused(1)
-        self.assertEqual(str(refusal), "5 min, {please}: 100%")
-        self.assertEqual(refusal.fields, {"Retry-After": 300})
+        self.assert_refused("5 min, {please}: 100%", 300)
 
     def test_waits_are_rounded_up_in_the_words_of_people(self):
         texts = [llm_proxy.format_wait(wait) for wait in (
@@ -2290,9 +2292,7 @@ class RulesTogetherTest(LimitsCase):
         text = "each 1 requests per minute; all 1 requests per hour; address 1 requests per second"
         self.start(text, message="{wait} {rule} {limit} {unit}")
         self.admit(1)
-        refusal = self.refused(1)
-        self.assertEqual(str(refusal), "60 min all 1 requests per hour 1 requests")
-        self.assertEqual(refusal.fields, {"Retry-After": 3600})
+        self.assert_refused("60 min all 1 requests per hour 1 requests", 3600)
 
     def test_a_cost_of_nothing_is_taken_from_an_empty_table(self):
         self.start("all 5 usd per day")
@@ -4083,9 +4083,7 @@ class UsageReaderTest(ProxyCase):
         for name, streamed, output in self.each([
                 ("whole", True, 1300), ("whole", False, 1300), ("with an image last", False, 1291),
                 ("without an end", False, None)]):
-            data = [json.dumps(part).encode() for part in answers[name]]
-            data = b"".join(map(b"data: %b\r\n\r\n".__mod__, data)) if streamed else (
-                b"[%b]" % b",\r\n".join(data))
+            data = events(*answers[name], end="\r\n\r\n") if streamed else encoded(answers[name])
             _, used, final, characters = self.hear(
                 data, 65536, endpoint="generate", streamed=streamed)
             self.assertEqual((used[1] if final else None, characters < 99), (output, True))
@@ -5798,8 +5796,8 @@ class UnmaskingTest(ProxyCase):
 
     def test_a_large_event_holds_up_none_after_it(self):
         masks = self.masks()
-        editor = llm_proxy.Editor(llm_proxy.SSE, [llm_proxy.Unmasking(
-            OpenAI(), llm_proxy.SSE, Restorer(masks, ()))])
+        editor = llm_proxy.Editor(SSE, [llm_proxy.Unmasking(
+            OpenAI(), SSE, Restorer(masks, ()))])
         large, small = b'data: {"said": "%s"}\n\n' % (5000 * b"[["), b'data: {"n": "[["}\n\n'
         for pieces in self.each((
                 (large[:9000], large[9000:] + small + small[:4], small[4:]),
@@ -7964,7 +7962,7 @@ class StoredTest(ManyCase):
 
     def test_an_event_that_names_something_is_read_once_and_others_are_not(self):
         found = []
-        reader = llm_proxy.NameReader(None, llm_proxy.SSE, found.append, True)
+        reader = llm_proxy.NameReader(None, SSE, found.append, True)
         text = events({"content_block": {"text": "x" * 9999}})
         made = events({"content_block": {"file_id": "file_1", "text": "x" * 9999}})
         with patch.object(reader, "look", wraps=reader.look) as look:
@@ -9574,19 +9572,23 @@ class LedgerTest(LedgerCase):
         SELECT n + 1 FROM numbers WHERE n < 20000) SELECT 'id-' || n FROM numbers;
         DROP INDEX calls_id; CREATE TABLE ids (call); VACUUM"""
 
-    def test_the_ids_of_an_older_version_are_indexed_once_nothing_hinders_it(self):
+    def many_calls(self):
+        """Returns the path of a database with 20,000 calls of an older version."""
         path = new_path(self, "llm_proxy.db")
-        database = llm_proxy.Database(path)
-        database.connection.executescript(self.MANY_CALLS)
-        database.close()
+        with closing(Database(path)) as database:
+            database.connection.executescript(self.MANY_CALLS)
+        return path
+
+    def test_the_ids_of_an_older_version_are_indexed_once_nothing_hinders_it(self):
+        path = self.many_calls()
         for hinder, pages, fault in self.each((
                 (True, 10 ** 6, "interrupted"), (False, 1, "disk is full"))):
-            database = llm_proxy.Database(path)
+            database = Database(path)
             database.execute("PRAGMA max_page_count = %d" % pages)
             with self.assertRaisesRegex(sqlite3.Error, fault):
                 database.index_ids(lambda: hinder)
             database.close()
-            self.assertEqual(llm_proxy.LedgerReader(path).call("id-7")["row"], 7)
+            self.assertEqual(LedgerReader(path).call("id-7")["row"], 7)
         self.start(DATABASE=path)
         with closing(sqlite3.connect(path)) as connection:
             query = "SELECT name FROM sqlite_master WHERE name IN ('ids', 'calls_id')"
@@ -9594,12 +9596,9 @@ class LedgerTest(LedgerCase):
         self.assertNotIn("by their ids", self.lines.text())
 
     def test_without_room_for_an_index_of_ids_the_log_says_so_once(self):
-        path, failure = new_path(self, "llm_proxy.db"), sqlite3.OperationalError("disk is full")
-        database = llm_proxy.Database(path)
-        database.connection.executescript(self.MANY_CALLS)
-        database.close()
-        with mock.patch.object(llm_proxy.Database, "index_ids", side_effect=failure), (
-                mock.patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0)):
+        path, failure = self.many_calls(), sqlite3.OperationalError("disk is full")
+        with patch.object(Database, "index_ids", side_effect=failure), (
+                patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0)):
             self.start(DATABASE=path)
             wait_for(lambda: "by their ids: disk is full" in self.lines.text(), "a line")
             self.ask("k")
@@ -12172,8 +12171,7 @@ class SharedLimitsTest(ProxyCase):
     def test_what_is_given_before_all_have_put_back_what_they_saw_stays(self):
         one, two = self.start_here(), self.start_here()
         self.assert_admitted(3, 3)
-        with patch.object(two, "BEAT_SECONDS", PATIENCE):
-            self.wait_for_no_beat(two)
+        with self.without_beats(two):
             self.redis.ask("FLUSHALL")
             self.is_back(one)
             self.address = self.proxies[0]
@@ -12190,14 +12188,11 @@ class SharedLimitsTest(ProxyCase):
         """The second proxy does not notice the first loss."""
         for order in self.each(((0, 1), (1, 0))):
             self.proxies = []
-            both = one, two = self.start_here(), self.start_here()
+            both = one, _ = self.start_here(), self.start_here()
             one.LOOKS = 0  # it knows nothing of what the second one lets in
             self.assert_admitted(3, 3)
             self.address = self.proxies[0]
-            with patch.object(one, "BEAT_SECONDS", PATIENCE), patch.object(
-                    two, "BEAT_SECONDS", PATIENCE):
-                for buckets in both:
-                    self.wait_for_no_beat(buckets)
+            with self.without_beats(*both):
                 self.redis.ask("FLUSHALL")
                 self.notice_loss(one)
                 self.assert_admitted(1, 1)
@@ -12216,10 +12211,7 @@ class SharedLimitsTest(ProxyCase):
         one.LOOKS = 0
         self.assert_admitted(3, 3)
         self.address = self.proxies[0]
-        with patch.object(one, "BEAT_SECONDS", PATIENCE), patch.object(
-                two, "BEAT_SECONDS", PATIENCE):
-            for buckets in (one, two):
-                self.wait_for_no_beat(buckets)
+        with self.without_beats(one, two):
             for status, left in self.each("""[
                     ["200 OK", 6], ["200 OK", 5], ["200 OK", 4], ["", 4], ["503 No", 4]]"""):
                 stub.answer = says(b"{}", status)
@@ -12231,9 +12223,16 @@ class SharedLimitsTest(ProxyCase):
                     self.notice_loss(buckets)
                 self.assertEqual(self.stored(), [left])
 
-    def wait_for_no_beat(self, buckets):
-        loop = buckets.redis.loop
-        wait_for(lambda: buckets.beat_timer.when() > loop.time() + 1)
+    @contextmanager
+    def without_beats(self, *stores):
+        """Meanwhile none of these does anything by itself."""
+        with ExitStack() as stack:
+            for buckets in stores:
+                stack.enter_context(patch.object(buckets, "BEAT_SECONDS", PATIENCE))
+            for buckets in stores:
+                loop = buckets.redis.loop
+                wait_for(lambda: buckets.beat_timer.when() > loop.time() + 1)
+            yield
 
     def notice_loss(self, buckets):
         before, loop = buckets.loss, buckets.redis.loop
@@ -12831,6 +12830,13 @@ class SharedStoredTest(ProxyCase):
         wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
         return redis
 
+    def start_asking(self):
+        """The same, while a call asks; returns its Client and Asked, too."""
+        redis = self.start_owing()
+        self.stub.answer = None
+        self.address = self.addresses[0]
+        return (redis, *self.ask_stub(self.POLL))
+
     def left(self, redis):
         return [redis.ask("GET", name).split()[0] for name in redis.ask("KEYS", "*:b:*")]
 
@@ -12902,10 +12908,7 @@ class SharedStoredTest(ProxyCase):
             self.assertEqual(self.left(redis), [b"96980"])
 
     def test_who_asks_another_process_meanwhile_is_to_ask_again(self):
-        redis = self.start_owing()
-        self.stub.answer = None
-        self.address = self.addresses[0]
-        client, asked = self.ask_stub(self.POLL)
+        redis, client, asked = self.start_asking()
         refused = self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
         self.assertEqual((refused.status, refused.get("retry-after")), (409, "1"))
         self.stub.answer = says({"id": "eval_1"})
@@ -12927,10 +12930,7 @@ class SharedStoredTest(ProxyCase):
         wait_for(lambda: not any(proxy.stored.polls for proxy in self.proxies))
 
     def test_what_cancels_meanwhile_is_done_and_its_answer_is_withheld_until_it_is_charged(self):
-        redis = self.start_owing()
-        self.stub.answer = None
-        self.address = self.addresses[0]
-        client, asked = self.ask_stub(self.POLL)
+        redis, client, asked = self.start_asking()
         self.stub.answer = says(self.USED)
         for status, left in self.each(((409, b"99500"), (200, b"96980"))):
             before = self.stub.calls
@@ -12943,9 +12943,7 @@ class SharedStoredTest(ProxyCase):
         self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
 
     def test_a_claim_is_renewed_while_a_call_asks_and_ends_with_the_process(self):
-        redis = self.start_owing()
-        self.stub.answer = None
-        client, asked = self.ask_stub(self.POLL)
+        redis, client, asked = self.start_asking()
         claim, = redis.ask("KEYS", "*:claim:*")
         redis.ask("EXPIRE", claim, 5)
         asking = self.proxies[0]
@@ -13682,12 +13680,12 @@ class KeysTest(KeysCase):
         ann = self.add()
         self.assert_statuses([200, 200, 429], ann, ann, ann)
         self.change("give", "ann", "5", "requests")
-        threads, given_to = set(), llm_proxy.Buckets.given_to
+        threads, given_to = set(), Buckets.given_to
 
         def noted(*arguments):
             threads.add(threading.current_thread().name)
             return given_to(*arguments)
-        with patch.object(llm_proxy.Buckets, "given_to", noted):
+        with patch.object(Buckets, "given_to", noted):
             self.assert_statuses([200, 200, 200, 429], ann, "sk-old", "sk-old", "sk-old")
             self.wait_for_rows(7)
         self.assertNotIn("ledger", threads)  # or what is looked at by two threads might be lost
@@ -16482,11 +16480,15 @@ class ServerTest(ServerCase):
 class TlsTest(ServerCase):
     """Callers that come by TLS. FaultsTest has those that leave."""
 
+    def connect_many(self, number):
+        clients = [self.connect() for _ in range(number)]
+        wait_for(lambda: len(self.server.open) == number, "the connections")
+        return clients
+
     def test_an_address_has_20_handshakes_a_second_and_then_waits(self):
         clock = Clock()
         self.start_tls(clock=clock)
-        clients = [self.connect() for _ in range(22)]
-        wait_for(lambda: len(self.server.open) == 22, "the connections")
+        clients = self.connect_many(22)
         waiting = partial(lambda: sorted(
             round(one.context.deadline - clock.now, 2) for one in self.server.open
             if one.context.what == "its turn for a TLS handshake"))
@@ -16498,9 +16500,7 @@ class TlsTest(ServerCase):
     def test_who_leaves_while_it_waits_for_a_handshake_is_let_go(self):
         clock = Clock()
         self.start_tls(clock=clock)
-        clients = [self.connect() for _ in range(40)]
-        wait_for(lambda: len(self.server.open) == 40, "the connections")
-        clients[-1].close()
+        self.connect_many(40)[-1].close()
         clock.now += ClientConnection.HANG_UP_SECONDS  # a second before its turn
         wait_for(lambda: len(self.server.open) == 39, "one less")
 
@@ -17954,13 +17954,8 @@ class WorkersTest(ProcessCase):
         process = self.start(LOG_FORMAT="json")
         path = "/v1/" + 30 * "\u20ac"
         target = urllib.parse.quote(path)
-        threads = [Thread(target=lambda: [
-            self.post(target, b"{}", key="k") for _ in range(25)])
-            for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with threads([lambda: [self.post(target, b"{}", key="k") for _ in range(25)]] * 8):
+            pass
         process.stop().wait()
         rows = [json.loads(row) for row in process.rows]
         self.assertEqual(sum("outcome" in row for row in rows), 200)
@@ -18681,17 +18676,17 @@ class RedactionCostTest(EnduranceCase):
                 self.assertLess(max(took), CPU_SECONDS * 4)
 
     ANSWERS = (
-        (llm_proxy.OpenAI(), None, '{"choices": [{"message": {"content": @}}]}'),
-        (llm_proxy.OpenAI(), llm_proxy.SSE,
+        (OpenAI(), None, '{"choices": [{"message": {"content": @}}]}'),
+        (OpenAI(), SSE,
          'data: {"choices": [{"index": 0, "delta": {"content": @}}]}\n\n'),
         (llm_proxy.Gemini(), llm_proxy.JSON_ARRAY,
          '[{"candidates": [{"content": {"parts": [{"text": @}]}}]}]'))
 
     def reads(self, dialect, events, data):
         """Returns the seconds that each read of an answer takes, of which all is masked."""
-        masks = llm_proxy.Masks(llm_proxy.Redactor(llm_proxy.REDACTED))
+        masks = Masks(Redactor(REDACTED))
         masks.values["[[SECRETS_1]]"] = "-----BEGIN PRIVATE KEY-----\n%s" % ("MIIE" * 3400)
-        restorer = llm_proxy.Restorer(masks, dialect.JSON_TEXTS, masks.redactor)
+        restorer = Restorer(masks, dialect.JSON_TEXTS, masks.redactor)
         editor = llm_proxy.Editor(events, [llm_proxy.Unmasking(dialect, events, restorer)])
         took = []
         for at in range(0, len(data), llm_proxy.BLOCK):
