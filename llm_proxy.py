@@ -769,6 +769,8 @@ class LinearPattern:
         if most > 1:
             require(repeated < self.MOST_WITHIN, "must have fewer repetitions of repetitions")
             self.judge(inner, found, repeated + 1)  # before its next round
+        # In `\d+-` no round can go to what follows; in `\d{1,3}\d{4}` two can, each of which has 4
+        # steps tried anew; in `\d+\d+` 63, with 64 steps each, which is refused.
         open_rounds = min(most - least, after.may_take_rounds(last.begin, taken))
         if open_rounds > 0:
             steps = after.steps * (open_rounds + 1)
