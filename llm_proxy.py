@@ -10403,8 +10403,8 @@ class Unwritable(DatabaseFault):
     """The file or its folder cannot be read or written."""
 
     def __init__(self, path: str, failure: Exception):
-        super().__init__("DATABASE must be a file that can be written, or off (got '%s': %s)" % (
-            path, getattr(failure, "strerror", None) or failure))
+        super().__init__("DATABASE must be a file that can be read and written, or off"
+                         f" (got '{path}': {getattr(failure, 'strerror', None) or failure})")
 
 
 class InUse(DatabaseFault):

@@ -17375,7 +17375,7 @@ class CommandsTest(ProcessCase):
                 [2, 3, "BASE_API_URL=http://", "", {"PORT": "99999", "MAX_TOKENS": "x"}],
                 [2, 1, "TEXT is not a database of llm_proxy; it was left as it is\n", "",
                  {A_URL, "DATABASE": "TEXT"}],
-                [2, 1, "DATABASE must be a file that can be written, or off (got '/nonexistent/x'",
+                [2, 1, "must be a file that can be read and written, or off (got '/nonexistent/x'",
                  "", {A_URL, "DATABASE": "/nonexistent/x"}],
                 [2, 1, "the word '\\x1b[2J'", "", {A_URL, "LIMITS": "\u001b[2J 1"}],
                 [2, 1, "USAGE_LOG must be", "", {A_URL, "USAGE_LOG": "/nonexistent/x"}],
