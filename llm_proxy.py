@@ -7979,7 +7979,7 @@ class Context:
     slot: Optional["Ticket"] = None          # in the queue of a busy upstream
     on_connect: Optional[Callable[[float], None]] = None  # gets the seconds of connecting
     # Which model is asked for whom, where it is of interest how such calls fare
-    subject: Optional[Tuple[str, CallerKey]] = None
+    subject: Optional[Tuple[str, Caller]] = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -9248,22 +9248,26 @@ class Breaker:
     """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
     tries whether it can be closed. One that takes longer than that to find out does not keep others
     from trying, too. What failed is closed to those for whom it did: it may be the calls that are
-    at fault. It is closed to all where those are two, and it worked for nobody for `seconds`."""
+    at fault. It is closed to all where those are two, and it worked for nobody for `seconds`. Keys
+    that one address invents are several callers, but not two. It `began` to fail."""
     MAX_CALLERS = 100
 
-    def __init__(self, most: int, seconds: float):
+    def __init__(self, most: int, seconds: float, began: float = 0.0):
         self.most = most
         self.seconds = seconds
         self.failures = 0
-        self.began = 0.0      # when the first of them was
+        self.began = began
         self.opened = None
         self.trying = False
-        self.callers = set()  # callers for whom it failed
+        self.callers = {}  # origins by the keys of callers for whom it failed
 
     def concerns(self, now, caller):
         return self.opened is not None and (
-            caller is None or caller in self.callers
-            or len(self.callers) > 1 and now >= self.began + self.seconds)
+            caller is None or caller.key in self.callers
+            or self.fails_for_two() and now >= self.began + self.seconds)
+
+    def fails_for_two(self):
+        return len(set(self.callers.values())) > 1
 
     def seconds_left(self, now, caller=None):
         """Returns how long no call may be made; 0 or less: it may."""
@@ -9283,13 +9287,10 @@ class Breaker:
         if good:
             self.failures = 0
             self.opened = None
-            self.callers.clear()
         elif good is False:
-            if not self.failures:
-                self.began = now
             self.failures += 1
-            if caller is not None and len(self.callers) < self.MAX_CALLERS:
-                self.callers.add(caller)
+            if caller and len(self.callers) < self.MAX_CALLERS:
+                self.callers[caller.key] = caller.origin
             if self.opened is not None or self.failures >= self.most:
                 self.opened = now
 
@@ -9299,7 +9300,7 @@ class Breaker:
         return "half_open" if self.trying or self.seconds_left(now) <= 0 else "open"
 
 
-Subject = Tuple[str, CallerKey]  # (model, caller that asks for it)
+Subject = Tuple[str, Caller]  # (model, caller that asks for it)
 
 
 class Breakers:
@@ -9316,7 +9317,7 @@ class Breakers:
     def fails_for_all(self) -> bool:
         """Tells whether it fails, for more callers than one."""
         return self.connections.opened is not None or any(
-            one.opened is not None and len(one.callers) > 1 for one in self.models.values())
+            one.opened is not None and one.fails_for_two() for one in self.models.values())
 
     def is_tried(self, subject) -> bool:
         """Tells whether an open breaker waits for the result of this call."""
@@ -9342,7 +9343,7 @@ class Breakers:
         it came as far as a connection. Returns what changed, in words."""
         model, caller = subject
         if good is False and connected and model not in self.models:
-            put_newest(self.models, model, Breaker(self.most, self.seconds), KNOWN_MODELS)
+            put_newest(self.models, model, Breaker(self.most, self.seconds, now), KNOWN_MODELS)
         news = self.judge_one(self.connections, connected if good is False else good, now, None, "")
         one = self.models.get(model)
         if one and connected:
@@ -15305,7 +15306,6 @@ class Proxy:
         self.prices = prices
         self.estimator = estimator
         self.dialects = dialects
-        self.has_deadlines = config.max_call_seconds > 0
         self.stored = stored
         self.routes = routes
         self.books = books
@@ -15352,7 +15352,7 @@ class Proxy:
         if call.endpoint is not None:
             call.prepare_for(upstream.model or upstream.dialect.model_name(call.resolved_model),
                              upstream.rewrite, None if upstream.model else self.dialects.resolve)
-        subject = reply.context.subject = call.upstream_model, entry.caller.origin
+        subject = reply.context.subject = call.upstream_model, entry.caller
         with await self.admit(upstream, entry, call) as entry.hold:                 # admit
             if call.large and not upstream.rewrite:
                 call.forget()
@@ -15580,7 +15580,7 @@ class Proxy:
             raise NotForCalls
         if self.traces:
             reply.entry.trace = Trace.join(request)
-        if self.has_deadlines or TIMEOUT_FIELD in request.lines:
+        if self.config.max_call_seconds or TIMEOUT_FIELD in request.lines:
             reply.set_deadlines()
         place = request.cache.get("place")
         if place is None:
