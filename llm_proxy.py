@@ -13012,6 +13012,7 @@ class Redis(asyncio.Protocol):
     or cuts the connection, says nothing for SILENT_SECONDS, is late LATE_TIMES in a row, or fails
     what `on_connect` asks; it is `available` again once all of that went well."""
     ANSWER_SECONDS = 0.08    # for which a call waits, in all
+    SHORT_SECONDS = 0.002    # of a wait that does not count
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
@@ -13048,7 +13049,8 @@ class Redis(asyncio.Protocol):
         self.unsent = []           # (command, callback or None)
         self.asked = deque()       # (command, callback or None, when it was sent)
         self.waits = []            # (since when a call waits, for how long, its future)
-        self.patience = WeakKeyDictionary()  # what calls have left of ANSWER_SECONDS, by task
+        # What calls have left of ANSWER_SECONDS, by task, of those that have waited for a while.
+        self.patience = WeakKeyDictionary()
         self.listening = ListeningTime(loop, self.check_timeouts)
 
     # -- for everyone, on the loop
@@ -13062,7 +13064,8 @@ class Redis(asyncio.Protocol):
 
     def begin_call(self):
         """Another call begins in this task."""
-        self.patience[asyncio.current_task()] = self.ANSWER_SECONDS
+        if self.patience:
+            self.patience.pop(asyncio.current_task(), None)
 
     def is_late(self) -> bool:
         """Returns whether this call is not to wait."""
@@ -13070,6 +13073,8 @@ class Redis(asyncio.Protocol):
 
     def left(self) -> float:
         """Returns for how long this call may wait yet."""
+        if not self.patience:
+            return self.ANSWER_SECONDS
         task = asyncio.current_task(self.loop) or self  # what runs in no task is no call
         return self.patience.get(task, self.ANSWER_SECONDS)
 
@@ -13086,18 +13091,20 @@ class Redis(asyncio.Protocol):
     async def wait(self, future: asyncio.Future) -> RedisReply:
         """Returns what a future is completed with, which is a RedisFault once this call has waited
         for ANSWER_SECONDS."""
-        began = self.listening.now()
-        self.limit_wait(future)
+        began = self.limit_wait(future)
         reply = await future
-        task = asyncio.current_task()
-        if task in self.patience:
-            self.patience[task] -= self.listening.now() - began
+        waited = self.listening.now() - began
+        if waited > self.SHORT_SECONDS:
+            self.patience[asyncio.current_task()] = self.left() - waited
         return reply
 
-    def limit_wait(self, future: asyncio.Future):
-        """Completes a future with a RedisFault if nobody else does while this call may wait."""
+    def limit_wait(self, future: asyncio.Future) -> float:
+        """Completes a future with a RedisFault if nobody else does while this call may wait;
+        returns the time."""
         self.listening.run()
-        self.waits.append((self.listening.now(), self.left(), future))
+        now = self.listening.now()
+        self.waits.append((now, self.left(), future))
+        return now
 
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
@@ -14112,6 +14119,7 @@ class RedisBuckets(Buckets):
                 pattern_of_names = "%sb:*%s*:*" % (self.prefix, short_digest(owner))
                 cursor = 0
                 while cursor != b"0":
+                    self.redis.begin_call()
                     cursor = await self.redis.call(
                         "EVAL", LUA_FILL, 1, self.prefix, cursor, pattern_of_names)
                 self.fills.discard(owner)
