@@ -3194,7 +3194,7 @@ class ModelHabits:
             self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if is_ratio else usual
 
 
-LEARN_ALL = 20      # learned is from so many first calls of a caller to a model, and then from
+LEARN_ALL = 50      # learned is from so many first calls of a caller to a model, and then from
 LEARN_SHARE = 0.05  # this share: counting takes time
 
 
@@ -5737,7 +5737,7 @@ ADMIN_PARTS = """
     cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_?up collective_rpc scale_elastic_ep
     is_(sleeping|scaling_elastic_ep|paused) reset_(prefix|mm|encoder)_cache (start|stop)_profile
     init_weights?_(transfer_engine|update_group|send_group_for_remote_instance)
-    generate_auth_token single-use-token api[-_]?keys?
+    generate_auth_token single-use-token ephemeral-tokens? api[-_]?keys?
     (start|finish)_(draft_)?weight_update destroy_weights_update_group weights_checker
     update_weight.* send_weights_to_remote_instance get_weights_by_name
     abort_requests? fault_tolerance flush_cache freeze_gc slow_down
