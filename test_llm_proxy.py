@@ -3491,7 +3491,7 @@ class PathsTest(ManyCase):
         POST /resume, GET /is_paused, POST /start_weight_update, POST /finish_weight_update
         POST /fault_tolerance/apply, POST /v1/chat/completions/control, PUT /hicache/storage-backend
         POST /v1/download, POST /v1/model/embedding/unload, POST /v1/sampling/override/switch
-        POST /openai/realtimeapi/sessions, POST /generate_auth_token, POST /v1/auth/grant,
+        POST /openai/realtimeapi/sessions, POST /generate_auth_token, POST /v1/auth/grant
         POST /v1/ephemeral-tokens
         POST /wakeup, GET /v1/api-key, GET /v1/users/me/balance, GET /v1/user/info
         GET /api/v1/credits, GET /api/v1/key, POST /api/v1/models/unload, GET /models/sse
