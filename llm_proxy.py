@@ -2885,6 +2885,9 @@ class TextKind(NamedTuple):
     scale: float = 1.0
 
 
+PROSE_KIND = TextKind()
+
+
 def kind_of_text(text: str) -> TextKind:
     """Judges by the beginning and the middle. In code, a word, a run of signs and the end of a line
     are about a token each."""
@@ -2895,7 +2898,7 @@ def kind_of_text(text: str) -> TextKind:
     if size * 3 > len(sample) * 4:
         return TextKind(4)
     if len(data.translate(None, PROSE)) * 25 <= size:
-        return TextKind()  # the usual case
+        return PROSE_KIND  # the usual case
     words, signs = data.translate(ONLY_WORDS).split(), data.translate(ONLY_SIGNS).split()
     units = len(words) + len(signs) + data.count(b"\n")
     scale = len(sample) / max(1, units) / CHARACTERS_PER_TOKEN
@@ -6152,7 +6155,7 @@ class UsageReader:
     MAX_ANSWERS = 1 << 12  # answers that are read at once
 
     characters = 0
-    kind = TextKind()              # kind of text, by `kind_of_text`
+    kind = PROSE_KIND              # kind of text, by `kind_of_text`
     usual: Optional[Usage] = None  # found by usual_usage, without parsing
     model: Optional[str] = None    # the model that served, if the response names it
     tier: Optional[str] = None     # the service tier, likewise
