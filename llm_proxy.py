@@ -8054,6 +8054,30 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
+class NextPass:
+    """What many calls do alike is put off to the loop's next pass, and done there for all of them:
+    the processor has its code at hand then, and a peer that was just woken, which costs more than
+    to send, is still awake."""
+
+    def __init__(self):
+        self.ended = []   # with these `record` is called,
+        self.posted = []  # and then `send_posted` of these
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> "NextPass":
+        """Returns the one of a loop."""
+        return vars(loop).setdefault("next_pass", cls())
+
+    def run(self):
+        """Is called soon by whoever puts the first one into a list."""
+        ended, posted = self.ended, self.posted
+        self.ended, self.posted = [], []
+        for entry in ended:
+            self.record(entry)
+        for stream in posted:
+            stream.send_posted()
+
+
 class Stream:
     """One side's socket on the loop. `read_buffer` holds what came and nobody has taken yet;
     `sink`, where there is one, is given what comes instead. `ended`: nothing more will come,
@@ -8071,6 +8095,7 @@ class Stream:
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket):
         sock.setblocking(False)
         self.loop = loop
+        self.next_pass = NextPass.of(loop)
         self.sock = sock
         self.descriptor = sock.fileno()
         self.encrypted = isinstance(sock, ssl.SSLSocket)
@@ -8246,12 +8271,15 @@ class Stream:
             self.flush()
 
     def post(self, data: bytes):
-        """Sends a few bytes in the loop's next pass, together with those of other streams: to wake
-        a peer costs more than to send, and one that was just woken is still awake."""
+        """Sends a few bytes in the loop's next pass, one behind the other with what other streams
+        post in this one."""
         if self.posted or self.write_buffer or len(data) > self.MOST_POSTED:
             return self.write(data)
         self.posted = data
-        self.loop.call_soon(self.send_posted)
+        posted = self.next_pass.posted
+        if not posted:
+            self.loop.call_soon(self.next_pass.run)
+        posted.append(self)
 
     def send_posted(self):
         data = self.posted
@@ -11838,9 +11866,6 @@ class Watcher:
     """A listener that Books tells of calls, on the loop: it must not wait."""
     counts_all = False  # hears also of refusals that are only counted
 
-    def begin(self, entry: Entry):
-        """Hears that a call was read and is about to be routed."""
-
     def record(self, entry: Entry):
         """Hears that a call has ended; it is in the ledger, too."""
 
@@ -11852,7 +11877,11 @@ class Books:
     """The log, the ledger and the usage log; each has a thread, so that none waits for another.
     `running` are the entries of calls that run, oldest first."""
 
-    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log]):
+    def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
+                 loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.next_pass = NextPass.of(loop)
+        self.next_pass.record = self.write_down
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
@@ -11869,32 +11898,35 @@ class Books:
     def watch(self, watchers: Sequence[Watcher]):
         """Adds listeners, each for the kinds of calls that it wants."""
         self.watchers = watchers
-        self.on_begin = [one.begin for one in watchers if type(one).begin is not Watcher.begin]
         told = [*filter(None, (self.ledger, self.usage_log)), *watchers]
         self.on_end = [one.record for one in told if type(one).record is not Watcher.record]
         self.on_count = [one.record for one in watchers if one.counts_all]
 
-    def begin(self, entry: Entry):
-        """Notes that a call runs from now on."""
-        self.running[entry] = None
-        for tell in self.on_begin:
-            tell(entry)
-
     def record(self, entry: Entry):
+        """Notes that a request has ended, which is written down in the loop's next pass."""
+        ended = self.next_pass.ended
+        if not ended:
+            self.loop.call_soon(self.next_pass.run)
+        ended.append(entry.close(self.log.clock))
+
+    def write_down(self, entry):
         call = entry.call
-        if call:
-            self.running.pop(entry, None)
-        elif entry.outcome == "refused" and not (
-                entry.caller and entry.caller.role == "caller") and (
-                    self.refusals.counts_only(entry)):
-            for tell in self.on_count if entry.method else ():
-                tell(entry)
-            return
-        self.log.record(entry)
-        # A page is no call, nor is what had no head.
-        if call or (entry.method and entry.outcome != "ok"):
-            for tell in self.on_end:
-                tell(entry)
+        try:
+            if call:
+                self.running.pop(entry, None)
+            elif entry.outcome == "refused" and not (
+                    entry.caller and entry.caller.role == "caller") and (
+                        self.refusals.counts_only(entry)):
+                for tell in self.on_count if entry.method else ():
+                    tell(entry)
+                return
+            self.log.record(entry)
+            # A page is no call, nor is what had no head.
+            if call or (entry.method and entry.outcome != "ok"):
+                for tell in self.on_end:
+                    tell(entry)
+        except Exception:  # the others are written down all the same
+            self.log.report()
 
     def save(self, levels: Levels):
         """Hands the levels of buckets to the ledger; to be called every Ledger.SAVE_SECONDS."""
@@ -11903,6 +11935,7 @@ class Books:
             self.ledger.save(levels)
 
     def close(self, wait: float):
+        self.next_pass.run()
         self.refusals.report()
         for part in filter(None, (self.ledger, self.usage_log, *self.watchers, self.log)):
             part.close(wait)
@@ -12530,9 +12563,6 @@ class Traces(Poster, Watcher):
         self.resource = {"attributes": self.attributes(
             {"service.name": service, "service.version": VERSION})}
         super().__init__(*poster, **options)
-
-    def begin(self, entry):
-        entry.call.trace = entry.trace
 
     # -- in a thread
 
@@ -15068,9 +15098,7 @@ class Reply:
                       f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        answer = self.head(response.status, lines) + self.first
-        is_whole = self.adapter.framing.ended and not self.close_after
-        (self.client.post if is_whole else self.client.write)(answer)
+        self.client.post(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
         """Returns the status line of a response, and the header lines that are passed on as they
@@ -15604,7 +15632,9 @@ class Proxy:
         entry = reply.entry
         reply.call = entry.call = call
         entry.context = reply.context
-        self.books.begin(entry)
+        call.trace = entry.trace
+        self.books.running[entry] = None
+        self.watchers.feed.begin(entry)
         if call.stream:
             reply.start_comments()
 
@@ -15904,7 +15934,8 @@ def build(config: Config, stream: BinaryIO, clock: Any = time,
                   prices, CostEstimator(config, prices, limits.units()),
                   Dialects(config), stored,
                   build_routes(config, clock, log.say),
-                  build_books(config, clock, log, limits, stored, database, keys, secret, worker),
+                  build_books(config, clock, log, loop, limits, stored, database, keys, secret,
+                              worker),
                   build_watchers(config, clock, log, limits))
     renew_redaction(proxy)
     hear_of_others(proxy)
@@ -16039,13 +16070,13 @@ def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, 
     return limits
 
 
-def build_books(config, clock, log, limits, stored, database, keys, secret, worker):
+def build_books(config, clock, log, loop, limits, stored, database, keys, secret, worker):
     ledger = None
     if config.database != "off":
         ledger = Ledger(config, database, limits, stored, clock, log, keys, secret,
                         worker and worker.number)
     usage_log = UsageLog(config.usage_log) if config.usage_log else None
-    return Books(log, ledger, usage_log)
+    return Books(log, ledger, usage_log, loop)
 
 
 def build_watchers(config, clock, log, limits):
@@ -17917,7 +17948,7 @@ class ClientConnection:
         entry = Entry(self.address, self.peer)
         entry.outcome = "refused"
         entry.cause = "TLS failed: %s" % (failure.reason or "cut").lower().replace("_", " ")
-        self.proxy.books.record(entry.close(self.proxy.clock))
+        self.proxy.books.record(entry)
 
     async def shake_hands(self):
         """Returns False for a client that does not speak TLS, which is told so."""
@@ -18057,7 +18088,7 @@ class ClientConnection:
         if reply.body:
             reply.body.release()
         self.served = True
-        self.proxy.books.record(reply.entry.close(self.proxy.clock))
+        self.proxy.books.record(reply.entry)
 
     async def say_goodbye(self):
         """Closes so that the last answer is read: closing on unread bytes sends a reset, which
