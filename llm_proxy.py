@@ -8057,16 +8057,11 @@ class Context:
 class NextPass:
     """What many calls do alike is put off to the loop's next pass, and done there for all of them:
     the processor has its code at hand then, and a peer that was just woken, which costs more than
-    to send, is still awake."""
+    to send, is still awake. Each loop has one."""
 
     def __init__(self):
         self.ended = []   # with these `record` is called,
         self.posted = []  # and then `send_posted` of these
-
-    @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> "NextPass":
-        """Returns the one of a loop."""
-        return vars(loop).setdefault("next_pass", cls())
 
     def run(self):
         """Is called soon by whoever puts the first one into a list."""
@@ -8095,7 +8090,7 @@ class Stream:
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket):
         sock.setblocking(False)
         self.loop = loop
-        self.next_pass = NextPass.of(loop)
+        self.next_pass = vars(loop).setdefault("next_pass", NextPass())
         self.sock = sock
         self.descriptor = sock.fileno()
         self.encrypted = isinstance(sock, ssl.SSLSocket)
@@ -8331,7 +8326,6 @@ class Stream:
                     or_answer: bool = False) -> bool:
         """Waits until all was sent; returns False if it cannot be, or, with `or_answer`, if the
         peer speaks first. Raises TimeoutError after `seconds` in which it took nothing."""
-        self.send_posted()
         if or_answer:
             self.resume_reading()
         while self.write_buffer and not (or_answer and (self.read_buffer or self.ended)):
@@ -11880,7 +11874,7 @@ class Books:
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
                  loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.next_pass = NextPass.of(loop)
+        self.next_pass = vars(loop).setdefault("next_pass", NextPass())
         self.next_pass.record = self.write_down
         self.refusals = RefusalSums(log)
         self.log = log
@@ -17974,8 +17968,8 @@ class ClientConnection:
             seconds -= self.HANG_UP_SECONDS
 
     def new_reply(self):
-        entry = Entry(self.address, self.peer)
-        self.reply = Reply(self.client, self.context, self.server.common, entry)
+        self.reply = Reply(self.client, self.context, self.server.common,
+                           Entry(self.address, self.peer))
         return self.reply
 
     async def exchange(self) -> bool:
