@@ -15092,7 +15092,8 @@ class Reply:
                       f"X-LLM-Output-Tokens: {output}\r\n"
                       f"X-LLM-Cost-USD: {format_usd(entry.picodollars)}\r\n"
                       f"{'X-LLM-Estimated: true' + CRLF if usage.estimated else ''}")
-        self.client.post(self.head(response.status, lines) + self.first)
+        send = self.client.write if self.close_after else self.client.post
+        send(self.head(response.status, lines) + self.first)
 
     def response_lines(self, response):
         """Returns the status line of a response, and the header lines that are passed on as they
