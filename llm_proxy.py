@@ -5211,10 +5211,9 @@ NOTHING = ("", {}, [], False)
 FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_cursor|cursor)")
 
 
-# Three counts, as most servers tell no more, and the end of the JSON
-USUAL_COUNTS = b"prompt", b"completion", b"total"
-USUAL_END = re.compile(rb'"usage":\s*\{%b\}\s*\}\s*' % rb",\s*".join(
-    3 * [rb'"(prompt|completion|total)_tokens":\s*([0-9]{1,15})']))
+# Three counts, in any order, as most servers tell no more, and the end of the JSON
+USUAL_END = re.compile(rb'"usage":\s*\{(?:,?\s*"(?:%b)){3}\s*\}\s*\}\s*' % b"|".join([
+    rb'%b_tokens":\s*([0-9]{1,15})' % name for name in (b"prompt", b"completion", b"total")]))
 
 
 @lru_cache(KNOWN_MODELS)
@@ -5339,9 +5338,9 @@ class OpenAI(Dialect):
                 or find(self.TIER_MARK) >= 0 or find(b'"status"', begin) >= 0):
             return None
         end = USUAL_END.fullmatch(data, start)
-        told = end.groups() if end else ()
-        counts = dict(zip(told[::2], map(int, told[1::2])))
-        prompt, output, total = [counts.get(name, -1) for name in USUAL_COUNTS]
+        if end is None:
+            return None
+        prompt, output, total = map(int, end.groups(-1))
         if not 0 < prompt <= total == prompt + output < MAX_TOKENS_PER_CALL:
             return None
         return new_tuple(Usage, (prompt, output, 0, 0, 0, False, 0, model, (), None, (), 0))
@@ -14726,7 +14725,7 @@ def format_date(second):
 
 class Common:
     """The parts that all replies share."""
-    __slots__ = "config clock dialects budget turns origins id_begin".split()
+    __slots__ = "config clock dialects budget turns origins id_begin id_ends".split()
 
     def __init__(self, config: Config, clock: Any, dialects: Dialects, budget: MemoryBudget,
                  turns: Turns, origins: Origins):
@@ -14740,8 +14739,9 @@ class Common:
 
     def begin_ids(self):
         """Begins the ids of the next second, as a whole new id for each request would cost a
-        microsecond."""
+        microsecond. Their ends are counted: random ones cost the ledger three times the pages."""
         self.id_begin = new_request_id(self.clock)[:-12]
+        self.id_ends = itertools.count(random.getrandbits(47))
 
 
 IDENTITY, PACKED, UNREADABLE = range(3)
@@ -15275,7 +15275,7 @@ class Reply:
         entry, hold = self.entry, self.entry.hold
         entry.status = status
         if entry.request_id is None:
-            entry.request_id = f"{self.common.id_begin}{random.getrandbits(48):012x}"
+            entry.request_id = f"{self.common.id_begin}{next(self.common.id_ends):012x}"
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
         rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
