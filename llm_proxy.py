@@ -13048,10 +13048,10 @@ class Redis(asyncio.Protocol):
     MOST_COMMANDS = 10_000   # kept while Redis is away; as many more may have no reply
 
     available = False
-    transport = None
-    task = None
-    lost = None               # a future, completed when the connection is no more,
-    reason: Optional[RedisFault] = None       # why it has ended
+    transport: Optional[asyncio.Transport] = None
+    task: Optional[asyncio.Task] = None
+    lost: Optional[asyncio.Future] = None     # completed when the connection has ended,
+    reason: Optional[RedisFault] = None       # and why
     flushing = False
     has_timed_out = False                     # a call, since the last reply
     late_times = 0
@@ -13762,8 +13762,9 @@ class RedisBuckets(Buckets):
     beats = 0
     fresh = True              # it was never there
     replaces_dead = False     # a process that died: nobody knows what it took of its share
-    charging = beat_timer = None  # timers
-    filling = None                # a task
+    charging: Optional[asyncio.TimerHandle] = None
+    beat_timer: Optional[asyncio.TimerHandle] = None
+    filling: Optional[asyncio.Task] = None
 
     def __init__(self, clock: Any, redis: Redis, prefix: str, policy: str, peers: int):
         super().__init__(clock)
@@ -14205,8 +14206,8 @@ class SharedQueue(FairQueue):
     AT_ONCE = 32         # slots that are asked for at once
     short = False
     elsewhere = 0        # how many ran in other processes when Redis told
-    answered = None      # a future, while it asks
-    timer = None
+    answered: Optional[asyncio.Future] = None  # while it asks
+    timer: Optional[asyncio.TimerHandle] = None
 
     def __init__(self, most: int, limits: QueueLimits, clock: Any, redis: Redis, name: str,
                  part: Callable[[int], int]):
@@ -14325,7 +14326,7 @@ class SharedKeys:
     on while Redis is away. The last change of a key counts, by the clocks of the boxes."""
     LOOK_SECONDS = 0.3
     AT_ONCE = 200      # keys that are told
-    timer = None
+    timer: Optional[asyncio.TimerHandle] = None
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
@@ -14393,7 +14394,7 @@ class SharedSums:
     AT_ONCE = 200
     WAIT_SECONDS = 1
     SUM = re.compile(b"([0-9]{1,18}) (.*)", re.DOTALL)
-    after = None  # where the stream is read from
+    after: Optional[str] = None  # where the stream is read from
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
