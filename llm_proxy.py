@@ -9026,17 +9026,17 @@ class Stored:
             raise Forbidden("What upstreams store is not passed on")
         # A run of an eval may be another's than the eval.
         names += filter(self.things.__contains__, [self.bill_name(call)])
-        found = list(map(self.things.get, names))
+        things = list(map(self.things.get, names))
         if path and path.name:
-            found.insert(0, self.things.get(self.full_name(path.collection, path.name)))
+            things.insert(0, self.things.get(self.full_name(path.collection, path.name)))
         if path and path.name == "/" and self.bills:
             raise NothingStored  # nobody would know that it must be paid for
         if self.policy == "own":
             if path and path.is_listed:
                 raise Forbidden("Lists of what is stored are not passed on")
-            if any(one is None or one.owner != owner for one in found):
+            if any(one is None or one.owner != owner for one in things):
                 raise NothingStored
-        return next(filter(None, found), None)
+        return next(filter(None, things), None)
 
     def bill_name(self, call):
         """Returns the name of the call whose answer this one asks for, if it does."""
@@ -9095,11 +9095,11 @@ class NameReader:
 
     tries = 0
 
-    def __init__(self, reader, events, found, of_all):
+    def __init__(self, reader, events, on_names, of_all):
         """`events` is None where the response is no stream."""
         self.reader = reader
         self.events = events
-        self.found = found
+        self.on_names = on_names
         self.of_all = of_all
         self.kept: Optional[bytearray] = bytearray()  # None when nothing more is looked for
 
@@ -9138,7 +9138,7 @@ class NameReader:
 
     def name(self, names):
         if names:
-            self.found(names)
+            self.on_names(names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9348,11 +9348,11 @@ class Breakers:
         return any(one.trying for one, _ in self.concerning(subject))
 
     def concerning(self, subject):
-        found = [(self.connections, None)]
+        concerned = [(self.connections, None)]
         if subject and subject[0] in self.models:
             model, caller = subject
-            found.append((self.models[model], caller))
-        return found
+            concerned.append((self.models[model], caller))
+        return concerned
 
     def seconds_left(self, now, subject):
         return max([one.seconds_left(now, caller) for one, caller in self.concerning(subject)])
@@ -9412,11 +9412,11 @@ class TunnelResponse(http.client.HTTPResponse):
 
     def _read_status(self):
         for _ in range(MAX_INTERIM_RESPONSES):
-            found = super()._read_status()
-            if not 100 <= found[1] < 200:
+            status_line = super()._read_status()
+            if not 100 <= status_line[1] < 200:
                 break
             http.client.parse_headers(self.fp)
-        return found
+        return status_line
 
 
 SPARE_SECONDS = 3  # uvicorn, Node and llama.cpp close idle connections after 5
@@ -9798,12 +9798,12 @@ class Upstream:
         """Returns what /health says of it."""
         states = self.states()
         best = min(states, key=STATES.index)
-        found = {"state": "disabled" if self.disabled else best,
+        stats = {"state": "disabled" if self.disabled else best,
                  "in_flight": sum([one.running for one in self.addresses]),
                  "addresses": "%d/%d" % (states.count("closed"), len(states))}
         if self.queue:
-            found["queue"] = self.queue.stats()
-        return found
+            stats["queue"] = self.queue.stats()
+        return stats
 
     # -- what is asked
 
@@ -9888,9 +9888,9 @@ class Upstream:
         if self.model is not None or self.key == PASSTHROUGH:  # one only, or no key to ask with
             named = [name for name in self.globs if not re.search(r"[*?[]", name)]
             return list(map(Model, named or ([self.model] if self.model else [])))
-        found = [one._replace(name=self.dialect.model_name(one.name))
-                 for one in await self.list_models(context)]
-        return [one for one in found if self.serves(one.name)] if self.globs else found
+        models = [one._replace(name=self.dialect.model_name(one.name))
+                  for one in await self.list_models(context)]
+        return [one for one in models if self.serves(one.name)] if self.globs else models
 
     async def list_models(self, context):
         """Asks for the list of models."""
@@ -9924,10 +9924,10 @@ class Routes:
         Raises NoRoute."""
         if not (self.named or thing or self.base.disabled):  # there is no choice
             return self.all
-        found = [one for one in self.candidates(call, thing) if not one.disabled]
-        if not found:
+        upstreams = [one for one in self.candidates(call, thing) if not one.disabled]
+        if not upstreams:
             raise NoRoute(call.model, cause="upstream disabled")
-        return found
+        return upstreams
 
     def switch(self, name: str, on: bool):
         """Enables or disables an upstream."""
@@ -9948,18 +9948,18 @@ class Routes:
             return [self.by_name[call.prefix]]
         if self.base and not call.resolved_model:
             return [self.base]
-        found = self.known(call.resolved_model)
-        if not found:
+        upstreams = self.known(call.resolved_model)
+        if not upstreams:
             raise NoRoute(call.model)
-        return found
+        return upstreams
 
     def serving(self, model):
         """Returns the upstreams that serve a model, else the base."""
-        found = [upstream for upstream in self.named
-                 if upstream.serves(model) and not upstream.disabled]
+        upstreams = [upstream for upstream in self.named
+                     if upstream.serves(model) and not upstream.disabled]
         # Nobody's own key is for a second vendor.
-        found[1:] = [upstream for upstream in found[1:] if upstream.key != PASSTHROUGH]
-        return found or ([self.base] if self.base else [])
+        upstreams[1:] = [upstream for upstream in upstreams[1:] if upstream.key != PASSTHROUGH]
+        return upstreams or ([self.base] if self.base else [])
 
     def close_queues(self):
         for upstream in self.all:
@@ -10083,7 +10083,7 @@ class Entry:
     gave_up = False     # the caller's own deadline was over
     queued = None       # milliseconds in line; None where there was none
     held_up = 0.0       # seconds before the first byte that others took, such as the queue
-    found = None        # {kind of redacted value: count}; None without any
+    redactions = None   # {kind of redacted value: count}; None without any
     caller: Optional[Caller] = None
     method = None
     path = None
@@ -10139,7 +10139,7 @@ class Entry:
     @property
     def redacted(self):
         """The counts of redacted values, such as email=2,card=1."""
-        return ",".join(["%s=%d" % row for row in self.found.items()])
+        return ",".join(["%s=%d" % row for row in self.redactions.items()])
 
     def as_row(self) -> Tuple:
         """Returns what the ledger keeps, by COLUMNS; usage is 0 where there was no answer."""
@@ -10161,7 +10161,7 @@ class Entry:
             hold and hold.held, hold and hold.describe_charges(),
             self.first_ms, self.all_ms, self.passed,
             self.queued, caller and caller.team, caller and caller.tag, self.agent,
-            self.connect_ms, self.redacted if self.found else None)
+            self.connect_ms, self.redacted if self.redactions else None)
 
     def as_fields(self) -> JsonObject:
         """Returns the row by the names of its columns."""
@@ -10220,7 +10220,7 @@ class Entry:
             used = f" in={mark}{usage.input} out={mark}{usage.output}"
         if self.priced:
             usd = " usd=" + format_usd(self.picodollars)
-        if self.queued or self.cause or self.found:
+        if self.queued or self.cause or self.redactions:
             remarks = self.remarks()
         return (
             f"{format_moment(self.wall // 10 ** 6)} {self.who} "
@@ -10235,7 +10235,7 @@ class Entry:
     def remarks(self):
         queue = f" queue={self.queued}ms" if self.queued else ""
         cause = " cause=" + self.cause.replace(" ", "_") if self.cause else ""
-        return queue + cause + (f" redacted={self.redacted}" if self.found else "")
+        return queue + cause + (f" redacted={self.redacted}" if self.redactions else "")
 
 
 class Writer:
@@ -10499,13 +10499,13 @@ class SumNames:
         """Takes rows of SUMS_OF_CALLS; returns rows of SUM_COLUMNS."""
         if len(self.names) > 8:  # of quarters that are over
             self.names.clear()
-        found = []
+        rows = []
         for start, caller, team, tag, model, *rest, answered in sums:
             most = self.MOST_NAMES if answered else self.NAMES
             caller = self.shown((start, "caller"), caller, most)
             model = self.shown((start, "model"), model, most)
-            found.append([start, caller, team, tag, model, *rest])
-        return found
+            rows.append([start, caller, team, tag, model, *rest])
+        return rows
 
     def shown(self, of, name, most):
         names = self.names[of]
@@ -10803,15 +10803,15 @@ class Database:
     def add_heard_sums(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
         """Adds what other boxes told up to a moment, each sum once, and forgets what they were
         told up to this number. A sum is (box, its number there, text)."""
-        found, facts = [], {"heard": moment}
+        rows, facts = [], {"heard": moment}
         for box, number, text in sums:
             name = "heard of " + box
             if number > facts.get(name, self.facts.get(name, 0)):
                 facts[name] = number
                 with suppress(ValueError, RecursionError):
-                    found.append(read_sum(text))
+                    rows.append(read_sum(text))
         if len(facts) > 1:
-            self.add_sums(found, facts, ())
+            self.add_sums(rows, facts, ())
         self.execute("DELETE FROM untold WHERE id <= ?", (told,))
 
     def save(self, changed, gone):
@@ -10841,13 +10841,13 @@ class Database:
 
     def levels(self) -> Levels:
         """Returns what was saved."""
-        found = {}
+        levels = {}
         for rule, subject, level, since in () if self.shared else self.execute(
                 "SELECT * FROM buckets"):
             # What somebody else has written is as good as a full bucket.
             with suppress(ValueError, TypeError, AttributeError):
-                found[(rule, *self.read_owners(subject))] = int(level), float(since)
-        return found
+                levels[(rule, *self.read_owners(subject))] = int(level), float(since)
+        return levels
 
     def add_things(self, things, most):
         """Inserts things, and removes those that are None and the oldest above `most`."""
@@ -10861,20 +10861,20 @@ class Database:
 
     def things(self) -> Dict[str, Thing]:
         """Returns what was saved, oldest first."""
-        found = {}
+        things = {}
         for name, owner, *place in self.execute(
                 "SELECT name, owner, upstream, address FROM things ORDER BY rowid"):
             with suppress(ValueError, TypeError, AttributeError, IndexError):
-                found[name] = Thing(self.read_owners(owner)[0], *place)
-        return found
+                things[name] = Thing(self.read_owners(owner)[0], *place)
+        return things
 
     def secret(self) -> bytes:
         """Returns a random secret of this file's own. Raises ValueError where it has none, and can
         only be read."""
         if not self.reading:
             self.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (os.urandom(32),))
-        (found,), = self.execute("SELECT value FROM facts WHERE name = 'secret'")
-        return bytes(found)
+        (secret,), = self.execute("SELECT value FROM facts WHERE name = 'secret'")
+        return bytes(secret)
 
     def key_rows(self) -> Tuple[Any, ...]:
         """Returns (rows of keys, of their secrets, whether nobody else may call, names of upstreams
@@ -10897,7 +10897,7 @@ class Database:
 
     def key_records(self):
         """Returns what other boxes must know of keys, also of those that were removed."""
-        execute, found = self.execute, {}
+        execute, records = self.execute, {}
         for audit in execute("SELECT max(time), who, role, address, what, target, detail FROM audit"
                              " WHERE what LIKE '% key' GROUP BY target"):
             name = audit[5]
@@ -10905,9 +10905,9 @@ class Database:
                 "last_used", "NULL") + " WHERE name = ?", (name,))
             secrets = execute(
                 "SELECT hex(digest), valid_until FROM secrets WHERE name = ?", (name,))
-            found[name] = audit[0], json.dumps(
+            records[name] = audit[0], json.dumps(
                 [audit, [dict(zip(Key._fields, key)) for key in keys], secrets])
-        return found
+        return records
 
     def take_record(self, record):
         """Goes by what another box has made of a key, where that is newer than what is known here.
@@ -10954,12 +10954,12 @@ class Database:
         if not execute("SELECT 1 FROM orders LIMIT 1"):
             return []
         with self.transaction():
-            found = execute(  # and nothing that somebody else has written
+            orders = execute(  # and nothing that somebody else has written
                 "SELECT * FROM orders WHERE (done = 0 OR until > ?) AND (unit IS NULL OR"
                 " typeof(amount) || typeof(until) = 'integerreal') ORDER BY id", (now,))
             execute("DELETE FROM orders WHERE coalesce(until, 0) <= ?", (now,))
             execute("UPDATE orders SET done = 1 WHERE done = 0")
-        return list(map(Order._make, found))
+        return list(map(Order._make, orders))
 
     def forget(self, before: float, sums_before: float) -> bool:
         """Removes some of the calls, and of the sums, from before these wall-clock times; returns
@@ -10987,9 +10987,9 @@ class Sum(namedtuple("Sum", SUM_COUNTS)):
         return self.input + self.output
 
     def as_dict(self) -> JsonObject:
-        found = self._asdict()
-        found["usd"] = format_usd(found.pop("picodollars"))
-        return found
+        fields = self._asdict()
+        fields["usd"] = format_usd(fields.pop("picodollars"))
+        return fields
 
     def in_short(self) -> JsonObject:
         """Returns what charts show."""
@@ -11023,10 +11023,10 @@ def csv_of(names: Sequence[str], rows: Iterable[Sequence[Union[int, float, str, 
 def read_time_zone(name: str, offset: str = "") -> datetime.tzinfo:
     """Returns the time zone of this name, or, where this machine does not know it, the one that is
     `offset` minutes east of UTC."""
-    found = time_zone(name)
-    if found is None and re.fullmatch("-?[0-9]{1,4}", offset) and abs(int(offset)) < 1440:
-        found = datetime.timezone(datetime.timedelta(minutes=int(offset)))
-    return found or datetime.timezone.utc
+    zone = time_zone(name)
+    if zone is None and re.fullmatch("-?[0-9]{1,4}", offset) and abs(int(offset)) < 1440:
+        zone = datetime.timezone(datetime.timedelta(minutes=int(offset)))
+    return zone or datetime.timezone.utc
 
 
 MAX_STEPS = 3000
@@ -11083,11 +11083,11 @@ def read_parts(low: int, high: int, sign: int = 1,
 
 def call_fields(fields: JsonObject, number: Optional[int] = None) -> JsonObject:
     """Returns what pages are told of a call; `number` is its rowid."""
-    found = {"row": number, **fields}
-    found["usd"] = format_usd(found.pop("picodollars") or 0)
+    shown = {"row": number, **fields}
+    shown["usd"] = format_usd(shown.pop("picodollars") or 0)
     for name in ("stream", "estimated", "unpriced"):
-        found[name] = bool(found[name])
-    return found
+        shown[name] = bool(shown[name])
+    return shown
 
 
 # By what calls are found: what the sums say where there may be some, and what each says of itself.
@@ -11134,14 +11134,14 @@ class LedgerReader(NamedTuple):
         """Returns what each step comes to, by name, as far as there is something. A part that is
         added to one and taken away from the next is read once."""
         owners = defaultdict(list)  # of parts
-        found = [{} for _ in steps]
-        for step, sums in zip(steps, found):
+        series = [{} for _ in steps]
+        for step, sums in zip(steps, series):
             for *part, sign in read_parts(*step):
                 owners[tuple(part)].append((sums, sign))
         for part, name, *totals in self.read_sums(by, list(owners), filters):
             for sums, sign in owners[part]:
                 sums[name] = sums.get(name, NO_SUM).plus(totals, sign)
-        return [{name: one for name, one in sums.items() if one.calls} for sums in found]
+        return [{name: one for name, one in sums.items() if one.calls} for sums in series]
 
     def read_sums(self, by, parts, filters):
         """Yields (which part, whose, what it comes to)."""
@@ -11151,8 +11151,8 @@ class LedgerReader(NamedTuple):
             raise BadRequest("Sums are by caller, team, model, upstream or tag")
         rows = ", ".join("(%d, %d, %d, %d)" % (number, *part) for number, part in enumerate(parts))
         with self.ask() as execute:
-            for number, *found in execute(ADD_SUMS.format(rows, by, where), values):
-                yield (parts[number], *found)
+            for number, *totals in execute(ADD_SUMS.format(rows, by, where), values):
+                yield (parts[number], *totals)
 
     def totals(self, by: str, start: float, end: float,
                filters: Optional[Texts] = None) -> Dict[str, Sum]:
@@ -11171,49 +11171,49 @@ class LedgerReader(NamedTuple):
     def days(self, caller: str, count: int = 30):
         """Returns {"at": midnight, **sum} for each of the last days of a caller."""
         steps = read_steps("day", self.midnight(count - 1), self.now + 1, self.zone)
-        found = self.add_up("caller", steps, {"caller": caller})
+        series = self.add_up("caller", steps, {"caller": caller})
         return [{"at": at, **sums.get(caller, NO_SUM).as_dict()}
-                for (at, _), sums in zip(steps, found)]
+                for (at, _), sums in zip(steps, series)]
 
     def hours(self) -> Dict[str, List[int]]:
         """Returns the tokens of the last 24 hours, oldest first, of each caller."""
         first = int(self.now // HOUR - 23) * HOUR
         steps = [(at, at + HOUR) for at in range(first, first + DAY, HOUR)]
-        found = defaultdict(lambda: [0] * 24)
+        tokens = defaultdict(lambda: [0] * 24)
         for number, sums in enumerate(self.add_up("caller", steps, {})):
             for name, one in sums.items():
-                found[name][number] = one.tokens()
-        return found
+                tokens[name][number] = one.tokens()
+        return tokens
 
     def usage(self, by: str, step: str, start: float, end: float,
               filters: Texts) -> JsonObject:
         """Returns groups, the most expensive first, their total, and a series of them. Raises
         BadRequest."""
         steps = read_steps(step, start, end, self.zone)
-        found = self.add_up(by, steps, filters)
-        groups = self.merge(found)
+        series = self.add_up(by, steps, filters)
+        groups = self.merge(series)
         if len(groups) > self.NAMED:
-            self.name_few(found, {*list(groups)[:self.NAMED], "other"})
-            groups = self.merge(found)
+            self.name_few(series, {*list(groups)[:self.NAMED], "other"})
+            groups = self.merge(series)
         return {
             "from": steps[0][0], "to": steps[-1][1], "step": step, "by": by,
             "groups": [{"name": name, **one.as_dict()} for name, one in groups.items()],
             "total": Sum.of(groups.values()).as_dict(),
             "series": [{"at": at, "groups": {name: one.in_short() for name, one in sums.items()}}
-                       for (at, _), sums in zip(steps, found)]}
+                       for (at, _), sums in zip(steps, series)]}
 
     @staticmethod
-    def name_few(found, names):
+    def name_few(series, names):
         """Adds what is beyond these names to `other`, which is one of them."""
-        for sums in found:
+        for sums in series:
             for name in sums.keys() - names:
                 sums["other"] = sums.pop(name).plus(sums.get("other", NO_SUM))
 
     @staticmethod
-    def merge(found):
+    def merge(series):
         """Returns the sum of each name, the most expensive first, then who used most tokens."""
         groups = {}
-        for name, one in chain.from_iterable(sums.items() for sums in found):
+        for name, one in chain.from_iterable(sums.items() for sums in series):
             groups[name] = groups.get(name, NO_SUM).plus(one)
         return dict(sorted(groups.items(), key=lambda group: (
             -group[1].picodollars, -group[1].tokens(), group[0])))
@@ -11230,17 +11230,17 @@ class LedgerReader(NamedTuple):
     def audit(self, before: Optional[int], limit: int) -> List[JsonObject]:
         """Returns who changed what, the latest first, from before the number of a row."""
         with self.ask() as execute:
-            found = execute("SELECT * FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?",
-                            (MOST if before is None else before, limit))
-            names = [name for name, *_ in found.description]
-            return [dict(zip(names, row)) for row in found]
+            rows = execute("SELECT * FROM audit WHERE id < ? ORDER BY id DESC LIMIT ?",
+                           (MOST if before is None else before, limit))
+            names = [name for name, *_ in rows.description]
+            return [dict(zip(names, row)) for row in rows]
 
     # -- calls
 
     def call(self, name: str) -> Optional[JsonObject]:
         """Returns the last call of this id."""
-        found = self.calls(None, 1, {"id": name})["calls"]
-        return found[0] if found else None
+        calls = self.calls(None, 1, {"id": name})["calls"]
+        return calls[0] if calls else None
 
     def seen(self) -> Dict[str, float]:
         """Returns when each caller called last."""
@@ -11332,16 +11332,16 @@ class Order(NamedTuple):
 def read_keys(rows: Tuple[Any, ...], secret: bytes, closed: bool = False) -> StoredKeys:
     """Returns the keys of Database.key_rows()."""
     keys, secrets, is_closed, disabled = rows
-    found = []
+    keys_read = []
     faults = []
     for row in keys:
         try:
-            found.append(read_key(*row))
+            keys_read.append(read_key(*row))
         except (ValueError, TypeError):
             faults.append("the key %.80r in DATABASE cannot be read: it lets nobody in" % row[:1])
     good = [(one, name, until if type(until) in (int, float, type(None)) else 0.0)
             for one, name, until in secrets if type(one) is bytes]
-    stored = StoredKeys(secret, found, good, closed or is_closed)
+    stored = StoredKeys(secret, keys_read, good, closed or is_closed)
     stored.rows = rows
     stored.disabled = disabled
     stored.faults = faults
@@ -11766,9 +11766,9 @@ class Ledger(Writer):
     def new_orders(self) -> List[Order]:
         """Returns the orders that are to be carried out here. The first of several workers that
         looks adds what is given, and the others must know of it."""
-        found = self.database.take_orders(wall_time(self.clock))
-        new = [one for one in found if one._replace(done=1) not in self.done]
-        self.done = {one._replace(done=1) for one in found if one.until}  # others are gone
+        orders = self.database.take_orders(wall_time(self.clock))
+        new = [one for one in orders if one._replace(done=1) not in self.done]
+        self.done = {one._replace(done=1) for one in orders if one.until}  # others are gone
         return new
 
     def note_use(self, last_rows):
@@ -12029,10 +12029,10 @@ class Poster(Writer):
                  fields: Optional[Texts] = None):
         """`fields` are more header fields; with `tls` the URL is one of https."""
         super().__init__(name)
-        found = urllib.parse.urlsplit(url)
-        self.host = found.hostname
-        self.port = found.port or DEFAULT_PORTS[found.scheme]
-        self.target = (found.path or "/") + ("?" + found.query if found.query else "")
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.hostname
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
         self.connect = partial(http.client.HTTPSConnection, context=tls) if tls else (
             http.client.HTTPConnection)
         self.log = log
@@ -12309,7 +12309,7 @@ class Metrics(Watcher):
 
     def families(self) -> Families:
         """Returns what was counted."""
-        found = {
+        families = {
             "llm_proxy_requests_total": self.samples("calls"),
             "llm_proxy_tokens_total": (
                 (with_label(labels, "kind", kind), count)
@@ -12322,9 +12322,9 @@ class Metrics(Watcher):
             "llm_proxy_redacted_total": samples_by("kind", self.redacted),
             "llm_proxy_loop_held_seconds_total": [("", f"{self.held:.6f}")]}
         for number, name in enumerate(HISTOGRAMS):
-            found[name] = [sample for upstream, times in self.times.items() for sample
-                           in times.histograms[number].samples(labels_of(upstream=upstream))]
-        return found
+            families[name] = [sample for upstream, times in self.times.items() for sample
+                              in times.histograms[number].samples(labels_of(upstream=upstream))]
+        return families
 
     def samples(self, count):
         """Returns a sample of each series that has counted any."""
@@ -12376,8 +12376,8 @@ class Pulse(Watcher):
         if caller is None:
             return
         self.callers[caller.key] = caller, entry.wall
-        if entry.found:
-            self.metrics.redacted.update(entry.found)
+        if entry.redactions:
+            self.metrics.redacted.update(entry.redactions)
         if self.room and entry.first_byte is not None:
             self.room -= 1
             self.times.append((entry.ended, entry.first_byte - entry.started, entry.upstream))
@@ -12392,10 +12392,10 @@ class Pulse(Watcher):
     def first_bytes(self, upstream: Optional[str] = None) -> Dict[str, Optional[int]]:
         """Returns percentiles of the last minute, in milliseconds."""
         oldest = self.clock.monotonic() - self.MINUTE
-        found = sorted(seconds for ended, seconds, name in self.times
+        times = sorted(seconds for ended, seconds, name in self.times
                        if ended >= oldest and upstream in (None, name))
         return {f"first_p{share}":
-                int(found[len(found) * share // 100] * 1000) if found else None
+                int(times[len(times) * share // 100] * 1000) if times else None
                 for share in (50, 95)}
 
     def tick(self, running: int, line: int) -> JsonObject:
@@ -12403,15 +12403,15 @@ class Pulse(Watcher):
         totals = self.metrics.totals()
         calls, failed, tokens, picodollars = map(int.__sub__, totals, self.before)
         self.before = totals
-        found = {"now": wall_time(self.clock), "calls": calls, "tokens": tokens,
-                 "failed": failed, "in_flight": running, "line": line,
-                 "usd": format_usd(picodollars), **self.first_bytes()}
-        self.seconds.append(found)
+        second = {"now": wall_time(self.clock), "calls": calls, "tokens": tokens,
+                  "failed": failed, "in_flight": running, "line": line,
+                  "usd": format_usd(picodollars), **self.first_bytes()}
+        self.seconds.append(second)
         self.room = self.PER_SECOND
         if len(self.callers) > self.MAX_CALLERS:
             lately = sorted(self.callers.items(), key=lambda one: one[1][1])
             self.callers = dict(lately[-self.MAX_CALLERS // 2:])
-        return found
+        return second
 
     def bucket(self, rule: Rule, key: BucketKey) -> JsonObject:
         """Returns a bucket as the page shows it."""
@@ -12450,23 +12450,23 @@ def load_families(routes: Routes) -> Families:
     """Returns how busy the upstreams are."""
     stats = [(labels_of(upstream=one.name), one.stats()) for one in routes.all]
     return {
-        "llm_proxy_in_flight": [(labels, found["in_flight"]) for labels, found in stats],
-        "llm_proxy_queue_length": [(labels, found.get("queue", {"waiting": 0})["waiting"])
-                                   for labels, found in stats]}
+        "llm_proxy_in_flight": [(labels, counts["in_flight"]) for labels, counts in stats],
+        "llm_proxy_queue_length": [(labels, counts.get("queue", {"waiting": 0})["waiting"])
+                                   for labels, counts in stats]}
 
 
 def process_families() -> Families:
     """Returns what the system says of this process, under the names that all programs have."""
     cpu = os.times()
-    found = {"process_cpu_seconds_total": f"{cpu.user + cpu.system:.2f}"}
+    values = {"process_cpu_seconds_total": f"{cpu.user + cpu.system:.2f}"}
     with suppress(OSError, ImportError, ValueError):  # Linux alone has all of them
         import resource
-        found["process_max_fds"], _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        found["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        values["process_max_fds"], _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        values["process_open_fds"] = len(os.listdir("/proc/self/fd"))
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-        found["process_resident_memory_bytes"] = pages * resource.getpagesize()
-    return {name: [("", value)] for name, value in found.items()}
+        values["process_resident_memory_bytes"] = pages * resource.getpagesize()
+    return {name: [("", value)] for name, value in values.items()}
 
 
 # -- traces, as OpenTelemetry has them
@@ -12571,17 +12571,17 @@ class Traces(Poster, Watcher):
         named = {name: facts[fact] for name, fact in ATTRIBUTES.items()
                  if facts[fact] not in (None, "", [])}
         took = int((entry.ended - entry.started) * 1e9)
-        found = {
+        span = {
             "traceId": trace.number, "spanId": trace.span, "flags": int(trace.flags, 16),
             "name": " ".join(filter(None, (
                 facts["operation"] or facts["method"], facts["model"]))),
             "kind": SPAN_OF_CLIENT, "startTimeUnixNano": str(entry.wall - took),
             "endTimeUnixNano": str(entry.wall), "attributes": self.attributes(named)}
         if trace.parent:
-            found["parentSpanId"] = trace.parent
+            span["parentSpanId"] = trace.parent
         if facts["error"]:
-            found["status"] = {"code": SPAN_FAILED}
-        return found
+            span["status"] = {"code": SPAN_FAILED}
+        return span
 
     def facts(self, entry):
         """Returns the row of a call, and what spans tell besides."""
@@ -12626,12 +12626,12 @@ class Traces(Poster, Watcher):
 
 def shares_used(hold: Hold) -> List[Tuple[float, Level]]:
     """Returns what share is used of each bucket of a call that counts tokens or money."""
-    found = []
+    used = []
     for rule, key in hold.keyed_rules:
         if UNITS[rule.unit] not in UNITS_OF_CALLS:
             level = hold.buckets.level_of(rule, key)
-            found.append(((rule.capacity - level.level) / rule.capacity, level))
-    return found
+            used.append(((rule.capacity - level.level) / rule.capacity, level))
+    return used
 
 
 def warning_text(shares: List[Tuple[float, str]], marks: Sequence[float]) -> Optional[str]:
@@ -12761,12 +12761,12 @@ class Watchers(NamedTuple):
         """Returns the metrics that cannot be added up over workers."""
         build = labels_of(version=VERSION, python="%s %d.%d.%d" % (
             sys.implementation.name, *sys.version_info[:3]))
-        found = {**self.metrics.bucket_families(buckets),
-                 "llm_proxy_upstream_state": upstream_states(routes),
-                 "llm_proxy_build_info": [(build, 1)]}
+        families = {**self.metrics.bucket_families(buckets),
+                    "llm_proxy_upstream_state": upstream_states(routes),
+                    "llm_proxy_build_info": [(build, 1)]}
         if buckets.is_degraded is not None:
-            found["llm_proxy_limits_degraded"] = [("", int(buckets.is_degraded))]
-        return found
+            families["llm_proxy_limits_degraded"] = [("", int(buckets.is_degraded))]
+        return families
 
 
 class Tally:
@@ -12820,21 +12820,21 @@ class Tally:
 
     async def families(self) -> Families:
         """Returns the metrics of all workers together, which takes long where there are many."""
-        found = {}
+        families = {}
         for number in range(self.workers):
-            found = added_up([found, self.read(number)])
+            families = added_up([families, self.read(number)])
             await asyncio.sleep(0)
-        return found
+        return families
 
 
 def added_up(parts: Iterable[Families]) -> Families:
     """Returns the sums of samples."""
-    found = defaultdict(dict)
+    sums = defaultdict(dict)
     for families in parts:
         for name, samples in families.items():
             for end, value in samples:
-                found[name][end] = plus(found[name].get(end, 0), value)
-    return {name: list(samples.items()) for name, samples in found.items()}
+                sums[name][end] = plus(sums[name].get(end, 0), value)
+    return {name: list(samples.items()) for name, samples in sums.items()}
 
 
 def plus(one, other):
@@ -12891,8 +12891,8 @@ class RedisFault(Exception):
     @classmethod
     def read(cls, line: bytes) -> "RedisFault":
         code, _, rest = line.decode("latin-1").partition(" ")
-        found = re.fullmatch(r"[0-9]+ ([A-Za-z0-9._:-]+):([0-9]{1,5})", rest)
-        place = (found[1], int(found[2])) if code == "MOVED" and found else None
+        match = re.fullmatch(r"[0-9]+ ([A-Za-z0-9._:-]+):([0-9]{1,5})", rest)
+        place = (match[1], int(match[2])) if code == "MOVED" and match else None
         return cls(REDIS_ERRORS.get(code, "refuses a command"), code, place)
 
 
@@ -13621,10 +13621,10 @@ class Batch:
         self.charged = Counter()
 
     def place(self, rule, key):
-        found = self.buckets.get(key)
-        if found is None:
-            found = self.buckets[key] = len(self.buckets) + 1, rule, *self.describe(rule, key)
-        return found[0]
+        bucket = self.buckets.get(key)
+        if bucket is None:
+            bucket = self.buckets[key] = len(self.buckets) + 1, rule, *self.describe(rule, key)
+        return bucket[0]
 
     def act(self, word: str, rule: Rule, key: BucketKey, *numbers: int):
         self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
@@ -13935,7 +13935,7 @@ class RedisBuckets(Buckets):
     def read_answer(self, batch, reply):
         flags, *words = reply.split()  # none where an answer was asked again too late
         now = self.clock.monotonic()
-        found = {}
+        levels = {}
         rest = iter(words)
         for key, (_, rule, _, _) in batch.buckets.items():
             level, age, gifts = map(int, islice(rest, 3))
@@ -13944,9 +13944,9 @@ class RedisBuckets(Buckets):
             if since != b"-":
                 self.since[key] = since.decode()
             given = list(map(int, islice(rest, 2 * gifts)))
-            found[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
+            levels[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
         for one, flag in zip(batch.takes, flags):
-            self.finish_take(one, flag == ONE, found)
+            self.finish_take(one, flag == ONE, levels)
 
     def note_level(self, rule, key, charged, level, age, given, now):
         """Keeps the level of a bucket less what is pending; returns the level that Redis told."""
@@ -13973,13 +13973,14 @@ class RedisBuckets(Buckets):
             rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
         return rule, began
 
-    def finish_take(self, one, taken, found):
+    def finish_take(self, one, taken, redis_levels):
         """Completes a take as Redis decided. If this process has decided otherwise meanwhile, the
         amount is given back or charged now."""
         levels = []
         for rule, key in one.keyed_rules:
             cost = one.costs[rule.unit]
-            levels.append(found[key]._replace(amount=cost) if taken else found[key].less(cost))
+            level = redis_levels[key]
+            levels.append(level._replace(amount=cost) if taken else level.less(cost))
             if taken:
                 self.charges.note_running(rule, key, cost)
         if not one.decided:  # nor here, though its call may be about to
@@ -13988,7 +13989,7 @@ class RedisBuckets(Buckets):
         elif taken != one.admitted:
             for rule, key in one.keyed_rules:
                 amount = stored_amount(rule, one.costs[rule.unit])
-                self.charge(rule, key, -amount if taken else amount, found[key].now)
+                self.charge(rule, key, -amount if taken else amount, redis_levels[key].now)
 
     # -- while Redis is away
 
@@ -13998,8 +13999,8 @@ class RedisBuckets(Buckets):
             raise LimitsAway
         keyed_rules, costs = one.keyed_rules, one.costs
         if self.policy == "open":
-            levels = [found._replace(level=max(0, found.level))
-                      for found in self.levels_after(keyed_rules, costs, NO_COST)]
+            levels = [level._replace(level=max(0, level.level))
+                      for level in self.levels_after(keyed_rules, costs, NO_COST)]
         else:
             levels = self.local.levels_after(self.local_rules(keyed_rules), costs, NO_COST)
         tightest = tightest_of(levels)
@@ -14016,10 +14017,10 @@ class RedisBuckets(Buckets):
     def local_rules(self, keyed_rules):
         """Returns the rules for the share of this process. A local bucket that is new begins with
         the share of the level last seen."""
-        found = []
+        keyed_shares = []
         for rule, key in keyed_rules:
             share = share_of(rule, self.processes)
-            found.append((share, key))
+            keyed_shares.append((share, key))
             if key not in self.local.levels:
                 known = self.level_of(rule, key)
                 level = known.level // self.processes
@@ -14029,7 +14030,7 @@ class RedisBuckets(Buckets):
                     level = 0
                 self.local.store([known._replace(level=level, rule=share._replace(
                     began=known.rule.began, interval=share.interval))])
-        return found
+        return keyed_shares
 
     def on_leave(self, fault):
         """Notes that the connection was lost, or that a new one failed: only then Redis is away. A
@@ -14426,9 +14427,9 @@ class SharedSums:
     def read(self, entries):
         """Yields (box, number, text) of what others told."""
         for _, (box, text, *_) in entries:
-            found = self.SUM.fullmatch(text)
-            if found and box != self.box.encode():
-                yield box.decode("latin-1"), int(found[1]), found[2]
+            match = self.SUM.fullmatch(text)
+            if match and box != self.box.encode():
+                yield box.decode("latin-1"), int(match[1]), match[2]
 
 
 def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: Callable[[], bool]):
@@ -14521,24 +14522,24 @@ class SharedFeed(Feed):
 
     def added_up(self, payload: JsonObject) -> JsonObject:
         """Returns what was in a second of all."""
-        found = dict(payload)
+        total = dict(payload)
         with suppress(ValueError, TypeError, LookupError, ArithmeticError):
-            for name in self.COUNTED.keys() & found.keys():
-                value = found[name]
-                found[name] = type(value)(self.COUNTED[name](value) + self.more[name])
+            for name in self.COUNTED.keys() & total.keys():
+                value = total[name]
+                total[name] = type(value)(self.COUNTED[name](value) + self.more[name])
             for _, other in self.others.values():
-                self.add(found, other)
-        return found
+                self.add(total, other)
+        return total
 
-    def add(self, found, other):
-        for name, value in found.items():
+    def add(self, total, other):
+        for name, value in total.items():
             more = other.get(name)
             if name in self.ADDED:
-                found[name] = value + (more or type(value)())
+                total[name] = value + (more or type(value)())
             elif name.startswith("first_"):
-                found[name] = max(value or 0, more or 0) or None
+                total[name] = max(value or 0, more or 0) or None
             elif name == "upstreams":
-                found[name] = [busier(one, more or ()) for one in value]
+                total[name] = [busier(one, more or ()) for one in value]
 
 
 def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
@@ -14580,8 +14581,8 @@ class SharedStored(Stored):
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
 
-    def keep(self, key, found, *words):
-        self.redis.ask(None, "SET", key, json.dumps(found), "EX", self.KEEP_SECONDS, *words)
+    def keep(self, key, value, *words):
+        self.redis.ask(None, "SET", key, json.dumps(value), "EX", self.KEEP_SECONDS, *words)
 
     def note(self, thing, names):
         new = [name for name in names if name not in self.things]
@@ -14600,9 +14601,9 @@ class SharedStored(Stored):
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
         unknown = [name for name in names if name not in self.things][:self.MOST_NAMES]
         with suppress(RedisFault, ValueError, TypeError, LookupError):
-            found = unknown and await self.redis.call(
+            texts = unknown and await self.redis.call(
                 "MGET", *[self.key("thing", name) for name in unknown])
-            for name, text in zip(unknown, found):
+            for name, text in zip(unknown, texts):
                 if text:
                     maker, *place = json.loads(text)
                     self.put(name, Thing(Database.read_owners(maker)[0], *place))
@@ -14754,8 +14755,8 @@ ENCODINGS = {  # of responses; of the first ones some servers do not know that t
 def read_codings(text: str) -> int:
     """Returns how a body is encoded (RFC 9110 8.4): once at most, where it can be read."""
     codings = text.lower().split(",")
-    found = sum([ENCODINGS.get(name.strip(), UNREADABLE) for name in codings])
-    return min(found, UNREADABLE)
+    coding = sum([ENCODINGS.get(name.strip(), UNREADABLE) for name in codings])
+    return min(coding, UNREADABLE)
 
 
 class Reply:
@@ -14963,8 +14964,8 @@ class Reply:
         may tell usage."""
         call = self.call
         key = call.dialect, call.endpoint, call.owes is None
-        found = head.cache.get(key)
-        if found is None:
+        cached = head.cache.get(key)
+        if cached is None:
             kind = head.get("content-type", "")
             streamed = call.dialect.is_stream(kind)
             # An answer to a call that we do not know may be anything, and sounds are not awaited.
@@ -14972,8 +14973,8 @@ class Reply:
             if call.unmetered or call.endpoint == UPLOAD:
                 may_tell = call.owes is not None
             encoding = read_codings(head.get("content-encoding", ""))
-            found = head.cache[key] = streamed, encoding, may_tell
-        return found
+            cached = head.cache[key] = streamed, encoding, may_tell
+        return cached
 
     def unmasking(self, response):
         """Returns the reader that puts values back for a call's placeholders; None without any, or
@@ -15067,12 +15068,12 @@ class Reply:
             reader = self.hiding_key(response, None, encoding)
             body = reader.feed(body) + reader.flush()
         try:
-            found = parse_response(body)
+            answer = parse_response(body)
         except ValueError:
-            found = None
-        is_error = isinstance(found, dict) and response.status >= 400
+            answer = None
+        is_error = isinstance(answer, dict) and response.status >= 400
         raise NotAStream(cause="status %d" % response.status,
-                         body=to_json_bytes(found) if is_error else None)
+                         body=to_json_bytes(answer) if is_error else None)
 
     def begin(self, response: Response):
         """Sends the head of a response, together with what has come of its body."""
@@ -15415,7 +15416,7 @@ class Proxy:
         masks = call.masks = self.redaction.masks(upstream.name, entry.caller.stored_key)
         if masks is None:
             return
-        entry.found = masks.counts
+        entry.redactions = masks.counts
         if reply.request.length != 0 and call.is_opaque():
             masks.pass_opaque(CannotBeRead())
         if call.json_body:
@@ -15508,9 +15509,9 @@ class Proxy:
         try:
             caller = callers.identify(credential, entry.address, self.wall())
         except Unauthorized as refusal:
-            found = self.wrong_keys.refusal(entry.address) if credential else refusal
-            found.cause = refusal.cause
-            raise found from None
+            answer = self.wrong_keys.refusal(entry.address) if credential else refusal
+            answer.cause = refusal.cause
+            raise answer from None
         caller = callers.end_user(request, entry.peer, caller)
         return callers, caller, entry.address, entry.agent
 
@@ -15542,10 +15543,10 @@ class Proxy:
     def own_secrets_only(upstreams):
         """Returns the upstreams that do not get the caller's credential: here it is a key of ours.
         Raises UpstreamNotAllowed."""
-        found = [one for one in upstreams if one.key != PASSTHROUGH]
-        if not found:
+        allowed = [one for one in upstreams if one.key != PASSTHROUGH]
+        if not allowed:
             raise UpstreamNotAllowed
-        return found
+        return allowed
 
     def check_models(self, call, method, globs):
         """Raises ModelNotAllowed for a call of another model than these, or of nobody knows
@@ -15581,16 +15582,16 @@ class Proxy:
 
     def carry_out(self, order):
         """Carries an order out: fills a caller's buckets, or adds to them."""
-        found = 0
+        count = 0
         for caller in self.known_as(order.caller):
             if order.unit is None:
                 self.limits.buckets.fill(caller.key)
-                found += 1
+                count += 1
             else:
                 until = self.clock.monotonic() + order.until - self.wall()
-                found += self.limits.give(
+                count += self.limits.give(
                     caller, order.unit, order.amount, until, bool(order.done))
-        if not found:
+        if not count:
             self.books.log.say("%s has no bucket in %s: it was given nothing" % (
                 in_ascii(order.caller), order.unit))
 
@@ -16002,12 +16003,12 @@ def stored_keys(database, secret, say):
     if database is None:
         return StoredKeys(secret)
     try:
-        found = read_keys(database.key_rows(), secret)
+        stored = read_keys(database.key_rows(), secret)
     except sqlite3.Error as failure:  # an old file may have none, and could not be widened
         return StoredKeys(secret, closed="no such table" not in str(failure))
-    for fault in found.faults:
+    for fault in stored.faults:
         say(fault)
-    return found
+    return stored
 
 
 def go_on(proxy):
@@ -16210,10 +16211,10 @@ class Catalogue:
             with suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
-        found = {}
+        models = {}
         for model in chain.from_iterable(self.lists.get(one.name, ()) for one in upstreams):
-            found.setdefault(model.name, model)
-        return found
+            models.setdefault(model.name, model)
+        return models
 
     async def ask(self, loop, upstream):
         seconds, name = self.AGAIN_SECONDS, upstream.name
@@ -16281,14 +16282,14 @@ class Pages:
                 if proxy.callers.credential(request, request.query):  # it may be guessing
                     entry.outcome, entry.cause = refusal.outcome, refusal.code
             entry.caller = Caller(("address", entry.address), entry.address)
-        found = {"ok": True, "version": VERSION, "model": proxy.config.base_model,
-                 **self.usual_quota(entry),
-                 "upstreams": {one.name: one.stats() for one in proxy.routes.all},
-                 **proxy.limits.buckets.health()}
+        health = {"ok": True, "version": VERSION, "model": proxy.config.base_model,
+                  **self.usual_quota(entry),
+                  "upstreams": {one.name: one.stats() for one in proxy.routes.all},
+                  **proxy.limits.buckets.health()}
         ledger = proxy.books.ledger
         if ledger:
-            found["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
-        reply.send(200, json.dumps(found).encode())
+            health["ledger"] = {"queued": len(ledger.queue), "dropped": ledger.dropped}
+        reply.send(200, json.dumps(health).encode())
 
     async def alive(self, request, reply):
         """Answers /healthz: open to all, and tells nothing else."""
@@ -16514,7 +16515,7 @@ class Admin:
         query = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=False))
         ask = AdminRequest(request, reply, entry.caller, name, query, body)
         try:
-            found = await getattr(self, row.handler)(ask)
+            result = await getattr(self, row.handler)(ask)
         except NoSuchKey as fault:
             raise NoSuchPage(str(fault)) from None
         except ValueError as fault:
@@ -16523,12 +16524,12 @@ class Admin:
             self.proxy.books.log.say(
                 f"{entry.caller.label} of {entry.address} did {row.method}"
                 f" {in_ascii(request.path)}")
-        if found is not None:
-            self.send_json(reply, found, 201 if row.handler == "add_key" else 200)
+        if result is not None:
+            self.send_json(reply, result, 201 if row.handler == "add_key" else 200)
 
     @staticmethod
-    def send_json(reply, found, status=200):
-        reply.send(status, to_json_bytes(found),
+    def send_json(reply, payload, status=200):
+        reply.send(status, to_json_bytes(payload),
                    ["Cache-Control: no-store", "X-Content-Type-Options: nosniff"])
 
     async def read_body(self, reply):
@@ -16569,10 +16570,10 @@ class Admin:
         """Changes stored keys by a method of KeyStore, in the name of the admin; one change after
         the other. Returns its result once the proxy goes by it."""
         actor = Actor(ask.caller.label, ask.caller.role, ask.reply.entry.address)
-        found = await self.run(
+        result = await self.run(
             self.changing, ask.reply, self.work_on_keys, "rw", actor, act, *arguments)
         await self.until_read(ask.reply.context)
-        return found.as_dict() if found else {}
+        return result.as_dict() if result else {}
 
     async def until_read(self, context):
         """Waits until the ledger has read the keys as they are now. If that is hindered, the change
@@ -16612,14 +16613,14 @@ class Admin:
         """Returns the buckets that are nearly empty."""
         least, buckets = 1 - min(self.proxy.config.warn_at or (0.8,)), self.proxy.limits.buckets
         callers = self.pulse.callers
-        found = []
+        near = []
         for seen in buckets.seen():
             rule, key = seen.rule, seen.key
             owners = [callers[owner][0] for owner in key[1:] if owner in callers]
             if owners and rule.unit != RUNNING and seen.level <= least * rule.capacity:
                 share = buckets.level_of(rule, key).level / rule.capacity
-                found.append((share, owners[0].label, rule, key))
-        nearest = heapq.nsmallest(20, found, key=operator.itemgetter(0))
+                near.append((share, owners[0].label, rule, key))
+        nearest = heapq.nsmallest(20, near, key=operator.itemgetter(0))
         return [{"caller": label, **self.pulse.bucket(rule, key)}
                 for share, label, rule, key in nearest if share <= least]
 
@@ -16652,15 +16653,15 @@ class Admin:
         proxy = self.proxy
         upstreams = list(map(self.upstream_now, proxy.routes.all))
         waiting = sum(one["waiting"] for one in upstreams)
-        found = self.pulse.tick(len(proxy.books.running), waiting)
+        second = self.pulse.tick(len(proxy.books.running), waiting)
         details = {}
         if self.feed.listeners:
             details = {"buckets": self.pulse.changed_buckets(),
                        "running": self.running(),
                        "upstreams": upstreams}
-        self.feed.exchange({**found, **details})
-        self.pulse.seconds[-1] = found = self.feed.added_up(found)
-        self.feed.pulse({**found, **self.feed.added_up(details)})
+        self.feed.exchange({**second, **details})
+        self.pulse.seconds[-1] = second = self.feed.added_up(second)
+        self.feed.pulse({**second, **self.feed.added_up(details)})
 
     @staticmethod
     def upstream_now(upstream):
@@ -16681,10 +16682,10 @@ class Admin:
         return {"upstreams": list(map(self.describe, self.proxy.routes.all))}
 
     def upstream(self, name):
-        found = self.proxy.routes.by_name.get(name)
-        if not found:
+        upstream = self.proxy.routes.by_name.get(name)
+        if not upstream:
             raise NoSuchPage("There is no upstream of this name")
-        return found
+        return upstream
 
     async def switch(self, ask, on):
         """Enables or disables an upstream, for good if there is a DATABASE."""
@@ -16740,10 +16741,10 @@ class Admin:
     def known_as(self, label):
         """Returns the callers of this name. Raises NoSuchPage if there are none, as it may be
         misspelt."""
-        found = self.proxy.known_as(label)
-        if not found:
+        callers = self.proxy.known_as(label)
+        if not callers:
             raise NoSuchPage("Nobody of this name is known here")
-        return found
+        return callers
 
     async def give(self, ask):
         callers = self.known_as(ask.name)
@@ -16782,21 +16783,21 @@ class Admin:
             ask, LedgerReader.calls, self.number(ask, "before"), limit, filters)
 
     async def call(self, ask):
-        found = await self.read_books(ask, LedgerReader.call, ask.name)
-        if not found:
+        call = await self.read_books(ask, LedgerReader.call, ask.name)
+        if not call:
             raise NoSuchPage("No call of this id is known")
-        return found
+        return call
 
     async def usage(self, ask):
         query, now = ask.query, int(self.proxy.wall())
         filters = {name: query[name] for name in SUM_KEYS if name in query}
         by, step = query.get("by", "caller"), query.get("step", "day")
         start, end = self.number(ask, "from", now - DAY), self.number(ask, "to", now)
-        found = await self.read_books(ask, LedgerReader.usage, by, step, start, end, filters)
+        usage = await self.read_books(ask, LedgerReader.usage, by, step, start, end, filters)
         if query.get("format") == "csv":
-            return self.send_csv(ask.reply, found["groups"])
+            return self.send_csv(ask.reply, usage["groups"])
         budgets = map(self.budget, self.proxy.known_as(filters.get("caller")))
-        return {**found, "budget": next(filter(None, budgets), None)}
+        return {**usage, "budget": next(filter(None, budgets), None)}
 
     @staticmethod
     def send_csv(reply, groups):
@@ -16817,11 +16818,11 @@ class Admin:
 
     def known_callers(self):
         """Returns the callers of late, and those whose keys have names."""
-        found = {key: caller for key, (caller, _) in self.pulse.callers.items()}
+        callers = {key: caller for key, (caller, _) in self.pulse.callers.items()}
         for caller in self.proxy.callers.everybody():
             if caller.role == "caller":
-                found[caller.key] = caller  # as it is now, not when it called
-        return list(found.values())
+                callers[caller.key] = caller  # as it is now, not when it called
+        return list(callers.values())
 
     async def callers(self, ask):
         sums = hours = seen = {}
@@ -16865,8 +16866,8 @@ class Admin:
         return warning_text(shares, self.proxy.config.warn_at or ())
 
     def buckets_of(self, caller, not_full):
-        found = self.proxy.limits.buckets_of(caller, self.proxy.config.base_model, not_full)
-        return [self.pulse.bucket(rule, key) for key, rule in found.items()]
+        buckets = self.proxy.limits.buckets_of(caller, self.proxy.config.base_model, not_full)
+        return [self.pulse.bucket(rule, key) for key, rule in buckets.items()]
 
     async def limits(self, _):
         limits, refused = self.proxy.limits, self.proxy.watchers.metrics.refused
@@ -18718,9 +18719,9 @@ SHARES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
     """Returns the mean and the percentiles of what is not empty."""
-    found = sorted([round(1000 * one, 3) for one in seconds])
-    return {"mean": round(sum(found) / len(found), 3), **{
-        name: found[min(len(found) - 1, len(found) * share // 100)]
+    times = sorted([round(1000 * one, 3) for one in seconds])
+    return {"mean": round(sum(times) / len(times), 3), **{
+        name: times[min(len(times) - 1, len(times) * share // 100)]
         for name, share in SHARES.items()}}
 
 
@@ -18820,8 +18821,8 @@ class Bench:
                 "seconds": round(self.ended - self.began, 3),
                 "per_second": round(calls / max(1e-6, self.ended - self.began), 1),
                 "statuses": dict(self.statuses),
-                "milliseconds": {name: in_milliseconds(found)
-                                 for name, found in self.times.items() if found}}
+                "milliseconds": {name: in_milliseconds(times)
+                                 for name, times in self.times.items() if times}}
 
 
 class SelfTest:
@@ -19075,18 +19076,18 @@ def faults_of_start(config):
 async def fault_of_redis(loop, config):
     """Returns why Redis cannot be used, None where it can."""
     redis = build_redis(config, loop)
-    found = loop.create_future()
+    fault = loop.create_future()
 
     async def ask():
         await redis.ask_and_wait("PING")
-        found.set_result(None)
+        fault.set_result(None)
 
     redis.on_connect.append(ask)
-    redis.on_leave.append(partial(Stream.wake, found))
+    redis.on_leave.append(partial(Stream.wake, fault))
     redis.start()
-    await asyncio.wait([found], timeout=5)
+    await asyncio.wait([fault], timeout=5)
     await redis.close()
-    return found.result() if found.done() else "is silent"
+    return fault.result() if fault.done() else "is silent"
 
 
 def cannot_listen(config, failure):
@@ -19480,10 +19481,11 @@ def read_usage(path, options, now):
         if options.id:
             return COLUMN_NAMES, find_call(execute, options.id)
         tell_of_boxes(execute)
-        found = [(row[:len(by)], Sum._make(row[len(by):])) for row in execute(
+        groups = [(row[:len(by)], Sum._make(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
-    found.sort(key=lambda group: (-group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
-    rows = [(names, one.as_dict()) for names, one in found]
+    groups.sort(key=lambda group: (
+        -group[1].picodollars, -group[1].calls, list(map(str, group[0]))))
+    rows = [(names, one.as_dict()) for names, one in groups]
     return (*by, *USED), [(*names, *map(used.get, USED)) for names, used in rows]
 
 
@@ -19513,18 +19515,18 @@ def print_table(names, rows):
         print("  ".join(columns).format(*[in_ascii(str(value)) for value in row]).rstrip())
 
 
-def database_in(found):
+def database_in(settings):
     """Returns the path of the database. Raises ConfigFaults."""
-    path = found.get("DATABASE", DEFAULT_DATABASE)
+    path = settings.get("DATABASE", DEFAULT_DATABASE)
     if path == "off":
         raise ConfigFaults("calls and keys are kept in DATABASE, and that is off")
     return path
 
 
-def usage_command(options, found):
+def usage_command(options, settings):
     """Prints who used what, from the ledger; returns the exit code. Raises ConfigFaults and
     DatabaseFault."""
-    names, rows = read_usage(database_in(found), options, time.time())
+    names, rows = read_usage(database_in(settings), options, time.time())
     if options.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     elif options.csv:
@@ -19586,7 +19588,7 @@ def update_prices(path, url=PRICES_URL):
     print(f"{path} has {len(prices)} prices now; PRICES={path} uses them")
 
 
-def prices_command(options, found):
+def prices_command(options, settings):
     """Shows the prices that are known, with those of PRICES, or updates a file of them; returns the
     exit code. Raises ConfigFaults."""
     if options.update:
@@ -19594,7 +19596,7 @@ def prices_command(options, found):
             raise ConfigFaults("--update takes a file and a URL at most")
         update_prices(*options.update)
         return 0
-    own = read_option("PRICES", price_file, found["PRICES"]) if "PRICES" in found else None
+    own = read_option("PRICES", price_file, settings["PRICES"]) if "PRICES" in settings else None
     print_table(("model", "from", *Price._fields[:5], "above", "tiers"), known_prices(own))
     return 0
 
@@ -19674,12 +19676,12 @@ def bench_command(options, environ):
     code. Raises ConfigFaults."""
     bench, requests, concurrency = bench_of(options, environ)
     run_unless_stopped(run_bench(bench, requests, concurrency))
-    found = bench.report()
+    report = bench.report()
     if options.output == "json":
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     else:
-        statuses, times = found.pop("statuses"), found.pop("milliseconds")
-        print_table(list(found), [list(found.values())])
+        statuses, times = report.pop("statuses"), report.pop("milliseconds")
+        print_table(list(report), [list(report.values())])
         print()
         print_table(("answered", "calls"), statuses.items())
         if times:
@@ -19723,9 +19725,9 @@ CLOSED = ("from now on nobody may call without a key that is stored, or in PROXY
           " (PROXY_API_KEYS=anyone lets all in)")
 
 
-def keys_command(options, found):
+def keys_command(options, settings):
     """Does what `keys` is told; returns the exit code. Raises ConfigFaults and DatabaseFault."""
-    path = database_in(found)
+    path = database_in(settings)
     if not os.path.exists(path):
         tell_user(f"DATABASE {path} is made now: no proxy that runs has it")
     database = open_patiently(path, None)
@@ -19737,9 +19739,9 @@ def keys_command(options, found):
     try:
         with closing(database):
             if options.act in ("give", "reset"):
-                require_caller(store, options.name, found)
-            compare_with_settings(options, found, database)
-            show_keys(options, getattr(store, options.act)(*names, **fields), found)
+                require_caller(store, options.name, settings)
+            compare_with_settings(options, settings, database)
+            show_keys(options, getattr(store, options.act)(*names, **fields), settings)
             if options.act not in ("list", "show"):
                 tell_user(f"done: {options.act} {describe_fields(given)}")
     except KeyFault as fault:
@@ -19758,11 +19760,11 @@ def user_name():
         return f"uid {os.getuid()}"
 
 
-def compare_with_settings(options, found, database):
+def compare_with_settings(options, settings, database):
     """Warns of an unknown upstream. Raises KeyFault if a caller would be given more of a unit that
     no rule counts."""
     try:
-        config = read_config(found)
+        config = read_config(settings)
     except ConfigFaults:
         return  # the settings of the proxy are elsewhere
     names = [one.name for one in config.all_upstreams]
@@ -19774,21 +19776,21 @@ def compare_with_settings(options, found, database):
         require_bucket(limits, callers.named(options.name), options.unit)
 
 
-def require_caller(store, name, found):
+def require_caller(store, name, settings):
     """Raises KeyFault if no known caller has this name, which may be misspelt."""
     with suppress(ValueError):
-        if name in proxy_keys(found.get("PROXY_API_KEYS", "anyone")).values():
+        if name in proxy_keys(settings.get("PROXY_API_KEYS", "anyone")).values():
             return
     with suppress(ValueError):
         return read_network(name)
     store.find(name)
 
 
-def show_keys(options, result, found):
+def show_keys(options, result, settings):
     """Prints the result; of a new key the secret alone goes to stdout."""
     if isinstance(result, NewKey):
         print(result.secret)
-        if result.closes and not found.get("PROXY_API_KEYS"):
+        if result.closes and not settings.get("PROXY_API_KEYS"):
             tell_user(CLOSED)
     elif options.act == "show":
         print_table(("field", "value"), zip(result.as_dict(), readable(result)))
@@ -19803,12 +19805,12 @@ def show_keys(options, result, found):
 
 def readable(key):
     """Returns the values of a key as people read them."""
-    found = {name: "yes" if value is True else value or "-"
-             for name, value in key.as_dict().items()}
+    values = {name: "yes" if value is True else value or "-"
+              for name, value in key.as_dict().items()}
     for name in ("created", "expires", "last_used"):
-        if found[name] != "-":
-            found[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(found[name]))
-    return [*found.values()]
+        if values[name] != "-":
+            values[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(values[name]))
+    return [*values.values()]
 
 
 # Panels of the dashboard for Grafana: title and unit, then lines of a legend and what is shown.
@@ -19894,7 +19896,7 @@ def grafana_dashboard():
                                  "query": "prometheus"}]}}
 
 
-def grafana_command(_, found):
+def grafana_command(_, settings):
     print(json.dumps(grafana_dashboard(), indent=2))
     return 0
 
