@@ -9270,10 +9270,10 @@ STATES = "closed", "half_open", "open"  # of breakers, the best first
 
 class Breaker:
     """Keeps calls from what fails. `most` failures in a row open it for `seconds`; then one call
-    tries whether it can be closed. One that takes longer than that to find out does not keep others
-    from trying, too. What failed is closed to those for whom it did: it may be the calls that are
-    at fault. It is closed to all where those are two, and it worked for nobody for `seconds`. Keys
-    that one address invents are several callers, but not two. It `began` to fail."""
+    tries whether it can be closed. A try that takes longer than that does not keep others from
+    trying, too. An open breaker stops the callers whose calls failed, as these calls may be at
+    fault; it stops all if calls from two origins failed, and none succeeded for `seconds` since it
+    `began`. All keys that one address invents are of one origin."""
     MAX_CALLERS = 100
 
     def __init__(self, most: int, seconds: float, began: float = 0.0):
@@ -9283,7 +9283,7 @@ class Breaker:
         self.began = began
         self.opened = None
         self.trying = False
-        self.callers = {}  # origins by the keys of callers for whom it failed
+        self.callers = {}  # key of a caller whose calls failed -> its origin
 
     def concerns(self, now, caller):
         return self.opened is not None and (
@@ -10689,13 +10689,13 @@ class Database:
         execute("PRAGMA synchronous = NORMAL")
 
     def index_ids(self, hinders: Callable[[], bool]):
-        """Makes an index of the ids of calls that an older version has left without one: seconds
-        for a million, unless something hinders it. Raises sqlite3.Error."""
+        """Makes the index of ids for calls that an older version wrote without it, which takes
+        seconds for a million; gives up when `hinders` says so. Raises sqlite3.Error."""
         connection = self.connection
         connection.set_progress_handler(hinders, 100_000)
         try:
             with self.transaction():
-                self.execute("DROP TABLE IF EXISTS ids")  # which some of them had instead
+                self.execute("DROP TABLE IF EXISTS ids")  # some older versions had it instead
                 self.execute(INDEX_IDS)
         finally:
             connection.set_progress_handler(None, 0)
@@ -11695,7 +11695,8 @@ class Ledger(Writer):
             self.log.report()
 
     def index_ids(self):
-        """Calls wait meanwhile, so it gives up, until the next start, before these are too many."""
+        """Makes the index of ids that an old file lacks. Calls wait meanwhile: if they become too
+        many it gives up, until the next start."""
         self.has_ids = True
         try:
             self.database.index_ids(
@@ -11896,7 +11897,8 @@ class Books:
         self.on_count = [one.record for one in watchers if one.counts_all]
 
     def record(self, entry: Entry):
-        """Notes that a request has ended, which is written down in the loop's next pass."""
+        """Notes that a request has ended; it is written down in the loop's next pass, with others
+        that end now."""
         ended = self.next_pass.ended
         if not ended:
             self.loop.call_soon(self.next_pass.run)
@@ -11918,7 +11920,7 @@ class Books:
             if call or (entry.method and entry.outcome != "ok"):
                 for tell in self.on_end:
                     tell(entry)
-        except Exception:  # the others are written down all the same
+        except Exception:  # a bug here must not keep the other entries from being written
             self.log.report()
 
     def save(self, levels: Levels):
@@ -11973,7 +11975,8 @@ class Feed(Watcher):
             self.put_off("end", lambda: {**call_fields(entry.as_fields()), "key": entry.started})
 
     def put_off(self, name, describe):
-        """Has a call told of soon: many described together take a third of the time."""
+        """Keeps an event of a call for `tell_fresh`: to describe many together takes a third of
+        the time."""
         self.told += 1
         if self.told <= self.PER_SECOND:
             self.fresh.append((name, describe))
@@ -12368,8 +12371,8 @@ class Pulse(Watcher):
         self.times = deque(  # (end, seconds, upstream)
             maxlen=self.MINUTE * self.PER_SECOND)
         self.room = self.PER_SECOND  # events that this second has room for
-        self.callers = {}  # key -> (label, last call in ns)
-        self.changed = {}  # key of a bucket -> (rule, owner)
+        self.callers = {}  # key -> (caller, time of its last call in ns)
+        self.changed = {}  # key of a bucket -> (rule, caller)
 
     def record(self, entry):
         caller = entry.caller
@@ -13089,12 +13092,13 @@ class Redis(asyncio.Protocol):
         return await self.ask_and_wait(*parts, is_bounded=True)
 
     def begin_call(self):
-        """Another call begins in this task."""
+        """Notes that another call begins in this task, with all of ANSWER_SECONDS."""
         if self.patience:
             self.patience.pop(asyncio.current_task(), None)
 
     def is_late(self) -> bool:
-        """Returns whether this call is not to wait."""
+        """Returns whether this call is not to wait: it has no time left, or nothing has come since
+        a call timed out."""
         return self.has_timed_out or self.left() <= 0
 
     def left(self) -> float:
@@ -13126,7 +13130,7 @@ class Redis(asyncio.Protocol):
 
     def limit_wait(self, future: asyncio.Future) -> float:
         """Completes a future with a RedisFault if nobody else does while this call may wait;
-        returns the time."""
+        returns the time at which the wait began."""
         self.listening.run()
         now = self.listening.now()
         self.waits.append((now, self.left(), future))
@@ -13326,7 +13330,7 @@ class Redis(asyncio.Protocol):
         return bool(self.asked or self.waits)
 
     def give_up(self, now=inf):
-        """Ends the waits of calls that are too long by now."""
+        """Ends the waits that have lasted as long as their calls may wait."""
         for began, left, future in self.waits:
             if not future.done() and began + left <= now:
                 self.has_timed_out |= began + self.ANSWER_SECONDS <= now
@@ -16428,8 +16432,8 @@ class AdminRequest(NamedTuple):
 
 
 class HelperPool:
-    """Helper threads for blocking work, with a bounded queue for each owner, so that nobody's
-    requests hold up another's for long."""
+    """Helper threads for blocking work, with one bounded queue, so that nobody waits for long
+    behind the work of others."""
     SECONDS = 30
 
     def __init__(self, threads: int, name: str, most: int = 20):
@@ -18217,7 +18221,7 @@ class Server(http.server.ThreadingHTTPServer):
     BEAT_SECONDS = 1        # period of all that is shown second by second
     LOOK_SECONDS = 0.1      # between two looks of the accepting thread: at the loop, for the end
     tls: Optional[ssl.SSLContext] = None
-    emptied = None  # a future of that no connection is open
+    emptied: Optional[asyncio.Future] = None  # completed once no connection is open
     draining = False
 
     def __init__(self, proxy: Proxy, listener: socket.socket):
