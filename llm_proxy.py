@@ -16943,7 +16943,7 @@ td:not(.number, .line) { min-width: 128px; } .total td { font-weight: 600; borde
 tr[tabindex] { cursor: pointer; } .actions:has(.ask) > button { visibility: hidden; }
 tr[tabindex]:hover, tr.open { background: var(--surface);
   box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); }
-.gone { opacity: 0; transition: opacity 300ms; } .actions button { margin-left: 4px; }
+.gone { opacity: 0; transition: .3s; } .actions button { margin-left: 4px; min-width: 66px; }
 td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
 .ask { position: absolute; top: 0; right: 0; width: max-content; max-width: 348px; padding: 2px 4px;
   z-index: 1; display: flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
@@ -16959,16 +16959,15 @@ td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
 .chart :is(.total, .ahead) { fill: none; stroke: var(--text); stroke-width: 1.5; }
 .spark path { fill: none; stroke: var(--s1); stroke-width: 1.5; } .grid { stroke: var(--lines); }
 .bucket { display: grid; grid-template-columns: 88px 1fr; gap: 0 12px; align-items: center;
-  min-width: min(400px, 27vw); }
+  min-width: min(400px, 27vw); } .low .level { background: var(--warn); }
 .track { height: 8px; border-radius: 2px; overflow: hidden; background: var(--lines); }
-.level { height: 100%; background: var(--accent); transform-origin: left;
-  transition: transform 900ms linear; } .low .level { background: var(--warn); }
+.level { height: 100%; background: var(--accent); transform-origin: left; transition: .9s linear; }
 .columns { grid-template-columns: minmax(0, 1fr) 440px; gap: 32px; } .chart { position: relative; }
 .columns.form { grid-template-columns: minmax(0, 1fr) 280px; } .chart text { fill: var(--muted); }
 .chart svg { width: 100%; height: 300px; touch-action: pan-y; } .cursor { stroke: var(--muted); }
 .chart .ahead { stroke-dasharray: 5 4; } .chart .budget { stroke: var(--bad); }
 .chart text.said { fill: var(--text); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
-.values, .notice, .ask { background: var(--page); border-radius: 4px;
+.values, .notice, .ask { background: var(--surface); border-radius: 4px;
   box-shadow: 0 0 0 1px var(--lines), 0 4px 12px #0003; }
 .values { position: absolute; top: 0; width: auto; font-size: 12px; pointer-events: none; }
 .values td { padding: 2px 8px !important; border: 0; white-space: nowrap; }
@@ -16993,7 +16992,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   #states, #who { order: 1; } #states { flex: 1 50%; } .ask { right: auto; justify-content: start; }
   .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
-  .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
+  .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 16px;
     grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .cards td { border: 0; padding: 0; text-align: right; min-width: 0; }
   .cards td:not(.number) { white-space: normal; } .cards td > svg { display: inline-block; }
@@ -17368,6 +17367,7 @@ function pauseButton(name, isPaused) {
 const RANGES = {__proto__: null, hour: ["quarter", "last hour"], day: ["hour", "last 24 hours"],
   week: ["day", "last 7 days"], month: ["day", "this month"], custom: ["day", "chosen days"]};
 const GROUPS = {__proto__: null, caller: 1, team: 1, model: 1, upstream: 1, tag: 1};
+const named = name => name === "-" ? "none" : name ?? "other"; // a group
 const MEASURES = {__proto__: null, money: ["Money", ", USD", ({usd}) => Number(usd)],
   tokens: ["Tokens", "", tokensOf], calls: ["Calls", "", ({calls}) => calls]};
 const LENGTHS = {quarter: HOUR / 4, hour: HOUR, day: DAY};
@@ -17440,7 +17440,7 @@ function usageTable(usage, series, query, valueOf) {
   const {total, by, groups} = usage, all = valueOf(total);
   const colour = name => series.find(group => group.name === name)?.colour ?? 0;
   const next = {by: by === "caller" ? "model" : "caller"};
-  const closer = name => link("usage", changed(query, {[by]: name, ...next}), name);
+  const closer = name => link("usage", changed(query, {[by]: name, ...next}), named(name));
   const numbers = [["Calls", sum => [count(sum.calls), below(sum.failed > 0 && sum.failed
     + " failed")], "number"], ["Tokens", sum => short(tokensOf(sum)), "number"], ["USD", sum =>
     money(sum, total.usd < 1 ? 4 : 2), "number"],
@@ -17517,7 +17517,7 @@ function valueTable({series, isMoney}, step, scale) {
   const style = isLeft ? `left: ${x + 12}px` : `right: ${scale.width - x + 12}px`;
   return h("table", {class: "values", style}, h("tbody", null, line(when + (step.end > now()
     ? ", so far" : ""), ""), series.map(({name, colour}, at) =>
-    step.values[at] > 0 && line([swatch(colour), name ?? "other"], format(step.values[at]))),
+    step.values[at] > 0 && line([swatch(colour), named(name)], format(step.values[at]))),
     line("Total", format(allOf(step))))); }
 // Calls: the live list; a row opens to where its time and money went.
 const FILTERS = {...GROUPS, outcome: 1, failed: 1, slow: 1, id: 1, __proto__: null};

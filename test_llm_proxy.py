@@ -15802,6 +15802,12 @@ class PageTest(AdminCase):
         self.see("all others\t3\t", "Total\t23\t")
         self.assertEqual(self.count("tr"), 22)
 
+    def test_usage_of_calls_without_a_team_says_so(self):
+        self.start()
+        self.call("ann")
+        self.log_in("usage?measure=calls&by=team")
+        self.see("none\t1\t")
+
     def test_usage_is_drawn_for_chosen_days(self):
         self.start(says(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 234}}'))
         self.call("ann")
