@@ -16943,7 +16943,7 @@ td:not(.number, .line) { min-width: 128px; } .total td { font-weight: 600; borde
 tr[tabindex] { cursor: pointer; } .actions:has(.ask) > button { visibility: hidden; }
 tr[tabindex]:hover, tr.open { background: var(--surface);
   box-shadow: -8px 0 var(--surface), 8px 0 var(--surface); }
-.gone { opacity: 0; transition: .3s; } .actions button { margin-left: 4px; min-width: 66px; }
+.gone { opacity: 0; transition: .3s; } .actions button { margin-left: 4px; }
 td.actions { padding: 3px 0; position: relative; min-width: min(256px, 20vw); }
 .ask { position: absolute; top: 0; right: 0; width: max-content; max-width: 348px; padding: 2px 4px;
   z-index: 1; display: flex; flex-wrap: wrap; gap: 4px; justify-content: end; align-items: center; }
@@ -16992,7 +16992,7 @@ pre { background: var(--surface); padding: 8px 12px; white-space: pre-wrap; bord
   #states, #who { order: 1; } #states { flex: 1 50%; } .ask { right: auto; justify-content: start; }
   .bucket { margin: 4px 0 8px; grid-template-columns: 1fr; }
   .cards thead, .cards td:empty { display: none; } .cards :is(tbody, td) { display: block; }
-  .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 16px;
+  .cards tr { border-bottom: var(--edge); padding: 8px 0; display: grid; gap: 2px 24px;
     grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .cards td { border: 0; padding: 0; text-align: right; min-width: 0; }
   .cards td:not(.number) { white-space: normal; } .cards td > svg { display: inline-block; }
