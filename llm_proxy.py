@@ -216,23 +216,23 @@ def listed(read, separator=","):
     by its number, because it may be a secret."""
     def read_all(text):
         pieces = text.split(separator)
-        found = []
+        values = []
         for number, piece in enumerate(pieces, 1):
             try:
-                found.append(read(piece.strip()))
+                values.append(read(piece.strip()))
             except ValueError as fault:
                 which = f"; number {number} is at fault" if len(pieces) > 1 else ""
                 raise ValueError(f"{fault}{which}") from None
-        return tuple(found)
+        return tuple(values)
     return read_all
 
 
 def mapping(shape, message, convert, repeated=None):
     """Returns a reader of 'a=b, c=d' -> {'a': 'b', 'c': 'd'}; no name may be repeated."""
     def read(text):
-        found = listed(pattern(shape, message, convert))(text)
-        require(len(dict(found)) == len(found), repeated or message)
-        return dict(found)
+        pairs = listed(pattern(shape, message, convert))(text)
+        require(len(dict(pairs)) == len(pairs), repeated or message)
+        return dict(pairs)
     return read
 
 
@@ -265,20 +265,20 @@ HOST_SHAPE = (  # and a port from 1 to 65535
 
 
 def to_endpoint(match):
-    found = defaultdict(str, match.groupdict(""))
-    scheme = found["scheme"] or "http"
-    user, password = [urllib.parse.unquote(found[name]) for name in ("user", "password")]
-    return Endpoint(scheme, found["host"].strip("[]"), int(found["port"] or DEFAULT_PORTS[scheme]),
-                    found["path"].rstrip("/"), user, password)
+    parts = defaultdict(str, match.groupdict(""))
+    scheme = parts["scheme"] or "http"
+    user, password = [urllib.parse.unquote(parts[name]) for name in ("user", "password")]
+    return Endpoint(scheme, parts["host"].strip("[]"), int(parts["port"] or DEFAULT_PORTS[scheme]),
+                    parts["path"].rstrip("/"), user, password)
 
 
 def endpoints(text):
-    found = listed(pattern(
+    addresses = listed(pattern(
         "(?P<scheme>https?)://" + HOST_SHAPE + "(?P<path>(?:/[A-Za-z0-9._~%@:+-]*)*)",
         "must be http://HOST[:PORT][/PATH] or https://..., without user, query or fragment",
         to_endpoint))(text)
-    require(len(set(found)) == len(found), "must not name the same address twice")
-    return found
+    require(len(set(addresses)) == len(addresses), "must not name the same address twice")
+    return addresses
 
 
 def read_network(text):
@@ -365,11 +365,11 @@ proxy_keys = word_or({"anyone": {}}, mapping(
 
 def model_aliases(text):
     """'fast=gemma4, smart=gpt-5' -> {'fast': 'gemma4', 'smart': 'gpt-5'}."""
-    found = mapping(
+    aliases = mapping(
         r"([^=]+?)\s*=\s*(.+)", "must be alias=model, separated by commas, each alias once",
         lambda match: (printable(match[1]), printable(match[2])))(text)
-    require(found.keys().isdisjoint(found.values()), "must not make an alias of an alias")
-    return found
+    require(aliases.keys().isdisjoint(aliases.values()), "must not make an alias of an alias")
+    return aliases
 
 
 def header_lines(text):
@@ -468,10 +468,10 @@ def rules(text, scope=""):
     require(not (scope and re.search(rf"(^|[;\n])\s*{SCOPE_SHAPE}", text)), "must be rules"
             " without a scope, such as '60 requests per minute': they count for this key alone")
     rows = [scope + " ".join(row.split()) for row in re.split("[;\n]", text) if row.strip()]
-    found = list(map(read_rule, rows))
-    require(found, "must hold at least one rule such as 'each 60 requests per minute'")
-    require(len(set(found)) == len(found), "must not hold the same rule twice")
-    return found
+    parsed = list(map(read_rule, rows))
+    require(parsed, "must hold at least one rule such as 'each 60 requests per minute'")
+    require(len(set(parsed)) == len(parsed), "must not hold the same rule twice")
+    return parsed
 
 
 def read_rule(text):
@@ -537,8 +537,8 @@ def check_rule(text, words, kinds):
     elif words[5] == "window":
         rows = RULE_WORDS[:6] + RULE_WORDS[-1:]
     checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
-    for found, word, (shape, right) in checks:
-        require(re.fullmatch(shape.replace("N", amount), found),
+    for value, word, (shape, right) in checks:
+        require(re.fullmatch(shape.replace("N", amount), value),
                 "must be rules such as 'each 60 requests per minute', with ; between;"
                 " in '%s' %s should be %s" % (
                     text, f"the word '{word}'" if word else "the end", right))
@@ -576,10 +576,10 @@ class Price(NamedTuple):
 
     def in_tier(self, name: str) -> "Price":
         """Returns the price in a tier; of one that nobody knows, this one."""
-        found = self.tiers.get(name, USUAL_TIERS.get(name))
-        if isinstance(found, Price):
-            return found._replace(tiers=self.tiers)
-        return self.times(found) if found is not None else self
+        tier = self.tiers.get(name, USUAL_TIERS.get(name))
+        if isinstance(tier, Price):
+            return tier._replace(tiers=self.tiers)
+        return self.times(tier) if tier is not None else self
 
 
 def read_price(cost: JsonObject) -> Price:
@@ -614,10 +614,10 @@ def makers_costs(providers):
             for provider in sorted(providers, key=order.index)
             for name, model in providers[provider]["models"].items() if "cost" in model]
     rows.sort(key=lambda row: not any(read_price(row[1])[:5]))
-    found = {}
+    costs = {}
     for name, cost in rows:
-        found.setdefault(name, cost)
-    return dict(reversed(found.items()))  # of two spellings the maker's price counts, too
+        costs.setdefault(name, cost)
+    return dict(reversed(costs.items()))  # of two spellings the maker's price counts, too
 
 
 def makers_cost(model):
@@ -764,11 +764,11 @@ class LinearPattern:
         last = self.judge(inner, after, repeated + (most > 1))
         taken = last.takes[:len(last.takes) - len(after.takes)]  # by one round
         begin = last.begin | after.begin
-        found = Rest(begin, after.steps + (last.steps - after.steps) * most, (
+        rest = Rest(begin, after.steps + (last.steps - after.steps) * most, (
             *((one, low * least, high * most) for one, low, high in taken), *after.takes))
         if most > 1:
             require(repeated < self.MOST_WITHIN, "must have fewer repetitions of repetitions")
-            self.judge(inner, found, repeated + 1)  # before its next round
+            self.judge(inner, rest, repeated + 1)  # before its next round
         # In `\d+-` no round can go to what follows; in `\d{1,3}\d{4}` two can, each of which has 4
         # steps tried anew; in `\d+\d+` 63, with 64 steps each, which is refused.
         open_rounds = min(most - least, after.may_take_rounds(last.begin, taken))
@@ -776,19 +776,19 @@ class LinearPattern:
             steps = after.steps * (open_rounds + 1)
             require(steps <= (0 if repeated else self.MOST_ROUNDS),
                     "must not have repetitions, one soon after the other, that can take the same")
-            found = found._replace(steps=found.steps + steps)
-        return found._replace(begin=last.begin) if least else found
+            rest = rest._replace(steps=rest.steps + steps)
+        return rest._replace(begin=last.begin) if least else rest
 
     def judge_choice(self, ways, after, repeated):
-        found = [self.judge(way, after, repeated) for way in ways]
-        begin = frozenset().union(*[one.begin for one in found])
-        alike = sum(len(one.begin) for one in found) > len(begin)
+        rests = [self.judge(way, after, repeated) for way in ways]
+        begin = frozenset().union(*[one.begin for one in rests])
+        alike = sum(len(one.begin) for one in rests) > len(begin)
         self.choices += alike
         require(self.choices <= (0 if repeated else self.MOST_CHOICES),
                 "must not have many choices that begin alike, nor repeat one")
-        taken = [(characters, 0, most) for one in found
+        taken = [(characters, 0, most) for one in rests
                  for characters, _, most in one.takes[:len(one.takes) - len(after.takes)]]
-        steps = [one.steps for one in found]
+        steps = [one.steps for one in rests]
         return Rest(begin, sum(steps) if alike else max(steps), (*taken, *after.takes))
 
 
@@ -803,18 +803,18 @@ def fault_of(expression):
 
 def linear_patterns(text):
     """'order=ORD-[0-9]+; ...', or such lines -> {'order': re.Pattern}."""
-    found = {}
+    patterns = {}
     for row in re.split("\n" if "\n" in text else ";", text):
         name, equals, expression = map(str.strip, row.partition("="))
         require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
-            *REDACTED, *found), "must be name=regex, by lines or ;, each name once")
+            *REDACTED, *patterns), "must be name=regex, by lines or ;, each name once")
         try:
-            found[name] = LinearPattern(expression).compiled
+            patterns[name] = LinearPattern(expression).compiled
         except ValueError as fault:
             begins = itertools.accumulate(expression)
             part = next(one for one in begins if fault_of(one) == str(fault))
             raise ValueError(f"is at fault: {name} {fault}, as in {part}") from None
-    return found
+    return patterns
 
 
 REDACTED = "email card iban phone ssn ip secrets".split()
@@ -1466,9 +1466,9 @@ def usual_dialect(name, urls):
     return name if name in DIALECT_NAMES and (own_paths or name not in BESIDE_V1) else None
 
 
-def take_old_names(values, texts, found):
+def take_old_names(values, texts, variables):
     old = [values[name] for name in RENAMED if values.get(name)]
-    if old and "STREAM_COMMENT_SECONDS" not in found:
+    if old and "STREAM_COMMENT_SECONDS" not in variables:
         values["STREAM_COMMENT_SECONDS"] = min(old)
         texts["STREAM_COMMENT_SECONDS"] = f"{min(old):g}"
 
@@ -1476,13 +1476,13 @@ def take_old_names(values, texts, found):
 def read_config(environ: Texts, dotenv: str = "") -> Config:
     """Returns the settings. Raises ConfigFaults with all faults at once."""
     written, faults = read_dotenv(dotenv)
-    found = set_variables(environ, written)
-    texts = {**DEFAULTS, **{name: text for name, text in found.items() if find_setting(name)}}
+    variables = set_variables(environ, written)
+    texts = {**DEFAULTS, **{name: text for name, text in variables.items() if find_setting(name)}}
     values = read_values(texts, faults)
-    take_old_names(values, texts, found)
+    take_old_names(values, texts, variables)
     config = Config(
         texts=texts,
-        unknown=[name for name in found if name not in (OPENSSL_FILE, *texts) and (
+        unknown=[name for name in variables if name not in (OPENSSL_FILE, *texts) and (
             name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
@@ -1586,8 +1586,8 @@ class MustNotLeave(Refusal):
     code = "must_not_leave"
     nothing_sent = True
 
-    def __init__(self, found: str):
-        super().__init__("The request holds what must not leave (REDACT): " + found)
+    def __init__(self, description: str):
+        super().__init__("The request holds what must not leave (REDACT): " + description)
 
 
 class CannotBeRead(Refusal):
@@ -2025,15 +2025,15 @@ class Callers:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
         Its digest decides who calls; itself it is only for an upstream that takes callers' own."""
         scheme, _, token = fields.get("authorization", "").partition(" ")
-        found = {fields.get(name) for name in self.credential_fields}
+        credentials = {fields.get(name) for name in self.credential_fields}
         if scheme.lower() == "bearer":
-            found.add(token.strip())
+            credentials.add(token.strip())
         if query:
-            found.update(split_query(query)[0])
-        found -= {None, ""}
-        if len(found) > 1:
+            credentials.update(split_query(query)[0])
+        credentials -= {None, ""}
+        if len(credentials) > 1:
             raise BadRequest("The request carries two different credentials")
-        credential = "".join(found)
+        credential = "".join(credentials)
         if re.search(r"[\x00-\x1f\x7f]", credential):  # an escape in a query may be a line end
             raise BadRequest("The credential holds control characters")
         return credential or None
@@ -2088,8 +2088,8 @@ class Callers:
     def known_by(self, credential):
         """Returns the caller whose secret has this digest, None if there is none."""
         blind = blinded(credential, self.secret)
-        found = self.known.get(blind) or self.stored.known.get(blind)
-        return found[1] if found and hmac.compare_digest(found[0], credential) else None
+        entry = self.known.get(blind) or self.stored.known.get(blind)
+        return entry[1] if entry and hmac.compare_digest(entry[0], credential) else None
 
     def everybody(self) -> List[Caller]:
         """Returns all whose keys were given out."""
@@ -2098,12 +2098,12 @@ class Callers:
     def named(self, label: str) -> List[Caller]:
         """Returns the callers with this label: several where PROXY_API_KEYS has a name twice. A
         caller without a name is found by its address alone."""
-        found = {caller.key: caller for caller in self.everybody() if caller.label == label}
-        if not found:
+        callers = {caller.key: caller for caller in self.everybody() if caller.label == label}
+        if not callers:
             with suppress(ValueError):
                 ipaddress.ip_network(label)
                 return [Caller(("address", label), label)]
-        return list(found.values())
+        return list(callers.values())
 
 
 class Origins:
@@ -2337,10 +2337,10 @@ class Buckets:
 
     def given_to(self, key, now):
         """Returns how much a bucket was given beyond its rule, of what has not ended."""
-        found = [one for one in self.given.pop(key, ()) if one[1] > now]
-        if found:
-            self.given[key] = found
-        return sum([amount for amount, _ in found])
+        gifts = [one for one in self.given.pop(key, ()) if one[1] > now]
+        if gifts:
+            self.given[key] = gifts
+        return sum([amount for amount, _ in gifts])
 
     def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
         """Raises a bucket's capacity until then, and its level too, unless `again`: then that was
@@ -2351,8 +2351,8 @@ class Buckets:
 
     def fill(self, owner: CallerKey):
         """Fills all buckets of a caller but those of running calls."""
-        self.drop([found.key for found in self.seen()
-                   if owner in found.key[1:] and found.rule.unit != RUNNING])
+        self.drop([bucket.key for bucket in self.seen()
+                   if owner in bucket.key[1:] and bucket.rule.unit != RUNNING])
 
     def levels_after(self, keyed_rules, costs, taken, taken_at=0.0):
         """Returns the buckets' levels once `costs` are charged instead of what was `taken`. The
@@ -2433,27 +2433,27 @@ class Buckets:
         favour of its caller, but none that all share."""
         crowded = len(self.levels) >= self.room
         oldest = [self.levels[key] for key in islice(self.levels, 4 if crowded else 2)]
-        full = [found.key for found in oldest if self.is_full(found)]
+        full = [bucket.key for bucket in oldest if self.is_full(bucket)]
         self.drop(full)
         if crowded and not full:
-            for found in oldest:
-                self.levels.move_to_end(found.key)  # others are looked at next
-            self.drop([found.key for found in sorted(
-                oldest, key=lambda found: -found.level / found.rule.capacity)
-                if len(found.key) > 1][:1])
+            for bucket in oldest:
+                self.levels.move_to_end(bucket.key)  # others are looked at next
+            self.drop([bucket.key for bucket in sorted(
+                oldest, key=lambda bucket: -bucket.level / bucket.rule.capacity)
+                if len(bucket.key) > 1][:1])
 
-    def is_full(self, found):
+    def is_full(self, bucket):
         """Returns whether a bucket is full by now."""
-        level = self.level_of(found.rule, found.key).level  # drops gifts that have ended
-        return found.key not in self.given and level >= found.rule.capacity
+        level = self.level_of(bucket.rule, bucket.key).level  # drops gifts that have ended
+        return bucket.key not in self.given and level >= bucket.rule.capacity
 
     def snapshot(self, wall: float, keys: Optional[Iterable[BucketKey]] = None
                  ) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns {key: (level, wall-clock time of the last refill)} of the given buckets, or of
         all, that are not full; running calls are left out, because they end with the process."""
         return self.as_saved(wall, [
-            found for found in self.latest(self.levels if keys is None else keys)
-            if not self.is_full(found)])
+            bucket for bucket in self.latest(self.levels if keys is None else keys)
+            if not self.is_full(bucket)])
 
     def as_saved(self, wall: float, levels: Iterable[Level]) -> Dict[BucketKey, Tuple[int, float]]:
         """Returns a snapshot of these levels. Any thread may ask."""
@@ -2461,8 +2461,8 @@ class Buckets:
         if abs(offset - self.offset) > 0.01:  # less is none: the two clocks are not read at once
             self.offset = offset
         # A period of the calendar began by the wall clock, which may have been set since.
-        return {found.key: (found.level, found.rule.began or found.refilled + self.offset)
-                for found in levels if found.rule.unit != RUNNING}
+        return {bucket.key: (bucket.level, bucket.rule.began or bucket.refilled + self.offset)
+                for bucket in levels if bucket.rule.unit != RUNNING}
 
     def seen(self) -> List[Level]:
         """Returns all known buckets as they were last seen, which may be long ago."""
@@ -2619,16 +2619,16 @@ class Limits:
         kinds = self.kinds  # only `known` scopes that a rule asks for
         call = (caller.key, caller.name, address if "address" in kinds else None,
                 model if "model" in kinds else None, upstream, caller.stored_key)
-        found = self.known.get(call)
-        if found is None:
+        rules = self.known.get(call)
+        if rules is None:
             if len(self.known) >= self.MAX_KNOWN:
                 self.known.clear()
-            found = self.known[call] = self.find_rules(*call)
+            rules = self.known[call] = self.find_rules(*call)
         if others and "model" in kinds:
             for other in others:
                 more = self.matching(caller, address, other, upstream)
-                found = found + [pair for pair in more if pair not in found]
-        return found
+                rules = rules + [pair for pair in more if pair not in rules]
+        return rules
 
     def find_rules(self, key, name, address, model, upstream, stored_key):
         own, team = (stored_key.rules, stored_key.team) if stored_key else ((), None)
@@ -2651,19 +2651,19 @@ class Limits:
 
     def not_full(self) -> Dict[CallerKey, Dict[BucketKey, Rule]]:
         """Returns {caller: {key of a bucket: its rule}} of all that may not be full."""
-        found = defaultdict(dict)
+        by_owner = defaultdict(dict)
         for one in self.buckets.seen():
             for owner in one.key[1:]:
-                found[owner][one.key] = one.rule
-        return found
+                by_owner[owner][one.key] = one.rule
+        return by_owner
 
     def buckets_of(self, caller: Caller, model: Optional[str],
                    not_full: Dict[CallerKey, Dict[BucketKey, Rule]]) -> Dict[BucketKey, Rule]:
         """Returns a caller's buckets: those of a usual call, and the others that are not full."""
         address = caller.key[1] if caller.key[0] == "address" else None
-        found = {key: rule for rule, key in self.matching(caller, address, model)
-                 if address or not any(kind == "address" for kind, _ in rule.scopes)}
-        return {**found, **not_full.get(caller.key, {})}
+        buckets = {key: rule for rule, key in self.matching(caller, address, model)
+                   if address or not any(kind == "address" for kind, _ in rule.scopes)}
+        return {**buckets, **not_full.get(caller.key, {})}
 
     def own_buckets(self, caller: Caller, unit: Optional[str]) -> KeyedRules:
         """Returns the rules of a unit that count this caller alone, each with its bucket."""
@@ -2675,10 +2675,10 @@ class Limits:
              again: bool = False) -> int:
         """Lets the caller's buckets of a unit hold so much more, until then on the monotonic clock;
         returns how many there are."""
-        found = self.own_buckets(caller, unit)
-        for rule, key in found:
+        rules = self.own_buckets(caller, unit)
+        for rule, key in rules:
             self.buckets.give(rule, key, amount, until, again)
-        return len(found)
+        return len(rules)
 
     def means(self, kind, glob, name):
         """Returns whether a scope's glob matches a name. A model matches in its other spellings,
@@ -3033,7 +3033,7 @@ USUAL_PRICES = (
 
 def usual_prices() -> Dict[str, Price]:
     """Returns {name: Price} of the table, by the names as makers spell them."""
-    found = {}
+    prices = {}
     for shared, rows in USUAL_PRICES:
         words = [part.split() for part in shared.split(";") if part]
         sizes = [part for part in words if part[0].isdigit()]
@@ -3044,8 +3044,8 @@ def usual_prices() -> Dict[str, Price]:
             for tokens, times, output_times in sizes:
                 above = {key: value * Decimal(times) for key, value in cost.items()}
                 above.update(tokens=tokens, output=cost["output"] * Decimal(output_times))
-            found[name] = read_price({**cost, "tiers": tiers, "above": above})
-    return found
+            prices[name] = read_price({**cost, "tiers": tiers, "above": above})
+    return prices
 
 
 def search_cost(model: str, searches: int) -> int:
@@ -3088,11 +3088,11 @@ class Prices:
         name = model.casefold()
         folded = self.fold(name)
         bare = fold_model(name)
-        found = self.own.get(name) or self.folded.get(folded) or next(
+        price = self.own.get(name) or self.folded.get(folded) or next(
             (self.own[glob] for glob in self.globs if may_use((glob,), name)), None)
-        if found is None and name.endswith(":free"):
+        if price is None and name.endswith(":free"):
             return self.folded.get(bare, self.FREE)  # the operator knows better
-        return found or self.usual.get(folded) or self.usual.get(bare) or self.default
+        return price or self.usual.get(folded) or self.usual.get(bare) or self.default
 
     def find_served_price(self, served, asked, tiers):
         """Returns the price of the model that served, or, where nobody knows that, of the one that
@@ -3187,11 +3187,11 @@ class ModelHabits:
 
     def refresh(self):
         """Finds the one in the middle again."""
-        found = defaultdict(list)
+        by_name = defaultdict(list)
         for one in self.callers.values():
             for name, (_, value) in one.known.items():
-                found[name].append(value)
-        for name, values in found.items():
+                by_name[name].append(value)
+        for name, values in by_name.items():
             usual = sorted(values)[len(values) // 2]
             is_ratio = type(name) is tuple
             self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if is_ratio else usual
@@ -3416,10 +3416,10 @@ def may_have_long_number(data):
 
 def unique(pairs):
     """Returns an object of JSON. Two parsers may disagree on which of two equal keys counts."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return value
 
 
 def finite(text):
@@ -3625,12 +3625,12 @@ def object_in(data: bytes) -> JsonObject:
     """Returns a JSON object of an upstream, an array of several as its results, {} where there is
     none."""
     try:
-        found = decode_json(data.lstrip(BYTE_ORDER_MARK))
+        value = decode_json(data.lstrip(BYTE_ORDER_MARK))
     except ValueError:
         return {}
-    if type(found) is list and found:
-        found = {"results": found} if found[1:] else found[0]
-    return found if type(found) is dict else {}
+    if type(value) is list and value:
+        value = {"results": value} if value[1:] else value[0]
+    return value if type(value) is dict else {}
 
 
 LINE = re.compile(rb"[^\r\n]*")
@@ -3725,7 +3725,7 @@ def read_form(body, content_type, named):
 def objects_in(value, values_of=dict.values):
     """Returns the objects in a value of JSON, outer ones first. What else to look at in one is
     what `values_of` returns of it; None leaves it out."""
-    found = []
+    objects = []
     parts = [value]
     for part in parts:  # the list grows as it is walked
         if type(part) is list:
@@ -3733,9 +3733,9 @@ def objects_in(value, values_of=dict.values):
         elif type(part) is dict:
             values = values_of(part)
             if values is not None:
-                found.append(part)
+                objects.append(part)
                 parts += values
-    return found
+    return objects
 
 
 def as_list(value):
@@ -3758,17 +3758,17 @@ def merged(before, after, join=max):
     says nothing."""
     if not before:  # the usual case
         return after
-    found = dict(before)
+    report = dict(before)
     for name, value in after.items():
-        old = found.get(name)
+        old = report.get(name)
         amounts = read_money(old) + read_money(value)
         if type(old) is dict and type(value) is dict:
-            found[name] = merged(old, value, join)
+            report[name] = merged(old, value, join)
         elif amounts[1:]:
-            found[name] = join(*amounts)
+            report[name] = join(*amounts)
         elif value is not None:
-            found[name] = value
-    return found
+            report[name] = value
+    return report
 
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@=-]*)+")
@@ -3823,8 +3823,8 @@ class EventFraming(NamedTuple):
 
     def all_data(self, event):
         """Returns the JSON of an event or its line."""
-        found = map(self.data, event.lstrip(BYTE_ORDER_MARK).splitlines())
-        return b"\n".join([data for data in found if data is not None])
+        lines = map(self.data, event.lstrip(BYTE_ORDER_MARK).splitlines())
+        return b"\n".join([data for data in lines if data is not None])
 
     def replaced(self, event: bytes, data: bytes) -> bytes:
         """Returns an event with other JSON in it."""
@@ -4060,20 +4060,20 @@ class Call:
         """Returns the names of stored things that the payload speaks of."""
         if self.json_body and not may_refer(self.json_body.short):  # the usual case
             return []
-        found = []
+        names = []
         is_chat = self.endpoint == "chat"
         meant = REFERENCES - CONVERSATIONS if is_chat else REFERENCES
         for part in objects_in(self.payload, says_of_things):
             for key in meant.intersection(part):
-                found += names_of_things(part[key], key)
+                names += names_of_things(part[key], key)
             kind = part.get("type")
             if kind in ALL_STORED and "source" not in part and self.stored and (
                     self.stored.collection.lower() == "evals"):
-                found.append("/")  # nobody's
+                names.append("/")  # nobody's
             if kind in REFERENCE_TYPES or (
                     kind is None and not is_chat and part.keys() <= {"id", "type"}):
-                found += names_of_things(part)
-        return found
+                names += names_of_things(part)
+        return names
 
     def prompt_length(self) -> Tuple[int, List[int], TextKind]:
         """Returns the weight of the prompt's text, and of that in each image and the like, and what
@@ -4137,15 +4137,15 @@ class Call:
     def numbers(self):
         """Returns what stands at the names of limits and counts, as (name, value). Raises
         BadRequest for what is no number where text is generated: a server might read it as one."""
-        found = []
+        numbers = []
         for one in self.holders():
             for name in OUTPUT_NUMBERS.intersection(one):
                 value = one[name]
                 if is_integer(value):
-                    found.append((name, int(value)))
+                    numbers.append((name, int(value)))
                 elif value is not None and self.endpoint not in NO_LIMIT_REPLY:
                     raise BadRequest(f"{name} must be an integer")
-        return found
+        return numbers
 
     def remember(self):
         """Undoes `forget`."""
@@ -4306,9 +4306,9 @@ def text_length(payload: JsonObject) -> Tuple[int, List[int], TextKind]:
             rest += value.size + 1
         elif kind is dict:
             if not TEXT_KEYS.issuperset(value):
-                found = media_texts(value)
-                if found is not None:
-                    media.append(text_weight(" ".join(found)))
+                strings = media_texts(value)
+                if strings is not None:
+                    media.append(text_weight(" ".join(strings)))
                     continue
                 texts += value.keys() - PLAIN_KEYS
             values += value.values()
@@ -4519,13 +4519,13 @@ def names_of_things(value, key=""):
 def names_made(payload):
     """Returns the names of what a response or an event says was made, also by tools of the
     upstream's own."""
-    found = []
+    names = []
     for part in objects_in(payload, lambda part: map(part.get, MADE_IN))[:10_000]:
-        found += map(part.get, NAME_KEYS)
-        found += names_of_things(part.get("result_files"))
+        names += map(part.get, NAME_KEYS)
+        names += names_of_things(part.get("result_files"))
         resource = RESOURCE_NAME.fullmatch(str(part.get("name")))
-        found.append(resource and resource[1])
-    return [name for name in found if type(name) is str and name]
+        names.append(resource and resource[1])
+    return [name for name in names if type(name) is str and name]
 
 
 # What may stand before usage, where the beginning is missing: in a response, and in the last event
@@ -4851,8 +4851,8 @@ class Dialect:
         return ("index", "type", "error", self.LAST_KEY, self.REASON[1], *self.BLOCK_NUMBERS)
 
     def block_numbers(self, payload):
-        found = [payload.get(name) for name in self.BLOCK_NUMBERS]
-        return tuple([number if type(number) is int else None for number in found])
+        numbers = [payload.get(name) for name in self.BLOCK_NUMBERS]
+        return tuple([number if type(number) is int else None for number in numbers])
 
     def number(self, one, place):
         """Returns the index of what stands at a place in a list."""
@@ -4891,7 +4891,7 @@ class Dialect:
             return False  # its output is no count yet
         ended = self.has_reason(payload) or self.is_last(payload)
         return ended or bool(  # some tell of the prompt first
-            not payload.get(self.REASON[0]) and self.found([counts])["output"]) or None
+            not payload.get(self.REASON[0]) and self.counts_by_kind([counts])["output"]) or None
 
     def usage_holders(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand, by
@@ -4901,18 +4901,18 @@ class Dialect:
 
     def counts_in(self, payload):
         """Returns the usage of a response or an event, with the counts that stand beside it."""
-        found = payload.get(self.usage_key)
-        if not isinstance(found, dict):
-            found = {}
+        counts = payload.get(self.usage_key)
+        if not isinstance(counts, dict):
+            counts = {}
             for name, holders in self.usage_holders(payload).items():
                 join = operator.add if name in self.ANSWERS else max
-                found = merged(found, reduce(
+                counts = merged(counts, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), holders, {}))
         beside = {name: payload[name] for name in payload if name in self.COUNTS}
         searches = self.searches(payload)
         if searches:
             beside["web_search_requests"] = searches
-        return merged(beside, found)
+        return merged(beside, counts)
 
     def searches(self, payload):
         """Returns how often the web was searched, where a response does not count that itself."""
@@ -4927,9 +4927,9 @@ class Dialect:
             tier = payload.get(self.TIERS[0])
             return model, tier if is_name(tier) else None
         for holder in chain(*self.usage_holders(payload).values()):
-            found = self.served(holder)
-            if found[0]:
-                return found
+            served = self.served(holder)
+            if served[0]:
+                return served
         return None, None
 
     def has_reason(self, payload):
@@ -4941,10 +4941,10 @@ class Dialect:
         """Returns why the model stopped, as JSON or the last events say: of each choice in JSON, in
         events, which may say it again, each reason once."""
         for key in self.REASON_KEYS.get(endpoint, self.REASON[1:]):
-            found = re.findall(REASON_AT % key.encode(), data)
-            if found:
+            reasons = re.findall(REASON_AT % key.encode(), data)
+            if reasons:
                 once = streamed or endpoint in self.REASON_KEYS
-                return [reason.decode() for reason in (dict.fromkeys(found) if once else found)]
+                return [reason.decode() for reason in (dict.fromkeys(reasons) if once else reasons)]
         return []
 
     def is_last(self, payload):
@@ -4978,9 +4978,9 @@ class Dialect:
                 break
             before = data.rfind(served, max(0, start - 300), start)  # embeddings end with both
             for begin, opening in itertools.product({before, start} - {-1}, openings):
-                found = object_in(opening + data[begin:])
-                if found:
-                    return found
+                payload = object_in(opening + data[begin:])
+                if payload:
+                    return payload
         return {}
 
     def usage(self, counts: JsonObject, model: Optional[str] = None,
@@ -4998,46 +4998,47 @@ class Dialect:
         """Returns the usage that counts and their details tell, but for iterations. An input of
         nothing is none that was told: some leave out what was in a cache."""
         all_counts = [counts, *[one for one in counts.values() if type(one) is dict]]
-        found = self.found(all_counts)
-        if self.NEEDED_COUNTS.isdisjoint(found):
+        by_kind = self.counts_by_kind(all_counts)
+        if self.NEEDED_COUNTS.isdisjoint(by_kind):
             return None
-        is_told = "prompt" in found or "total" in found
-        prompt, output = self.sides(found)
-        cached = min(prompt, found["cached"])
-        written = min(prompt - cached, found["written"])
+        is_told = "prompt" in by_kind or "total" in by_kind
+        prompt, output = self.sides(by_kind)
+        cached = min(prompt, by_kind["cached"])
+        written = min(prompt - cached, by_kind["written"])
         tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
-        return Usage(prompt, output, cached, written, min(output, found["reasoning"]),
-                     not (prompt and is_told), min(written, found["hour"]), model, tuple(tiers),
-                     self.picodollars(all_counts), (), found["searches"])
+        return Usage(prompt, output, cached, written, min(output, by_kind["reasoning"]),
+                     not (prompt and is_told), min(written, by_kind["hour"]), model, tuple(tiers),
+                     self.picodollars(all_counts), (), by_kind["searches"])
 
-    def found(self, all_counts):
+    def counts_by_kind(self, all_counts):
         """Returns counts by what they are; what is not among them is 0."""
-        found = defaultdict(int)
+        by_kind = defaultdict(int)
         for one in all_counts:
             for name, value in one.items():
                 kind = self.COUNTS.get(name)
-                if kind and is_count(value) and value >= found[kind]:
-                    found[kind] = int(value)
-        found["written"] = max(found["written"], found["minutes"] + found["hour"])
-        return found
+                if kind and is_count(value) and value >= by_kind[kind]:
+                    by_kind[kind] = int(value)
+        by_kind["written"] = max(by_kind["written"], by_kind["minutes"] + by_kind["hour"])
+        return by_kind
 
-    def sides(self, found):
+    def sides(self, by_kind):
         """Returns all of the input, and of the output. Whether caches and reasoning are parts of
         the prompt and of the output or stand beside them is what a total tells; without one it is
         as usual in this API, but for parts that are larger than the whole."""
-        prompt, output, total = found["prompt"], found["output"], found["total"]
-        caches, reasoning = found["cached"] + found["written"], found["reasoning"]
-        sent = sum(map(found.__getitem__, self.INPUT))
-        said = sum(map(found.__getitem__, self.OUTPUT))
+        prompt, output, total = by_kind["prompt"], by_kind["output"], by_kind["total"]
+        caches, reasoning = by_kind["cached"] + by_kind["written"], by_kind["reasoning"]
+        sent = sum(map(by_kind.__getitem__, self.INPUT))
+        said = sum(map(by_kind.__getitem__, self.OUTPUT))
         pairs = itertools.product(
-            (sent, prompt, prompt + caches, prompt + found["cached"], prompt + found["written"]),
+            (sent, prompt, prompt + caches, prompt + by_kind["cached"],
+             prompt + by_kind["written"]),
             (said, output, output + reasoning))
         for pair in pairs:  # the first as nearly always
             if sum(pair) == total and pair[0] >= caches and pair[1] >= reasoning:
                 return pair
         sent = max(sent, prompt + caches if caches > prompt else 0)
         said = max(said, output + reasoning if reasoning > output else 0)
-        if found["audio"] or not sent:  # Mistral counts sounds in the total alone
+        if by_kind["audio"] or not sent:  # Mistral counts sounds in the total alone
             sent = max(sent, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
 
@@ -5564,9 +5565,9 @@ class Gemini(Google):
         return super().place(path, dialect, metered)
 
     def searches(self, payload):
-        found = [dig(one, "groundingMetadata", "webSearchQueries")
+        lists = [dig(one, "groundingMetadata", "webSearchQueries")
                  for one in as_list(payload.get("candidates"))]
-        return sum([len(queries) for queries in found if type(queries) is list])
+        return sum([len(queries) for queries in lists if type(queries) is list])
 
     def is_last(self, payload):
         return bool(dig(payload, "promptFeedback", "blockReason")) or self.has_reason(payload)
@@ -5909,10 +5910,10 @@ class Dialects:
             return model
         call.body = await read_body()
         if LOOKS_LIKE_JSON.match(call.body) or (call.body and "json" in kind):
-            found = self.read_payload(call)
+            body_model = self.read_payload(call)
         else:
-            found, call.put_model = read_form(call.body, content_type, call.payload)
-        return model or found
+            body_model, call.put_model = read_form(call.body, content_type, call.payload)
+        return model or body_model
 
     def read_payload(self, call):
         """Reads the payload and whether a stream is asked for; returns the model, of any type.
@@ -5961,13 +5962,13 @@ def may_be_fault(data):
 def front(data: bytes) -> JsonObject:
     """Returns the values that are complete at the beginning of an object that is too large to be
     kept."""
-    data, found = data[:1 << 14], {}
+    data, values = data[:1 << 14], {}
     text = "" if is_too_complex(data) else data.decode("utf-8", "replace")
     with suppress(ValueError):
         for key, value, place in members(text):
             if place.stop < len(text):  # else the value may be incomplete
-                found[key] = value
-    return found
+                values[key] = value
+    return values
 
 
 class Edit:
@@ -5994,8 +5995,8 @@ class HiddenUsage(Edit):
 
     def find(self, data: bytes) -> int:
         # As in `may_be_fault`.
-        found = data.find(self.dialect.USAGE_MARK) >= 0 and self.search(data)
-        return found.start() if found else len(data)
+        match = data.find(self.dialect.USAGE_MARK) >= 0 and self.search(data)
+        return match.start() if match else len(data)
 
     def apply(self, event: bytes) -> bytes:
         """Returns an event without its usage; one that says more than that stays as it is."""
@@ -6285,10 +6286,10 @@ class UsageReader:
     def scan_for_usage(self, data):
         """Finds the events that report usage: the first and the last, for APIs that report it in
         parts or more than once."""
-        found, events = [], self.dialect.events
+        matches, events = [], self.dialect.events
         if data.find(self.dialect.USAGE_MARK) >= 0:  # much faster than a regular expression
-            found = list(self.dialect.usage_begin.finditer(data))
-        for match in found[:1] + found[1:][-1:]:
+            matches = list(self.dialect.usage_begin.finditer(data))
+        for match in matches[:1] + matches[1:][-1:]:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
             payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
             if not payload:  # its JSON may have several lines
@@ -6301,7 +6302,7 @@ class UsageReader:
             for event in SGLANG_END.findall(data):
                 self.note_answer(events.payload(event), adds=True)
         if self.counts and self.final is None:  # what was told before more text is not all of it
-            rest = data[found[-1].end():] if found else data
+            rest = data[matches[-1].end():] if matches else data
             self.final = False if self.count_characters(rest) else None
 
     def scan_for_tier(self, data):
@@ -6370,11 +6371,11 @@ class UsageReader:
     def note_end(self, event, data):
         """Notes what one of the last events of a stream says of its end; returns whether it says
         anything."""
-        found = self.dialect.events.all_data(event) or event  # some send an error as it is
-        payload = object_in(found)
+        content = self.dialect.events.all_data(event) or event  # some send an error as it is
+        payload = object_in(content)
         if NAMED_FAULT.search(event):
             self.fault = self.fault or self.dialect.fault(payload) or fault_status(payload)
-        if found.strip() == LAST_DATA:  # it may be all that there is
+        if content.strip() == LAST_DATA:  # it may be all that there is
             self.closed = self.density > 0 or bool(OTHER_DATA.search(data))
             return True
         self.closed |= self.dialect.is_last(payload)
@@ -6387,7 +6388,7 @@ class UsageReader:
             self.note_server(payload)
         else:  # it may be told without a mark
             self.note(payload)
-        if not self.counts or may_be_fault(found):
+        if not self.counts or may_be_fault(content):
             self.fault = self.fault or self.dialect.fault(payload)
         return bool(payload)
 
@@ -6557,9 +6558,9 @@ CARD_GROUPS = [re.compile(
 def end_of_card_groups(match: "re.Match[str]") -> int:
     """Returns the end of a card's number in groups; the first group is taken for its beginning."""
     for groups in CARD_GROUPS:
-        found = groups.match(match.string, match.start())
-        if found and is_card(found[0]):
-            return found.end()
+        number = groups.match(match.string, match.start())
+        if number and is_card(number[0]):
+            return number.end()
     return 0
 
 
@@ -6724,8 +6725,8 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 
     odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
            if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
-    found = [shape("secrets", KEY_WORD, end, hint=LONG_WORD)]
-    return found + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
+    shapes = [shape("secrets", KEY_WORD, end, hint=LONG_WORD)]
+    return shapes + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
 
 
 # A character that may be one of a value, spelled as in JSON, or in JSON in that; and any other one
@@ -6779,10 +6780,10 @@ class Redactor:
             yield from self.search_plain(text)
             return
         plain, places, missing = yield from self.without_escapes(text)
-        for found in self.search_plain(plain):
+        for findings in self.search_plain(plain):
             yield [(start + missing[bisect.bisect_left(places, start)],
                     end + missing[bisect.bisect_left(places, end)], kind)
-                   for start, end, kind in found]
+                   for start, end, kind in findings]
 
     def without_escapes(self, text):
         """Removes escapes step by step; the last step returns the text, with blanks for what is no
@@ -6811,18 +6812,18 @@ class Redactor:
     def search_plain(self, text):
         end = 0
         for start in range(0, len(text), self.SLICE):
-            found = []
+            findings = []
             for one in self.shapes:
                 if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for begin in range(start, min(len(text), start + self.SLICE), one.step):
-                        found += self.matches(one, text, begin)
+                        findings += self.matches(one, text, begin)
                         if len(text) > min(one.step, self.LARGE):
                             yield ()
             # Of two that overlap the first one counts, or the longer one.
-            found.sort(key=operator.itemgetter(1), reverse=True)
-            found.sort(key=operator.itemgetter(0))
+            findings.sort(key=operator.itemgetter(1), reverse=True)
+            findings.sort(key=operator.itemgetter(0))
             apart = []
-            for one in found:
+            for one in findings:
                 if one[0] >= end:
                     apart.append(one)
                     end = one[1]
@@ -6881,8 +6882,8 @@ class Masks:
         placeholders. `anew`: also for values that have none yet."""
         pieces = []
         last = 0
-        for found in self.redactor.search(text):
-            for start, end, kind in found:
+        for findings in self.redactor.search(text):
+            for start, end, kind in findings:
                 value = self.value_in(text[start:end], is_json)
                 if anew or value in self.placeholders:
                     pieces += text[last:start], self.placeholder(value, kind)
@@ -6940,13 +6941,13 @@ class Masks:
         return masked if self.places else None
 
     def placeholder(self, value, kind):
-        found = self.placeholders.get(value)
-        while found is None or found in self.taken:
+        placeholder = self.placeholders.get(value)
+        while placeholder is None or placeholder in self.taken:
             self.numbers[kind] += 1
-            found = "[[%s_%d]]" % (kind.upper(), self.numbers[kind])
-        self.placeholders[value] = found
-        self.values[found] = value
-        return found
+            placeholder = "[[%s_%d]]" % (kind.upper(), self.numbers[kind])
+        self.placeholders[value] = placeholder
+        self.values[placeholder] = value
+        return placeholder
 
     def describe(self) -> str:
         """Returns what kinds were found, and where; never the values."""
@@ -6984,9 +6985,9 @@ class Redaction:
         """Decides whether a call goes with placeholders or as it is. Raises MustNotLeave."""
         if self.mode == "mask":
             return
-        found, masks = call.masked, call.masks
+        masked, masks = call.masked, call.masks
         call.masked = call.masks = None  # it may go to another upstream as it is
-        if self.mode == "block" and found:
+        if self.mode == "block" and masked:
             raise MustNotLeave(masks.describe())
 
 
@@ -7136,9 +7137,9 @@ class Restorer:
 
     def without_values_in(self, strings):
         """Masks strings as JSON spells them, all at once: there may be thousands."""
-        found = self.without_values("\n".join(strings), True, "]").split("\n")
-        if len(found) == len(strings):
-            return found
+        masked = self.without_values("\n".join(strings), True, "]").split("\n")
+        if len(masked) == len(strings):
+            return masked
         return [self.without_values(one, True, "]") for one in strings]  # one goes over several
 
     def restore_string(self, spelled, is_json, masks):
@@ -7422,11 +7423,11 @@ class Unmasking(Edit):
         plain = without_escapes(data)
         pieces = []
         last = self.end_of_logprobs(plain, 0)
-        for found in self.dialect.LOGPROBS.finditer(plain):
-            if found.start() >= last:
-                pieces += data[last:found.end(1)], b"[]" if found[2] == b"[" else b"null"
+        for match in self.dialect.LOGPROBS.finditer(plain):
+            if match.start() >= last:
+                pieces += data[last:match.end(1)], b"[]" if match[2] == b"[" else b"null"
                 self.depth = 1
-                last = self.end_of_logprobs(plain, found.end(2))
+                last = self.end_of_logprobs(plain, match.end(2))
         return b"".join((*pieces, data[last:]))
 
     def end_of_logprobs(self, plain, start):
@@ -8949,15 +8950,15 @@ class FairQueue:
         owner = ticket.owner
         if ticket not in owner.waiting:
             return 0
-        found = owner.waiting.index(ticket)
-        due = owner.due + found / owner.weight
+        ahead = owner.waiting.index(ticket)
+        due = owner.due + ahead / owner.weight
         for one in self.queues.values():
             if one is not owner and one.waiting:
                 # of two that are due at once the one whose order is smaller comes first
                 tie = 1e-6 if one.turn()[1:] < owner.turn()[1:] else -1e-6
                 turns = ceil((due - one.due) * one.weight + tie)
-                found += min(len(one.waiting), max(0, turns))
-        return found
+                ahead += min(len(one.waiting), max(0, turns))
+        return ahead
 
     def slots(self) -> int:
         """Returns how many calls may run at once."""
