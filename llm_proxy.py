@@ -691,8 +691,8 @@ class Rest(NamedTuple):
         return sum(most for one, _, most in self.takes if not characters.isdisjoint(one))
 
     def may_take_rounds(self, begin, taken):
-        """Tells how many rounds of the repetition before it what follows could take itself: the
-        `begin` of each, and all that each needs."""
+        """Tells how many rounds of the repetition before it this could take itself: the `begin` of
+        each round, and all that it must have of `taken`."""
         return min([self.may_take(begin & self.begin) - 1,
                    *(self.may_take(one) for one, least, _ in taken if least)])
 
@@ -1188,7 +1188,7 @@ class Config(types.SimpleNamespace):
 
     def pays_for_anyone(self):
         """Tells whether anybody who reaches the port would spend the operator's key at a vendor,
-        though PROXY_API_KEYS does not allow that."""
+        though PROXY_API_KEYS is not `anyone`."""
         return self.proxy_api_keys is None and not self.keys_are_asked_for and any(
             upstream.key and url.scheme == "https" and is_external(url.host)
             for upstream in self.all_upstreams for url in upstream.url)
@@ -1603,7 +1603,7 @@ class NothingStored(Refusal):
 
 
 class AskedElsewhere(Refusal):
-    """Another process is being asked for the answer of the same background call, and settles it."""
+    """Another call asks for the answer of the same background call now, and settles it."""
     status = 409
     message = "Another call asks for this answer now, try again in a moment"
     fields = {"Retry-After": 1}
@@ -1886,8 +1886,8 @@ class Key(NamedTuple):
         return dict(zip(self._fields[:-3], self))
 
     def end(self, valid_until: Optional[float]) -> Optional[float]:
-        """Returns until when the key is good, with a secret that is valid until then; None: for
-        ever."""
+        """Returns when the key ends, by a secret that is valid until `valid_until`; None:
+        never."""
         ends = [one for one in (self.expires, valid_until) if one is not None]
         return -1.0 if self.disabled else min(ends, default=None)
 
@@ -2549,8 +2549,8 @@ class Hold:
             self.give_back()
 
 
-# Names of one model differ by its vendor, its date and its route. Tags of Ollama stay, as they are
-# sizes.
+# Names of one model differ by its vendor, its date and its route, which make it no other model.
+# Tags of Ollama stay, as they are sizes.
 MODEL_SELLER = re.compile(
     r"^(?:(?:us|us-gov|eu|ap|apac|au|ca|jp|sa|global)\.)?(?:ai21|amazon|anthropic|cohere|deepseek"
     r"|google|meta|minimax|mistral|moonshotai|moonshot|nvidia|openai|qwen|writer|xai|zai)\.")
@@ -2616,7 +2616,7 @@ class Limits:
                  upstream: str = "base", others: Sequence[str] = ()) -> KeyedRules:
         """Returns the rules that a call must pass, each with the key of its bucket: those of
         `model`, and of the `others` that may serve it instead."""
-        kinds = self.kinds  # only `known` scopes that a rule asks for
+        kinds = self.kinds  # what no rule asks for would only fill `known`
         call = (caller.key, caller.name, address if "address" in kinds else None,
                 model if "model" in kinds else None, upstream, caller.stored_key)
         rules = self.known.get(call)
@@ -2869,7 +2869,7 @@ class CutText(str):
     size = 0
 
 
-# The bytes that are no signs, and tables that leave words alone of a text, and runs of signs.
+# The bytes that are no signs, and tables that leave only words of a text, or only runs of signs.
 LETTERS = bytes(one for one in range(256) if one > 127 or chr(one).isalnum())
 PROSE = LETTERS + b" \n.,'"
 ONLY_WORDS = bytes(one if one in LETTERS else 32 for one in range(256))
@@ -2878,9 +2878,8 @@ ONLY_SIGNS = bytes(32 if one in LETTERS else one for one in range(256))
 
 class TextKind(NamedTuple):
     """Tells what a text is, as far as its tokens differ in length: `number` is 0 for prose in Latin
-    letters, 1 to 3 for code, by how it is indented, and 4 for other scripts. `scale` is how much of
-    its weight makes as many tokens as one of prose does: of code, that differs from text to
-    text."""
+    letters, 1 to 3 for code, by how it is indented, and 4 for other scripts. `scale` is the weight
+    that makes as many tokens as a weight of 1 in prose: each piece of code has its own."""
     number: int = 0
     scale: float = 1.0
 
@@ -3142,10 +3141,9 @@ HabitName = Union[str, Tuple[str, int]]
 
 class Habits:
     """What calls were seen to use, by name: (how many calls showed it, its mean over the last
-    MEMORY), by name: (calls that showed it, what it was in the last MEMORY). That is the share of
-    output that nobody sees, `hidden`; the weight of text for a token, by (side, kind of text); and
-    `peak`, the output that but one in twenty of the `recent` calls exceeded that do not limit
-    it."""
+    MEMORY). That is the share of output that nobody sees, `hidden`; the weight of text for a token,
+    by (side, kind of text); and `peak`, the output that only one in twenty of the `recent` calls
+    without a limit exceeded."""
     __slots__ = "calls known recent".split()
     MEMORY = 20
 
@@ -3186,7 +3184,7 @@ class ModelHabits:
         return value if count >= self.FEW else self.usual.get(name, default)
 
     def refresh(self):
-        """Finds the one in the middle again."""
+        """Finds again the median of the callers' values."""
         by_name = defaultdict(list)
         for one in self.callers.values():
             for name, (_, value) in one.known.items():
@@ -3197,8 +3195,8 @@ class ModelHabits:
             self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if is_ratio else usual
 
 
-LEARN_ALL = 50      # learned is from so many first calls of a caller to a model, and then from
-LEARN_SHARE = 0.05  # this share: counting takes time
+LEARN_ALL = 50      # first calls of a caller to a model, of which each teaches something
+LEARN_SHARE = 0.05  # share of the later ones: counting takes time
 
 
 class CostEstimator:
@@ -3408,8 +3406,8 @@ def is_too_complex(data):
 
 
 def may_have_long_number(data):
-    """Returns False where no number can have LONG_NUMBER digits: such a one would fill one of the
-    pieces that are looked at."""
+    """Returns False where no number can have LONG_NUMBER digits: it would fill one of the pieces
+    that are looked at."""
     half = LONG_NUMBER // 2
     return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
 
@@ -4962,8 +4960,8 @@ class Dialect:
 
     def usual_usage(self, data, model, begin=0):
         """Returns the usage of a response that is no error, where it can be told without parsing it
-        that `model` served, and that nothing else is of interest. It is told in what
-        begins at a place: all, or a stream's last event."""
+        that `model` served, and that nothing else is of interest. `begin` is where to look from: 0,
+        or where a stream's last event begins."""
         return None
 
     def find_usage(self, data, openings):
@@ -5734,7 +5732,7 @@ CANCEL = ("/cancel", ":cancel")
 ABOUT_THING = re.compile("[/:](?:cancel|results)$")
 
 # Paths that manage an upstream for all its users, show what others do there, or hand out
-# credentials: these wherever they stand,
+# credentials: these parts wherever they stand,
 ADMIN_PARTS = """
     client_secrets transcription_sessions auth_tokens organizations? credits billing slots
     cors-proxy (un)?load_lora_adapter(_from_tensors)? wake_?up collective_rpc scale_elastic_ep
@@ -5760,8 +5758,8 @@ ADMIN_PARTS = """
 ADMIN_ROOTS = """
     streams? pull push create copy delete blobs signout sleep pause resume download unload
     shutdown keys workers""".split()
-# in "METHOD PATH", with a path of `fold_path`; others that end the path where the method is no GET;
-# and the removal of a model
+# All of them, in "METHOD PATH" with a path of `fold_path`; other ends of a path where the method is
+# neither GET nor HEAD; and the removal of a model
 ADMIN_REQUEST = re.compile(
     "[^ ]+ (.*/(%s)|(/api|/v1)*/(%s))(/.*)?"
     "|(?!GET |HEAD )[^ ]+ .*/(models|props|lora-adapters|tools|cvectors)"
@@ -6107,8 +6105,8 @@ def inflater_for(data):
 
 
 class ErrorUnpacker:
-    """Passes on an error once it is complete, decompressed and changed by an `editor`. Without an
-    editor nobody can decompress it, and `instead` is passed on."""
+    """Passes on an error once it is complete, decompressed and changed by an `editor`; `instead` of
+    it where it cannot be read, or where there is no editor, as for an unknown coding."""
     MAX_SIZE = 1 << 16  # bytes, packed or not
     MAX_MEMBERS = 16
 
@@ -6269,7 +6267,7 @@ class UsageReader:
                 if type(payload) is dict:
                     self.note_answer(payload, self.listed in self.dialect.ANSWERS)
                 at = SEPARATOR.match(text, end).end()
-            self.final = False  # the rest waits, and may never be needed
+            self.final = False  # the rest waits, and may never be read
         return start + len(text[:at].encode("utf-8", "surrogateescape"))
 
     def note_answer(self, payload, adds=False):
@@ -6614,7 +6612,8 @@ NATIONAL_PHONES = {
 
 
 def end_of_phone(match: "re.Match[str]") -> int:
-    """Returns the end of a phone number that has as many digits as are usual in its country."""
+    """Returns the end of a phone number without a country's code, 0 if it has too few or too many
+    digits."""
     digits = len(match[0].encode().translate(None, b" ()./-"))
     return match.end() if 8 <= digits <= 12 else 0
 
@@ -6656,8 +6655,8 @@ TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip
 
 
 def end_of_ipv4(match: "re.Match[str]") -> int:
-    """Returns the end of an address; 0 if it may be a version, since the last word shortly before
-    it is one for versions."""
+    """Returns the end of an address; 0 if it may be a version, as the last telling word shortly
+    before it is one for versions."""
     if not SHORT_NUMBERS.match(match.string, match.start()):
         return match.end()
     told = TOLD_BEFORE.findall(match.string[max(match.start() - 200, 0):match.start()].lower())
@@ -6743,9 +6742,9 @@ class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
     SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
-    LONGEST = 320    # what a value may have that begins in a step of a few
+    LONGEST = 320    # characters of a value that begins in a short step
     LARGE = 4096  # characters: a text of more is searched in steps
-    MANY = 1024   # of what is found in a step
+    MANY = 1024   # findings that are yielded at once
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -7204,7 +7203,7 @@ EVENT_HEAD = re.compile(rb"\A(?:(?:event|id): ?[\w.-]{0,64}\r?\n)*data:")
 
 
 def what_closes(plain: bytes) -> bytes:
-    """Returns the brackets and quotes that JSON lacks which is cut off and has no escapes."""
+    """Returns the quote and the brackets that end JSON which is cut off and has no escapes."""
     ends = []
     for step in JSON_STEP.finditer(plain):
         if step[0] in b"{[":
@@ -7242,7 +7241,7 @@ class Unmasking(Edit):
     IN_NO_STRING = b"\xef\xbb\xbf \t\r\n,:[]{}0123456789+-.truefalsEnNIity"  # characters of JSON
     sliced = False        # a slice of the event was passed on
     is_text = False       # a slice of it was no JSON
-    opened = b""          # stands for it before the rest of an object
+    opened = b""          # brackets that slices have opened, to stand before the rest
     MAX_OPENED = 1000     # bytes: nobody reads what is deeper
     prefix = b""          # of a slice that begins in a string: its quote, or a key and JSON
     depth = 0             # of the probabilities in which a slice begins
@@ -8056,15 +8055,15 @@ class Context:
 
 class NextPass:
     """What many calls do alike is put off to the loop's next pass, and done there for all of them:
-    the processor has its code at hand then, and a peer that was just woken, which costs more than
-    to send, is still awake. Each loop has one."""
+    the processor has the code at hand then, and a peer that was just woken is still awake, as
+    waking costs more than sending. Each loop has one."""
 
     def __init__(self):
-        self.ended = []   # with these `record` is called,
-        self.posted = []  # and then `send_posted` of these
+        self.ended = []   # entries for `record`
+        self.posted = []  # streams that send what they have posted, after that
 
     def run(self):
-        """Is called soon by whoever puts the first one into a list."""
+        """Does it all. Whoever puts the first one into a list schedules this."""
         ended, posted = self.ended, self.posted
         self.ended, self.posted = [], []
         for entry in ended:
