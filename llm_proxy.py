@@ -2834,7 +2834,7 @@ MAX_COST = PICODOLLARS * 10 ** 6  # a call that costs more is wrong, too
 # What searches of the web cost, by how the model's name begins: millidollars for each, of so many
 # of a call. Google charged a call once before Gemini 3.
 SEARCH_COSTS = ("gemini-1", 35, 1), ("gemini-2", 35, 1), ("gemini", 14, inf), ("", 10, inf)
-KNOWN_MODELS = 1000  # of which a price or a ratio is remembered: callers may invent names
+KNOWN_MODELS = 1000  # models whose price or ratio is remembered: callers may invent names
 
 
 def put_newest(table, key, value, most):
@@ -3300,7 +3300,7 @@ class CostEstimator:
         """Returns the tokens of the text that came, and of what its model hides."""
         if not source or (source.lost and held):
             return held
-        weight = source.output_characters()  # which finds its kind, too
+        weight = source.output_characters()  # finds its kind, too
         output = ceil(weight / self.ratio(call, caller, "output", source.kind))
         if not (whole or source.ended):
             return max(output, held)
@@ -3567,7 +3567,7 @@ class JsonBody:
     def parse(self) -> JsonObject:
         """Raises BadRequest."""
         decoder, parse_int = STRICT_JSON, short_integer
-        asks = not HAS_SCANNER or self.short.count(b",") > MANY_NUMBERS  # which takes its time, too
+        asks = not HAS_SCANNER or self.short.count(b",") > MANY_NUMBERS  # to look takes time, too
         if len(self.short) <= LONG_NUMBER or (asks and not may_have_long_number(self.short)):
             decoder, parse_int = QUICK_JSON, int
         if self.cuts:
@@ -4187,9 +4187,9 @@ def is_small(value):
     return True
 
 
-# Where true stands at one of these, an answer will only be told later,
+# Keys that are true in a call whose answer is only told later, and in one whose answer is stored
 LATER = ("background", "deferred")
-KEPT = frozenset((*LATER, "store"))  # and at one of these it is stored.
+KEPT = frozenset((*LATER, "store"))
 LATER_PATH = re.compile(
     "(?i)/(?:batch(?:es|PredictionJobs|/jobs)|evals/[^/]+/runs)/*$|:batchGenerateContent$|/async/")
 # The most tokens of an output, at servers of any kind: a caller may name several, and the server
@@ -4720,16 +4720,18 @@ class Dialect:
     TIER_MARK = b'"service_tier"'
     # The key of the model that served.
     SERVED = "model"
-    # Where a response or an event says why the model stopped,
+    # Where a response or an event says why the model stopped: the key of an object, or of a list of
+    # them, and a key in these
     REASON = ("", "")
-    # at some endpoints at another key: the first of these that is there counts,
+    # Other keys of that, by endpoint: the first one that is there counts.
     REASON_KEYS = {}
-    # and what events say that end a stream. Without either, nobody can tell whether one is whole.
+    # The key and the values by which events end a stream. Without these and a reason, nobody can
+    # tell whether a stream is complete.
     LAST_KEY = "type"
     LAST_TYPES = ()
-    # The one that begins it, where that tells of usage.
+    # The value of the event that begins a stream, where that reports usage.
     FIRST_TYPE = ""
-    # The states of a call in the background that has ended.
+    # The states of background calls that have ended.
     LAST_STATES = "completed succeeded success failed cancelled canceled incomplete expired".split()
     # Where a payload may ask for words that a machine parses, and what asks for none of that.
     PARSED = {}
@@ -4737,11 +4739,11 @@ class Dialect:
     TEXT_KEYS = ()
     # ... and by endpoint, where the events that end a stream repeat it.
     DELTA_KEYS = {}
-    # Where events have text that goes on in the next one: paths of keys, through lists;
+    # Where events have text that goes on in the next one: paths of keys, through lists
     DELTAS = ""
-    # what numbers the block of an event, where these are not the indexes on its path;
+    # Keys of the numbers of an event's block, where these are not the indexes on its path
     BLOCK_NUMBERS = ()
-    # and the types of events that end one.
+    # The types of events that end a block.
     BLOCK_END = re.compile("(?!)")
     # The keys of text that is JSON, or the ends of such events' types.
     JSON_TEXTS = ("arguments", "partial_json", "arguments.delta")
@@ -7345,7 +7347,7 @@ class Unmasking(Edit):
         begins = self.events and not self.sliced
         self.sliced = True
         goes = (self.begin_event if begins else self.apply_slice)(data[before:end], prefix)
-        if type(self.events) is ArrayFraming:  # which cuts nothing that does not begin as one
+        if type(self.events) is ArrayFraming:  # it cuts only what begins with an object
             closing = what_closes(without_escapes(data[:end]))
             self.opened = closing[:self.MAX_OPENED].translate(OTHER_BRACKET)[::-1]
         return goes, self.opened + data[end:]
