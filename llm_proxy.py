@@ -10671,9 +10671,9 @@ class Database:
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
             for table, columns in ("calls", COLUMNS), ("keys", [("redact", "TEXT")]):
-                known = {row[1] for row in execute(f"PRAGMA table_info({table})")}
+                present = {row[1] for row in execute(f"PRAGMA table_info({table})")}
                 for name, kind in columns:
-                    if name not in known:
+                    if name not in present:
                         execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
             if last < self.BATCH:
@@ -10767,14 +10767,14 @@ class Database:
         sums = self.names.put(self.execute(SUMS_OF_CALLS, (first, last)))
         self.add_sums(sums, facts, sums if self.tells else ())
 
-    def add_sums(self, sums, facts, told):
+    def add_sums(self, sums, facts, untold):
         """Adds to the sums, with those that other boxes are to be told."""
         with self.transaction():
             for span in SPANS:
                 self.insert(ADD_TO_SUMS.format(span), [
                     (row[0] // span * span, *row[1:]) for row in sums])
-            if told:
-                self.insert(self.TELL, [[json.dumps(row)] for row in told])
+            if untold:
+                self.insert(self.TELL, [[json.dumps(row)] for row in untold])
                 self.execute("DELETE FROM untold WHERE id <= (SELECT id FROM untold "
                              "ORDER BY id DESC LIMIT 1 OFFSET ?)", (self.MOST_UNTOLD,))
             self.note(**facts)
@@ -10802,7 +10802,7 @@ class Database:
                     "* 86400000 AS INTEGER)) WHERE name = 'untold'")
         self.tells = True
 
-    def add_heard_sums(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, told: int):
+    def add_heard_sums(self, sums: Iterable[Tuple[str, int, bytes]], moment: int, last_told: int):
         """Adds what other boxes told up to a moment, each sum once, and forgets what they were
         told up to this number. A sum is (box, its number there, text)."""
         rows, facts = [], {"heard": moment}
@@ -10814,7 +10814,7 @@ class Database:
                     rows.append(read_sum(text))
         if len(facts) > 1:
             self.add_sums(rows, facts, ())
-        self.execute("DELETE FROM untold WHERE id <= ?", (told,))
+        self.execute("DELETE FROM untold WHERE id <= ?", (last_told,))
 
     def save(self, changed, gone):
         if self.shared:
@@ -11894,8 +11894,8 @@ class Books:
     def watch(self, watchers: Sequence[Watcher]):
         """Adds listeners, each for the kinds of calls that it wants."""
         self.watchers = watchers
-        told = [*filter(None, (self.ledger, self.usage_log)), *watchers]
-        self.on_end = [one.record for one in told if type(one).record is not Watcher.record]
+        listeners = [*filter(None, (self.ledger, self.usage_log)), *watchers]
+        self.on_end = [one.record for one in listeners if type(one).record is not Watcher.record]
         self.on_count = [one.record for one in watchers if one.counts_all]
 
     def record(self, entry: Entry):
@@ -12282,8 +12282,8 @@ class Metrics(Watcher):
         if len(self.known) >= self.MAX_KNOWN:
             self.known.clear()
         if entry.outcome == LimitReached.outcome:  # limited calls come here each time
-            known = entry.cause in self.refused or len(self.refused) < self.MAX_NAMES
-            self.refused[entry.cause if known else OTHER] += 1
+            has_name = entry.cause in self.refused or len(self.refused) < self.MAX_NAMES
+            self.refused[entry.cause if has_name else OTHER] += 1
         else:
             self.known[key] = self.series[values]
         return self.series[values]
@@ -12339,19 +12339,19 @@ class Metrics(Watcher):
     def bucket_families(self, buckets: Buckets) -> Families:
         """Returns the buckets of callers that are known here, and of nobody, that are not full. Of
         several keys with one name the last one's counts."""
-        known = {}
+        labelled = {}
         for seen in buckets.seen():
             owners = [self.callers.get(owner) for owner in seen.key[1:]]
-            if None not in owners and len(known) < self.MAX_SERIES:
+            if None not in owners and len(labelled) < self.MAX_SERIES:
                 labels = labels_of(rule=seen.rule.text, caller=" ".join(owners) or NONE)
-                known[labels] = seen.rule, seen.key
+                labelled[labels] = seen.rule, seen.key
         return {
             "llm_proxy_bucket_level": (
                 (labels, format_amount(rule, buckets.level_of(rule, key).level))
-                for labels, (rule, key) in known.items()),
+                for labels, (rule, key) in labelled.items()),
             "llm_proxy_bucket_capacity": (
                 (labels, format_amount(rule, rule.capacity))
-                for labels, (rule, _) in known.items())}
+                for labels, (rule, _) in labelled.items())}
 
 
 class Pulse(Watcher):
@@ -12446,9 +12446,9 @@ class Pulse(Watcher):
 def upstream_states(routes: Routes) -> Samples:
     """Yields how many addresses of each upstream are in each state; no address is named."""
     for one in routes.all:
-        known = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+        states = ["disabled"] * len(one.addresses) if one.disabled else one.states()
         for state in (*STATES, "disabled"):
-            yield labels_of(upstream=one.name, state=state), known.count(state)
+            yield labels_of(upstream=one.name, state=state), states.count(state)
 
 
 def load_families(routes: Routes) -> Families:
@@ -12544,8 +12544,8 @@ class Trace:
     @staticmethod
     def replaced(fields: Fields) -> List[str]:
         """Returns the fields that do not go upstream as they came."""
-        known = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
-        return ["traceparent"] if known else ["traceparent", "tracestate"]
+        match = TRACEPARENT.fullmatch(fields.get("traceparent", ""))
+        return ["traceparent"] if match else ["traceparent", "tracestate"]
 
     def line(self) -> bytes:
         """Returns a header line that names this call as the parent."""
@@ -13972,9 +13972,9 @@ class RedisBuckets(Buckets):
     def window_of(self, rule, key, began, now):
         """Returns the rule of a window, and when it began. Answers take a while, so a time that is
         close to the one known already is the same."""
-        known = self.levels.get(key)
-        if known and abs(known.refilled - began) < 1:
-            return known.rule, known.refilled
+        seen = self.levels.get(key)
+        if seen and abs(seen.refilled - began) < 1:
+            return seen.rule, seen.refilled
         if rule.zone:
             rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
         return rule, began
@@ -14028,14 +14028,14 @@ class RedisBuckets(Buckets):
             share = share_of(rule, self.processes)
             keyed_shares.append((share, key))
             if key not in self.local.levels:
-                known = self.level_of(rule, key)
-                level = known.level // self.processes
+                seen = self.level_of(rule, key)
+                level = seen.level // self.processes
                 if rule.unit == RUNNING:
                     level = share.capacity - self.charges.running[rule, key]
                 elif self.replaces_dead and key not in self.levels:
                     level = 0
-                self.local.store([known._replace(level=level, rule=share._replace(
-                    began=known.rule.began, interval=share.interval))])
+                self.local.store([seen._replace(level=level, rule=share._replace(
+                    began=seen.rule.began, interval=share.interval))])
         return keyed_shares
 
     def on_leave(self, fault):
@@ -14104,9 +14104,9 @@ class RedisBuckets(Buckets):
         self.redis.flush_soon()
         self.beat()
 
-    def beat_parts(self, *known):
+    def beat_parts(self, *batch_and_loss):
         return self.beat_script.parts(
-            [*self.keys, self.prefix + "processes"], [self.redis.process, *known])
+            [*self.keys, self.prefix + "processes"], [self.redis.process, *batch_and_loss])
 
     def beat(self):
         """Tells Redis that this process is alive, and learns whether Redis has lost what it
@@ -14360,9 +14360,10 @@ class SharedKeys:
     def exchange(self):
         self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.exchange)
         if self.redis.available:  # before, it may not be the database that is meant
-            told = [(name, *self.news.pop(name)) for name in list(islice(self.news, self.AT_ONCE))]
+            records = [(name, *self.news.pop(name))
+                       for name in list(islice(self.news, self.AT_ONCE))]
             self.redis.ask(self.on_keys, "EVAL", LUA_KEYS, 2, *self.names, self.changes,
-                           *chain(*told))
+                           *chain(*records))
 
     def on_keys(self, reply):
         if isinstance(reply, RedisFault):
@@ -14415,20 +14416,20 @@ class SharedSums:
         """Returns whether there may be more. Runs in the ledger's thread."""
         if not self.redis.available:
             return False
-        told = database.untold(self.AT_ONCE)
+        sums = database.untold(self.AT_ONCE)
         after = self.after or str(database.facts.get("heard", 0))
         asking = self.redis.call(*self.script.parts(
-            [self.key], [self.AT_ONCE, after, self.box, *chain(*told)]))
+            [self.key], [self.AT_ONCE, after, self.box, *chain(*sums)]))
         asked = asyncio.run_coroutine_threadsafe(asking, self.redis.loop)
         try:
             entries = asked.result(self.WAIT_SECONDS)
         except (RedisFault, concurrent.futures.TimeoutError):
             return False  # they are told again, and the others know them by their numbers
         last = entries[-1][0] if entries else b"0-0"
-        last_told = told[-1][0] if told else 0
+        last_told = sums[-1][0] if sums else 0
         database.add_heard_sums(self.read(entries), int(last.partition(b"-")[0]), last_told)
         self.after = entry_after(last) if entries else after
-        return self.AT_ONCE in (len(told), len(entries))
+        return self.AT_ONCE in (len(sums), len(entries))
 
     def read(self, entries):
         """Yields (box, number, text) of what others told."""
@@ -15194,9 +15195,9 @@ class Reply:
         """Ends an answer that is not whole so that nobody takes it for whole: no last chunk, or too
         few bytes, or, where only closing ends the body, a reset. A stream whose head was ours is
         told `why`, where there is room for that, and ends properly: a broken one would hide it."""
-        told = self.early and self.tell(why)
-        self.reset = self.until_close and not told
-        if why.close_after or not (told and self.body_is_taken()):
+        is_told = self.early and self.tell(why)
+        self.reset = self.until_close and not is_told
+        if why.close_after or not (is_told and self.body_is_taken()):
             self.close_after = True
 
     def tell(self, why):
@@ -15501,11 +15502,11 @@ class Proxy:
     def identify(self, request: Request, entry: Entry):
         """Finds out who calls, once for each head that a connection repeats, until keys are
         changed."""
-        known = request.cache.get("caller")
-        if known is None or known[0] is not self.callers or (
-                known[1].until is not None and known[1].until <= self.wall()):
-            known = request.cache["caller"] = self.identify_anew(request, entry)
-        _, entry.caller, entry.address, entry.agent = known
+        cached = request.cache.get("caller")
+        if cached is None or cached[0] is not self.callers or (
+                cached[1].until is not None and cached[1].until <= self.wall()):
+            cached = request.cache["caller"] = self.identify_anew(request, entry)
+        _, entry.caller, entry.address, entry.agent = cached
 
     def identify_anew(self, request, entry):
         callers = self.callers
@@ -15825,8 +15826,8 @@ class Proxy:
         reader, before = entry.reader, bill.hold.costs
         entry.usage = usage.with_others()
         # Where nobody knows who served, it was the dearest.
-        amounts, known = zip(*[self.prices.cost(usage, name) for name in bill.call.models])
-        entry.picodollars, entry.priced = max(amounts), all(known)
+        amounts, are_priced = zip(*[self.prices.cost(usage, name) for name in bill.call.models])
+        entry.picodollars, entry.priced = max(amounts), all(are_priced)
         costs = self.estimator.costs(entry.usage, entry.picodollars, before[-1])
         if reader.fault and usage.estimated and not bill.characters:
             costs = self.fault_costs(reader.fault)
@@ -15841,10 +15842,10 @@ class Proxy:
     def request_head(self, request, call, upstream, address):
         """Returns what goes upstream before the body, but for the lines that frame it; it is kept
         for the next call with the same head."""
-        known = request.cache.get(address)
+        cached = request.cache.get(address)
         is_json = call.json_body is not None
-        if known and known[0] == call.path and known[1] == is_json and not call.owes:
-            return known[2]
+        if cached and cached[0] == call.path and cached[1] == is_json and not call.owes:
+            return cached[2]
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
         lines = self.lines_to_pass(request, upstream, call)
@@ -16122,9 +16123,9 @@ def build_tls(config):
 def build_buckets(config, clock, loop, database):
     if config.redis_url is None:
         return Buckets(clock)
-    known = database.facts.get("processes") if database else None
+    processes = database.facts.get("processes") if database else None
     return RedisBuckets(clock, build_redis(config, loop), config.redis_prefix, config.redis_away,
-                        max(known or config.peers, config.workers))
+                        max(processes or config.peers, config.workers))
 
 
 def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Redis:
@@ -16584,11 +16585,11 @@ class Admin:
     async def until_read(self, context):
         """Waits until the ledger has read the keys as they are now. If that is hindered, the change
         holds all the same."""
-        told = context.loop.create_future()
+        are_read = context.loop.create_future()
         self.proxy.books.ledger.on_read.append(
-            partial(soon, context.loop, Stream.wake, told))
+            partial(soon, context.loop, Stream.wake, are_read))
         with suppress(TimeoutError):
-            await context.wait(told, self.READ_SECONDS, "the ledger")
+            await context.wait(are_read, self.READ_SECONDS, "the ledger")
 
     def pools(self) -> List[concurrent.futures.Executor]:
         return [jobs.pool for jobs in (self.reading, self.changing, self.own_use)]
@@ -16678,10 +16679,10 @@ class Admin:
     # -- upstreams
 
     def describe(self, upstream):
-        known = self.lists.get(upstream.name, [])  # as it told them before
+        models = self.lists.get(upstream.name, [])  # as it told them before
         return {**self.upstream_now(upstream), **self.pulse.first_bytes(upstream.name),
                 "models": list(upstream.globs), "model": upstream.model,
-                "known": [clean(model.name) for model in known[:self.MAX_KNOWN]],
+                "known": [clean(model.name) for model in models[:self.MAX_KNOWN]],
                 "max_concurrency": upstream.queue.slots() if upstream.queue else 0}
 
     async def upstreams(self, _):
@@ -16773,11 +16774,11 @@ class Admin:
     # -- the books
 
     @staticmethod
-    def number(ask, name, usual=None):
+    def number(ask, name, default=None):
         """Returns a whole number of the query. Raises BadRequest."""
         text = ask.query.get(name)
         if text is None:
-            return usual
+            return default
         if not re.fullmatch("[0-9]{1,15}", text):
             raise BadRequest(f"{name} must be a whole number")
         return int(text)
@@ -19465,8 +19466,8 @@ def usage_query(execute, by, since):
                 f" WHERE span = {span} AND start >= {low} AND start < {high}"
                 for span, low, high, sign in read_parts(whole, MOST // DAY * DAY, 1, spans)]
     calls.append(f"time >= {since!r} AND time < {whole}")
-    known = {row[1] for row in execute("PRAGMA table_info(calls)")}
-    missing = "".join(f", NULL AS {name}" for name in ("team", "tag") if name not in known)
+    present = {row[1] for row in execute("PRAGMA table_info(calls)")}
+    missing = "".join(f", NULL AS {name}" for name in ("team", "tag") if name not in present)
     columns = ", ".join(f"{value} AS {name}" for name, value in {**SUM_KEYS, **SUM_COUNTS}.items())
     all_of_it = " UNION ALL ".join([*sums, *[
         f"SELECT {START} AS start, outcome, {columns}"
@@ -19538,8 +19539,8 @@ def usage_command(options, settings):
     elif options.csv:
         print(csv_of(names, rows), end="")
     elif options.id and rows:
-        known = [(name, str(value)) for name, value in zip(names, rows[0]) if value is not None]
-        print_table(("field", "value"), known)
+        fields = [(name, str(value)) for name, value in zip(names, rows[0]) if value is not None]
+        print_table(("field", "value"), fields)
     elif rows:
         print_table(names, rows)
     else:
