@@ -9343,11 +9343,12 @@ class Breakers:
     def fails_for_all(self) -> bool:
         """Tells whether it fails, for more callers than one."""
         return self.connections.opened is not None or any(
-            one.opened is not None and one.fails_for_two() for one in self.models.values())
+            breaker.opened is not None and breaker.fails_for_two()
+            for breaker in self.models.values())
 
     def is_tried(self, subject) -> bool:
         """Tells whether an open breaker waits for the result of this call."""
-        return any(one.trying for one, _ in self.concerning(subject))
+        return any(breaker.trying for breaker, _ in self.concerning(subject))
 
     def concerning(self, subject):
         concerned = [(self.connections, None)]
@@ -9357,11 +9358,12 @@ class Breakers:
         return concerned
 
     def seconds_left(self, now, subject):
-        return max([one.seconds_left(now, caller) for one, caller in self.concerning(subject)])
+        return max([breaker.seconds_left(now, caller)
+                    for breaker, caller in self.concerning(subject)])
 
     def enter(self, now, subject):
-        for one, caller in self.concerning(subject):
-            one.enter(now, caller)
+        for breaker, caller in self.concerning(subject):
+            breaker.enter(now, caller)
 
     def judge(self, good: Optional[bool], connected: bool, now: float,
               subject: Subject) -> List[str]:
@@ -9371,26 +9373,26 @@ class Breakers:
         if good is False and connected and model not in self.models:
             put_newest(self.models, model, Breaker(self.most, self.seconds, now), KNOWN_MODELS)
         news = self.judge_one(self.connections, connected if good is False else good, now, None, "")
-        one = self.models.get(model)
-        if one and connected:
+        breaker = self.models.get(model)
+        if breaker and connected:
             what = " with the model %s" % ascii(model[:80]) if model else ""
-            news += self.judge_one(one, good, now, caller, what)
-            if not one.failures:
+            news += self.judge_one(breaker, good, now, caller, what)
+            if not breaker.failures:
                 del self.models[model]
         self.troubled = bool(self.models or self.connections.failures)
         return news
 
     @staticmethod
-    def judge_one(one, good, now, caller, what):
-        before = one.opened
-        one.judge(good, now, caller)
-        if (before is None) == (one.opened is None):
+    def judge_one(breaker, good, now, caller, what):
+        before = breaker.opened
+        breaker.judge(good, now, caller)
+        if (before is None) == (breaker.opened is None):
             return []
         if before is not None:
             return ["is well again" + what]
-        whom = " by its one caller" if len(one.callers) == 1 else ""
+        whom = " by its one caller" if len(breaker.callers) == 1 else ""
         return ["failed %d times in a row%s, left alone%s for %g s" % (
-            one.failures, what, whom, one.seconds)]
+            breaker.failures, what, whom, breaker.seconds)]
 
     def state(self, now: float) -> str:
         """Returns the worst of them."""
@@ -9938,8 +9940,8 @@ class Routes:
 
     def disable(self, names: Collection[str]):
         """Disables these upstreams, and enables the others."""
-        for one in self.all:
-            one.disabled = one.name in names
+        for upstream in self.all:
+            upstream.disabled = upstream.name in names
         self.known.cache_clear()  # the next one of the model's serves it
 
     def candidates(self, call, thing):
@@ -12445,10 +12447,10 @@ class Pulse(Watcher):
 
 def upstream_states(routes: Routes) -> Samples:
     """Yields how many addresses of each upstream are in each state; no address is named."""
-    for one in routes.all:
-        states = ["disabled"] * len(one.addresses) if one.disabled else one.states()
+    for upstream in routes.all:
+        states = ["disabled"] * len(upstream.addresses) if upstream.disabled else upstream.states()
         for state in (*STATES, "disabled"):
-            yield labels_of(upstream=one.name, state=state), states.count(state)
+            yield labels_of(upstream=upstream.name, state=state), states.count(state)
 
 
 def load_families(routes: Routes) -> Families:
@@ -13639,11 +13641,11 @@ class Batch:
         self.charged[key] += amount
         self.act("charge", rule, key, amount, age)
 
-    def take(self, one: Take):
-        self.takes.append(one)
-        one.sent = True
-        wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, one.costs[rule.unit]))
-                  for rule, key in one.keyed_rules]
+    def take(self, take: Take):
+        self.takes.append(take)
+        take.sent = True
+        wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, take.costs[rule.unit]))
+                  for rule, key in take.keyed_rules]
         self.acts.append("take %d %s" % (len(wanted), " ".join(wanted)))
 
     def text(self, mode: str) -> str:
@@ -13809,15 +13811,15 @@ class RedisBuckets(Buckets):
 
     async def take(self, keyed_rules, costs):
         redis = self.redis
-        one = Take(keyed_rules, costs, redis.loop.create_future())
+        take = Take(keyed_rules, costs, redis.loop.create_future())
         if self.state != "away" and not redis.is_late():
-            self.takes.append(one)
+            self.takes.append(take)
             redis.flush_soon()
-            await redis.wait(one.future)
-        one.decided = True
-        if one.levels is None:
-            return self.take_locally(one)
-        return tightest_of(one.levels), one.levels
+            await redis.wait(take.future)
+        take.decided = True
+        if take.levels is None:
+            return self.take_locally(take)
+        return tightest_of(take.levels), take.levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
         for rule, key in keyed_rules:
@@ -13903,9 +13905,9 @@ class RedisBuckets(Buckets):
             key, taken_at = place
             batch.charge(rule, key, amount, microseconds(now - taken_at) if taken_at else 0)
         for _ in range(min(len(self.takes), self.MOST_ACTS)):
-            one = self.takes.popleft()
-            if not one.future.done():
-                batch.take(one)
+            take = self.takes.popleft()
+            if not take.future.done():
+                batch.take(take)
         return batch
 
     def describe(self, rule, key):
@@ -13951,8 +13953,8 @@ class RedisBuckets(Buckets):
                 self.since[key] = since.decode()
             given = list(map(int, islice(rest, 2 * gifts)))
             levels[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
-        for one, flag in zip(batch.takes, flags):
-            self.finish_take(one, flag == ONE, levels)
+        for take, flag in zip(batch.takes, flags):
+            self.finish_take(take, flag == ONE, levels)
 
     def note_level(self, rule, key, charged, level, age, given, now):
         """Keeps the level of a bucket less what is pending; returns the level that Redis told."""
@@ -13979,31 +13981,31 @@ class RedisBuckets(Buckets):
             rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
         return rule, began
 
-    def finish_take(self, one, taken, redis_levels):
+    def finish_take(self, take, taken, redis_levels):
         """Completes a take as Redis decided. If this process has decided otherwise meanwhile, the
         amount is given back or charged now."""
         levels = []
-        for rule, key in one.keyed_rules:
-            cost = one.costs[rule.unit]
+        for rule, key in take.keyed_rules:
+            cost = take.costs[rule.unit]
             level = redis_levels[key]
             levels.append(level._replace(amount=cost) if taken else level.less(cost))
             if taken:
                 self.charges.note_running(rule, key, cost)
-        if not one.decided:  # nor here, though its call may be about to
-            one.levels = levels
-            Stream.wake(one.future)
-        elif taken != one.admitted:
-            for rule, key in one.keyed_rules:
-                amount = stored_amount(rule, one.costs[rule.unit])
+        if not take.decided:  # nor here, though its call may be about to
+            take.levels = levels
+            Stream.wake(take.future)
+        elif taken != take.admitted:
+            for rule, key in take.keyed_rules:
+                amount = stored_amount(rule, take.costs[rule.unit])
                 self.charge(rule, key, -amount if taken else amount, redis_levels[key].now)
 
     # -- while Redis is away
 
-    def take_locally(self, one):
+    def take_locally(self, take):
         """Decides a take without Redis, by the policy for that. Raises LimitsAway."""
         if self.policy == "closed":
             raise LimitsAway
-        keyed_rules, costs = one.keyed_rules, one.costs
+        keyed_rules, costs = take.keyed_rules, take.costs
         if self.policy == "open":
             levels = [level._replace(level=max(0, level.level))
                       for level in self.levels_after(keyed_rules, costs, NO_COST)]
@@ -14012,8 +14014,8 @@ class RedisBuckets(Buckets):
         tightest = tightest_of(levels)
         if tightest.level >= 0:
             self.local.store(levels)
-            if one.sent:
-                one.admitted = True
+            if take.sent:
+                take.admitted = True
             else:
                 super().settle(keyed_rules, costs, NO_COST, 0.0)
                 for rule, key in keyed_rules:
@@ -14072,8 +14074,8 @@ class RedisBuckets(Buckets):
     def known_levels(self):
         """Yields the acts that put back the levels last seen, without what is pending, and what was
         given."""
-        for one in self.seen():
-            level, refilled, rule, key, _, now = self.level_of(one.rule, one.key)
+        for seen in self.seen():
+            level, refilled, rule, key, _, now = self.level_of(seen.rule, seen.key)
             given = self.given.get(key, ())
             if rule.unit != RUNNING and (given or level < rule.capacity):
                 amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
@@ -16207,19 +16209,20 @@ class Catalogue:
     async def models(self, context: Context, upstreams: List[Upstream]) -> Dict[str, Model]:
         """Returns the models of these upstreams by name; the first of a name counts. Callers that
         come while an upstream is asked share the answer."""
-        for one in upstreams:
-            if self.clock.monotonic() >= self.due.get(one.name, -inf) and (
-                    one.name not in self.asking):
-                self.asking[one.name] = context.loop.create_task(
-                    self.ask(context.loop, one), name="models")
-        for asking in [self.asking[one.name] for one in upstreams if one.name in self.asking]:
+        for upstream in upstreams:
+            if self.clock.monotonic() >= self.due.get(upstream.name, -inf) and (
+                    upstream.name not in self.asking):
+                self.asking[upstream.name] = context.loop.create_task(
+                    self.ask(context.loop, upstream), name="models")
+        names = [upstream.name for upstream in upstreams]
+        for asking in [self.asking[name] for name in names if name in self.asking]:
             answered = context.loop.create_future()
             asking.add_done_callback(lambda _, answered=answered: Stream.wake(answered))
             with suppress(TimeoutError):
                 await context.wait(answered, self.ASK_SECONDS + 0.5, "the lists of models")
                 asking.result()  # a bug of ours is raised here
         models = {}
-        for model in chain.from_iterable(self.lists.get(one.name, ()) for one in upstreams):
+        for model in chain.from_iterable(self.lists.get(name, ()) for name in names):
             models.setdefault(model.name, model)
         return models
 
@@ -16868,8 +16871,8 @@ class Admin:
             "today": days[-1] if days else NO_SUM.as_dict(), "calls": calls, "days": days})
 
     def warning_of(self, buckets):
-        shares = [(1 - float(one["level"]) / float(one["capacity"]), one["rule"])
-                  for one in buckets if one["unit"] not in UNITS_OF_CALLS]
+        shares = [(1 - float(bucket["level"]) / float(bucket["capacity"]), bucket["rule"])
+                  for bucket in buckets if bucket["unit"] not in UNITS_OF_CALLS]
         return warning_text(shares, self.proxy.config.warn_at or ())
 
     def buckets_of(self, caller, not_full):
@@ -18369,8 +18372,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.beat_timer = self.loop.call_later(self.BEAT_SECONDS, self.beat)
         self.common.begin_ids()
         self.admin.beat()
-        for one in self.proxy.sharers:
-            one.beat()
+        for sharer in self.proxy.sharers:
+            sharer.beat()
         tally = self.proxy.tally
         if tally:
             tally.open[tally.number] = len(self.open)
@@ -19138,9 +19141,9 @@ def pin_to_cpu(cpu, port, worker=0):
     when they have much to do."""
     if cpu is None or not CPUS:
         return
-    one = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
+    number = CPUS[(port + worker) % len(CPUS)] if cpu < 0 else cpu + worker
     with suppress(OSError):
-        os.sched_setaffinity(0, {one})
+        os.sched_setaffinity(0, {number})
 
 
 def tune_interpreter():
@@ -19409,13 +19412,13 @@ def watch_parent(server, lifeline, stop):
 
 async def probe(server):
     """Logs which upstreams are not there at the start, while calls run already."""
-    async def one(address):
+    async def report_fault(address):
         with closing(Context(server.loop)) as context:
             fault = await address.probe(context)
         if fault:
             server.proxy.books.log.say(fault)
 
-    await asyncio.gather(*map(one, server.proxy.routes.addresses()))
+    await asyncio.gather(*map(report_fault, server.proxy.routes.addresses()))
 
 
 def stops_when_hung_up(config):
