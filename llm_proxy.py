@@ -9330,8 +9330,8 @@ Subject = Tuple[str, Caller]  # (model, caller that asks for it)
 
 
 class Breakers:
-    """Those of one address: one for its connections, and one for each model that failed lately,
-    because what one caller asks for must not close it to the others."""
+    """The breakers of one address: one for its connections, and one for each model that failed
+    lately, because what one caller asks for must not close the address to the others."""
 
     def __init__(self, most: int, seconds: float):
         self.most = most
@@ -9341,7 +9341,7 @@ class Breakers:
         self.troubled = False  # whether anything failed lately
 
     def fails_for_all(self) -> bool:
-        """Tells whether it fails, for more callers than one."""
+        """Tells whether the address fails for more callers than one."""
         return self.connections.opened is not None or any(
             breaker.opened is not None and breaker.fails_for_two()
             for breaker in self.models.values())
@@ -11361,7 +11361,7 @@ class NoSuchKey(KeyFault):
 
 
 def require_bucket(limits: Limits, callers: Iterable[Caller], unit: str):
-    """Raises KeyFault where these have no bucket of a unit, of which more could be given."""
+    """Raises KeyFault if these callers have no bucket of a unit to which more could be given."""
     if not any(limits.own_buckets(one, unit) for one in callers):
         raise KeyFault(f"no rule counts {unit} for this caller alone: it was given nothing")
 
@@ -11392,7 +11392,7 @@ class KeyStore(NamedTuple):
     clock: Any
     actor: Optional[Actor]  # None where nothing will be changed
 
-    KEEP_SECONDS = 90 * 86400  # a secret that is good no more is none of a stranger for so long
+    KEEP_SECONDS = 90 * 86400  # for so long an expired secret is not a stranger's
     COLUMNS = {"role": "coalesce(?, 'caller')", "expires": "created + ?"}
 
     @contextmanager
@@ -12271,8 +12271,8 @@ class Metrics(Watcher):
                     one.sort_in()
 
     def find(self, key, entry):
-        """Returns the series of such calls, which is known from then on. What a rule refused is
-        counted here, too."""
+        """Returns the series of such calls, which is looked up by `key` from then on. What a rule
+        refused is counted here, too."""
         upstream = entry.upstream or NONE
         rest = upstream, entry.call.dialect.name if entry.call else NONE, entry.outcome
         values = (self.caller_label(entry.caller), self.model_label(entry), *rest)
@@ -13765,7 +13765,7 @@ class RedisBuckets(Buckets):
     LOOKS = 50                # buckets whose level is asked for with each beat
     state = "returning"       # or "here", or "away"
     reason = "is not there"
-    number = 1                # of the last batch; not 0, so that whoever is new notices a loss, too
+    number = 1                # of the last batch; not 0, so that a new process notices a loss, too
     loss = 0                  # number of the last time that Redis has lost something
     beats = 0
     fresh = True              # it was never there
@@ -14763,9 +14763,8 @@ ENCODINGS = {  # of responses; of the first ones some servers do not know that t
 
 def read_codings(text: str) -> int:
     """Returns how a body is encoded (RFC 9110 8.4): once at most, where it can be read."""
-    codings = text.lower().split(",")
-    coding = sum([ENCODINGS.get(name.strip(), UNREADABLE) for name in codings])
-    return min(coding, UNREADABLE)
+    names = text.lower().split(",")
+    return min(sum([ENCODINGS.get(name.strip(), UNREADABLE) for name in names]), UNREADABLE)
 
 
 class Reply:
@@ -14781,7 +14780,7 @@ class Reply:
     first = b""                             # the part of it that came with the head
     framing_line = ""                       # the header line for its framing
     begun = close_after = until_close = reset = False
-    patience = inf                     # seconds that the caller gives each wait
+    patience = inf                          # seconds that the caller gives each wait
     started = 0                             # unix nanoseconds when the request's head had come
 
     def __init__(self, client: Stream, context: Context, common: Common, entry: Entry):
@@ -14964,7 +14963,7 @@ class Reply:
         if encoding == UNREADABLE:
             editor = None
             response.hides |= {"content-type"}  # that of what stands in its place is said below
-        elif response.streamed:  # which has been said before it is known that it cannot be read
+        elif response.streamed:  # its head, which promises events, goes out first
             instead = dialect.error_event(instead, self.call.endpoint)
         return ErrorUnpacker(editor, instead)
 
@@ -15158,8 +15157,8 @@ class Reply:
         return self.patience < (config.first_byte_timeout or config.read_timeout)
 
     def went_well(self, response: Response, ending: str) -> Optional[bool]:
-        """Returns whether a call went well, None where that is known already or not the upstream's
-        doing. An error in a response is what its status would be."""
+        """Returns whether a call went well; None where the breaker has heard of it, or the upstream
+        did not cause the end. An error in a response counts as its status would."""
         if response.status in FAILING or not self.adapter.framing.ended:
             return None
         reader = self.entry.reader
@@ -16698,7 +16697,7 @@ class Admin:
         return upstream
 
     async def switch(self, ask, on):
-        """Enables or disables an upstream, for good if there is a DATABASE."""
+        """Enables or disables an upstream; with a DATABASE it stays so after a restart."""
         upstream = self.upstream(ask.name)
         if self.proxy.books.ledger:
             await self.change_keys(ask, KeyStore.switch_upstream, ask.name, on)
@@ -18062,7 +18061,7 @@ class ClientConnection:
             raise UpgradeRequired
 
     def refuse(self, reply, failure):
-        """Turns what was raised into an answer; nothing else does."""
+        """Turns what was raised into an answer: the only place that does."""
         self.idle = False
         if isinstance(failure, CallerGone):
             reply.stop_comments()
@@ -18337,7 +18336,7 @@ class Server(http.server.ThreadingHTTPServer):
         return most or self.MAX_PER_ADDRESS
 
     def let_go(self, connection):
-        """Counts a connection no more, and keeps it for a moment."""
+        """Stops counting a connection, and keeps it for a moment."""
         self.release(connection)
         self.lingering[connection] = None
         if len(self.lingering) > self.MAX_LINGERING:
@@ -18525,7 +18524,7 @@ class Workers:
                 os.kill(process, number)
 
     def stop(self):
-        """Starts no more of them."""
+        """Stops starting workers."""
         self.stopping = True
         self.due.clear()
 
@@ -19422,8 +19421,8 @@ async def probe(server):
 
 
 def stops_when_hung_up(config):
-    """Tells whether SIGHUP means that the terminal was closed; with TLS it means new
-    certificates."""
+    """Tells whether SIGHUP means that the terminal was closed; with TLS it means, even there, that
+    certificates are new."""
     return os.isatty(0) and not config.tls_cert_file
 
 
