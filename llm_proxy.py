@@ -14239,8 +14239,6 @@ class SharedQueue(FairQueue):
         ticket = super().enter(key, weight, waited)
         if not ticket.running:
             self.tell_soon()
-            if self.answered:
-                self.redis.limit_wait(self.answered)
         return ticket
 
     def leave(self, ticket: Ticket):
@@ -17412,7 +17410,8 @@ function openUsage(view, query) {
 async function download(asked) {
   const take = response => response.blob(), query = queryOf({...asked, format: "csv"});
   const href = URL.createObjectURL(await send("admin/api/usage" + query, {take}));
-  h("a", {href, download: `usage-by-${asked.by}.csv`}).click(); }
+  h("a", {href, download: `usage-by-${asked.by}.csv`}).click();
+  URL.revokeObjectURL(href); }
 function usageParts(usage, range, measure, query) {
   const [name, unit, valueOf] = MEASURES[measure], isMoney = measure === "money";
   const series = seriesOf(usage.by, usage.groups.map(({name}) => name));
@@ -17799,8 +17798,7 @@ document.onvisibilitychange = () => document.hidden ? stream?.abort() : model &&
 $("theme").onchange = () => setTheme($("theme").value);
 setTheme(localStorage[THEME] ?? "light dark");
 start();
-</script>
-"""
+</script>"""
 PAGE_LINES = """Cache-Control: no-store
 Referrer-Policy: no-referrer
 X-Content-Type-Options: nosniff
@@ -19949,7 +19947,7 @@ def add_command_options(usage, prices, keys, bench, **_):
     prices.add_argument("--update", nargs="+", metavar=("FILE", "URL"),
                         help="fetch a list into FILE, by default from " + PRICES_URL)
     add_options(bench, BENCH_OPTIONS)
-    acts = keys.add_subparsers(dest="act", required=True)
+    acts = keys.add_subparsers(dest="act", metavar="|".join(KEY_ACTS), required=True)
     for act, sentence in KEY_ACTS.items():
         parser = acts.add_parser(act, help=sentence, description=sentence)
         add_options(parser, ["name NAME - of the key, or caller"] * (act != "list"))
