@@ -14602,7 +14602,7 @@ class SharedStored(Stored):
         """Looks up the things that a call names and this process does not know, and claims the bill
         if the call asks for its answer. Raises AskedElsewhere; a call that cancels is not put off,
         but its answer is withheld."""
-        self.redis.begin_call()
+        self.redis.begin_call()  # each call comes here before it asks Redis for anything
         names, path = call.references(), call.stored
         if path and path.name:
             names += path.name, "%s/%s" % path[:2], self.bill_name(call) or path.name
