@@ -707,7 +707,7 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # rounds of an unlimited group of several characters
     MOST_CHOICES = 3     # choices whose branches begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
-    MOST_STEPS = 2500    # of a search from one character
+    MOST_STEPS = 2500    # of a search from one character; what is found is no longer
     # A letter, a digit, a space and a sign of other scripts, and some of the last ones
     OTHERS = "\u0436\u0663\u3000\u2030\U00020000\U0001d7d8\U0001f600"
 
@@ -724,8 +724,8 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *self.OTHERS, *text}
         self.alphabet.update([chr(min(ord(one) + 1, sys.maxunicode)) for one in text])
         self.choices = 0
-        steps = self.judge(self.tree, Rest(), 0).steps
-        require(steps <= self.MOST_STEPS, "must have fewer or shorter repetitions")
+        self.steps = self.judge(self.tree, Rest(), 0).steps
+        require(self.steps <= self.MOST_STEPS, "must have fewer or shorter repetitions")
         self.compiled = COMPILER.compile(self.tree)
 
     def judge(self, parts, after: Rest, repeated) -> Rest:
@@ -802,14 +802,15 @@ def fault_of(expression):
 
 
 def linear_patterns(text):
-    """'order=ORD-[0-9]+; ...', or such lines -> {'order': re.Pattern}."""
+    """'order=ORD-[0-9]+; ...', or such lines -> {'order': (re.Pattern, steps)}."""
     patterns = {}
     for row in re.split("\n" if "\n" in text else ";", text):
         name, equals, expression = map(str.strip, row.partition("="))
         require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
             *REDACTED, *patterns), "must be name=regex, by lines or ;, each name once")
         try:
-            patterns[name] = LinearPattern(expression).compiled
+            pattern = LinearPattern(expression)
+            patterns[name] = pattern.compiled, pattern.steps
         except ValueError as fault:
             begins = itertools.accumulate(expression)
             part = next(one for one in begins if fault_of(one) == str(fault))
@@ -6510,6 +6511,7 @@ class Shape(NamedTuple):
     check: Callable[["re.Match[str]"], int]
     step: int = 1 << 16
     hint: str = ""
+    longest: int = 0     # characters of a match, 0: a quarter of a step
 
 
 URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")  # before it
@@ -6744,7 +6746,7 @@ class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
     SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
-    LONGEST = 320    # characters of a value that begins in a short step
+    LONGEST = 320    # characters of the last word, which may go on
     LARGE = 4096  # characters: a text of more is searched in steps
     MANY = 1024   # findings that are yielded at once
 
@@ -6812,12 +6814,13 @@ class Redactor:
 
     def search_plain(self, text):
         end = 0
+        ends = dict.fromkeys(self.shapes, 0)  # of the last match of each
         for start in range(0, len(text), self.SLICE):
             findings = []
             for one in self.shapes:
                 if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for begin in range(start, min(len(text), start + self.SLICE), one.step):
-                        findings += self.matches(one, text, begin)
+                        findings += self.matches(one, text, begin, ends)
                         if len(text) > min(one.step, self.LARGE):
                             yield ()
             # Of two that overlap the first one counts, or the longer one.
@@ -6833,14 +6836,17 @@ class Redactor:
                     apart = []
             yield apart
 
-    def matches(self, one, text, begin):
-        """Returns what of a Shape begins in a step."""
+    def matches(self, one, text, begin, ends):
+        """Returns what of a Shape begins in a step, and not within its last match."""
         end = begin + one.step
-        some = list(one.search.finditer(text, begin, end + max(one.step // 4, self.LONGEST)))
+        window = end + (one.longest or one.step // 4)
+        some = list(one.search.finditer(text, max(begin, ends[one]), window))
+        some = [match for match in some if match.start() < end]
         if not some:  # the usual case
             return ()
+        ends[one] = some[-1].end()
         rows = zip(map(re.Match.start, some), map(one.check, some), itertools.repeat(one.kind))
-        return [row for row in rows if row[1] and row[0] < end and not (
+        return [row for row in rows if row[1] and not (
             self.allow and self.may_leave(text[row[0]:row[1]]))]
 
     def may_leave(self, value):
@@ -16058,8 +16064,9 @@ def renew_redaction(proxy):
         return
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
-    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 9)  # one may take 20 us a character
-               for name, pattern in (config.redact_patterns or {}).items()]
+    # One may take 20 us a character.
+    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 9, longest=steps)
+               for name, (pattern, steps) in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
         kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)

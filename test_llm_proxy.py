@@ -14559,6 +14559,13 @@ class RedactedCallsTest(KeysCase):
         self.assertEqual(
             json.loads(body)["system"], "[[ORDER_1]] [[TICKET_1]] [[ORDER_2]] a@x.org")
 
+    def test_a_pattern_of_ones_own_is_found_across_steps(self):
+        self.redact(REDACT="", REDACT_PATTERNS="code=K(?:-[0-9]{24}){16}; pin=[a-f]{32}")
+        for value, mask in self.each((("K" + 16 * ("-" + 24 * "1"), "[[CODE_1]]"),
+                                      (2 * (16 * "ab"), "[[PIN_1]][[PIN_1]]"))):
+            body, _ = self.exchange(call(system=501 * " " + value + 600 * " "))
+            self.assertEqual(json.loads(body)["system"].strip(), mask)
+
     def test_a_pattern_of_ones_own_holds_nobody_up(self):
         """Each step took a tenth of a second."""
         self.redact(REDACT="", REDACT_PATTERNS=r"slow=(?:[a-z]+\.)+[a-z]+(?:/\w+)*!")
