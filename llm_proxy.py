@@ -707,7 +707,8 @@ class LinearPattern:
     MOST_OF_GROUPS = 16  # rounds of an unlimited group of several characters
     MOST_CHOICES = 3     # choices whose branches begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
-    MOST_STEPS = 2500    # of a search from one character; what is found is no longer
+    MOST_STEPS = 2500    # of a search from one character
+    LONGEST = 1024       # characters of a match that is always found whole
     # A letter, a digit, a space and a sign of other scripts, and some of the last ones
     OTHERS = "\u0436\u0663\u3000\u2030\U00020000\U0001d7d8\U0001f600"
 
@@ -724,8 +725,9 @@ class LinearPattern:
         self.alphabet = {*map(chr, range(256)), *self.OTHERS, *text}
         self.alphabet.update([chr(min(ord(one) + 1, sys.maxunicode)) for one in text])
         self.choices = 0
-        self.steps = self.judge(self.tree, Rest(), 0).steps
-        require(self.steps <= self.MOST_STEPS, "must have fewer or shorter repetitions")
+        steps = self.judge(self.tree, Rest(), 0).steps
+        require(steps <= self.MOST_STEPS, "must have fewer or shorter repetitions")
+        self.longest = min(self.tree.getwidth()[1], self.LONGEST)
         self.compiled = COMPILER.compile(self.tree)
 
     def judge(self, parts, after: Rest, repeated) -> Rest:
@@ -802,15 +804,14 @@ def fault_of(expression):
 
 
 def linear_patterns(text):
-    """'order=ORD-[0-9]+; ...', or such lines -> {'order': (re.Pattern, steps)}."""
+    """'order=ORD-[0-9]+; ...', or such lines -> {'order': LinearPattern}."""
     patterns = {}
     for row in re.split("\n" if "\n" in text else ";", text):
         name, equals, expression = map(str.strip, row.partition("="))
         require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
             *REDACTED, *patterns), "must be name=regex, by lines or ;, each name once")
         try:
-            pattern = LinearPattern(expression)
-            patterns[name] = pattern.compiled, pattern.steps
+            patterns[name] = LinearPattern(expression)
         except ValueError as fault:
             begins = itertools.accumulate(expression)
             part = next(one for one in begins if fault_of(one) == str(fault))
@@ -3299,11 +3300,11 @@ class CostEstimator:
 
     def output_seen(self, call, caller, source, whole, held):
         """Returns the tokens of the text that came, and of what its model hides."""
-        if not source or (source.lost and held):
+        if not source:
             return held
         weight = source.output_characters()  # finds its kind, too
         output = ceil(weight / self.ratio(call, caller, "output", source.kind))
-        if not (whole or source.ended):
+        if not (whole or source.ended) or (source.lost and held):
             return max(output, held)
         habits = self.habits(call)
         limit, outputs = call.output_limit()
@@ -6244,6 +6245,8 @@ class UsageReader:
             self.density = self.count_characters(passed) / end
         if not self.cut:  # it may be an image
             self.characters += round(end * self.density)
+        elif self.streamed and passed.endswith(b"\n"):
+            self.cut = False  # that line has ended
         if self.streamed:
             self.scan_for_usage(passed)
         del self.kept[:end]
@@ -6814,7 +6817,7 @@ class Redactor:
 
     def search_plain(self, text):
         end = 0
-        ends = dict.fromkeys(self.shapes, 0)  # of the last match of each
+        ends = Counter()  # of the last match of each
         for start in range(0, len(text), self.SLICE):
             findings = []
             for one in self.shapes:
@@ -6840,11 +6843,11 @@ class Redactor:
         """Returns what of a Shape begins in a step, and not within its last match."""
         end = begin + one.step
         window = end + (one.longest or one.step // 4)
-        some = list(one.search.finditer(text, max(begin, ends[one]), window))
+        some = list(one.search.finditer(text, max(begin, ends[one.search]), window))
         some = [match for match in some if match.start() < end]
         if not some:  # the usual case
             return ()
-        ends[one] = some[-1].end()
+        ends[one.search] = some[-1].end()
         rows = zip(map(re.Match.start, some), map(one.check, some), itertools.repeat(one.kind))
         return [row for row in rows if row[1] and not (
             self.allow and self.may_leave(text[row[0]:row[1]]))]
@@ -8064,20 +8067,30 @@ class Context:
 class NextPass:
     """What many calls do alike is put off to the loop's next pass, and done there for all of them:
     the processor has the code at hand then, and a peer that was just woken is still awake, as
-    waking costs more than sending. Each loop has one."""
+    waking costs more than sending."""
 
-    def __init__(self):
-        self.ended = []   # entries for `record`
+    def __init__(self, loop):
+        self.loop = loop
+        self.ended = []   # (what writes it down, entry)
         self.posted = []  # streams that send what they have posted, after that
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop) -> "NextPass":
+        """Returns the one that a loop has."""
+        loop.next_pass = getattr(loop, "next_pass", None) or NextPass(loop)
+        return loop.next_pass
 
     def run(self):
         """Does it all. Whoever puts the first one into a list schedules this."""
         ended, posted = self.ended, self.posted
         self.ended, self.posted = [], []
-        for entry in ended:
-            self.record(entry)
+        for write_down, entry in ended:
+            write_down(entry)
         for stream in posted:
-            stream.send_posted()
+            try:
+                stream.send_posted()
+            except Exception as bug:  # of ours, in what is told of a failure: the others send
+                self.loop.call_exception_handler({"message": "a send", "exception": bug})
 
 
 class Stream:
@@ -8097,7 +8110,7 @@ class Stream:
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket):
         sock.setblocking(False)
         self.loop = loop
-        self.next_pass = vars(loop).setdefault("next_pass", NextPass())
+        self.next_pass = NextPass.of(loop)
         self.sock = sock
         self.descriptor = sock.fileno()
         self.encrypted = isinstance(sock, ssl.SSLSocket)
@@ -9291,7 +9304,8 @@ class Breaker:
         self.began = began
         self.opened = None
         self.trying = False
-        self.callers = {}  # key of a caller whose calls failed -> its origin
+        self.callers = {}     # keys of those whose calls failed, the last ones,
+        self.origins = set()  # and up to two of their origins
 
     def concerns(self, now, caller):
         return self.opened is not None and (
@@ -9299,7 +9313,7 @@ class Breaker:
             or self.fails_for_two() and now >= self.began + self.seconds)
 
     def fails_for_two(self):
-        return len(set(self.callers.values())) > 1
+        return len(self.origins) > 1
 
     def seconds_left(self, now, caller=None):
         """Returns how long no call may be made; 0 or less: it may."""
@@ -9321,8 +9335,10 @@ class Breaker:
             self.opened = None
         elif good is False:
             self.failures += 1
-            if caller and len(self.callers) < self.MAX_CALLERS:
-                self.callers[caller.key] = caller.origin
+            if caller:
+                put_newest(self.callers, caller.key, None, self.MAX_CALLERS)
+                if not self.fails_for_two():
+                    self.origins.add(caller.origin)
             if self.opened is not None or self.failures >= self.most:
                 self.opened = now
 
@@ -10861,6 +10877,7 @@ class Database:
 
     def add_things(self, things, most):
         """Inserts things, and removes those that are None and the oldest above `most`."""
+        things = dict(things).items()  # of each the last
         self.connection.executemany("DELETE FROM things WHERE name = ?", [
             (name,) for name, thing in things if not thing])
         self.connection.executemany("INSERT OR IGNORE INTO things VALUES (?, ?, ?, ?)", [
@@ -11884,8 +11901,7 @@ class Books:
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
                  loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.next_pass = vars(loop).setdefault("next_pass", NextPass())
-        self.next_pass.record = self.write_down
+        self.next_pass = NextPass.of(loop)
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
@@ -11912,7 +11928,7 @@ class Books:
         ended = self.next_pass.ended
         if not ended:
             self.loop.call_soon(self.next_pass.run)
-        ended.append(entry.close(self.log.clock))
+        ended.append((self.write_down, entry.close(self.log.clock)))
 
     def write_down(self, entry):
         call = entry.call
@@ -16065,8 +16081,8 @@ def renew_redaction(proxy):
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
     # One may take 20 us a character.
-    shapes += [Shape(name, "", pattern, re.Match.end, 1 << 9, longest=steps)
-               for name, (pattern, steps) in (config.redact_patterns or {}).items()]
+    shapes += [Shape(name, "", pattern.compiled, re.Match.end, 1 << 9, longest=pattern.longest)
+               for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
         kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
@@ -18227,6 +18243,7 @@ class Server(http.server.ThreadingHTTPServer):
     UNSENT_BYTES = 65536    # bytes that Linux holds for a slow reader
     MAX_LINGERING = 128     # connections that are kept a moment, so that their last answer is read
     MAX_PER_ADDRESS = 256   # connections, where nothing else is set
+    LOOKS = 8               # connections of which one is idle, when there are too many
     BODY_MEMORY = 256 << 20  # bytes of bodies of metered calls that are held at once
     BEAT_SECONDS = 1        # period of all that is shown second by second
     LOOK_SECONDS = 0.1      # between two looks of the accepting thread: at the loop, for the end
@@ -18326,12 +18343,13 @@ class Server(http.server.ThreadingHTTPServer):
         """Makes room: closes the connection that has been idle longest, of the address with most
         connections."""
         idle = [one for one in self.open if one.idle and one.context.is_waiting()]
-        if not idle:
-            return False
-        oldest = max(idle, key=lambda one: (self.by_address[one.address], -one.context.since))
-        oldest.context.end(QuietEnd())
-        self.release(oldest)
-        return True
+        idle.sort(key=lambda one: (-self.by_address[one.address], one.context.since))
+        for oldest in idle[:self.LOOKS]:
+            if oldest.client.is_silent() and oldest.context.is_waiting():  # no request has come
+                oldest.context.end(QuietEnd())
+                self.release(oldest)
+                return True
+        return False
 
     def most_of(self, peer):
         """Returns how many connections an address may have; a trusted proxy speaks for many."""

@@ -1139,7 +1139,7 @@ class FileTest(TableCase):
     @unittest.skipIf(sys.version_info >= (3, 12), "an f-string is several tokens there")
     def test_the_file_and_each_function_stay_within_their_tokens_and_branches(self):
         lines = lines_of_tokens(source())
-        self.assertLessEqual(len(lines), 128_700)
+        self.assertLessEqual(len(lines), 129_000)
         heavy = [node.name for node in functions() if branches(node) > 15 or bisect.bisect_right(
             lines, node.end_lineno) - bisect.bisect_left(lines, node.lineno) > 250]
         self.assertEqual(heavy, [])
@@ -4347,6 +4347,17 @@ class UsageReaderTest(ProxyCase):
         reader.feed(text.encode())
         reader.feed(b', "usage": null, "message": "x"}')
         self.assertEqual((reader.ending(True), reader.fault), ("ok", 0))
+
+    def test_text_behind_an_event_that_is_too_long_is_counted(self):
+        """Such as one that repeats the instructions: whoever leaves then pays for the text."""
+        reader = self.new_reader()
+        long = events({"instructions": "x" * 2 * reader.MAX_LINE})
+        *_, seen = self.hear(long + events(delta("hello you")) * 20_000, 65536, whole=False)
+        self.assertTrue(0.5 < seen / (9 * 20_000) < 2, seen)
+        self.assertTrue(self.reader.lost)
+        estimator = llm_proxy.CostEstimator(read_config(HERE), Prices(None), {"tokens"})
+        used = estimator.usage(self.reader.call, ("key", b"a"), self.reader, False, 256)
+        self.assertGreater(used.output, 9 * 20_000 / 8)
 
     def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
         for row, end, step in self.each(itertools.product(
@@ -8635,6 +8646,18 @@ class BreakerTest(CallCase):
         self.assert_spent(2, 1000)
         self.assert_base("open", addresses="0/1")
 
+    def test_many_keys_of_one_origin_crowd_out_neither_new_ones_nor_another_origin(self):
+        breaker = llm_proxy.Breaker(2, 30)
+        invented = [Caller(("key", b"%d" % number), None, origin=("address", "a"))
+                    for number in range(150)]
+        for one in invented:
+            breaker.judge(False, 100, one)
+        self.assertTrue(breaker.concerns(100, invented[-1]))
+        self.assertFalse(breaker.concerns(100, caller(b"third")))
+        for one in (caller(b"other"), *invented):
+            breaker.judge(False, 100, one)
+        self.assertTrue(breaker.concerns(100, caller(b"third")))
+
     def test_what_counts_as_a_failure(self):
         statuses = "200 400 401 404 429 500 501 502 503 504 529".split()
         rows = [(says(b"{}", status + " x"), status > "501") for status in statuses]
@@ -9763,6 +9786,13 @@ class LedgerTest(LedgerCase):
         found = [self.get("/v1/responses/resp_%d" % number, key=key).status
                  for key in "ab" for number in range(3)]
         self.assertEqual(found, [404, 200, 200, 404, 404, 404])
+
+    def test_what_was_made_and_forgotten_at_once_is_not_saved(self):
+        database = Database(new_path(self, "llm_proxy.db"))
+        self.addCleanup(database.close)
+        thing = llm_proxy.Thing(("key", b"a"), "base", "http://x")
+        database.add_things([("one", thing), ("two", thing), ("one", None)], 9)
+        self.assertEqual(list(database.things()), ["two"])
 
     def test_old_calls_are_removed_in_the_background(self):
         path = new_path(self, "llm_proxy.db")
