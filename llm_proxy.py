@@ -7394,7 +7394,7 @@ class Unmasking(Edit):
         if self.restorer.before_json.search(data, start - 64, start) or (
                 start > before and MAY_BE_JSON.match(text[:99].replace("\\", ""))):
             return end, self.prefix_of_json(said)
-        return end, b'"' if start else b""
+        return end, b'",' if start else b""  # a comma: what goes on does not begin JSON
 
     def settled(self, text):
         """Returns what of a text cannot become something else with what follows, as it is spelled

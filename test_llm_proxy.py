@@ -5659,7 +5659,6 @@ class UnmaskingTest(ProxyCase):
             return json.loads(data)
         return [json.loads(line[line.index(b"{"):]) for line in data.splitlines() if b"{" in line]
 
-
     def texts(self, endpoint, data):
         """The texts of a stream, as a client has them in the end."""
         return [*self.said(self.payloads(endpoint, data)).values()]
@@ -5693,6 +5692,16 @@ class UnmaskingTest(ProxyCase):
 
     def is_json(self, row):
         return "arguments" in row[1] or "partial_json" in row[1]
+
+    def test_a_slice_that_goes_on_with_brackets_is_no_json_where_its_text_is_none(self):
+        """A value with a quote would be spelled twice as in JSON."""
+        text = "hello " + '{"a": 1} [[SECRETS_12]] ' * 999
+        part = '{"choices":[{"index":0,"delta":{"content":%s}}]}'
+        for extra in self.each(range(0, 24)):
+            data = ("data: " + part % json.dumps(text + "x" * extra) + "\n\n").encode()
+            shown = self.unmask("chat", data, 4000 + extra)
+            self.assertEqual("".join(self.texts("chat", shown)),
+                             self.restored(text, False) + "x" * extra)
 
     def test_a_placeholder_comes_back_wherever_it_is_split_in_two_and_in_three(self):
         steps = itertools.cycle((None, None, None, 61))
