@@ -10717,6 +10717,8 @@ class Database:
     def index_ids(self, hinders: Callable[[], bool]):
         """Makes the index of ids for calls that an older version wrote without it, which takes
         seconds for a million; gives up when `hinders` says so. Raises sqlite3.Error."""
+        if self.execute(HAS_IDS):
+            return
         connection = self.connection
         connection.set_progress_handler(hinders, 100_000)
         try:
