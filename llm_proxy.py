@@ -708,7 +708,7 @@ class LinearPattern:
     MOST_CHOICES = 3     # choices whose branches begin alike
     MOST_WITHIN = 4      # repetitions, one within the other: each is judged twice
     MOST_STEPS = 2500    # of a search from one character
-    LONGEST = 1024       # characters of a match that is always found whole
+    SURE_MATCH = 1024    # characters of a match that is always found whole
     # A letter, a digit, a space and a sign of other scripts, and some of the last ones
     OTHERS = "\u0436\u0663\u3000\u2030\U00020000\U0001d7d8\U0001f600"
 
@@ -727,7 +727,7 @@ class LinearPattern:
         self.choices = 0
         steps = self.judge(self.tree, Rest(), 0).steps
         require(steps <= self.MOST_STEPS, "must have fewer or shorter repetitions")
-        self.longest = min(self.tree.getwidth()[1], self.LONGEST)
+        self.longest = min(self.tree.getwidth()[1], self.SURE_MATCH)
         self.compiled = COMPILER.compile(self.tree)
 
     def judge(self, parts, after: Rest, repeated) -> Rest:
@@ -5215,8 +5215,10 @@ FILL_IN = re.compile(r"<.?fim[^a-z]|<PRE>|\[SUFFIX\]|<\|(?:editable_region|user_
 
 
 # Three counts, in any order, as most servers tell no more, and the end of the JSON
-USUAL_END = re.compile(rb'"usage":\s*\{(?:,?\s*"(?:%b)){3}\s*\}\s*\}\s*' % b"|".join([
-    rb'%b_tokens":\s*([0-9]{1,15})' % name for name in (b"prompt", b"completion", b"total")]))
+USUAL_COUNT = b"|".join([
+    rb'%b_tokens":\s*([0-9]{1,15})' % name for name in (b"prompt", b"completion", b"total")])
+USUAL_END = re.compile(
+    rb'"usage":\s*\{(?!,)(?:(?:(?<=\{)|,)\s*"(?:%b)){3}\s*\}\s*\}\s*' % USUAL_COUNT)
 
 
 @lru_cache(KNOWN_MODELS)

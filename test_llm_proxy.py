@@ -1119,6 +1119,15 @@ class FileTest(TableCase):
         twice = [name for name, count in Counter(names).items() if count > 1]
         self.assertEqual(twice, [])
 
+    def test_no_class_gives_an_attribute_twice(self):
+        """The second one would be that of both uses."""
+        for one in ast.walk(tree()):
+            if isinstance(one, ast.ClassDef):
+                names = Counter(name.id for statement in one.body
+                                for target in getattr(statement, "targets", ())
+                                for name in ast.walk(target) if isinstance(name, ast.Name))
+                self.assertEqual([name for name, count in names.items() if count > 1], [], one.name)
+
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "only Python 3.10+ knows its modules")
     def test_nothing_is_imported_but_the_standard_library(self):
         statements = re.findall(r"(?m)^ *(?:import ([\w., ]+)$|from (\w+)[\w.]* import )",
@@ -3905,6 +3914,7 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","choices":{TOLD}} -> False
         {"model":"m", TOLD } -> True
         {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
+        {"model":"m","usage":{,TOLD_COUNTS}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
 
@@ -5510,6 +5520,7 @@ class RedactionTest(ProxyCase):
     def test_two_hundred_catastrophic_patterns_are_refused(self):
         patterns = [shape.replace("@", one) for shape in self.CATASTROPHES for one in self.SETS]
         patterns += self.OTHERS
+        patterns.append("a" * 301)
         self.assertGreater(len(patterns), 200)
         for text in self.each(patterns):
             with self.assertRaises(ValueError):
