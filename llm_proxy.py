@@ -2848,7 +2848,8 @@ def put_newest(table, key, value, most):
 
 
 def clamp(value, bounds):
-    return sorted((*bounds, value))[1]  # the one in the middle
+    least, most = bounds
+    return min(most, max(least, value))
 
 
 # First bytes, in UTF-8, of characters that make 2 tokens for every 3: CJK, kana, hangul, emoji and
