@@ -98,6 +98,7 @@ import os
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import sqlite3
@@ -7956,7 +7957,6 @@ MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is runn
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
 IS_PYPY = sys.implementation.name == "pypy"
-READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
 
@@ -8067,6 +8067,53 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
+class StreamSelector(selectors.DefaultSelector):
+    """Calls a stream whose socket is ready from within `select`. What asyncio has registered goes
+    to asyncio, by whose way each event takes a handle and a place in a queue."""
+
+    def __init__(self, on_bug: Callable[[Exception], None]):
+        super().__init__()
+        self.on_bug = on_bug
+
+    def select(self, timeout: Optional[float] = None) -> list:
+        others = []
+        for key, events in super().select(timeout):
+            stream = key.data
+            if type(stream) is not Stream:
+                others.append((key, events))
+                continue
+            try:
+                stream.on_ready(events)
+            except Exception as bug:
+                self.on_bug(bug)
+        return others
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop, with a selector that knows streams."""
+
+    def __init__(self):
+        self.selector = StreamSelector(self.on_bug)
+        super().__init__(self.selector)
+        self.next_pass = NextPass(self)
+
+    def on_bug(self, bug: Exception):
+        """Tells of what a stream's callback has raised, which is a bug of ours: others go on."""
+        self.call_exception_handler({"message": "a stream", "exception": bug})
+
+
+def run_alone(work: Awaitable) -> Any:
+    """Runs a coroutine as asyncio.run does, on a loop that knows streams."""
+    with closing(Loop()) as loop:
+        try:
+            return loop.run_until_complete(work)
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    loop.run_until_complete(task)
+
+
 class NextPass:
     """What many calls do alike is put off to the loop's next pass, and done there for all of them:
     the processor has the code at hand then, and a peer that was just woken is still awake, as
@@ -8077,12 +8124,6 @@ class NextPass:
         self.ended = []   # (what writes it down, entry)
         self.posted = []  # streams that send what they have posted, after that
 
-    @staticmethod
-    def of(loop: asyncio.AbstractEventLoop) -> "NextPass":
-        """Returns the one that a loop has."""
-        loop.next_pass = getattr(loop, "next_pass", None) or NextPass(loop)
-        return loop.next_pass
-
     def run(self):
         """Does it all. Whoever puts the first one into a list schedules this."""
         ended, posted = self.ended, self.posted
@@ -8092,8 +8133,8 @@ class NextPass:
         for stream in posted:
             try:
                 stream.send_posted()
-            except Exception as bug:  # of ours, in what is told of a failure: the others send
-                self.loop.call_exception_handler({"message": "a send", "exception": bug})
+            except Exception as bug:
+                self.loop.on_bug(bug)
 
 
 class Stream:
@@ -8105,22 +8146,22 @@ class Stream:
     unsent = b""    # bytes that were dropped when writing failed
     write_waiter: Optional[asyncio.Future] = None  # a task awaits that bytes were sent
     source: Optional["Stream"] = None      # the stream to pause while this one is slow
-    poller = None   # tells whether there is something to read
     MOST_POSTED = 4096  # bytes that an idle socket always takes
     # Callbacks. `on_full`: so much was read ahead that reading was paused.
     on_end = on_full = on_write_failed = None
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket):
+    def __init__(self, loop: Loop, sock: socket.socket):
         sock.setblocking(False)
         self.loop = loop
-        self.next_pass = NextPass.of(loop)
+        self.next_pass = loop.next_pass
         self.sock = sock
         self.descriptor = sock.fileno()
         self.encrypted = isinstance(sock, ssl.SSLSocket)
         self.read_buffer = b""
         self.write_buffer = bytearray()
         # What is read for every call is not left to the class: CPython would look there last.
-        self.reading = self.writing = False  # whether the loop tells when it can be done
+        self.reading = self.writing = False  # what the loop is asked to tell of
+        self.events = 0                      # the same as the selector knows it
         self.ended = False
         self.posted = b""                    # bytes to send in the loop's next pass
         self.write_failed = False            # from now on writes are dropped
@@ -8133,17 +8174,39 @@ class Stream:
         return "<Stream %d %s unread=%d unsent=%d>" % (
             self.descriptor, state, len(self.read_buffer), len(self.write_buffer))
 
+    # -- what the loop tells
+
+    def watch(self):
+        """Has the loop tell of what is asked for now."""
+        events = (selectors.EVENT_READ * self.reading) | (selectors.EVENT_WRITE * self.writing)
+        selector = self.loop.selector
+        if not self.events:
+            selector.register(self.descriptor, events, self)
+        elif events:
+            selector.modify(self.descriptor, events, self)
+        else:
+            selector.unregister(self.descriptor)
+        self.events = events
+
+    def on_ready(self, events: int):
+        """The loop calls this, though what came before in the same pass may have changed what is
+        asked for."""
+        if events & selectors.EVENT_WRITE and self.writing:
+            self.flush()
+        if events & selectors.EVENT_READ and self.reading:
+            self.on_readable()
+
     # -- what comes
 
     def resume_reading(self):
         if not self.reading and not self.ended:
             self.reading = True
-            self.loop.add_reader(self.descriptor, self.on_readable)
+            self.watch()
 
     def pause_reading(self):
         if self.reading:
             self.reading = False
-            self.loop.remove_reader(self.descriptor)
+            self.watch()
 
     def on_readable(self):
         sock = self.sock
@@ -8243,27 +8306,17 @@ class Stream:
 
     def is_silent(self):
         """Tells whether an idle connection can be used again: neither its end came, nor bytes that
-        the next call would take for its response."""
-        poller = self.poller
-        if poller is None:
-            poller = self.poller = self.poller_for(READABLE)
-        if poller is None or poller.poll(0):
-            self.on_readable()
-        return not self.ended and not self.read_buffer
+        the next call would take for its response. The loop has told of both by its last pass."""
+        return self.reading and not self.read_buffer
 
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
         nobody has read yet. Windows cannot tell."""
-        poller = self.poller_for(HANG_UP)
-        return poller is not None and bool(poller.poll(0))
-
-    def poller_for(self, event):
-        """Returns what tells whether an event is there, None where nothing can."""
         if not CAN_POLL:
-            return None
+            return False
         poller = select.poll()
-        poller.register(self.descriptor, event)
-        return poller
+        poller.register(self.descriptor, HANG_UP)
+        return bool(poller.poll(0))
 
     # -- what goes
 
@@ -8333,14 +8386,14 @@ class Stream:
     def wait_for_room(self):
         if not self.writing:
             self.writing = True
-            self.loop.add_writer(self.descriptor, self.flush)
+            self.watch()
             if self.source:
                 self.source.pause_reading()
 
     def has_room(self):
         if self.writing:
             self.writing = False
-            self.loop.remove_writer(self.descriptor)
+            self.watch()
             if self.source:
                 self.source.resume_reading()
         self.wake(self.write_waiter)
@@ -11906,7 +11959,7 @@ class Books:
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
                  loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.next_pass = NextPass.of(loop)
+        self.next_pass = loop.next_pass
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
@@ -15940,7 +15993,7 @@ def new_loop(clock, log):
             lines = traceback.format_exception(type(failure), failure, failure.__traceback__)
         log.say("%s\n%s" % (context["message"], "".join(lines).rstrip()))
 
-    loop = asyncio.SelectorEventLoop()  # the one that has add_reader, also on Windows
+    loop = Loop()
     loop.time = clock.monotonic
     loop.set_exception_handler(report)
     return loop
@@ -18350,7 +18403,8 @@ class Server(http.server.ThreadingHTTPServer):
         idle = [one for one in self.open if one.idle and one.context.is_waiting()]
         idle.sort(key=lambda one: (-self.by_address[one.address], one.context.since))
         for oldest in idle[:self.LOOKS]:
-            if oldest.client.is_silent() and oldest.context.is_waiting():  # no request has come
+            oldest.client.on_readable()  # a request may have come
+            if oldest.client.is_silent() and oldest.context.is_waiting():
                 oldest.context.end(QuietEnd())
                 self.release(oldest)
                 return True
@@ -19056,7 +19110,7 @@ def settings_help():
 
 def models_listed_by(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
-    with closing(asyncio.SelectorEventLoop()) as loop:
+    with closing(Loop()) as loop:
         try:
             return loop.run_until_complete(ask_models(loop, upstream, 10))
         finally:
@@ -19100,7 +19154,7 @@ def faults_of_start(config):
     if config.usage_log not in (None, "-") and not can_be_written(config.usage_log):
         yield "USAGE_LOG must be a file that can be written"
     if config.redis_url:
-        with closing(asyncio.SelectorEventLoop()) as loop:
+        with closing(Loop()) as loop:
             fault = loop.run_until_complete(fault_of_redis(loop, config))
         if fault:
             yield f"REDIS_URL: Redis {fault}"
@@ -19693,7 +19747,7 @@ def run_unless_stopped(work):
         return True
 
     with suppress(asyncio.CancelledError):
-        return asyncio.run(run())
+        return run_alone(run())
 
 
 async def run_bench(bench, requests, concurrency):

@@ -702,7 +702,7 @@ def cpu_seconds():
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
 llm_proxy.tune_interpreter()
-RUN = asyncio.events.Handle._run
+RUN, READY = asyncio.events.Handle._run, Stream.on_ready
 # Linux counts those of a thread; PyPy waits for its lock without any.
 SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
 
@@ -718,18 +718,18 @@ def is_busy():
     return os.getloadavg()[0] > os.cpu_count()
 
 
-def run_and_measure(handle):
-    """Stands in for Handle._run: keeps in its loop's `held` what holds that too long.
+def measured(loop, callback, run, *arguments):
+    """Runs what a loop calls, and keeps in its `held` what holds it too long.
 
     Who takes a second and little of the CPU has slept, unless it waited for Python's lock, which it
     tries again and again, or was put off by the system. (A virtual machine that stands still for
     a third of a second tells nobody.)"""
-    held = getattr(handle._loop, "held", None)
+    held = getattr(loop, "held", None)
     if held is None:
-        return RUN(handle)
-    callback, before = handle._callback, SWITCHES and switches()
+        return run(*arguments)
+    before = SWITCHES and switches()
     cpu, began = cpu_seconds(), time.monotonic()
-    RUN(handle)
+    run(*arguments)
     cpu, took = cpu_seconds() - cpu, time.monotonic() - began
     slept = False
     if SWITCHES and took > 1:
@@ -737,6 +737,14 @@ def run_and_measure(handle):
         slept = waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
         held.append("%s: %.3f s of CPU, %.3f s" % (callback, cpu, took))
+
+
+def run_and_measure(handle):
+    measured(handle._loop, handle._callback, RUN, handle)
+
+
+def read_and_measure(stream, events):
+    measured(stream.loop, stream, READY, stream, events)
 
 
 usual_prices = lru_cache(None)(llm_proxy.usual_prices)
@@ -759,7 +767,8 @@ class ProxyCase(TableCase):
                     patch.object(ClientConnection, "HALF_CLOSE_SECONDS", 0.02),
                     patch.object(RedisBuckets, "DRAIN_SECONDS", 0.05),
                     patch.object(Redis, "LONGEST_PAUSE", 0.05),
-                    patch.object(asyncio.events.Handle, "_run", run_and_measure))
+                    patch.object(asyncio.events.Handle, "_run", run_and_measure),
+                    patch.object(Stream, "on_ready", read_and_measure))
 
     def start(self, answer=says(), clock=time, base="", reads=True, **settings):
         """`settings` are llm_proxy's; without others the log is JSON, and buckets are large. By
@@ -6814,7 +6823,7 @@ class StreamTest(ProxyCase):
 
     def stream_pair(self):
         """Returns a loop, a Stream on it, and the socket at its other end."""
-        loop, (ours, theirs) = asyncio.SelectorEventLoop(), socket.socketpair()
+        loop, (ours, theirs) = llm_proxy.Loop(), socket.socketpair()
         stream = Stream(loop, ours)
         for one in (loop, theirs, stream):
             self.addCleanup(one.close)
@@ -6865,7 +6874,7 @@ class StreamTest(ProxyCase):
 
     def test_what_fails_on_one_tls_connection_is_not_taken_for_anothers_failure(self):
         """OpenSSL keeps failures by thread, and PyPy does not clear them."""
-        self.loop, self.file = asyncio.SelectorEventLoop(), pem_file(self)
+        self.loop, self.file = llm_proxy.Loop(), pem_file(self)
         self.addCleanup(self.loop.close)
         self.tls = server_context(self.file, None)
         healthy, _ = self.shaken()
@@ -6881,7 +6890,7 @@ class StreamTest(ProxyCase):
             self.assertEqual((healthy.ended, broken.ended), (False, True))
 
     def test_large_bodies_are_understood_one_by_one_and_callers_in_turn(self):
-        loop, seen, rounds = asyncio.SelectorEventLoop(), [], []
+        loop, seen, rounds = llm_proxy.Loop(), [], []
         self.addCleanup(loop.close)
         turns, gone = llm_proxy.Turns(loop), Context(loop)
 
@@ -9255,7 +9264,7 @@ class HttpsTest(CallCase):
         read.assert_not_called()
 
     def test_a_stream_is_read_to_its_end_after_both_sides_have_said_goodbye(self):
-        loop, pair = asyncio.SelectorEventLoop(), socket.socketpair()
+        loop, pair = llm_proxy.Loop(), socket.socketpair()
         trusting = ssl.create_default_context(cafile=self.file)
         with concurrent.futures.ThreadPoolExecutor(1) as helper:
             connecting = helper.submit(trusting.wrap_socket, pair[0], server_hostname="127.0.0.1")
@@ -11337,7 +11346,7 @@ class RedisCase(TableCase):
 
     def setUp(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0.05)
-        self.loop = asyncio.new_event_loop()
+        self.loop = llm_proxy.Loop()
         self.addCleanup(self.loop.close)
         self.left = []
 
@@ -11685,7 +11694,7 @@ class InRedis:
     def new_store(self, room=10_000):
         self.clock = SharedClock()
         self.server.ask("FLUSHALL")
-        loop = asyncio.new_event_loop()
+        loop = llm_proxy.Loop()
         self.addCleanup(loop.close)
         url = llm_proxy.redis_url(self.server.url)
         self.redis = redis = Redis(url, None, loop, "test")
@@ -19778,17 +19787,21 @@ class HostileTest(EnduranceCase):
 import asyncio, os, sys, time
 sys.path.insert(0, os.environ["FOLDER"])
 import llm_proxy
-run, longest = asyncio.events.Handle._run, 0
-def measure(handle):
+longest = 0
+def measure(kind, name):
+    run = getattr(kind, name)
+    setattr(kind, name, lambda *them: timed(run, *them))
+def timed(run, one, *events):
     global longest
-    text, began = str(handle._callback), time.thread_time()
-    run(handle)
+    text, began = str(getattr(one, "_callback", one)), time.thread_time()
+    run(one, *events)
     took = time.thread_time() - began
     if took > longest:
         longest = took
         with open(os.environ["LONGEST"], "w") as file:
             file.write("%.4f %s" % (took, text))
-asyncio.events.Handle._run = measure
+measure(asyncio.events.Handle, "_run")
+measure(llm_proxy.Stream, "on_ready")
 sys.exit(llm_proxy.main())
 """
     RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
