@@ -98,7 +98,6 @@ import os
 import random
 import re
 import select
-import selectors
 import signal
 import socket
 import sqlite3
@@ -123,6 +122,7 @@ from decimal import Decimal
 from functools import lru_cache, partial, partialmethod, reduce
 from itertools import chain, islice
 from math import ceil, inf
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import (Any, Awaitable, BinaryIO, Callable, Collection, Dict, FrozenSet, Iterable,
                     Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 from weakref import WeakKeyDictionary
@@ -7974,7 +7974,7 @@ def keep_alive(sock: socket.socket):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *arguments: Any):
+def soon(loop, act: Callable[..., None], *arguments: Any):
     """Calls something on the loop, from another thread; a closed loop calls nothing."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(act, *arguments)
@@ -8067,13 +8067,11 @@ class Context:
         return "awaits %s for %.1fs%s" % (self.what, self.loop.time() - self.since, limit)
 
 
-class StreamSelector(selectors.DefaultSelector):
+class StreamSelector(DefaultSelector):
     """Calls a stream whose socket is ready from within `select`. What asyncio has registered goes
     to asyncio, by whose way each event takes a handle and a place in a queue."""
 
-    def __init__(self, on_bug: Callable[[Exception], None]):
-        super().__init__()
-        self.on_bug = on_bug
+    on_bug = None  # gets what a stream's callback has raised
 
     def select(self, timeout: Optional[float] = None) -> list:
         others = []
@@ -8090,15 +8088,31 @@ class StreamSelector(selectors.DefaultSelector):
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """asyncio's loop, with a selector that knows streams."""
+    """asyncio's loop, with a selector that knows streams. What many calls do alike is put off to
+    its next pass, and done there for all of them: the processor has the code at hand then, and a
+    peer that was just woken is still awake, as waking costs more than sending."""
 
     def __init__(self):
-        self.selector = StreamSelector(self.on_bug)
+        self.selector = StreamSelector()
+        self.selector.on_bug = self.on_bug
         super().__init__(self.selector)
-        self.next_pass = NextPass(self)
+        self.ended = []   # (what writes it down, entry)
+        self.posted = []  # streams that send what they have posted, after that
+
+    def do_put_off(self):
+        """Does it all. Whoever puts the first one into a list schedules this."""
+        ended, posted = self.ended, self.posted
+        self.ended, self.posted = [], []
+        for write_down, entry in ended:
+            write_down(entry)
+        for stream in posted:
+            try:
+                stream.send_posted()
+            except Exception as bug:
+                self.on_bug(bug)
 
     def on_bug(self, bug: Exception):
-        """Tells of what a stream's callback has raised, which is a bug of ours: others go on."""
+        """Tells of a bug of ours in a stream's callback: others go on."""
         self.call_exception_handler({"message": "a stream", "exception": bug})
 
 
@@ -8112,29 +8126,6 @@ def run_alone(work: Awaitable) -> Any:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     loop.run_until_complete(task)
-
-
-class NextPass:
-    """What many calls do alike is put off to the loop's next pass, and done there for all of them:
-    the processor has the code at hand then, and a peer that was just woken is still awake, as
-    waking costs more than sending."""
-
-    def __init__(self, loop):
-        self.loop = loop
-        self.ended = []   # (what writes it down, entry)
-        self.posted = []  # streams that send what they have posted, after that
-
-    def run(self):
-        """Does it all. Whoever puts the first one into a list schedules this."""
-        ended, posted = self.ended, self.posted
-        self.ended, self.posted = [], []
-        for write_down, entry in ended:
-            write_down(entry)
-        for stream in posted:
-            try:
-                stream.send_posted()
-            except Exception as bug:
-                self.loop.on_bug(bug)
 
 
 class Stream:
@@ -8153,7 +8144,6 @@ class Stream:
     def __init__(self, loop: Loop, sock: socket.socket):
         sock.setblocking(False)
         self.loop = loop
-        self.next_pass = loop.next_pass
         self.sock = sock
         self.descriptor = sock.fileno()
         self.encrypted = isinstance(sock, ssl.SSLSocket)
@@ -8178,7 +8168,7 @@ class Stream:
 
     def watch(self):
         """Has the loop tell of what is asked for now."""
-        events = (selectors.EVENT_READ * self.reading) | (selectors.EVENT_WRITE * self.writing)
+        events = EVENT_READ * self.reading | EVENT_WRITE * self.writing
         selector = self.loop.selector
         if not self.events:
             selector.register(self.descriptor, events, self)
@@ -8191,9 +8181,9 @@ class Stream:
     def on_ready(self, events: int):
         """The loop calls this, though what came before in the same pass may have changed what is
         asked for."""
-        if events & selectors.EVENT_WRITE and self.writing:
+        if events & EVENT_WRITE and self.writing:
             self.flush()
-        if events & selectors.EVENT_READ and self.reading:
+        if events & EVENT_READ and self.reading:
             self.on_readable()
 
     # -- what comes
@@ -8347,10 +8337,10 @@ class Stream:
         if self.posted or self.write_buffer or len(data) > self.MOST_POSTED:
             return self.write(data)
         self.posted = data
-        posted = self.next_pass.posted
-        if not posted:
-            self.loop.call_soon(self.next_pass.run)
-        posted.append(self)
+        loop = self.loop
+        if not loop.posted:
+            loop.call_soon(loop.do_put_off)
+        loop.posted.append(self)
 
     def send_posted(self):
         data = self.posted
@@ -8618,7 +8608,7 @@ class Turns:
     left to everybody else for as long as that took."""
     handle = None
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: Loop):
         self.loop = loop
         self.waiting = OrderedDict()  # owner -> futures, whose turn is next first
 
@@ -11957,9 +11947,8 @@ class Books:
     `running` are the entries of calls that run, oldest first."""
 
     def __init__(self, log: Log, ledger: Optional[Ledger], usage_log: Optional[Log],
-                 loop: asyncio.AbstractEventLoop):
+                 loop: Loop):
         self.loop = loop
-        self.next_pass = loop.next_pass
         self.refusals = RefusalSums(log)
         self.log = log
         self.ledger = ledger
@@ -11983,10 +11972,10 @@ class Books:
     def record(self, entry: Entry):
         """Notes that a request has ended; it is written down in the loop's next pass, with others
         that end now."""
-        ended = self.next_pass.ended
-        if not ended:
-            self.loop.call_soon(self.next_pass.run)
-        ended.append((self.write_down, entry.close(self.log.clock)))
+        loop = self.loop
+        if not loop.ended:
+            loop.call_soon(loop.do_put_off)
+        loop.ended.append((self.write_down, entry.close(self.log.clock)))
 
     def write_down(self, entry):
         call = entry.call
@@ -12014,7 +12003,7 @@ class Books:
             self.ledger.save(levels)
 
     def close(self, wait: float):
-        self.next_pass.run()
+        self.loop.do_put_off()
         self.refusals.report()
         for part in filter(None, (self.ledger, self.usage_log, *self.watchers, self.log)):
             part.close(wait)
@@ -13097,7 +13086,7 @@ class ListeningTime:
     held = 0.0
     due = inf            # the next step
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_step: Callable[[], bool]):
+    def __init__(self, loop: Loop, on_step: Callable[[], bool]):
         """`on_step` is called at each step, and tells whether somebody goes on waiting."""
         self.loop = loop
         self.on_step = on_step
@@ -13145,7 +13134,7 @@ class Redis(asyncio.Protocol):
     dropped = 0                               # commands and charges without room
 
     def __init__(self, url: Endpoint, tls: Optional[ssl.SSLContext],
-                 loop: asyncio.AbstractEventLoop, name: str):
+                 loop: Loop, name: str):
         """`name` is what the server lists this client as."""
         self.url = url
         self.tls = tls
@@ -15416,7 +15405,7 @@ class Proxy:
     tally: Optional[Tally] = None  # of all workers, where there are several
     STEP_SECONDS = 0.005  # for so long one step of longer work may hold the loop
 
-    def __init__(self, config: Config, clock: Any, loop: asyncio.AbstractEventLoop,
+    def __init__(self, config: Config, clock: Any, loop: Loop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
                  dialects: Dialects, stored: Stored, routes: Routes, books: Books,
                  watchers: Watchers):
@@ -16208,7 +16197,7 @@ def build_buckets(config, clock, loop, database):
                         max(processes or config.peers, config.workers))
 
 
-def build_redis(config: Config, loop: asyncio.AbstractEventLoop) -> Redis:
+def build_redis(config: Config, loop: Loop) -> Redis:
     url, tls = config.redis_url, None
     if url.scheme == "rediss":
         tls = ssl.create_default_context(cafile=config.redis_ca_file)
@@ -16253,7 +16242,7 @@ def build_routes(config: Config, clock: Any, say: Callable[..., None]) -> Routes
 Page = Callable[[Request, Reply], Awaitable[None]]
 
 
-async def ask_models(loop: asyncio.AbstractEventLoop, upstream: Upstream,
+async def ask_models(loop: Loop, upstream: Upstream,
                      seconds: float) -> List[Model]:
     """Returns the models that an upstream lists. Raises Refusal, and ValueError for an answer that
     is no list."""
