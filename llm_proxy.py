@@ -3799,8 +3799,7 @@ class EventFraming(NamedTuple):
     content_type: str        # how that of a stream begins
     prefix: bytes            # of the line with an event's JSON
     ends: Tuple[bytes, ...]  # what may end an event, our own first
-    pairs: Tuple[bytes, ...]  # as many pairs of bytes: each end holds one of its pair
-    MOST_LINES = 16  # of an event that may end without what must end it: each is read anew
+    MOST_LINES = 16  # of an event that a line may end: each is read anew
 
     def comment(self, text: str) -> bytes:
         """Returns what clients skip, where the dialect TAKES_COMMENTS."""
@@ -3840,36 +3839,40 @@ class EventFraming(NamedTuple):
         """Returns a second event of the same kind, with other data."""
         return self.replaced(event, data).rstrip(b"\r\n") + self.ends[0]
 
+    def split(self, data: bytes) -> Tuple[List[bytes], bytes]:
+        """Returns the events that are whole, and the rest."""
+        end = self.ends[0]
+        if data.endswith(end) and data.find(end) == len(data) - len(end) and (
+                data.count(self.prefix.rstrip()) == 1 and data.find(b"\r") < 0):
+            return [data], b""  # the usual case
+        events, lines = [], []
+        for line in data.splitlines(keepends=True):
+            is_blank = not line.strip(b"\r\n")
+            if lines and not is_blank and self.is_whole(lines):
+                events.append(b"".join(lines))
+                lines.clear()
+            lines.append(line)
+            if is_blank:
+                events.append(b"".join(lines))
+                lines.clear()
+        rest = b"".join(lines)
+        if rest.endswith((b"\n", b"\r")) and self.is_whole(lines):
+            return [*events, rest], b""
+        return events, rest
+
     def cut(self, data: bytes) -> List[bytes]:
         """Returns events; the last may not be whole."""
-        events = []
-        ended = True
-        for line in data.splitlines(keepends=True):
-            blank = not line.strip(b"\r\n")
-            if ended or (not blank and len(events[-1]) <= self.MOST_LINES
-                         and self.is_whole(b"".join(events[-1]))):
-                events.append([])
-            events[-1].append(line)
-            ended = blank
-        return list(map(b"".join, events))
+        events, rest = self.split(data)
+        return [*events, rest]
 
-    def may_end(self, data, start):
-        """Returns whether an event may have ended after a place: by what must end it, or by a line,
-        which is not believed of one of many lines."""
-        return any([data.find(pair, start) >= 0 for pair in self.pairs]) or (
-            data.endswith((b"}\n", b"}\r\n", b"}\r")) and data.count(b"\n") <= self.MOST_LINES)
-
-    def last_end(self, data, before):
-        """Returns the place after the last event that ends before another place, 0 without one."""
-        place = max([data.rfind(pair, 0, before) for pair in self.pairs])
-        return 0 if place < 0 else place + len(self.pairs[0])
-
-    def is_whole(self, event):
-        """Returns whether these lines are all of an event's, though what must end it is missing:
-        some servers end events with a line, or the rest is still to come."""
-        data = self.data(event[begin_of_line(event, len(event) - 2):].strip(b"\r\n"))
-        return data is not None and (data.strip() == LAST_DATA or (
-            data.rstrip().endswith(b"}") and bool(self.payload(event))))
+    def is_whole(self, lines):
+        """Returns whether lines are all of an event's, though none is empty: some servers end
+        events with a line, or the rest is still to come."""
+        if not self.prefix:
+            return True
+        last = (self.data(lines[-1]) or b"").strip()
+        return len(lines) <= self.MOST_LINES and (
+            last == LAST_DATA or last.endswith(b"}") and bool(self.payload(b"".join(lines))))
 
 
 NO_BRACES = bytes({*range(256)}.difference(b"{}"))
@@ -3882,9 +3885,6 @@ class ArrayFraming(EventFraming):
     def at_boundary(self, tail: bytes) -> bool:
         return not tail or (tail.endswith(b"}") and bool(self.payload(tail)))
 
-    def last_end(self, data, before):
-        return 0
-
     def all_data(self, event):
         return event.lstrip(b"[], \t\r\n")
 
@@ -3894,12 +3894,12 @@ class ArrayFraming(EventFraming):
     def again(self, event: bytes, data: bytes) -> bytes:
         return b",\n" + data
 
-    def cut(self, data: bytes) -> List[bytes]:
+    def split(self, data: bytes) -> Tuple[List[bytes], bytes]:
         unescaped = without_escapes(data)
         # Those outside of strings.
         braces = b"".join(unescaped.split(b'"')[::2]).translate(None, NO_BRACES)
         if 0 not in itertools.accumulate(map((124).__sub__, braces)):  # { adds 1, } takes 1 away
-            return [data]  # much faster than step by step
+            return [], data  # much faster than step by step
         ends = [0]
         depth = 0
         for step in JSON_STEP.finditer(unescaped):
@@ -3907,20 +3907,18 @@ class ArrayFraming(EventFraming):
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:
                     ends.append(step.end())
-        events = [data[start:end] for start, end in zip(ends, ends[1:])]
-        return events + [data[ends[-1]:]] if ends[-1] < len(data) else events
+        return [data[start:end] for start, end in zip(ends, ends[1:])], data[ends[-1]:]
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
 EVENT_END = re.compile(rb"[}\]]")  # in comments and framing there is neither
 # WHATWG HTML, 9.2: a line ends with LF, CR or both, an event with an empty line.
 SSE = EventFraming(
-    "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"),
-    (b"\n\n", b"\n\r", b"\r\r"))
+    "text/event-stream", b"data: ", (b"\n\n", b"\n\r\n", b"\r\r\n", b"\r\r", b"\n\r"))
 # Each line is an event.
-NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",), (b"\n",))
+NDJSON = EventFraming("application/x-ndjson", b"", (b"\n",))
 LINES_OF_JSON = NDJSON.content_type, "application/stream+json"  # the latter is Cohere's
-JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",), (b"}",))
+JSON_ARRAY = ArrayFraming("application/json", b"", (b"}",))
 
 
 UNKNOWN = "unknown"  # the endpoint of a call that costs something and is not known otherwise
@@ -6019,7 +6017,6 @@ class Editor:
     """Changes a body on its way to the caller: the one place that may. An event that is not whole
     waits for its end, or for that of its JSON: nobody could have used it before. Where there are no
     `events`, all of the body is one."""
-    LARGE = 1 << 12  # bytes: more than that is looked at only where it may have ended
     held = b""
 
     def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
@@ -6032,28 +6029,21 @@ class Editor:
         data = self.held + payload
         if self.events is None:
             return self.feed_slice(data)
-        start = len(self.held) - 1
-        is_large = start > self.LARGE and len(data) <= self.most_held
-        if is_large and not self.events.may_end(data, start):
-            self.held = data
-            return b""
         self.held = b""
-        first = min([edit.find(data) for edit in self.edits])
-        if first == len(data) and self.events.at_boundary(data):  # the usual case
-            return data
-        if self.is_one(data):  # the usual case
-            return self.edited(data)
-        begin = self.events.last_end(data, first)
-        events = self.events.cut(data[begin:])
-        rest = events.pop() if events and not self.is_over(events[-1]) else b""
-        goes = data[:begin] + b"".join(map(self.edited, events))
-        self.held = rest
-        return goes + self.feed_slice(rest) if len(rest) > self.most_held else goes
+        if self.events.at_boundary(data) and not self.may_change(data):
+            return data  # the usual case
+        events, self.held = self.events.split(data)
+        # One that may change does so with all of its end.
+        if events and not self.held and self.may_change(events[-1]) and (
+                events[-1].endswith(b"\r") or not self.events.at_boundary(events[-1])):
+            self.held = events.pop()
+        goes = b"".join(map(self.edited, events))
+        if len(self.held) > self.most_held:
+            goes += self.feed_slice(self.held)
+        return goes
 
-    def is_one(self, data):
-        end, prefix = self.events.ends[0], self.events.prefix
-        return data.find(end) == len(data) - len(end) and data.find(b"\r") < 0 and (
-            self.events.at_boundary(data) and not (prefix and data.count(prefix[:-1]) > 1))
+    def may_change(self, data):
+        return min([edit.find(data) for edit in self.edits]) < len(data)
 
     def feed_slice(self, data):
         goes, self.held = self.edits[-1].slice(data)  # no usage is whole in it, for another one
@@ -6073,14 +6063,6 @@ class Editor:
         for edit in self.edits:
             event = edit.apply(event) if event else event
         return event
-
-    def is_over(self, event):
-        """Returns whether an event need not wait; one that may change does so with all of its
-        end."""
-        if min([edit.find(event) for edit in self.edits]) < len(event):
-            return self.events.at_boundary(event) and not event.endswith(b"\r")
-        return not event.strip() or self.events.at_boundary(event) or (
-            event.endswith((b"\n", b"\r")) and self.events.is_whole(event))
 
 
 class HiddenKey:
@@ -6301,8 +6283,8 @@ class UsageReader:
             line = LINE.match(data, begin_of_line(data, match.start()))[0]
             payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
             if not payload:  # its JSON may have several lines
-                event = data[events.last_end(data, match.start()):]
-                payload = events.payload(events.cut(event)[0])
+                found = [event for event in events.cut(data) if line in event]
+                payload = events.payload(found[0] if found else b"")
             self.note(payload)
         if not self.tier:
             self.scan_for_tier(data)
@@ -9173,9 +9155,7 @@ class NameReader:
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
             self.kept += payload
-            is_end = self.events.may_end(payload, 0) if self.events else (
-                payload[-16:].rstrip().endswith(b"}"))
-            if is_end and self.tries < self.MAX_TRIES:
+            if payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
                 self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
                 self.name(names_made(front(bytes(self.kept))))
@@ -9199,8 +9179,7 @@ class NameReader:
                  for name in names_made(read(piece))]
         self.tries += not self.of_all
         is_over = self.events and self.tries >= self.MAX_TRIES or names and not self.of_all
-        rest = b"" if self.events and self.events.at_boundary(data) else pieces[-1]
-        self.kept = None if is_over else bytearray(rest)
+        self.kept = None if is_over else bytearray(pieces[-1])
         self.name(names)
 
     def name(self, names):
