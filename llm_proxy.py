@@ -63,7 +63,7 @@ To add something, these are all the places:
     a page                       a coroutine of Pages, its row in Pages.PAGES; if it streams events,
                                  by Reply.streaming
     a change of streamed text    an Edit such as HiddenUsage, added in Reply.receive
-    a setting                    its row in SETTING_ROWS
+    a setting                    its row in SETTING_TABLE
     a command                    its row in COMMANDS
 """
 import argparse
@@ -140,18 +140,6 @@ Texts = Dict[str, str]
 JsonObject = Dict[str, Any]
 
 
-class Setting:
-    """One row of SETTING_ROWS: texts, and the function `read`, which turns text into a value; the
-    message of its ValueError says what would be right ("must be ...")."""
-
-    def __init__(self, variable, read, sentence, secret=False):
-        self.name, _, default = variable.partition("=")
-        self.default = default or None
-        self.read = read
-        self.sentence = sentence
-        self.secret = secret
-
-
 def require(good, message):
     if not good:
         raise ValueError(message)
@@ -181,30 +169,15 @@ def number_between(least, most, convert=int, shape="[0-9]{1,15}",
                    message="must be between {} and {}"):
     """Returns a reader of numbers; int() alone would also take '+5', '1_0' and ' 5 '."""
     def read(text):
-        good = re.fullmatch(shape, text) and least <= convert(text) <= most
+        good = re.fullmatch(shape, text) and convert(least) <= convert(text) <= convert(most)
         require(good, message.format(least, most))
         return convert(text)
     return read
 
 
-def seconds_between(least, most):
-    return number_between(least, most, float, r"[0-9]{1,9}(\.[0-9]{1,6})?",
-                          "must be a number of seconds between {} and {}")
-
-
-wait_seconds = seconds_between(0.1, 86400)
-calls_at_once = number_between(0, 1_000_000)
-bucket_tokens = number_between(1, 10 ** 12)
-queue_length = number_between(0, 100_000)
-sixteen_bits = number_between(1, 65535)
-
-
 def one_of(*words):
     *others, last = words
     return pattern("|".join(words), f"must be {', '.join(others)} or {last}")
-
-
-on_or_off = one_of("on", "off")
 
 
 def word_or(words, read):
@@ -316,7 +289,6 @@ HAS_OTHER_MEANING = NEVER_SET + (
     "|origin|cookie2?|user-agent|accept(-.*)?|content-.*|authorization|proxy-.*|anthropic-.*"
     "|access-control-.*|openai-.*|x-(goog-)?api-key|x-request-id|x-forwarded-for|x-llm-proxy-.*")
 
-visible_ascii = pattern("(?![\"'])[!-~]+", "must be visible ASCII without spaces and quotes")
 model_globs = listed(pattern(
     "[!-+.-~-]+", "must be models such as gpt-*, separated by commas, none empty"))
 web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
@@ -324,14 +296,8 @@ web_origins = word_or({"*": ("*",), "off": ()}, listed(pattern(
     " https://chat.example.org or https://*.example.org, by commas",
     lambda match: re.sub(  # as browsers spell it (RFC 6454 6.2)
         "^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1].lower()))))
-cpu_number = word_or({"auto": -1, "off": None}, number_between(
-    0, 9999, message="must be auto, off or the number of a CPU"))
 # Those that this process may use before it is pinned to one
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-networks = listed(read_network)
-proxy_url = pattern(
-    "(?:http://)?(?:(?P<user>[!-.0-9;-~]*)(?::(?P<password>[!-.0-~]*))?@)?" + HOST_SHAPE + "/?",
-    "must be http://[USER:PASSWORD@]HOST[:PORT]", to_endpoint)
 redis_server = pattern(
     "(?P<scheme>rediss?)://(?:(?P<user>[!-9;-?A-~]*):(?P<password>[!-?A-~]*)@)?" + HOST_SHAPE
     + "(?P<path>/[0-9]{0,3})?", "must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://... or"
@@ -344,16 +310,6 @@ def redis_url(text):
     return unix_socket(text) if text.startswith("unix:") else redis_server(text)
 
 
-field_name = pattern(
-    "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
-    "must be the name of a header field that means nothing else", lambda match: match[0].lower())
-header_globs = listed(pattern(
-    "[A-Za-z0-9*-]{1,64}", "must be names of header fields such as X-Trace-*, by commas",
-    lambda match: match[0].lower()))
-key_weights = mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
-    r"([^=]+?)\s*=\s*([1-9][0-9]{0,2})",
-    "must be name=weight, separated by commas, each name once, weights from 1 to 999",
-    lambda match: (match[1], int(match[2])))
 # 'alice=sk-1, sk-2' -> {'sk-1': 'alice', 'sk-2': None}; what stands before the first '=' is a name
 # if it can be one. What looks like the next of a list is no part of a key.
 proxy_keys = word_or({"anyone": {}}, mapping(
@@ -383,15 +339,6 @@ def header_lines(text):
 
 web_address = pattern("https?://" + HOST_SHAPE + "(/[!-~]*)?",
                       "must be http://HOST[:PORT][/PATH] or https://...")
-public_url = pattern("https?://" + HOST_SHAPE + "/?",
-                     "must be http://HOST[:PORT] or https://...",
-                     lambda match: match[0].rstrip("/"))
-otlp_headers = mapping(
-    "([A-Za-z0-9_-]+) *= *([!-~]*)", "must be name=value, separated by commas",
-    lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1"))))
-shares = listed(pattern(  # '80%' -> 0.8
-    "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
-    lambda match: int(match[1]) / 100))
 
 
 # Money is counted in whole picodollars: a price of $0.000001 per million tokens is one a token.
@@ -658,10 +605,6 @@ def flat_price(text):
     return read_price({"input": usd, "output": usd, "hour_write": usd})
 
 
-unpriced_models = word_or({"refuse": "refuse", "allow": "allow"}, flat_price)
-
-
-DEFAULT_DATABASE = "llm_proxy.db"
 PASSTHROUGH = "passthrough"
 DIALECT_NAMES = "openai anthropic gemini azure ollama".split()
 VENDORS = table_of("""
@@ -823,11 +766,6 @@ def linear_patterns(text):
 REDACTED = "email card iban phone ssn ip secrets".split()
 redacted_kinds = listed(one_of(*REDACTED))
 read_kinds = word_or({"off": ()}, redacted_kinds)
-upstream_globs = listed(pattern(
-    "[a-z0-9_*?]+", "must be names of upstreams such as openai or azure*, by commas"))
-values_allowed = listed(pattern(
-    "[!-+.-~-]+", "must be what may leave, such as *@example.com, by commas, none empty"))
-countries = listed(pattern("[A-Z]{2}", "must be countries such as US or DE, by commas"))
 # The APIs that have their own paths beside /v1, and hosts of Azure.
 BESIDE_V1 = ("azure", "ollama")
 AZURE_HOST = re.compile(r"[^.]+\.(openai|cognitiveservices|services\.ai)\.azure\.com", re.I)
@@ -852,242 +790,331 @@ class UpstreamConfig(NamedTuple):
     headers: Texts = {}
 
 
-# {group: rows of (NAME or NAME=default, its reader, a sentence for --help and README, SECRET?)};
-# UPSTREAM_NAME_KEY stands for UPSTREAM_OPENAI_KEY and all others.
-SECRET = True
-UPSTREAM_GROUP = "One more upstream, whose paths begin with /NAME"
-SETTING_ROWS = {
-    "Where calls go": (
-        ("BASE_API_URL", endpoints,
-         "URL of the endpoint, or of several that do the same, by commas; its path replaces the"
-         " call's leading /v1"),
-        ("BASE_API_KEY", visible_ascii,
-         "its key, which callers never see; passthrough: each caller sends its own", SECRET),
-        ("BASE_MODEL", printable,
-         "replaces the model that metered calls to it ask for; /v1/models lists no other"),
-        ("MODEL_ALIASES", model_aliases,
-         "other names for models, such as fast=gemma4,smart=gpt-5, for routes, limits and prices"),
-        ("UPSTREAM_ORDER", model_globs,
-         "order in which named upstreams are tried, by commas; the rest as in .env, then by name"),
-        ("OPEN_TIMEOUT=10", seconds_between(0.1, 3600), "seconds to connect to an upstream"),
-        ("FIRST_BYTE_TIMEOUT", wait_seconds,
-         "seconds to wait for the first byte of a response; unset: READ_TIMEOUT"),
-        ("READ_TIMEOUT=600", wait_seconds, "seconds to wait between two bytes of a response"),
-        ("MAX_CALL_SECONDS=0", seconds_between(0, 1_000_000),
-         "seconds after which a call is cut; 0: never; keep it above FIRST_BYTE_TIMEOUT"),
-        ("BREAKER_FAILURES=5", number_between(1, 1_000_000),
-         "failures in a row after which an address gets no more calls"),
-        ("BREAKER_SECONDS=30", wait_seconds,
-         "seconds until one call tries such an address again"),
-        ("UPSTREAM_RETRIES=0", number_between(0, 10),
-         "how often a 429 or 503 whose Retry-After is 5 s or less is asked again"),
-        ("PASS_HEADERS", header_globs,
-         "more header fields of callers to pass on, such as X-Trace-*, by commas"),
-        ("UPSTREAM_CA_FILE", ca_file,
-         "certificates (PEM) to check https upstreams against, instead of the system's"),
-        ("UPSTREAM_TLS_VERIFY=on", on_or_off,
-         "off: certificates are not checked, so that anybody in between can read all"),
-        ("HTTPS_PROXY", proxy_url,
-         "http://[USER:PASSWORD@]HOST[:PORT] of a proxy to https upstreams, by CONNECT", SECRET),
-        ("NO_PROXY", printable, "hosts to reach without that proxy, by commas"),
-    ),
-    UPSTREAM_GROUP: (
-        ("UPSTREAM_NAME_URL", endpoints,
-         "its URL, as BASE_API_URL; not needed for " + ", ".join(VENDORS)),
-        ("UPSTREAM_NAME_KEY", visible_ascii,
-         "its key; passthrough: each caller sends its own and is known by it", SECRET),
-        ("UPSTREAM_NAME_MODELS", model_globs,
-         "models that it serves on paths without /NAME, such as gpt-*,o3"),
-        ("UPSTREAM_NAME_MODEL", printable, "replaces the model that calls to it ask for"),
-        ("UPSTREAM_NAME_DIALECT", one_of(*DIALECT_NAMES),
-         "its API, one of %s; unset: the vendor's, else openai" % ", ".join(DIALECT_NAMES)),
-        ("UPSTREAM_NAME_MAX_CONCURRENCY=0", calls_at_once,
-         "as MAX_CONCURRENCY, which is for BASE_API_URL"),
-        ("UPSTREAM_NAME_HEADERS", header_lines,
-         "header fields to send to it, as Name: value, several with | between", SECRET),
-    ),
-    "Before a busy upstream": (
-        ("MAX_CONCURRENCY=0", calls_at_once,
-         "metered calls that the endpoint runs at once; more wait in a fair queue; 0: no limit"),
-        ("MAX_QUEUE=100", queue_length, "calls that may wait in the queues; more get a 503"),
-        ("MAX_QUEUE_PER_CALLER=20", queue_length,
-         "calls of one caller that may wait; more get a 503"),
-        ("QUEUE_SECONDS=30", wait_seconds,
-         "seconds that a call may wait, in all queues together; then it gets a 503"),
-        ("KEY_WEIGHTS", key_weights,
-         "turns in the queue, such as alice=3,bob=2, for names in PROXY_API_KEYS; others have 1"),
-        ("STREAM_COMMENT_SECONDS=0", seconds_between(0, 86400),
-         "a stream whose caller has heard nothing for so many seconds gets a comment, so that no"
-         " client gives up; 0: off"),
-    ),
-    "Where callers come in": (
-        ("HOST", lambda text: printable(text).strip("[]"),
-         "address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4; unset:"
-         " 0.0.0.0, but 127.0.0.1 where anyone could spend our key at a vendor"),
-        ("PORT=8899", sixteen_bits, "port to listen on"),
-        ("PROXY_API_KEYS", proxy_keys,
-         "keys that may call, as key or name=key, by commas; unset, or anyone: all may", SECRET),
-        ("MAX_BODY_BYTES=33554432", number_between(1, 1 << 40),
-         "largest body of a call that is read; uploads of files may have any size"),
-        ("MAX_TEXT_BYTES=8388608", number_between(1, 1 << 30),
-         "largest body without its images and the like"),
-        ("MAX_CONNECTIONS=1024", sixteen_bits,
-         "connections of callers at once; more get a 503, or with TLS are closed"),
-        ("MAX_CONNECTIONS_PER_ADDRESS", sixteen_bits,
-         "connections of one address (of IPv6, a /64); unset: 256, and any number from this"
-         " machine"),
-        ("TLS_CERT_FILE", printable,
-         "certificates (PEM) to serve https with, TLS 1.2 or newer; read again on SIGHUP"),
-        ("TLS_KEY_FILE", printable, "key of TLS_CERT_FILE, if it is not in that file"),
-        ("TRUSTED_PROXIES", networks,
-         "proxies in front of this one, addresses or networks by commas, whose X-Forwarded-For"
-         " and CALLER_HEADER are believed"),
-        ("CALLER_HEADER", field_name,
-         "field in which trusted proxies name the caller, such as X-OpenWebUI-User-Id; they must"
-         " set it"),
-        ("DRAIN_SECONDS=30", seconds_between(0, 86400),
-         "seconds that running calls have after a signal to stop"),
-        ("CORS_ORIGINS", web_origins,
-         "web pages that may call: *, off, or origins and local (this network's, and extensions),"
-         " by commas; unset: local, and * where keys are asked for"),
-    ),
-    "What a caller may use": (
-        ("MAX_TOKENS=10", bucket_tokens,
-         "tokens that a caller's bucket holds; it starts full"),
-        ("REFILL_TOKENS=2", bucket_tokens, "tokens that the bucket gains every interval"),
-        ("REFILL_INTERVAL_SECONDS=300", number_between(1, 10 ** 9),
-         "seconds of that interval"),
-        ("TOKEN_COST_MODE=request", one_of("request", "estimate", "usage"),
-         "a call costs a fixed number (request), its estimated tokens, or those it used (usage)"),
-        ("REQUEST_TOKEN_COST=1", bucket_tokens,
-         "the fixed number, for TOKEN_COST_MODE=request"),
-        ("RESPONSE_TOKEN_RESERVE=256", number_between(0, 10 ** 12),
-         "output tokens to expect of a call that names no maximum"),
-        ("IMAGE_TOKENS=1000", number_between(0, 10 ** 9),
-         "tokens to expect of an image, sound or file in a prompt"),
-        ("LIMITS", rules,
-         "rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N or window],"
-         " or SCOPE N running; ..."),
-        ("LIMIT_MESSAGE=limit reached, wait {wait}", printable,
-         "what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the"
-         " page where it sees what it used"),
-        ("LIMIT_REPLY=assistant", one_of("assistant", "error", "auto"),
-         "assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people"),
-        ("PRICES", price_file, "JSON file of prices, in USD per million tokens"),
-        ("UNPRICED=refuse", unpriced_models,
-         "what a usd rule does with a model that has no price: refuse; allow, for nothing; or a"
-         " number, its price in USD per million tokens"),
-    ),
-    "What is passed on": (
-        ("UNKNOWN_CALLS=count", one_of("count", "pass", "refuse"),
-         "calls of endpoints that are not known here: they cost a request and wait in the queue"
-         " (count), are free (pass), or get a 403 (refuse)"),
-        ("STORED", one_of("pass", "own", "refuse"),
-         "files, batches, responses and all else that endpoints store: each caller has what it"
-         " made (own), all have all (pass), or nobody has any (refuse); unset: own where keys are"
-         " asked for, else pass"),
-        ("VENDOR_ADMIN_PATHS=off", on_or_off,
-         "on: also paths that manage an endpoint, such as /api/pull, or hand out credentials"),
-    ),
-    "What must not leave": (
-        ("REDACT", redacted_kinds,
-         "what is looked for in calls before they go to a vendor, by commas: %s; unset: nothing"
-         % ", ".join(REDACTED)),
-        ("REDACT_MODE=mask", one_of("mask", "block", "report"),
-         "mask: placeholders stand for it at the vendor, and it stands in the answer again; block:"
-         " the call gets a 400; report: it is only counted"),
-        ("REDACT_UPSTREAMS", upstream_globs,
-         "upstreams that it must not reach, such as openai,azure*; unset: all but those with"
-         " addresses of this machine or a private network"),
-        ("REDACT_PATTERNS", linear_patterns,
-         "what else to look for, as name=regex by lines or ;, without lookaround, back references"
-         " and repetitions of the same, one after or within the other"),
-        ("REDACT_ALLOW", values_allowed,
-         "values that may leave all the same, such as *@example.com"),
-        ("REDACT_COUNTRY", countries,
-         "countries, such as US,DE, whose phone numbers are found without + as well"),
-        ("REDACT_ANSWERS=off", on_or_off,
-         "on: such values in answers are masked as well, unless the call held them"),
-        ("REDACT_OPAQUE=pass", one_of("pass", "refuse"),
-         "what cannot be searched, such as a file or a conversation that is kept upstream: pass,"
-         " or refuse by a 400"),
-    ),
-    "What is remembered": (
-        ("DATABASE=" + DEFAULT_DATABASE, printable,
-         "SQLite file of calls and buckets; off: they are kept in memory alone"),
-        ("LEDGER_DAYS=90", number_between(1, 36500), "days that a call stays in DATABASE"),
-        ("USAGE_LOG", printable, "file to append a JSON line to for each call; -: stdout"),
-    ),
-    "Who may look and steer": (
-        ("ADMIN_KEY", visible_ascii,
-         "key of /dashboard and /admin/api, which may change things; unset, and no stored key of"
-         " that role: a new one at each start, told on the terminal or in a file beside DATABASE",
-         SECRET),
-        ("VIEWER_KEY", visible_ascii, "key that may look at the same, and change nothing", SECRET),
-        ("METRICS=keys", one_of("keys", "open"),
-         "keys: /metrics asks for a viewer's or an admin's key; open: for none"),
-        ("PUBLIC_URL", public_url,
-         "URL by which callers reach this proxy, for links such as {me} in LIMIT_MESSAGE"),
-        ("WARN_AT", shares,
-         "shares of a limit in tokens or usd, such as 80% or 50%,90%, at which to warn"),
-        ("WEBHOOK_URL", web_address, "URL that gets a POST of JSON for each warning", SECRET),
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", web_address,
-         "URL of an OpenTelemetry collector; a span for each call goes to its /v1/traces"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", otlp_headers,
-         "header fields for that collector, as name=value, by commas", SECRET),
-        ("OTEL_SERVICE_NAME=llm_proxy", printable, "name of this service at that collector"),
-    ),
-    "What several processes share": (
-        ("REDIS_URL", redis_url,
-         "Redis or Valkey that holds the buckets of all: redis://[USER:PASSWORD@]HOST[:PORT][/DB],"
-         " rediss://... by TLS, or unix:///PATH", SECRET),
-        ("REDIS_CA_FILE", ca_file,
-         "certificates (PEM) to check rediss:// against, instead of the system's"),
-        ("REDIS_PREFIX=llm_proxy", pattern(
-            "[A-Za-z0-9_.:-]{1,64}", "must be 1 to 64 letters, digits and _ . : -"),
-         "what the names of keys in Redis begin with: one for each installation"),
-        ("REDIS_AWAY=share", one_of("share", "open", "closed"),
-         "while Redis is away: each process has its share of every limit (share), there are no"
-         " limits (open), or calls get a 503 (closed)"),
-        ("PEERS=1", number_between(1, 10_000),
-         "processes that share the limits, until Redis has told how many there are; at least"
-         " WORKERS"),
-        ("SHARE_SLOTS", on_or_off,
-         "on: MAX_CONCURRENCY is that of all processes together; unset: on with WORKERS"),
-        ("WORKERS=1", number_between(1, 64),
-         "processes that share the port; more than one need REDIS_URL, and a system with fork"),
-    ),
-    "How it runs": (
-        ("LOG_FORMAT=text", one_of("text", "json"),
-         "form of the lines on stderr, one per call: text for people, json for programs"),
-        ("CPU_AFFINITY=auto", cpu_number,
-         "CPU to stay on (Linux): a number, auto (the port picks one) or off; workers take those"
-         " that follow"),
-        ("DEMO_FIRST_MS=0", number_between(0, 86_400_000),
-         "milliseconds until an answer of --demo begins"),
-    ),
-}
-SETTINGS = {group: [Setting(*row) for row in rows] for group, rows in SETTING_ROWS.items()}
-UPSTREAM_SETTINGS = SETTINGS[UPSTREAM_GROUP]
+READERS = {
+    "addresses": endpoints,
+    "proxy": pattern(
+        "(?:http://)?(?:(?P<user>[!-.0-9;-~]*)(?::(?P<password>[!-.0-~]*))?@)?" + HOST_SHAPE
+        + "/?", "must be http://[USER:PASSWORD@]HOST[:PORT]", to_endpoint),
+    "redis": redis_url,
+    "URL": web_address,
+    "public URL": pattern("https?://" + HOST_SHAPE + "/?",
+                          "must be http://HOST[:PORT] or https://...",
+                          lambda match: match[0].rstrip("/")),
+    "host": lambda text: printable(text).strip("[]"),
+    "networks": listed(read_network),
+    "origins": web_origins,
+    "key": pattern("(?![\"'])[!-~]+", "must be visible ASCII without spaces and quotes"),
+    "keys": proxy_keys,
+    "weights": mapping(  # 'alice=3, bob=2' -> {'alice': 3, 'bob': 2}
+        r"([^=]+?)\s*=\s*([1-9][0-9]{0,2})",
+        "must be name=weight, separated by commas, each name once, weights from 1 to 999",
+        lambda match: (match[1], int(match[2]))),
+    "models": model_globs,
+    "aliases": model_aliases,
+    "dialect": one_of(*DIALECT_NAMES),
+    "field": pattern(
+        "(?!(?i:%s)$)[A-Za-z0-9-]{1,64}" % HAS_OTHER_MEANING,
+        "must be the name of a header field that means nothing else",
+        lambda match: match[0].lower()),
+    "fields": listed(pattern(
+        "[A-Za-z0-9*-]{1,64}", "must be names of header fields such as X-Trace-*, by commas",
+        lambda match: match[0].lower())),
+    "header lines": header_lines,
+    "headers": mapping(
+        "([A-Za-z0-9_-]+) *= *([!-~]*)", "must be name=value, separated by commas",
+        lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1")))),
+    "rules": rules,
+    "shares": listed(pattern(  # '80%' -> 0.8
+        "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
+        lambda match: int(match[1]) / 100)),
+    "prices": price_file,
+    "unpriced": word_or({"refuse": "refuse", "allow": "allow"}, flat_price),
+    "redacted": redacted_kinds,
+    "upstreams": listed(pattern(
+        "[a-z0-9_*?]+", "must be names of upstreams such as openai or azure*, by commas")),
+    "patterns": linear_patterns,
+    "values": listed(pattern(
+        "[!-+.-~-]+", "must be what may leave, such as *@example.com, by commas, none empty")),
+    "countries": listed(pattern("[A-Z]{2}", "must be countries such as US or DE, by commas")),
+    "certificates": ca_file,
+    "CPU": word_or({"auto": -1, "off": None}, number_between(
+        0, 9999, message="must be auto, off or the number of a CPU")),
+    "prefix": pattern("[A-Za-z0-9_.:-]{1,64}",
+                      "must be 1 to 64 letters, digits and _ . : -"),
+    "text": printable}
+
+
+class Setting:
+    """One row of SETTING_TABLE. The function `read` turns a text into a value; the message of its
+    ValueError says what would be right ("must be ...")."""
+
+    def __init__(self, variable: str, kind: str, sentence: str):
+        kind, _, secret = kind.partition(", ")
+        self.name, _, default = variable.partition("=")
+        self.default = default or None
+        self.read = reader_of(kind)
+        self.sentence = " ".join(sentence.split())
+        self.secret = bool(secret)
+
+
+def reader_of(kind):
+    """Returns the reader of a kind of value: one of several words, a number (of seconds) from one
+    to another, or one of READERS."""
+    if "|" in kind:
+        return one_of(*kind.split("|"))
+    least, dots, most = kind.partition("..")
+    if kind.endswith(" s"):
+        return number_between(least, most[:-2], float, r"[0-9]{1,9}(\.[0-9]{1,6})?",
+                              "must be a number of seconds between {} and {}")
+    return number_between(least, most) if dots else READERS[kind]
+
+
+# Groups of settings; of each its NAME or NAME=default, the kind of its value, and a sentence for
+# --help and README. UPSTREAM_NAME_KEY stands for UPSTREAM_OPENAI_KEY and all others.
+SETTING_TABLE = """\
+Where calls go
+BASE_API_URL: addresses
+    URL of the endpoint, or of several that do the same, by commas; its path replaces the call's
+    leading /v1
+BASE_API_KEY: key, secret
+    its key, which callers never see; passthrough: each caller sends its own
+BASE_MODEL: text
+    replaces the model that metered calls to it ask for; /v1/models lists no other
+MODEL_ALIASES: aliases
+    other names for models, such as fast=gemma4,smart=gpt-5, for routes, limits and prices
+UPSTREAM_ORDER: models
+    order in which named upstreams are tried, by commas; the rest as in .env, then by name
+OPEN_TIMEOUT=10: 0.1..3600 s
+    seconds to connect to an upstream
+FIRST_BYTE_TIMEOUT: 0.1..86400 s
+    seconds to wait for the first byte of a response; unset: READ_TIMEOUT
+READ_TIMEOUT=600: 0.1..86400 s
+    seconds to wait between two bytes of a response
+MAX_CALL_SECONDS=0: 0..1000000 s
+    seconds after which a call is cut; 0: never; keep it above FIRST_BYTE_TIMEOUT
+BREAKER_FAILURES=5: 1..1000000
+    failures in a row after which an address gets no more calls
+BREAKER_SECONDS=30: 0.1..86400 s
+    seconds until one call tries such an address again
+UPSTREAM_RETRIES=0: 0..10
+    how often a 429 or 503 whose Retry-After is 5 s or less is asked again
+PASS_HEADERS: fields
+    more header fields of callers to pass on, such as X-Trace-*, by commas
+UPSTREAM_CA_FILE: certificates
+    certificates (PEM) to check https upstreams against, instead of the system's
+UPSTREAM_TLS_VERIFY=on: on|off
+    off: certificates are not checked, so that anybody in between can read all
+HTTPS_PROXY: proxy, secret
+    http://[USER:PASSWORD@]HOST[:PORT] of a proxy to https upstreams, by CONNECT
+NO_PROXY: text
+    hosts to reach without that proxy, by commas
+
+One more upstream, whose paths begin with /NAME
+UPSTREAM_NAME_URL: addresses
+    its URL, as BASE_API_URL; not needed for %(vendors)s
+UPSTREAM_NAME_KEY: key, secret
+    its key; passthrough: each caller sends its own and is known by it
+UPSTREAM_NAME_MODELS: models
+    models that it serves on paths without /NAME, such as gpt-*,o3
+UPSTREAM_NAME_MODEL: text
+    replaces the model that calls to it ask for
+UPSTREAM_NAME_DIALECT: dialect
+    its API, one of %(dialects)s; unset: the vendor's, else openai
+UPSTREAM_NAME_MAX_CONCURRENCY=0: 0..1000000
+    as MAX_CONCURRENCY, which is for BASE_API_URL
+UPSTREAM_NAME_HEADERS: header lines, secret
+    header fields to send to it, as Name: value, several with | between
+
+Before a busy upstream
+MAX_CONCURRENCY=0: 0..1000000
+    metered calls that the endpoint runs at once; more wait in a fair queue; 0: no limit
+MAX_QUEUE=100: 0..100000
+    calls that may wait in the queues; more get a 503
+MAX_QUEUE_PER_CALLER=20: 0..100000
+    calls of one caller that may wait; more get a 503
+QUEUE_SECONDS=30: 0.1..86400 s
+    seconds that a call may wait, in all queues together; then it gets a 503
+KEY_WEIGHTS: weights
+    turns in the queue, such as alice=3,bob=2, for names in PROXY_API_KEYS; others have 1
+STREAM_COMMENT_SECONDS=0: 0..86400 s
+    a stream whose caller has heard nothing for so many seconds gets a comment, so that no
+    client gives up; 0: off
+
+Where callers come in
+HOST: host
+    address to listen on; 127.0.0.1: for this machine alone; ::, for IPv6 and IPv4; unset:
+    0.0.0.0, but 127.0.0.1 where anyone could spend our key at a vendor
+PORT=8899: 1..65535
+    port to listen on
+PROXY_API_KEYS: keys, secret
+    keys that may call, as key or name=key, by commas; unset, or anyone: all may
+MAX_BODY_BYTES=33554432: 1..1099511627776
+    largest body of a call that is read; uploads of files may have any size
+MAX_TEXT_BYTES=8388608: 1..1073741824
+    largest body without its images and the like
+MAX_CONNECTIONS=1024: 1..65535
+    connections of callers at once; more get a 503, or with TLS are closed
+MAX_CONNECTIONS_PER_ADDRESS: 1..65535
+    connections of one address (of IPv6, a /64); unset: 256, and any number from this machine
+TLS_CERT_FILE: text
+    certificates (PEM) to serve https with, TLS 1.2 or newer; read again on SIGHUP
+TLS_KEY_FILE: text
+    key of TLS_CERT_FILE, if it is not in that file
+TRUSTED_PROXIES: networks
+    proxies in front of this one, addresses or networks by commas, whose X-Forwarded-For and
+    CALLER_HEADER are believed
+CALLER_HEADER: field
+    field in which trusted proxies name the caller, such as X-OpenWebUI-User-Id; they must set
+    it
+DRAIN_SECONDS=30: 0..86400 s
+    seconds that running calls have after a signal to stop
+CORS_ORIGINS: origins
+    web pages that may call: *, off, or origins and local (this network's, and extensions), by
+    commas; unset: local, and * where keys are asked for
+
+What a caller may use
+MAX_TOKENS=10: 1..1000000000000
+    tokens that a caller's bucket holds; it starts full
+REFILL_TOKENS=2: 1..1000000000000
+    tokens that the bucket gains every interval
+REFILL_INTERVAL_SECONDS=300: 1..1000000000
+    seconds of that interval
+TOKEN_COST_MODE=request: request|estimate|usage
+    a call costs a fixed number (request), its estimated tokens, or those it used (usage)
+REQUEST_TOKEN_COST=1: 1..1000000000000
+    the fixed number, for TOKEN_COST_MODE=request
+RESPONSE_TOKEN_RESERVE=256: 0..1000000000000
+    output tokens to expect of a call that names no maximum
+IMAGE_TOKENS=1000: 0..1000000000
+    tokens to expect of an image, sound or file in a prompt
+LIMITS: rules
+    rules instead of that one bucket: SCOPE AMOUNT UNIT per DURATION [burst N or window], or
+    SCOPE N running; ...
+LIMIT_MESSAGE=limit reached, wait {wait}: text
+    what the assistant says to a limited caller; also {rule}, {limit}, {unit}, and {me}, the
+    page where it sees what it used
+LIMIT_REPLY=assistant: assistant|error|auto
+    assistant: it says so; error: a 429; auto: a 429 for programs, the assistant for people
+PRICES: prices
+    JSON file of prices, in USD per million tokens
+UNPRICED=refuse: unpriced
+    what a usd rule does with a model that has no price: refuse; allow, for nothing; or a
+    number, its price in USD per million tokens
+
+What is passed on
+UNKNOWN_CALLS=count: count|pass|refuse
+    calls of endpoints that are not known here: they cost a request and wait in the queue
+    (count), are free (pass), or get a 403 (refuse)
+STORED: pass|own|refuse
+    files, batches, responses and all else that endpoints store: each caller has what it made
+    (own), all have all (pass), or nobody has any (refuse); unset: own where keys are asked for,
+    else pass
+VENDOR_ADMIN_PATHS=off: on|off
+    on: also paths that manage an endpoint, such as /api/pull, or hand out credentials
+
+What must not leave
+REDACT: redacted
+    what is looked for in calls before they go to a vendor, by commas: %(redacted)s; unset:
+    nothing
+REDACT_MODE=mask: mask|block|report
+    mask: placeholders stand for it at the vendor, and it stands in the answer again; block: the
+    call gets a 400; report: it is only counted
+REDACT_UPSTREAMS: upstreams
+    upstreams that it must not reach, such as openai,azure*; unset: all but those with addresses
+    of this machine or a private network
+REDACT_PATTERNS: patterns
+    what else to look for, as name=regex by lines or ;, without lookaround, back references and
+    repetitions of the same, one after or within the other
+REDACT_ALLOW: values
+    values that may leave all the same, such as *@example.com
+REDACT_COUNTRY: countries
+    countries, such as US,DE, whose phone numbers are found without + as well
+REDACT_ANSWERS=off: on|off
+    on: such values in answers are masked as well, unless the call held them
+REDACT_OPAQUE=pass: pass|refuse
+    what cannot be searched, such as a file or a conversation that is kept upstream: pass, or
+    refuse by a 400
+
+What is remembered
+DATABASE=llm_proxy.db: text
+    SQLite file of calls and buckets; off: they are kept in memory alone
+LEDGER_DAYS=90: 1..36500
+    days that a call stays in DATABASE
+USAGE_LOG: text
+    file to append a JSON line to for each call; -: stdout
+
+Who may look and steer
+ADMIN_KEY: key, secret
+    key of /dashboard and /admin/api, which may change things; unset, and no stored key of that
+    role: a new one at each start, told on the terminal or in a file beside DATABASE
+VIEWER_KEY: key, secret
+    key that may look at the same, and change nothing
+METRICS=keys: keys|open
+    keys: /metrics asks for a viewer's or an admin's key; open: for none
+PUBLIC_URL: public URL
+    URL by which callers reach this proxy, for links such as {me} in LIMIT_MESSAGE
+WARN_AT: shares
+    shares of a limit in tokens or usd, such as 80%% or 50%%,90%%, at which to warn
+WEBHOOK_URL: URL, secret
+    URL that gets a POST of JSON for each warning
+OTEL_EXPORTER_OTLP_ENDPOINT: URL
+    URL of an OpenTelemetry collector; a span for each call goes to its /v1/traces
+OTEL_EXPORTER_OTLP_HEADERS: headers, secret
+    header fields for that collector, as name=value, by commas
+OTEL_SERVICE_NAME=llm_proxy: text
+    name of this service at that collector
+
+What several processes share
+REDIS_URL: redis, secret
+    Redis or Valkey that holds the buckets of all: redis://[USER:PASSWORD@]HOST[:PORT][/DB],
+    rediss://... by TLS, or unix:///PATH
+REDIS_CA_FILE: certificates
+    certificates (PEM) to check rediss:// against, instead of the system's
+REDIS_PREFIX=llm_proxy: prefix
+    what the names of keys in Redis begin with: one for each installation
+REDIS_AWAY=share: share|open|closed
+    while Redis is away: each process has its share of every limit (share), there are no limits
+    (open), or calls get a 503 (closed)
+PEERS=1: 1..10000
+    processes that share the limits, until Redis has told how many there are; at least WORKERS
+SHARE_SLOTS: on|off
+    on: MAX_CONCURRENCY is that of all processes together; unset: on with WORKERS
+WORKERS=1: 1..64
+    processes that share the port; more than one need REDIS_URL, and a system with fork
+
+How it runs
+LOG_FORMAT=text: text|json
+    form of the lines on stderr, one per call: text for people, json for programs
+CPU_AFFINITY=auto: CPU
+    CPU to stay on (Linux): a number, auto (the port picks one) or off; workers take those that
+    follow
+DEMO_FIRST_MS=0: 0..86400000
+    milliseconds until an answer of --demo begins
+""" % {"vendors": ", ".join(VENDORS), "dialects": ", ".join(DIALECT_NAMES),
+       "redacted": ", ".join(REDACTED)}
+
+
+def read_settings(group):
+    """Returns the settings in a group of SETTING_TABLE."""
+    return [Setting(*row) for row in re.findall(r"(.+): (.+)\n((?: {4}.+\n?)+)", group)]
+
+
+SETTINGS = {group.partition("\n")[0]: read_settings(group)
+            for group in SETTING_TABLE.split("\n\n")}
 SETTINGS_BY_NAME = {setting.name: setting for group in SETTINGS.values() for setting in group}
 DEFAULTS = {name: setting.default for name, setting in SETTINGS_BY_NAME.items()
-            if setting not in UPSTREAM_SETTINGS}
+            if not name.startswith("UPSTREAM_NAME_")}
+DEFAULT_DATABASE = DEFAULTS["DATABASE"]
 UPSTREAM_VARIABLE = re.compile(
     "^UPSTREAM_([A-Z0-9_]*?)_(%s)$" % "|".join(UpstreamConfig._fields[1:]).upper())
-# Old names, which go on working. The smaller of the two counts.
-RENAMED = dict.fromkeys(("EARLY_STREAM_SECONDS", "STREAM_HEARTBEAT_SECONDS"),
+# Old names, which go on working
+RENAMED = dict.fromkeys(("STREAM_HEARTBEAT_SECONDS", "EARLY_STREAM_SECONDS"),
                         "STREAM_COMMENT_SECONDS")
 
 
 def find_setting(name):
     """Returns the setting of a variable: UPSTREAM_NAME_KEY of UPSTREAM_OPENAI_KEY."""
-    general = UPSTREAM_VARIABLE.sub(r"UPSTREAM_NAME_\2", name)
-    return SETTINGS_BY_NAME.get(RENAMED.get(general, general))
-
-
-def without_secret(name: str, text: Optional[str]) -> Optional[str]:
-    """Returns the text of a variable in Config.texts without a secret."""
-    return "set, not shown" if text is not None and find_setting(name).secret else text
+    return SETTINGS_BY_NAME.get(UPSTREAM_VARIABLE.sub(r"UPSTREAM_NAME_\2", name))
 
 
 # Settings for security: whoever misspells one believes that it is on.
@@ -1104,6 +1131,8 @@ def guard_like(name):
 
 
 def unknown_setting(name):
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}"
     guard = guard_like(name)
     close = difflib.get_close_matches(name.upper(), SETTINGS_BY_NAME, 1, 0.8)
     meant = f": did you mean {guard or close[0]}?" if guard or close else ""
@@ -1134,12 +1163,6 @@ class Config(types.SimpleNamespace):
     admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
     reread: Callable[[], "Config"]  # while a proxy runs: how to read the settings again
 
-    def note_stored_keys(self):
-        """Goes by the defaults for a proxy whose callers have keys in DATABASE."""
-        self.keys_are_stored = True
-        vars(self).update(dict.fromkeys(self.chosen))
-        self.choose_defaults()
-
     @property
     def all_upstreams(self) -> List[UpstreamConfig]:
         """All upstreams: the base first, if it is set."""
@@ -1161,27 +1184,34 @@ class Config(types.SimpleNamespace):
         if self.proxy_api_keys and new.proxy_api_keys is None:
             raise ConfigFaults("PROXY_API_KEYS must not be unset while it runs: anyone opens the"
                                " door to all")
-        if self.keys_are_stored:
-            new.note_stored_keys()
+        new.choose_defaults(self.keys_are_stored)
         for name in self.RELOADED:
-            self.texts[name] = new.texts.get(name)
+            self.texts[name] = new.texts[name]
             setattr(self, name.lower(), getattr(new, name.lower()))
-        names = {*self.texts, *new.texts} - {  # not set by anybody, neither before nor now
-            name.upper() for name in self.chosen if name in new.chosen}
-        return [name for name in sorted(names) if self.texts.get(name) != new.texts.get(name)]
+        return [name for name in sorted({*self.texts, *new.texts})
+                if self.texts.get(name) != new.texts.get(name)]
 
-    def choose_defaults(self):
-        """Sets what depends on other settings."""
-        self.chosen = [name for name in ("host", "stored", "cors_origins")
-                       if getattr(self, name) is None]
-        self.host_is_narrowed = self.host is None and self.pays_for_anyone()
-        self.host = self.host or ("127.0.0.1" if self.host_is_narrowed else "0.0.0.0")
+    def choose_defaults(self, keys_are_stored: bool):
+        """Sets what is not set and depends on other settings, and on whether callers have keys in
+        DATABASE."""
+        self.keys_are_stored = keys_are_stored
         keyed = self.keys_are_asked_for
-        self.stored = self.stored or ("own" if keyed else "pass")
-        if self.cors_origins is None:  # without keys, any page opened here could call
-            self.cors_origins = ("*",) if keyed else ("local",)
-        self.texts.update(HOST=self.host, STORED=self.stored,
-                          CORS_ORIGINS=",".join(self.cors_origins) or "off")
+        self.host_is_narrowed = self.texts["HOST"] is None and self.pays_for_anyone()
+        usual = {"HOST": "127.0.0.1" if self.host_is_narrowed else "0.0.0.0",
+                 "STORED": "own" if keyed else "pass",
+                 # Without keys, any page opened here could call.
+                 "CORS_ORIGINS": ("*",) if keyed else ("local",)}
+        for name, value in usual.items():
+            if self.texts[name] is None:
+                setattr(self, name.lower(), value)
+
+    def texts_in_use(self) -> Iterator[Tuple[str, Optional[str]]]:
+        """Yields variables and what may be shown of their texts."""
+        chosen = {"HOST": self.host, "STORED": self.stored,
+                  "CORS_ORIGINS": ",".join(self.cors_origins) or "off"}
+        for name, text in {**self.texts, **chosen}.items():
+            secret = text is not None and find_setting(name).secret
+            yield name, "set, not shown" if secret else text
 
     def is_open(self) -> bool:
         """Tells whether other machines, or proxies on this one, may call without a key."""
@@ -1233,7 +1263,6 @@ class Config(types.SimpleNamespace):
         names = [upstream.name for upstream in self.all_upstreams]
         return [
             *map(unknown_setting, self.unknown),
-            *(f"{name} is now {RENAMED[name]}" for name in RENAMED if name in self.texts),
             *(f"the rule '{rule.text}' speaks of no upstream there is: {', '.join(names)}"
               for rule in self.limits or () for kind, glob in rule.scopes
               if kind == "upstream" and not fnmatch.filter(names, glob)),
@@ -1405,7 +1434,11 @@ def set_variables(environ, written):
             ("HTTPS_PROXY", environ.get("https_proxy", "")),
             ("NO_PROXY", environ.get("no_proxy", "")),
             *sorted(environ.items())]
-    return {name: text.strip() for name, text in rows if text.strip()}
+    variables = {name: text.strip() for name, text in rows if text.strip()}
+    for old, name in RENAMED.items():
+        if old in variables:
+            variables.setdefault(name, variables[old])
+    return variables
 
 
 def shown_value(text, secret=False):
@@ -1469,27 +1502,19 @@ def usual_dialect(name, urls):
     return name if name in DIALECT_NAMES and (own_paths or name not in BESIDE_V1) else None
 
 
-def take_old_names(values, texts, variables):
-    old = [values[name] for name in RENAMED if values.get(name)]
-    if old and "STREAM_COMMENT_SECONDS" not in variables:
-        values["STREAM_COMMENT_SECONDS"] = min(old)
-        texts["STREAM_COMMENT_SECONDS"] = f"{min(old):g}"
-
-
 def read_config(environ: Texts, dotenv: str = "") -> Config:
     """Returns the settings. Raises ConfigFaults with all faults at once."""
     written, faults = read_dotenv(dotenv)
     variables = set_variables(environ, written)
     texts = {**DEFAULTS, **{name: text for name, text in variables.items() if find_setting(name)}}
     values = read_values(texts, faults)
-    take_old_names(values, texts, variables)
     config = Config(
         texts=texts,
         unknown=[name for name in variables if name not in (OPENSSL_FILE, *texts) and (
-            name in written or looks_like_a_setting(name))],
+            name in written or name in RENAMED or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
-    config.choose_defaults()
+    config.choose_defaults(False)
     if not config.speaks_https():  # it is for other programs then, of any kind
         config.https_proxy = texts["HTTPS_PROXY"] = None
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
@@ -16047,7 +16072,7 @@ def keys_to_go_by(config: Config, database: Optional[Database], secret: bytes,
     keys = stored_keys(database, secret, say)
     keys.closed = keys.closed or config.keys_are_stored
     if keys.closed:
-        config.note_stored_keys()
+        config.choose_defaults(True)
     return keys
 
 
@@ -16936,8 +16961,8 @@ class Admin:
 
     async def config(self, _):
         config = self.proxy.config
-        rows = [{"name": name, "value": without_secret(name, text),
-                 "default": find_setting(name).default} for name, text in config.texts.items()]
+        rows = [{"name": name, "value": text, "default": find_setting(name).default}
+                for name, text in config.texts_in_use()]
         return {"settings": rows, "warnings": config.warnings()}
 
 
@@ -19088,8 +19113,8 @@ def models_listed_by(upstream):
 def check(config):
     """Prints what would be used, and the models of each address; returns the exit code."""
     faults = list(faults_of_start(config))
-    for name, text in config.texts.items():
-        line = re.sub(r";?\s*\n\s*", "; ", without_secret(name, text) or "not set")
+    for name, text in config.texts_in_use():
+        line = re.sub(r";?\s*\n\s*", "; ", text or "not set")
         print(f"{name:<29} {visible(line)}")
     for line in [*greeting(config)[1:], *["fault: " + fault for fault in faults]]:
         print(visible(line))
@@ -19172,7 +19197,7 @@ def look_at_database(config):
     if database:
         with suppress(sqlite3.Error), closing(database):
             if is_closed(database.execute):
-                config.note_stored_keys()
+                config.choose_defaults(True)
     if os.path.exists(lock_name(path)):
         with lock_for_service(path) or nullcontext():
             pass

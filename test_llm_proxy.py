@@ -13531,7 +13531,7 @@ class KeysTest(KeysCase):
         settings = {"UPSTREAM_OPENAI_KEY": "sk", "UPSTREAM_OPENAI_MODELS": "*"}
         config = read_config(settings)
         self.assertEqual(config.host, "127.0.0.1")
-        config.note_stored_keys()
+        config.choose_defaults(True)
         self.assertEqual(config.host, "0.0.0.0")
         self.assertEqual(config.warnings(), [])
         self.assertEqual(config.take(read_config(settings)), [])  # nothing has changed
