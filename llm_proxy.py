@@ -3168,64 +3168,43 @@ class Prices:
 HabitName = Union[str, Tuple[str, int]]
 
 
-class Habits:
-    """What calls were seen to use, by name: (how many calls showed it, its mean over the last
-    MEMORY). That is the share of output that nobody sees, `hidden`; the weight of text for a token,
-    by (side, kind of text); and `peak`, the output that only one in twenty of the `recent` calls
-    without a limit exceeded."""
-    __slots__ = "calls known recent".split()
-    MEMORY = 20
-
-    def __init__(self):
-        self.calls = 0
-        self.known: Dict[HabitName, Tuple[int, float]] = {}
-        self.recent: List[int] = []
-
-    def move(self, name: HabitName, value: float):
-        """Adds to a moving mean; the first values count fully."""
-        count, mean = self.known.get(name, (0, 0.0))
-        count = min(count + 1, self.MEMORY)
-        self.known[name] = count, mean + (value - mean) / count
-
-    def note_output(self, tokens: int):
-        self.recent = [*self.recent[1 - self.MEMORY:], tokens]
-        count = len(self.recent)
-        self.known["peak"] = count, sorted(self.recent)[-1 - count // 20]
-
-
 class ModelHabits:
-    """The habits of a model's callers, each for itself, so that nobody teaches what others pay.
-    What a caller has shown in few calls yet is taken for the one in the middle of all, within
-    bounds."""
+    """What callers of a model were seen to use in their last calls, by name: the share of output
+    that nobody sees, `hidden`; the weight of text for a token, by (side, kind of text); and the
+    output of calls without a limit, `peak`. Each is known for itself, so that nobody teaches what
+    others pay. What a caller has shown in few calls yet is taken for the one in the middle of all,
+    within bounds."""
     CALLERS = 50
+    MEMORY = 50
     FEW = 3
     OWN_RATIOS = 0.5, 8
     OTHERS_RATIOS = 2, 6
 
     def __init__(self):
-        self.callers: "OrderedDict[CallerKey, Habits]" = OrderedDict()
-        self.usual: Dict[HabitName, float] = {}
+        self.callers: "OrderedDict[CallerKey, Dict[HabitName, deque]]" = OrderedDict()
+        self.usual: Dict[HabitName, float] = {}  # forgotten when somebody teaches
 
     def expect(self, caller: CallerKey, name: HabitName, default: float = 0) -> float:
         """Returns what to expect of a caller."""
-        own = self.callers.get(caller)
-        count, value = own.known.get(name, (0, 0)) if own else (0, 0)
-        return value if count >= self.FEW else self.usual.get(name, default)
+        values = self.callers.get(caller, {}).get(name, ())
+        if len(values) >= self.FEW:
+            return self.typical(name, values)
+        if name not in self.usual:
+            typical = sorted([self.typical(name, own[name]) for own in self.callers.values()
+                              if own.get(name)]) or [default]
+            usual = typical[len(typical) // 2]
+            self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if type(name) is tuple else usual
+        return self.usual[name]
 
-    def refresh(self):
-        """Finds again the median of the callers' values."""
-        by_name = defaultdict(list)
-        for one in self.callers.values():
-            for name, (_, value) in one.known.items():
-                by_name[name].append(value)
-        for name, values in by_name.items():
-            usual = sorted(values)[len(values) // 2]
-            is_ratio = type(name) is tuple
-            self.usual[name] = clamp(usual, self.OTHERS_RATIOS) if is_ratio else usual
+    def typical(self, name, values):
+        """Returns the mean, or the peak, which only one in the last twenty exceeded."""
+        if name == "peak":
+            last = sorted(list(values)[-20:])
+            return last[-1 - len(last) // 20]
+        return sum(values) / len(values)
 
 
-LEARN_ALL = 50      # first calls of a caller to a model, of which each teaches something
-LEARN_SHARE = 0.05  # share of the later ones: counting takes time
+LEARN_SHARE = 0.05  # of the calls of a caller that is well known: counting takes time
 
 
 class CostEstimator:
@@ -3361,36 +3340,35 @@ class CostEstimator:
         name = fold_model(call.upstream_model)
         model = self.models.get(name) or put_newest(
             self.models, name, ModelHabits(), KNOWN_MODELS)
-        own = model.callers.get(caller) or put_newest(
-            model.callers, caller, Habits(), model.CALLERS)
-        own.calls += 1
-        if self.needs_estimate:
-            limit, outputs = call.output_limit()
-            if not limit or used.output > model.expect(caller, "peak") * outputs:
-                own.note_output(used.output // outputs)
-        if own.calls <= LEARN_ALL or random.random() < LEARN_SHARE:
+        own = model.callers.get(caller) or put_newest(model.callers, caller, defaultdict(
+            partial(deque, maxlen=model.MEMORY)), model.CALLERS)
+        limit, outputs = call.output_limit()
+        if self.needs_estimate and (
+                not limit or used.output > model.expect(caller, "peak") * outputs):
+            own["peak"].append(used.output // outputs)
+        if len(own["hidden"]) < model.MEMORY or random.random() < LEARN_SHARE:
             self.models.move_to_end(name)  # often enough for models that are called often
             model.callers.move_to_end(caller)
             self.learn_ratios(call, own, used, source)
-            model.refresh()
+            model.usual.clear()
 
     def learn_ratios(self, call, own, used, source):
         """Learns from long texts alone: in short ones the words around them would count too
         much."""
+        bounds = ModelHabits.OWN_RATIOS
         if self.needs_estimate and used.input:
             weight, media, kind = call.prompt_length()
             if weight >= 64 and not media:
-                ratio = weight / kind.scale / used.input
-                own.move(("input", kind.number), clamp(ratio, ModelHabits.OWN_RATIOS))
+                own["input", kind.number].append(clamp(weight / kind.scale / used.input, bounds))
         weight = source.output_characters() / source.kind.scale if used.output >= 16 else 0
         if weight:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
-            elif weight < seen * ModelHabits.OWN_RATIOS[0]:
+            elif weight < seen * bounds[0]:
                 seen = ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
-            own.move("hidden", min(0.9999, 1 - seen / used.output))
-            own.move(("output", source.kind.number), clamp(weight / seen, ModelHabits.OWN_RATIOS))
+            own["hidden"].append(min(0.9999, 1 - seen / used.output))
+            own["output", source.kind.number].append(clamp(weight / seen, bounds))
 
 
 # --------------------------------------------------------------------------------------------------
