@@ -3385,8 +3385,7 @@ MAX_JSON_PARTS = 160_000
 # The same and back slashes, in strings, too: these are 10 MB of prose.
 MAX_JSON_MARKS = 4_000_000
 MAX_BACK_SLASHES = 1_000_000  # an escape takes ten times as long as another character
-LONG_NUMBER = 400     # digits; an integer of more takes too long to read
-MANY_NUMBERS = 50_000  # commas outside of strings: each is read without a function of ours
+LONG_NUMBER = 640     # digits; an integer of more takes too long to read
 # Nothing else need be looked at. The letters are those that may follow a back slash.
 MARKS = b'[{]}"\\,:.ebfnrtu'
 NO_MARKS = bytes(set(range(256)) - set(MARKS))
@@ -3406,17 +3405,8 @@ def is_too_complex(data):
     commas = outside.count(b",")
     if len(outside) - commas // 2 > MAX_JSON_PARTS:
         return True
-    if commas > MANY_NUMBERS and may_have_long_number(data):
-        return True
     levels = itertools.accumulate(array.array("b", outside.translate(STEPS)))
     return MAX_JSON_DEPTH + 1 in levels  # levels change by one
-
-
-def may_have_long_number(data):
-    """Returns False where no number can have LONG_NUMBER digits: it would fill one of the pieces
-    that are looked at."""
-    half = LONG_NUMBER // 2
-    return any(data[at:at + half].isdigit() for at in range(0, len(data), half))
 
 
 def unique(pairs):
@@ -3456,7 +3446,13 @@ def cut_text(value, sizes):
     return value
 
 
-def strict_decoder(hook, parse_int):
+HAS_DIGIT_LIMIT = hasattr(sys, "set_int_max_str_digits")  # older releases of 3.9, 3.10 have none
+if HAS_DIGIT_LIMIT:
+    sys.set_int_max_str_digits(LONG_NUMBER)
+
+
+def strict_decoder(hook):
+    parse_int = int if HAS_DIGIT_LIMIT else short_integer  # which takes ten times as long
     return json.JSONDecoder(object_pairs_hook=hook, parse_float=finite, parse_int=parse_int,
                             parse_constant=finite)
 
@@ -3464,8 +3460,7 @@ def strict_decoder(hook, parse_int):
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HAS_SCANNER = json.scanner.c_make_scanner is not None
 PLAIN_JSON = json.JSONDecoder()
-STRICT_JSON = strict_decoder(unique, short_integer)
-QUICK_JSON = strict_decoder(unique, int)  # for JSON without long numbers
+STRICT_JSON = strict_decoder(unique)
 
 
 KEY_END = re.compile(r'"\s*:')  # may also match inside a string
@@ -3494,7 +3489,7 @@ def decode_json(data, decoder=PLAIN_JSON):
         raise ValueError("nested too deeply, too complex, or not valid JSON")
     try:
         text = data.decode().strip(" \t\r\n")
-        if not HAS_SCANNER and decoder in (PLAIN_JSON, QUICK_JSON):
+        if not HAS_SCANNER and decoder in (PLAIN_JSON, STRICT_JSON):
             value = json.loads(text)  # PyPy: ten times as fast
             if decoder is PLAIN_JSON or was_strict(text, value):
                 return value
@@ -3573,13 +3568,10 @@ class JsonBody:
 
     def parse(self) -> JsonObject:
         """Raises BadRequest."""
-        decoder, parse_int = STRICT_JSON, short_integer
-        asks = not HAS_SCANNER or self.short.count(b",") > MANY_NUMBERS  # to look takes time, too
-        if len(self.short) <= LONG_NUMBER or (asks and not may_have_long_number(self.short)):
-            decoder, parse_int = QUICK_JSON, int
+        decoder = STRICT_JSON
         if self.cuts:
             sizes = {mark.decode(): 32 + cut.stop - cut.start for mark, cut in self.cuts.items()}
-            decoder = strict_decoder(partial(with_cuts, sizes), parse_int)
+            decoder = strict_decoder(partial(with_cuts, sizes))
         try:
             payload = decode_json(self.short, decoder)
         except ValueError as error:
@@ -4630,6 +4622,10 @@ class Dialect:
     name = ""
     # The metered endpoints, by the end of their paths; in any spelling they are reached by that.
     ENDPOINTS = {}
+    # A header of its clients alone, and paths that no other API has, in lower case
+    FIELD = ""
+    PATH = re.compile("(?!)")
+    STREAMS = ()  # ends of paths that ask for a stream where the payload does not say
     # What stands before the model in a path, the model, and what stands behind.
     MODEL_IN_PATH = re.compile(
         "(.*/models/(?=[^/]+:[^/:]+$)|/openai/deployments/)([A-Za-z0-9_.@-]{1,256})([/:].+)")
@@ -4763,16 +4759,14 @@ class Dialect:
     def claims(self, path, fields):
         """Returns whether a request is one of this API, though nothing of it is metered; `path` is
         in lower case."""
-        return False
-
-    def has_endpoint(self, path):
-        """Returns whether a path, as `fold_path` has it, that ends like one of ENDPOINTS is one."""
-        return True
+        return self.FIELD in fields or bool(self.PATH.search(path))
 
     def requested(self, path, payload):
         """Returns the model that a call asks for, of any type, and whether it asks for a stream."""
         in_path = self.MODEL_IN_PATH.fullmatch(path)
-        return in_path[2] if in_path else payload.get("model"), payload.get("stream") is True
+        stream = payload.get("stream")
+        return (in_path[2] if in_path else payload.get("model"),
+                stream is True or stream is None and path.endswith(self.STREAMS))
 
     def with_model(self, path, payload, model):
         """Returns the path and the payload of a call of this model, wherever they name one."""
@@ -5438,6 +5432,7 @@ class Anthropic(Dialect):
     ENDPOINTS = table_of("""
         /messages messages
         /count_tokens count""")
+    FIELD = "anthropic-version"
     PATH = re.compile("(?:^|/v1)/messages(?:/|$)")  # others have messages, too
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
@@ -5467,12 +5462,6 @@ class Anthropic(Dialect):
 "last_id": %(last)s}"""
     MODEL = """{"type": "model", "id": "%(name)s", "display_name": "%(name)s", \
 "created_at": "1970-01-01T00:00:00Z"}"""
-
-    def claims(self, path, fields):
-        return "anthropic-version" in fields or bool(self.PATH.search(path))
-
-    def has_endpoint(self, path):
-        return not path.endswith("/messages") or bool(self.PATH.search(path))
 
 
 GENERATED = """{"candidates": [{"content": {"parts": [{"text": %(text)s}], "role": "model"}, \
@@ -5531,7 +5520,8 @@ class Gemini(Google):
         :embedContent embed
         :batchEmbedContents embed
         :countTokens count""")
-    METHODS = tuple(map(str.lower, ENDPOINTS))
+    PATH = re.compile("^/v1beta/(?!openai/)|(?:%s)$" % "|".join(ENDPOINTS), re.IGNORECASE)
+    STREAMS = ":streamGenerateContent"
     MODEL_IN_PATH = re.compile("(.*/)([^/]*)(:[^/:]*)")
     LIST_PATHS = ("/v1beta/models",)
     USAGE_MARK = b'"usageMetadata"'
@@ -5552,12 +5542,11 @@ class Gemini(Google):
     MODEL_KEYS = ("name",)
 
     def claims(self, path, fields):
-        google = "x-goog-api-key" in fields and "authorization" not in fields
-        beta = path.startswith("/v1beta/") and not path.startswith(OPENAI_AT_GEMINI)
-        return google or beta or path.endswith(self.METHODS)
+        key_alone = "x-goog-api-key" in fields and "authorization" not in fields
+        return key_alone or super().claims(path, fields)
 
     def requested(self, path, payload):
-        return super().requested(path, payload)[0], path.endswith(":streamGenerateContent")
+        return super().requested(path, {})
 
     def with_model(self, path, payload, model):
         """Returns the path and the payload of a call of this model; in the payload the model is
@@ -5667,6 +5656,7 @@ class Ollama(Dialect):
         /api/embed embed
         /api/embeddings embed
         /api/show count""")
+    PATH = re.compile("^/api/(?!v[0-9])")  # others have versions there
     STREAMS = ("/chat", "/generate")
     MODELS_PATH = "/api/tags"
     LISTED = ("models", "name")
@@ -5688,13 +5678,6 @@ class Ollama(Dialect):
     MODEL_KEYS = ("name", "model")
     MODEL = """{"name": "%(name)s", "model": "%(name)s", \
 "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "", "details": {}}"""
-
-    def claims(self, path, fields):
-        return bool(re.match("/api/(?!v[0-9])", path))  # others have versions there
-
-    def requested(self, path, payload):
-        streams = path.endswith(self.STREAMS) and payload.get("stream") is not False
-        return payload.get("model"), streams
 
     def place(self, path, dialect, metered):
         if not path.startswith(("/api/", "/v1/")) and path != "/":
@@ -5832,7 +5815,8 @@ class Dialects:
         dialect, endpoint, end = next(
             (row for end, row in self.ends.items() if folded.endswith(end)), (None, None, ""))
         # Counting is read for its model alone, where that chooses the upstream.
-        if method != "POST" or endpoint is None or not dialect.has_endpoint(self.split(folded)[1]):
+        is_others = endpoint == "messages" and not dialect.PATH.search(self.split(folded)[1])
+        if method != "POST" or endpoint is None or is_others:
             return None, None if method in FREE_METHODS else UNKNOWN, path
         if endpoint == "count" and not self.reads_counts and PLAIN_PATH.fullmatch(path):
             return None, None, path
