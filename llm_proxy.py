@@ -362,25 +362,7 @@ SCOPE_SHAPE = r"(each|all|address|(key|team|model|upstream):[^\s,]{1,200})"
 AMOUNT_SHAPE = "(?=.*[1-9])[0-9]{1,12}"
 USD_SHAPE = r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
 ZONE_SHAPE = "[A-Za-z0-9_+/-]{1,64}"
-RULE_WORDS = (  # the shape of each word of a rule, and what it should be; N is an amount
-    (f"{SCOPE_SHAPE}(,{SCOPE_SHAPE})*",
-     "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB"),
-    ("N|unlimited", "an amount above 0, of at most 12 digits (usd: 6), or unlimited"),
-    ("|".join(UNITS[:6]), "requests, tokens, input_tokens, output_tokens, usd or running"),
-    ("per", "per"),
-    ("second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]",
-     "second, minute, hour, day, week, month, such as 30s, 5m, 12h, 7d, or calendar"),
-    ("(burst|window)?", "burst N, window or the end"),
-    ("N", "an amount above 0"),
-    ("", "the end"))
-CALENDAR_WORDS = (*RULE_WORDS[:4],
-                  ("calendar", "calendar"),
-                  ("day|week|month", "day, week or month"),
-                  ("(in)?", "in ZONE or the end"),
-                  (ZONE_SHAPE, "a time zone such as Europe/Berlin"),
-                  ("", "the end"))
-JOINED_SCOPES = ("(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?",
-                 "scopes that can be joined")
+JOINED_SCOPES = "(all|(address)?,?(caller)?),?(model)?,?(team)?,?(upstream)?"
 
 
 class Rule(NamedTuple):
@@ -423,22 +405,61 @@ def rules(text, scope=""):
 
 
 def read_rule(text):
-    words = text.split(" ") + [""] * 7
-    scope, amount, unit, _, length, kind, burst, zone = words[:8]
+    scope, amount, unit, length, kind, burst, zone = read_words(text)
     scopes = tuple(part.partition(":")[::2] for part in scope.split(","))
     kinds = sorted("caller" if kind in ("each", "key") else kind for kind, _ in scopes)
-    check_rule(text, words, ",".join(kinds))
-    if length == "calendar":
-        length, burst, zone = kind, "", zone or "UTC"
+    require_word(re.fullmatch(JOINED_SCOPES, ",".join(kinds)), text, scope,
+                 "scopes that can be joined")
+    require_zone(zone)
     window = kind.replace("burst", "")
     rate, capacity = count_units(amount, unit), count_units(burst or amount, unit)
-    interval = read_duration(length) if unit != "running" else inf
+    interval = read_duration(kind if zone else length) if length else inf
     grain = NANODOLLAR if unit == "usd" else 1
     # A bucket gains this at a time, every 1 ms or more: clocks are no finer.
     refill = max(1, rate // (interval * 1000 * grain)) * grain
     return Rule(text, scopes, UNITS.index(unit), None if amount == "unlimited" else capacity,
                 ANEW if window else refill, interval if window else interval * refill / rate,
                 (rate, interval), (tuple(kinds), unit, interval, window), window, zone)
+
+
+def read_words(text):
+    """Returns the words of a rule that say something, "" for those that it does not have. Raises
+    ValueError that names the first word which is wrong."""
+    words = text.split(" ")
+    number = USD_SHAPE if words[2:3] == ["usd"] else AMOUNT_SHAPE
+    rest = iter(words)
+
+    def word(shape, right):
+        value = next(rest, "")
+        require_word(re.fullmatch(shape, value), text, value, right)
+        return value
+
+    scope = word(f"{SCOPE_SHAPE}(,{SCOPE_SHAPE})*",
+                 "each, all, address, key:GLOB, team:GLOB, model:GLOB or upstream:GLOB")
+    amount = word(number + "|unlimited",
+                  "an amount above 0, of at most 12 digits (usd: 6), or unlimited")
+    unit = word("|".join(UNITS[:6]),
+                "requests, tokens, input_tokens, output_tokens, usd or running")
+    length = kind = burst = zone = ""
+    if unit != "running":
+        word("per", "per")
+        length = word(
+            "second|minute|hour|day|week|month|[1-9][0-9]{0,5}[smhd]|calendar",
+            "second, minute, hour, day, week, month, such as 30s, 5m, 12h, 7d, or calendar")
+        if length == "calendar":
+            kind, zone = word("day|week|month", "day, week or month"), "UTC"
+            if word("(in)?", "in ZONE or the end"):
+                zone = word(ZONE_SHAPE, "a time zone such as Europe/Berlin")
+        else:
+            kind = word("(burst|window)?", "burst N, window or the end")
+            burst = word(number, "an amount above 0") if kind == "burst" else ""
+    word("", "the end")
+    return scope, amount, unit, length, kind, burst, zone
+
+
+def require_word(good, text, word, right):
+    require(good, "must be rules such as 'each 60 requests per minute', with ; between;"
+            " in '%s' %s should be %s" % (text, f"the word '{word}'" if word else "the end", right))
 
 
 def count_units(amount, unit):
@@ -461,6 +482,13 @@ def time_zone(name: str) -> Optional[datetime.tzinfo]:
     return None
 
 
+def require_zone(name):
+    missing = "" if time_zone("Europe/Berlin") else (
+        ": this machine has no time zone data, install its package tzdata")
+    require(not name or time_zone(name), "must name time zones that are known here, which"
+            f" '{name}' is not{missing}")
+
+
 age = pattern("[1-9][0-9]{0,5}[sm]|[1-9][0-9]{0,4}h|[1-9][0-9]{0,3}d",
               "must be such as 15m, 12h or 30d, and at most 9999d",
               lambda match: read_duration(match[0]))
@@ -472,29 +500,6 @@ def read_amount(text, unit):
     require(unit in UNITS[:5] and re.fullmatch(shape, text), "must be an amount above 0, such as 2,"
             " of requests, tokens, input_tokens, output_tokens or usd")
     return count_units(text, unit)
-
-
-def check_rule(text, words, kinds):
-    """Raises ValueError that names the first word which is wrong."""
-    amount = USD_SHAPE if words[2] == "usd" else AMOUNT_SHAPE
-    rows = RULE_WORDS if words[5] else RULE_WORDS[:6]
-    if words[2] == "running":
-        rows = RULE_WORDS[:3] + RULE_WORDS[-1:]
-    elif words[4] == "calendar":
-        rows = CALENDAR_WORDS if words[6] else CALENDAR_WORDS[:7]
-    elif words[5] == "window":
-        rows = RULE_WORDS[:6] + RULE_WORDS[-1:]
-    checks = [*zip(words, words, rows), (kinds, words[0], JOINED_SCOPES)]
-    for value, word, (shape, right) in checks:
-        require(re.fullmatch(shape.replace("N", amount), value),
-                "must be rules such as 'each 60 requests per minute', with ; between;"
-                " in '%s' %s should be %s" % (
-                    text, f"the word '{word}'" if word else "the end", right))
-    if rows is CALENDAR_WORDS:
-        missing = "" if time_zone("Europe/Berlin") else (
-            ": this machine has no time zone data, install its package tzdata")
-        require(time_zone(words[7]), "must name time zones that are known here, which"
-                f" '{words[7]}' is not{missing}")
 
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
@@ -19473,12 +19478,6 @@ def handle_signals(loop, actions):
     loop.add_reader(receiver, on_signals, sender)  # both ends must stay referenced
 
 
-USAGE_OPTIONS = """\
---since  7d         9999d  only the last minutes (30m), hours (12h) or days (7d)
---caller NAME       -      only the calls of this caller
---id     REQUEST_ID -      all that is known of one call
---json   -          -      print JSON
---csv    -          -      print CSV""".splitlines()
 GROUPS = (*SUM_KEYS, "outcome", "day")
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 
@@ -19656,16 +19655,6 @@ def version_line():
 
 
 DEFAULT_PAYLOAD = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}'
-BENCH_OPTIONS = """\
---endpoint    PATH /v1/chat/completions what to call there
---key         KEY  - a key to call with
---model       NAME - the model to ask for; else the payload's, or the first listed
---payload     JSON - what to ask; else a short question
---requests    N    1000 how many calls
---concurrency N    50 how many at once
---stream      -    - ask for streams
---output      text|json text what to print
-url           URL  - of the proxy or endpoint, with or without /v1""".splitlines()
 
 
 def bench_of(options, environ):
@@ -19914,46 +19903,59 @@ resident: process_resident_memory_bytes and on (job, instance) llm_proxy_build_i
 PERCENTILE = "histogram_quantile(0.%d, sum by (le) (rate(llm_proxy_%s_bucket[5m])))"
 
 
+# A dashboard without its panels, for any data source of Prometheus's kind
+GRAFANA = json.loads("""{
+    "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": true,
+    "refresh": "30s", "time": {"from": "now-6h", "to": "now"},
+    "templating": {"list": [{"name": "source", "label": "Data source", "type": "datasource",
+                             "query": "prometheus"}]}}""")
+
+
 def grafana_panel(number, head, *rows):
     source = {"type": "prometheus", "uid": "${source}"}
     title, _, unit = head.rpartition(", ")
-    shown = [row.split(": ", 1) for row in rows]
-    if len(shown[0]) == 1:
-        shown = [(f"p{share}", PERCENTILE % (share, rows[0])) for share in (50, 95, 99)]
-    targets = [
-        {"refId": chr(ord("A") + row), "datasource": source, "legendFormat": legend,
-         "expr": query.replace("5m", "$__rate_interval")}
-        for row, (legend, query) in enumerate(shown)]
+    if ": " not in rows[0]:
+        rows = [f"p{share}: " + PERCENTILE % (share, rows[0]) for share in (50, 95, 99)]
+    shown = [row.replace("5m", "$__rate_interval").partition(": ") for row in rows]
     return {
         "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
         "gridPos": {"x": number % 2 * 12, "y": number // 2 * 8, "w": 12, "h": 8},
         "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
-        "targets": targets}
+        "targets": [{"refId": letter, "datasource": source, "legendFormat": legend, "expr": query}
+                    for letter, (legend, _, query) in zip("ABC", shown)]}
 
 
-def grafana_dashboard():
-    """Returns the JSON model of a dashboard, for any data source of Prometheus's kind."""
+def grafana_command(*_):
+    """Prints the JSON model of a dashboard."""
     panels = [grafana_panel(number, *panel.split("\n"))
               for number, panel in enumerate(PANELS.split("\n\n"))]
-    return {
-        "title": "llm_proxy", "uid": "llm_proxy", "schemaVersion": 39, "editable": True,
-        "refresh": "30s", "time": {"from": "now-6h", "to": "now"}, "panels": panels,
-        "templating": {"list": [{"name": "source", "label": "Data source", "type": "datasource",
-                                 "query": "prometheus"}]}}
-
-
-def grafana_command(_, settings):
-    print(json.dumps(grafana_dashboard(), indent=2))
+    print(json.dumps({**GRAFANA, "panels": panels}, indent=2))
     return 0
 
 
-COMMANDS = {
-    "usage": (usage_command, "print who used what, from DATABASE; see usage --help"),
-    "prices": (prices_command, "print the prices that are known, or update a file of them"),
-    "keys": (keys_command, "make, list and change keys in DATABASE; see keys --help"),
-    "grafana": (grafana_command, "print a dashboard of /metrics, to import in Grafana"),
-    "bench": (bench_command, "time calls to a URL; see bench --help"),
-    "selftest": (selftest_command, "tell what this machine can do, in half a minute")}
+COMMANDS = {  # what runs them, a sentence, and rows of options, as `add_options` has them
+    "usage": (usage_command, "print who used what, from DATABASE; see usage --help", f"""\
+--by     NAMES... -     what to add up by, caller if it is not said: {", ".join(GROUPS)}
+--since  7d       9999d only the last minutes (30m), hours (12h) or days (7d)
+--caller NAME     -     only the calls of this caller
+--id     ID       -     all that is known of one call
+--json   -        -     print JSON
+--csv    -        -     print CSV"""),
+    "prices": (prices_command, "print the prices that are known, or update a file of them", f"""\
+--update FILE... - fetch a list into a file, by default from {PRICES_URL}; else from a URL"""),
+    "keys": (keys_command, "make, list and change keys in DATABASE; see keys --help", ""),
+    "grafana": (grafana_command, "print a dashboard of /metrics, to import in Grafana", ""),
+    "bench": (bench_command, "time calls to a URL; see bench --help", """\
+--endpoint    PATH      /v1/chat/completions what to call there
+--key         KEY       -    a key to call with
+--model       NAME      -    the model to ask for; else the payload's, or the first listed
+--payload     JSON      -    what to ask; else a short question
+--requests    N         1000 how many calls
+--concurrency N         50   how many at once
+--stream      -         -    ask for streams
+--output      text|json text what to print
+url           URL       -    of the proxy or endpoint, with or without /v1"""),
+    "selftest": (selftest_command, "tell what this machine can do, in half a minute", "")}
 
 
 def parse_arguments(arguments):
@@ -19963,15 +19965,10 @@ def parse_arguments(arguments):
         description="Let many people share an LLM endpoint fairly."
                     "  BASE_API_URL=http://127.0.0.1:8000/v1 python llm_proxy.py")
     parser.add_argument("--version", action="version", version=version_line())
-    parser.add_argument(
-        "--check", action="store_true",
-        help="print what would be used, ask the endpoint for its models, and exit")
-    parser.add_argument(
-        "--demo", action="store_true", help="run in front of a small built-in endpoint")
-    commands = parser.add_subparsers(dest="command")
-    for name, (run, sentence) in COMMANDS.items():
-        commands.add_parser(name, help=sentence).set_defaults(run=run)
-    add_command_options(**commands.choices)
+    add_options(parser, [
+        "--check - - print what would be used, ask the endpoint for its models, and exit",
+        "--demo - - run in front of a small built-in endpoint"])
+    add_commands(parser.add_subparsers(dest="command"))
     try:
         "".join(sys.argv if arguments is None else arguments).encode()
     except UnicodeEncodeError:
@@ -19979,29 +19976,32 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def add_command_options(usage, prices, keys, bench, **_):
-    usage.add_argument("--by", metavar="day,model", action="append",
-                       help="what to add up by, caller if it is not said: " + ", ".join(GROUPS))
-    add_options(usage, USAGE_OPTIONS)
-    prices.add_argument("--update", nargs="+", metavar=("FILE", "URL"),
-                        help="fetch a list into FILE, by default from " + PRICES_URL)
-    add_options(bench, BENCH_OPTIONS)
-    acts = keys.add_subparsers(dest="act", metavar="|".join(KEY_ACTS), required=True)
+def add_commands(commands):
+    for name, (run, sentence, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=sentence)
+        command.set_defaults(run=run)
+        add_options(command, options.splitlines())
+    acts = commands.choices["keys"].add_subparsers(
+        dest="act", metavar="|".join(KEY_ACTS), required=True)
     for act, sentence in KEY_ACTS.items():
-        parser = acts.add_parser(act, help=sentence, description=sentence)
-        add_options(parser, ["name NAME - of the key, or caller"] * (act != "list"))
-        add_options(parser, KEY_OPTIONS.get(act, ()))
+        name = ["name NAME - of the key, or caller"] * (act != "list")
+        add_options(acts.add_parser(act, help=sentence, description=sentence),
+                    name + KEY_OPTIONS.get(act, []))
     acts.choices["give"].add_argument("--for", dest="seconds", metavar="1d",
                                       help="how long; 1d if not said")
 
 
 def add_options(parser, rows):
-    """Adds options: rows of a flag or name, the name of its value or those it may have, - for none,
-    its default, - for none, and a sentence."""
+    """Adds options: rows of a flag or name, the name of its value or values ... or those it may
+    have, - for none, its default, - for none, and a sentence."""
     for flag, value, default, meaning in [row.split(None, 3) for row in rows]:
-        options = {"action": "store_true"} if value == "-" else {"metavar": value}
-        if "|" in value:
+        options = {"metavar": value}
+        if value == "-":
+            options = {"action": "store_true"}
+        elif "|" in value:
             options = {"choices": value.split("|")}
+        elif value.endswith("..."):
+            options = {"metavar": value[:-3], "action": "extend", "nargs": "+"}
         if default != "-":
             options["default"] = default
             meaning += f" [{default}]"
