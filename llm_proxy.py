@@ -13382,133 +13382,123 @@ class Redis(asyncio.Protocol):
         self.waits = [one for one in self.waits if not one[-1].done()]
 
 
-# What holds for both scripts: KEYS[1] is the hash of the process that asks, KEYS[2] the number of
-# the last time that Redis has lost something; `now` is in microseconds since 2020, which a double
-# holds to a fraction; amounts are whole, below 2^53.
+START_OF_2020 = 1577836800
+
+# The time in microseconds since then, which a double holds to a fraction.
 LUA_TIME = """
 local time = redis.call('TIME')
 local now = (time[1] - 1577836800) * 1000000 + time[2]
 """
 
-# Takes, charges and settles for a batch of calls, once: batches of a process have numbers, and one
-# that comes again gets its first answer. A number is missing where Redis has lost what it knew. In
-# ARGV[1] are the number, the mode, the kind and figures of each bucket, then what to do: acts with
-# their arguments. A key's text is 'level stamp (amount until)...', what was given beyond the rule;
-# of running calls '(process count until)...'. No key is a full bucket.
+# Takes, charges and settles for a batch of calls. KEYS[1] has the number of the last batch of this
+# process: any other than the one before this is a 'gap', for Redis has lost something, or the
+# process has begun anew meanwhile. ARGV are the process, and the number, the kind and figures of
+# each bucket, then what to do: acts with their arguments. Amounts are whole, below 2^53.
 #
-# The mode is '-', or 'put' for levels that are put back, 'last' once all are, both with the number
-# of the loss. What Redis has lost each process puts back as it saw it last, and charges again what
-# it had no answer for. They saw it at different times, between different losses. So a text also
-# tells what was charged after each loss of the last minute, 'loss:amount,...'; without that it is
-# what was there before. Of several that are put back the least of these counts, less the most that
-# was seen of each of those. A charge that others saw before its process was told counts twice: to
-# know it again, each text and each answer would have to tell what each process has charged.
+# A bucket's text is 'level stamp birth (amount until)... |process=amount...': the gifts beyond the
+# rule, and what each process has taken since the bucket was full, at `birth`; of running calls it
+# is '(process count until)...'. No key is a full bucket. As a text tells what is whose, a process
+# that does not know what became of its last batches sets its part back to what it saw, and sends
+# them again. What Redis has lost each puts back as it saw it last: of several texts together the
+# level is what has come in, which is its level and all that was taken, less what each has taken.
 LUA_BATCH = LUA_TIME + """
-local words = string.gmatch(ARGV[1], '%S+')
+local me, words = ARGV[1], string.gmatch(ARGV[2], '%S+')
 local function number() return tonumber(words()) end
-local sequence, mode = number(), words()
-local last = tonumber(redis.call('HGET', KEYS[1], 'last') or 0)
+local function text(value) return string.format('%.0f', value) end
+local sequence = number()
 local unpack = unpack or table.unpack
-local found = redis.call('MGET', unpack(KEYS, 2))
-local loss = found[1] or '0'
-if mode == 'put' or mode == 'last' then
-  if words() ~= loss then return 'gap' end  -- all was lost again meanwhile
-elseif mode == '-' and sequence > last + 1 then
-  return 'gap'
-end
-if sequence <= last then return redis.call('HGET', KEYS[1], sequence % 32) or '' end
+local found = redis.call('MGET', unpack(KEYS))
+if tonumber(found[1] or 0) ~= sequence - 1 then return 'gap' end
+redis.call('SET', KEYS[1], text(sequence), 'PX', 86400000)
 
-local function read_since(text)
-  local since = {}
-  for one, amount in string.gmatch(text, '(%d+):(%-?%d+)') do
-    if loss - one < 60000000 then since[one] = tonumber(amount) end
-  end
-  return since
-end
-local function sum(since)
+local function taken(b)
   local total = 0
-  for _, amount in pairs(since) do total = total + amount end
+  for _, amount in pairs(b.own) do total = total + amount end
   return total
 end
-
+local function begin(b, stamp, level)
+  b.level, b.stamp, b.birth, b.own = level, stamp, now, {}
+end
 local pass = {}
+function pass.running() end
 function pass.bucket(b)  -- it is refilled by whole intervals
   local steps = math.floor((now - b.stamp + 2) / b.interval)
   if steps > 0 then
     b.level = b.level + steps * b.refill
     b.stamp = b.stamp + steps * b.interval
   end
-  if b.level >= b.room then
-    b.level, b.stamp, b.since = b.room, now, {}
-  end
+  if b.level >= b.room then begin(b, now, b.room) end
   b.full_in = math.ceil((b.room - b.level) / b.refill) * b.interval + b.stamp - now
 end
-local function begin(b, stamp)
-  b.level, b.stamp, b.since = math.min(b.room, math.max(b.level, b.capacity)), stamp, {}
-end
 function pass.window(b)  -- it begins with its first call
-  if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then begin(b, now) end
+  if b.level >= b.capacity or now - b.stamp + 2 >= b.interval then
+    begin(b, now, math.max(b.level, b.capacity))
+  end
   b.full_in = b.stamp + b.interval - now
 end
-function pass.date(b)  -- a day, a week or a month
-  if b.stamp ~= b.began then begin(b, b.began) end
-  b.full_in = b.ends - now
+function pass.date(b)  -- a day, a week or a month; clocks of processes may be off by 2 s
+  if math.abs(b.stamp - b.began) > 2000000 then
+    begin(b, b.began, math.max(b.level, b.capacity))
+  end
+  b.stamp, b.full_in = b.began, b.ends - now
 end
 
-local function read_running(text)
-  local b = {kind = 'running', capacity = number(), rows = {}, own = 0, stamp = now}
-  b.level = b.capacity
-  for process, count, ends in string.gmatch(text, '(%S+) (%d+) (%d+)') do
-    if tonumber(ends) > now then
-      b.level = b.level - count
-      if process == ARGV[2] then b.own = tonumber(count)
-      else b.rows[#b.rows + 1] = process .. ' ' .. count .. ' ' .. ends end
-    end
-  end
-  return b
-end
-local function read(text)
-  local kind = words()
-  if kind == 'running' then return read_running(text) end
-  local b = {kind = kind, known = text ~= '', capacity = number(), given = {}, extra = 0}
-  if kind == 'bucket' then b.refill, b.interval = number(), number() end
-  if kind == 'window' then b.interval = number() end
-  if kind == 'date' then
+local function read_figures()
+  local figures = {kind = words(), capacity = number()}
+  if figures.kind == 'bucket' then figures.refill, figures.interval = number(), number() end
+  if figures.kind == 'window' then figures.interval = number() end
+  if figures.kind == 'date' then
     local before, began, ends, after = number(), number(), number(), number()
     if now < began then began, ends = before, began end
     if now >= ends then began, ends = ends, after end
-    b.began, b.ends = began, ends
+    figures.began, figures.ends = began, ends
   end
-  local plain, since = string.match(text, '^(.*) since (%S+)$')
-  b.since = read_since(since or '')
+  return figures
+end
+local function read_running(b, text)
+  b.stamp, b.birth, b.ends = now, 0, {}
+  for process, count, ends in string.gmatch(text, '(%S+) (%d+) (%d+)') do
+    if tonumber(ends) > now then b.own[process], b.ends[process] = tonumber(count), ends end
+  end
+  b.room, b.level = b.capacity, b.capacity - taken(b)
+end
+local function read(figures, text)
+  local b = setmetatable({given = {}, own = {}, extra = 0}, {__index = figures})
+  if b.kind == 'running' then
+    read_running(b, text)
+    return b
+  end
+  local head, rest = string.match(text, '^([^|]*)|?(.*)$')
   local numbers = {}
-  for word in string.gmatch(plain or text, '%S+') do numbers[#numbers + 1] = tonumber(word) end
-  for i = 3, #numbers, 2 do
+  for word in string.gmatch(head, '%S+') do numbers[#numbers + 1] = tonumber(word) end
+  for process, amount in string.gmatch(rest, '(%S+)=(%S+)') do
+    b.own[process] = tonumber(amount)
+  end
+  for i = 4, #numbers - 1, 2 do
     if numbers[i + 1] > now then
       b.given[#b.given + 1] = {numbers[i], numbers[i + 1]}
       b.extra = b.extra + numbers[i]
     end
   end
   b.room = b.capacity + b.extra
-  b.level, b.stamp = math.min(b.room, numbers[1] or b.room), numbers[2] or b.began or now
-  pass[kind](b)
+  b.level = math.min(b.room, numbers[1] or b.room)
+  b.stamp, b.birth = numbers[2] or b.began or now, numbers[3] or now
+  b.known = numbers[1]
   return b
 end
-local buckets = {}
-for i = 1, #KEYS - 2 do buckets[i] = read(found[i + 1] or '') end
+local figures, buckets = {}, {}
+for i = 1, #KEYS - 1 do
+  figures[i] = read_figures()
+  buckets[i] = read(figures[i], found[i + 1] or '')
+  pass[buckets[i].kind](buckets[i])
+end
 
 local function charge(b, amount, age)
-  if amount < 0 and (b.kind == 'window' or b.kind == 'date')
-     and now - age + 2 < b.stamp then return end
-  b.changed = true
-  if b.own then
-    amount = math.max(amount, -b.own)
-    b.own = b.own + amount
-    b.level = b.level - amount
-  else
-    b.level = math.min(b.room, b.level - amount)
-    if loss ~= '0' then b.since[loss] = (b.since[loss] or 0) + amount end
-  end
+  if b.kind == 'running' then amount = math.max(amount, -(b.own[me] or 0))
+  elseif amount < 0 and b.kind ~= 'bucket' and now - age + 2 < b.stamp then return end
+  local level = math.min(b.room, b.level - amount)
+  b.own[me] = (b.own[me] or 0) + b.level - level
+  b.level, b.changed = level, true
 end
 local function take(wanted)
   for i = 1, #wanted do
@@ -13519,6 +13509,14 @@ local function take(wanted)
   end
   return '1'
 end
+local function merge(b, told)
+  local credit, other = b.level + taken(b), told.level + taken(told)
+  if told.extra > b.extra then b.given, b.extra, b.room = told.given, told.extra, told.room end
+  for process, amount in pairs(told.own) do b.own[process] = b.own[process] or amount end
+  if other >= credit then credit, b.stamp = other, told.stamp end
+  b.birth = math.min(b.birth, told.birth)
+  b.level, b.changed = math.min(b.room, credit - taken(b)), true
+end
 local flags, act = {}, {}
 function act.take()
   local wanted = {}
@@ -13526,104 +13524,85 @@ function act.take()
   flags[#flags + 1] = take(wanted)
 end
 function act.charge() charge(buckets[number()], number(), number()) end
-function act.give()
-  local b, amount, length = buckets[number()], number(), number()
-  b.given[#b.given + 1] = {amount, now + length}
+function act.give()  -- once, which its end tells
+  local b, amount, ends = buckets[number()], number(), number()
+  for _, one in ipairs(b.given) do if one[2] == ends then return end end
+  b.given[#b.given + 1] = {amount, ends}
   b.extra, b.room, b.level = b.extra + amount, b.room + amount, b.level + amount
-  if loss ~= '0' then b.since[loss] = (b.since[loss] or 0) - amount end
   b.changed = true
 end
 function act.count()
   local b, count = buckets[number()], number()
-  charge(b, count - b.own, 0)
+  charge(b, count - (b.own[me] or 0), 0)
 end
+-- What this process saw last: 'own' is its part, 'back' all that was lost, 'new' counts where there
+-- is nothing yet.
 function act.put()
-  local b, level, age, always = buckets[number()], number(), number(), number()
-  local put = {capacity = b.capacity, room = b.room, refill = b.refill, interval = b.interval,
-               began = b.began, ends = b.ends, stamp = now - age, since = read_since(words())}
-  local given, extra = {}, 0
-  for i = 1, number() do
-    given[i] = {number(), now + number()}
-    extra = extra + given[i][1]
-  end
-  if b.known and always == 0 then return end
-  if extra > b.extra then
-    b.level, b.room = b.level + extra - b.extra, b.capacity + extra
-    b.given, b.extra, b.changed = given, extra, true
-  end
-  if put.began and put.stamp > put.began - 2000000 then put.stamp = put.began end
-  put.room, put.level = b.room, math.min(b.room, level)
-  pass[b.kind](put)
-  local before, told = b.level + sum(b.since), put.level + sum(put.since)
-  for one, amount in pairs(put.since) do
-    b.since[one] = math.max(amount, b.since[one] or amount)
-  end
-  if told < before then b.stamp, b.full_in = put.stamp, put.full_in end
-  b.level, b.changed = math.min(before, told) - sum(b.since), true
+  local i, what, told = number(), words(), string.gsub(words(), ',', ' ')
+  local b = buckets[i]
+  if what == 'new' and b.known then return end
+  told = read(figures[i], told)
+  local birth, own = told.birth, told.own[me] or 0
+  pass[b.kind](told)
+  if what ~= 'own' and (told.level < told.room or told.extra > 0) then merge(b, told) end
+  if b.birth > birth then own = 0 end  -- the bucket was full meanwhile
+  if b.own[me] then charge(b, own - b.own[me], 0) end
 end
 function act.renew() buckets[number()].changed = true end
 function act.look() number() end
 for word in words do act[word]() end
 
-local function text(value) return string.format('%.0f', value) end
-local function text_of_since(b)
-  local parts = {}
-  for one, amount in pairs(b.since or {}) do
-    parts[#parts + 1] = one .. ':' .. text(amount)
+local function save_running(b, key)
+  local rows = {}
+  b.ends[me] = text(now + 30000000)
+  for process, count in pairs(b.own) do
+    if count > 0 then rows[#rows + 1] = process .. ' ' .. text(count) .. ' ' .. b.ends[process] end
   end
-  return #parts > 0 and table.concat(parts, ',') or nil
+  if #rows == 0 then return redis.call('DEL', key) end
+  redis.call('SET', key, table.concat(rows, ' '), 'PX', 30001)
+end
+local function spell(b)
+  local parts = {text(b.level), string.format('%.3f', b.stamp), text(b.birth)}
+  for _, one in ipairs(b.given) do parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2]) end
+  parts[#parts + 1] = '|'
+  local count = 0
+  for process, amount in pairs(b.own) do
+    parts[#parts + 1] = process .. '=' .. text(amount)
+    count = count + 1
+  end
+  if count <= 32 then return table.concat(parts, ' ') end
+  b.own = {[me] = b.own[me], ['-'] = taken(b) - (b.own[me] or 0)}  -- most of these are long dead
+  return spell(b)
 end
 local function save(b, key)
-  local parts, length = b.rows, 30000000
-  if b.own then
-    local row = {ARGV[2], text(b.own), text(now + length)}
-    if b.own > 0 then parts[#parts + 1] = table.concat(row, ' ') end
-  elseif b.level < b.room or b.extra > 0 then
-    if b.kind == 'bucket' then pass.bucket(b) end
-    parts, length = {text(b.level), string.format('%.3f', b.stamp)}, b.full_in
-    for i, one in ipairs(b.given) do
-      parts[#parts + 1] = text(one[1]) .. ' ' .. text(one[2])
-      length = math.max(length, one[2] - now)
-    end
-    local since = text_of_since(b)
-    if since then parts[#parts + 1] = 'since ' .. since end
-  else
-    parts = {}
-  end
-  if #parts == 0 then return redis.call('DEL', key) end
+  if b.kind == 'running' then return save_running(b, key) end
+  pass[b.kind](b)
+  if b.level >= b.room and b.extra == 0 then return redis.call('DEL', key) end
+  local length = b.full_in
+  for _, one in ipairs(b.given) do length = math.max(length, one[2] - now) end
   length = math.min(34560000000, math.floor(length / 1000) + 1000)
-  redis.call('SET', key, table.concat(parts, ' '), 'PX', text(length))
+  redis.call('SET', key, spell(b), 'PX', text(length))
 end
-local answer, is_recent = {table.concat(flags) .. '.'}, now - loss < 60000000
+local answer = {table.concat(flags) .. ' ' .. text(now)}
 for i, b in ipairs(buckets) do
-  if b.changed then save(b, KEYS[i + 2]) end
-  local given = b.given or {}
-  local row = {text(b.level), text(now - b.stamp), #given, is_recent and text_of_since(b) or '-'}
-  for _, one in ipairs(given) do row[#row + 1] = text(one[1]) .. ' ' .. text(one[2] - now) end
-  answer[#answer + 1] = table.concat(row, ' ')
+  if b.changed then save(b, KEYS[i + 1]) end
+  if b.kind == 'running' then b.own = {} end
+  answer[i + 1] = spell(b)
 end
-answer = table.concat(answer, ' ')
-if mode == 'put' then return answer end
-redis.call('HSET', KEYS[1], 'last', text(sequence), sequence % 32, answer)
-return answer
+return table.concat(answer, '\\n')
 """
 
-# Tells that a process is there. KEYS[3] are all that are; returns whether there were any, how many
-# there are, the number of the last batch of this one, and that of the last loss. ARGV[2] is the
-# last batch that it knows to be done, ARGV[3] the last loss: where that batch was lost, and nobody
-# has told so since, there is a new one, whose number is a time, since not all saw all of them.
+# Tells that a process is there. KEYS[2] are all that are; returns whether there were any, how many
+# there are, the number of the last batch of this one, and the time. ARGV[2], if any, is the number
+# from which it goes on.
 LUA_BEAT = LUA_TIME + """
-local existed = redis.call('EXISTS', KEYS[3])
-redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now - 2500000))
+local existed = redis.call('EXISTS', KEYS[2])
+redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])  -- first: it needs memory
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now - 2500000))
+local last = redis.call('GET', KEYS[1]) or '0'
+if ARGV[2] then redis.call('SET', KEYS[1], ARGV[2]) end
 redis.call('PEXPIRE', KEYS[1], 86400000)
-local last = redis.call('HGET', KEYS[1], 'last') or '0'
-local loss = redis.call('GET', KEYS[2]) or '0'
-if ARGV[2] and tonumber(last) < tonumber(ARGV[2]) and tonumber(loss) <= tonumber(ARGV[3]) then
-  loss = string.format('%.0f', math.max(now, ARGV[3] + 1))
-  redis.call('SET', KEYS[2], loss)
-end
-return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
+return {existed, redis.call('ZCARD', KEYS[2]), last, string.format('%.0f', now)}
 """
 
 
@@ -13632,7 +13611,7 @@ return {existed, redis.call('ZCARD', KEYS[3]), last, loss}
 LUA_FILL = """
 local cursor, keys = unpack(redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 1000))
 for _, key in ipairs(keys) do
-  local stamp, given = string.match(redis.call('GET', key) or '', '^%S+ (%S+)( %d.*)$')
+  local stamp, given = string.match(redis.call('GET', key) or '', '^%S+ (%S+ %S+)( %d[^|]*)')
   if given then
     local length = math.max(1, redis.call('PTTL', key))
     redis.call('SET', key, '9000000000000000 ' .. stamp .. given, 'PX', length)
@@ -13644,53 +13623,40 @@ return cursor
 """
 
 
-class Take:
-    """What one call would take of its buckets. `future` is completed when Redis has answered, and
-    `levels` are set, or when the call waits no longer. Then it is `decided`; if Redis had not
-    answered a take that was `sent`, `admitted` is what this process decided instead."""
-    levels: Optional[List[Level]] = None
-    sent = decided = admitted = False
-
-    def __init__(self, keyed_rules: KeyedRules, costs: Costs, future: asyncio.Future):
-        self.keyed_rules = keyed_rules
-        self.costs = costs
-        self.future = future
+class Take(NamedTuple):
+    """What one call would take of its buckets. `future` gets the levels when Redis has answered, a
+    RedisFault when the call waits no longer."""
+    keyed_rules: KeyedRules
+    costs: Costs
+    future: asyncio.Future
 
 
 class Batch:
-    """The acts of one run of LUA_BATCH, in its words. `charged` is what they charge, by bucket."""
+    """What one run of LUA_BATCH does: acts (word, rule, bucket, arguments ...), charges ((bucket,
+    when it was taken, else 0), rule, amount), and takes."""
 
-    def __init__(self, number: int, describe: Callable[[Rule, BucketKey], Tuple[str, str]]):
-        self.number = number
-        self.describe = describe
-        self.buckets = {}  # key -> number, rule, name, kind
-        self.acts = []
-        self.takes = []
-        self.charged = Counter()
+    def __init__(self, acts: List[Tuple], charges: Sequence[Tuple] = (), takes: List[Take] = ()):
+        self.acts = acts
+        self.charges = charges
+        self.takes = takes
+        self.rules = {}    # of all buckets that it needs, by bucket
+        self.numbers = {}  # of these buckets
 
-    def place(self, rule, key):
-        bucket = self.buckets.get(key)
-        if bucket is None:
-            bucket = self.buckets[key] = len(self.buckets) + 1, rule, *self.describe(rule, key)
-        return bucket[0]
+    def number_of(self, rule, key):
+        self.rules[key] = rule
+        return self.numbers.setdefault(key, len(self.rules))
 
-    def act(self, word: str, rule: Rule, key: BucketKey, *numbers: int):
-        self.acts.append("%s %d %s" % (word, self.place(rule, key), " ".join(map(str, numbers))))
-
-    def charge(self, rule: Rule, key: BucketKey, amount: int, age: int):
-        self.charged[key] += amount
-        self.act("charge", rule, key, amount, age)
-
-    def take(self, take: Take):
-        self.takes.append(take)
-        take.sent = True
-        wanted = ["%d %d" % (self.place(rule, key), stored_amount(rule, take.costs[rule.unit]))
-                  for rule, key in take.keyed_rules]
-        self.acts.append("take %d %s" % (len(wanted), " ".join(wanted)))
-
-    def text(self, mode: str) -> str:
-        kinds = [kind for _, _, _, kind in self.buckets.values()]
-        return " ".join([str(self.number), mode, *kinds, *self.acts])
+    def words(self, now: float) -> Iterable[str]:
+        """Yields the acts, as LUA_BATCH reads them."""
+        for word, rule, key, *arguments in self.acts:
+            yield "%s %d %s" % (word, self.number_of(rule, key), " ".join(map(str, arguments)))
+        for (key, taken_at), rule, amount in self.charges:
+            age = microseconds(now - taken_at) if taken_at else 0
+            yield "charge %d %d %d" % (self.number_of(rule, key), amount, age)
+        for keyed_rules, costs, _ in self.takes:
+            wanted = ["%d %d" % (self.number_of(rule, key), stored_amount(rule, costs[rule.unit]))
+                      for rule, key in keyed_rules]
+            yield "take %d %s" % (len(wanted), " ".join(wanted))
 
 
 ONE = ord("1")
@@ -13734,48 +13700,12 @@ def describe_kind(rule: Rule, hour: float) -> str:
         dates = (calendar_rule(rule, now.began - 1).began, now.began, ends,
                  after.began + after.interval)
         return "date %d %d %d %d %d" % (
-            capacity, *[microseconds(date - 1577836800) for date in dates])
+            capacity, *[microseconds(date - START_OF_2020) for date in dates])
     if rule.window:
         return "window %d %d" % (capacity, rule.interval * 1_000_000)
     refill = max(1, rule.refill // scale)
     return "bucket %d %d %.6f" % (
         capacity, refill, rule.interval * 1_000_000 * refill * scale / rule.refill)
-
-
-class Charges:
-    """What this process charged, by bucket, in the amounts of Redis: `unsent` is yet to be sent,
-    and of `pending` there is no answer yet. `running` counts the calls that run in this process."""
-    MOST = 20_000  # buckets
-
-    def __init__(self):
-        # (bucket, when it was taken for what a window gets back, else 0) -> (rule, amount)
-        self.unsent = {}
-        self.pending = Counter()  # bucket -> amount
-        self.running = Counter()  # (rule, bucket) -> calls
-
-    def add(self, rule: Rule, key: BucketKey, amount: int, taken_at: float) -> bool:
-        """Returns whether there was room."""
-        self.note_running(rule, key, amount)
-        place = key, taken_at if rule.window and amount < 0 else 0.0
-        _, before = self.unsent.get(place, (rule, 0))
-        has_room = place in self.unsent or len(self.unsent) < self.MOST
-        if has_room:
-            self.unsent[place] = rule, before + amount
-            self.pending[key] += amount
-        return has_room
-
-    def note_running(self, rule, key, amount):
-        if rule.unit == RUNNING:
-            self.running[rule, key] += amount
-            if not self.running[rule, key]:
-                del self.running[rule, key]
-
-    def note_answer(self, key: BucketKey, amount: int) -> int:
-        """Notes that Redis has charged so much; returns what is still pending."""
-        left = self.pending.pop(key, 0) - amount
-        if left:
-            self.pending[key] = left
-        return left
 
 
 @lru_cache(1000)
@@ -13791,12 +13721,12 @@ class RedisBuckets(Buckets):
     """Every bucket of every rule, in Redis. The levels last seen are kept here, too: for headers
     and pages, to put back what Redis loses, and to go on by while Redis is away.
 
-    The takes and charges of one pass of the loop are sent as a batch. Batches have numbers; they
-    are sent in order, again until they are answered, and each is done once. Levels in an answer
-    are without what is pending: charges made here that Redis has not answered."""
-    MOST_BATCHES = 32         # without an answer: Redis keeps the answers to so many
+    The takes and charges of one pass of the loop are sent as a batch. Levels in an answer are
+    without what is pending: charges made here that Redis has not answered. Where an answer does not
+    come, this process's part of the buckets is set back to what it saw, and all is sent again."""
+    MOST_BATCHES = 32         # without an answer
     MOST_ACTS = 200           # acts in one batch
-    MOST_KEPT = 20_000        # acts that are not sent yet
+    MOST_KEPT = 20_000        # acts, and charges, that are not sent yet
     CHARGE_SECONDS = 0.005
     DRAIN_SECONDS = 2         # to have all answered when the process ends
     BEAT_SECONDS = 0.5
@@ -13805,10 +13735,10 @@ class RedisBuckets(Buckets):
     LOOKS = 50                # buckets whose level is asked for with each beat
     state = "returning"       # or "here", or "away"
     reason = "is not there"
-    number = 1                # of the last batch; not 0, so that a new process notices a loss, too
-    loss = 0                  # number of the last time that Redis has lost something
+    number = 0                # of the last batch that was sent,
+    done = 0                  # and answered; infinite while what Redis has lost is put back
+    unanswered = 0            # batches
     beats = 0
-    fresh = True              # it was never there
     replaces_dead = False     # a process that died: nobody knows what it took of its share
     charging: Optional[asyncio.TimerHandle] = None
     beat_timer: Optional[asyncio.TimerHandle] = None
@@ -13821,15 +13751,19 @@ class RedisBuckets(Buckets):
         self.processes = peers
         self.counts = deque([peers], maxlen=4)
         self.prefix = "{%s}:" % prefix  # of a cluster, one node has all that has this
-        self.keys = self.prefix + "p:" + redis.process, self.prefix + "lost"
+        self.marker = self.prefix + "p:" + redis.process
+        # How far its clock, which begins in 2020, is ahead of the monotonic one.
+        self.ahead = wall_time(clock) - START_OF_2020 - clock.monotonic()
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
-        self.charges = Charges()
-        # (word of LUA_BATCH, rule, bucket, numbers ...)
+        # (bucket, when it was taken for what a window gets back, else 0) -> (rule, amount)
+        self.unsent = {}
+        self.pending = Counter()  # amounts that were charged here, of which there is no answer yet
+        self.running = Counter()  # calls of this process, by (rule, bucket)
+        # (word of LUA_BATCH, rule, bucket, arguments ...)
         self.acts = deque(maxlen=self.MOST_KEPT)
         self.fills = set()                  # callers whose buckets are to be filled
-        self.since = {}                     # what was charged after losses, as Redis tells it
+        self.texts = {}         # what Redis told of each bucket
         self.takes = deque()    # to be sent
-        self.batches = deque()
         self.local = Buckets(clock)  # what this process may use while Redis is away
         # Is told that it is "away", "again" there, or "there" since the start.
         self.on_change = lambda change: None
@@ -13850,16 +13784,15 @@ class RedisBuckets(Buckets):
     # -- what Buckets does
 
     async def take(self, keyed_rules, costs):
-        redis = self.redis
-        take = Take(keyed_rules, costs, redis.loop.create_future())
+        redis, levels = self.redis, None
         if self.state != "away" and not redis.is_late():
+            take = Take(keyed_rules, costs, redis.loop.create_future())
             self.takes.append(take)
             redis.flush_soon()
-            await redis.wait(take.future)
-        take.decided = True
-        if take.levels is None:
-            return self.take_locally(take)
-        return tightest_of(take.levels), take.levels
+            levels = await redis.wait(take.future)
+        if type(levels) is not list:
+            return self.take_locally(keyed_rules, costs)
+        return tightest_of(levels), levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
         for rule, key in keyed_rules:
@@ -13878,23 +13811,24 @@ class RedisBuckets(Buckets):
         if again:
             super().give(rule, key, amount, until, again)
         else:
-            length = microseconds(until - self.clock.monotonic())
-            self.act("give", rule, key, stored_amount(rule, amount), length)
+            self.act("give", rule, key, stored_amount(rule, amount),
+                     microseconds(until + self.ahead))
 
     def fill(self, owner):
         super().fill(owner)
         self.fills.add(owner)
 
     def restore(self, rule, key, level, since):
-        if key not in self.levels and self.state == "here":
-            self.act("put", rule, key, stored_amount(rule, level), microseconds(since), 0, "-", 0)
+        is_new = key not in self.levels
         super().restore(rule, key, level, since)
+        if is_new and self.state == "here":
+            self.act("put", rule, key, "new", self.spell(self.levels[key]))
 
     def drop(self, keys):
         gone = set(keys)
         super().drop(gone)
         for key in gone:
-            self.since.pop(key, None)
+            self.texts.pop(key, None)
         self.acts = deque(
             [act for act in self.acts if act[0] not in ("put", "look") or act[2] not in gone],
             self.MOST_KEPT)
@@ -13908,47 +13842,53 @@ class RedisBuckets(Buckets):
 
     def charge(self, rule, key, amount, taken_at=0.0):
         """Charges so much soon, with the next batch or, after CHARGE_SECONDS, alone."""
-        self.redis.dropped += not self.charges.add(rule, key, amount, taken_at)
+        self.note_running(rule, key, amount)
+        place = key, taken_at if rule.window and amount < 0 else 0.0
+        if len(self.unsent) >= self.MOST_KEPT and place not in self.unsent:
+            self.redis.dropped += 1
+            return
+        self.pending[key] += amount
+        self.send(place, rule, amount)
         if not self.charging:
             self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
+    def send(self, place, rule, amount):
+        _, before = self.unsent.get(place, (rule, 0))
+        self.unsent[place] = rule, before + amount
+
+    def note_running(self, rule, key, amount):
+        if rule.unit == RUNNING:
+            self.running[rule, key] += amount
+            if not self.running[rule, key]:
+                del self.running[rule, key]
+
     def flush(self):
-        """Sends what waits in batches, of which at most MOST_BATCHES have no answer."""
+        """Sends what waits in batches, of which at most MOST_BATCHES have no answer. Charges come
+        before takes, which may have what they give back."""
         if self.charging:
             self.charging.cancel()
             self.charging = None
-        while self.state == "here" and len(self.batches) < self.MOST_BATCHES and (
-                self.takes or self.charges.unsent or self.acts):
-            self.number += 1
-            batch = self.next_batch()
-            self.batches.append(batch)
-            self.redis.ask(
-                partial(self.on_answer, batch), *self.batch_parts(batch))
+        for _ in range(self.MOST_BATCHES - self.unanswered):
+            if not (self.state == "here" and self.redis.available
+                    and (self.takes or self.unsent or self.acts)):
+                break
+            takes = [self.takes.popleft() for _ in range(min(len(self.takes), self.MOST_ACTS))]
+            batch = Batch([self.acts.popleft() for _ in range(min(len(self.acts), self.MOST_ACTS))],
+                          [(place, *self.unsent.pop(place))
+                           for place in list(islice(self.unsent, self.MOST_ACTS))],
+                          [take for take in takes if not take.future.done()])
+            self.unanswered += 1
+            command = self.command(batch)
+            self.redis.ask(partial(self.on_answer, batch, self.number), *command)
 
     async def drain(self, say: Callable[[str], None]):
         """Waits until Redis has all, for DRAIN_SECONDS at most."""
         end = self.redis.loop.time() + self.DRAIN_SECONDS
-        while self.batches or self.acts or self.charges.unsent:
+        while self.unanswered or self.acts or self.unsent:
             if self.redis.loop.time() > end:
                 return say(f"Redis is not told of all charges: it {self.reason}")
             self.redis.flush_soon()
             await asyncio.sleep(0.01)
-
-    def next_batch(self):
-        """Returns a batch of what waits. Charges come first: takes may have what they give back."""
-        batch = Batch(self.number, self.describe)
-        for _ in range(min(len(self.acts), self.MOST_ACTS)):
-            batch.act(*self.acts.popleft())
-        now = self.clock.monotonic()
-        for place in list(islice(self.charges.unsent, self.MOST_ACTS)):
-            rule, amount = self.charges.unsent.pop(place)
-            key, taken_at = place
-            batch.charge(rule, key, amount, microseconds(now - taken_at) if taken_at else 0)
-        for _ in range(min(len(self.takes), self.MOST_ACTS)):
-            take = self.takes.popleft()
-            if not take.future.done():
-                batch.take(take)
-        return batch
 
     def describe(self, rule, key):
         """Returns the name of a bucket in Redis, its kind and figures."""
@@ -13956,58 +13896,73 @@ class RedisBuckets(Buckets):
         name = bucket_name("r" if rule.unit == RUNNING else "b", key)
         return self.prefix + name, describe_kind(rule, hour)
 
-    def batch_parts(self, batch, mode="-"):
-        names = [name for _, _, name, _ in batch.buckets.values()]
-        return self.batch_script.parts(
-            [*self.keys, *names], [batch.text(mode), self.redis.process])
+    def command(self, batch):
+        """Returns the command that does a batch, which is the next one."""
+        self.number += 1
+        acts = list(batch.words(self.clock.monotonic()))
+        buckets = [self.describe(rule, key) for key, rule in batch.rules.items()]
+        words = [str(self.number), *[kind for _, kind in buckets], *acts]
+        return self.batch_script.parts([self.marker, *[name for name, _ in buckets]],
+                                       [self.redis.process, " ".join(words)])
 
     # -- what Redis answers
 
-    def on_answer(self, batch, reply):
+    def on_answer(self, batch, number, reply):
+        self.unanswered -= 1
+        if reply == b"gap":
+            reply = RedisFault("has lost what it knew", "gap")
         if isinstance(reply, RedisFault):
-            self.redis.leave_if_refused(reply)
-        elif not self.batches or self.batches[0] is not batch:
-            pass  # it was answered before
-        elif reply == b"gap":
-            self.redis.leave(RedisFault("has lost what it knew"))
-        else:
-            self.batches.popleft()
-            try:
-                self.read_answer(batch, reply)
-            except (AttributeError, ValueError, StopIteration):  # somebody else has written there
-                self.redis.give_up()
-                self.redis.leave(RedisFault("has other things under these names"))
-            if not self.charging:  # what there is was too much for one batch
-                self.redis.flush_soon()
+            self.take_back(batch)
+            return self.redis.leave_if_refused(reply)
+        self.done = number
+        try:
+            self.read_answer(batch, *reply.split(b"\n"))
+        except (AttributeError, ValueError, OverflowError):  # somebody else has written there
+            self.redis.give_up()
+            self.redis.leave(RedisFault("has other things under these names"))
+        if not self.charging:  # what there is was too much for one batch
+            self.redis.flush_soon()
 
-    def read_answer(self, batch, reply):
-        flags, *words = reply.split()  # none where an answer was asked again too late
-        now = self.clock.monotonic()
-        levels = {}
-        rest = iter(words)
-        for key, (_, rule, _, _) in batch.buckets.items():
-            level, age, gifts = map(int, islice(rest, 3))
-            self.since.pop(key, None)
-            since = next(rest)
-            if since != b"-":
-                self.since[key] = since.decode()
-            given = list(map(int, islice(rest, 2 * gifts)))
-            levels[key] = self.note_level(rule, key, batch.charged[key], level, age, given, now)
+    def take_back(self, batch):
+        """Has all of a batch sent again: it was lost, or its answer was. Before, this process's
+        part of the buckets is set back, so it is done once."""
+        self.store([self.level_of(rule, key) for key, rule in batch.rules.items()
+                    if key not in self.levels])
+        self.acts.extend([act for act in batch.acts if act[0] in ("give", "put")])
+        for charge in batch.charges:
+            self.send(*charge)
+        self.takes.extend(batch.takes)
+
+    def read_answer(self, batch, first, *texts):
+        flags, now = first.rsplit(b" ", 1)
+        self.note_time(int(now))
+        for (key, _), _, amount in batch.charges:
+            self.pending[key] -= amount
+            if not self.pending[key]:
+                del self.pending[key]
+        levels = {key: self.note_level(rule, key, text.decode())
+                  for (key, rule), text in zip(batch.rules.items(), texts)}
         for take, flag in zip(batch.takes, flags):
             self.finish_take(take, flag == ONE, levels)
 
-    def note_level(self, rule, key, charged, level, age, given, now):
+    def note_time(self, redis_time):
+        self.ahead = redis_time / 1_000_000 - self.clock.monotonic()
+
+    def note_level(self, rule, key, text):
         """Keeps the level of a bucket less what is pending; returns the level that Redis told."""
-        pending = self.charges.note_answer(key, charged)
-        refilled = now - age / 1_000_000
+        head, _, _ = text.partition("|")
+        level, stamp, _, *given = [int(float(word)) for word in head.split()]
+        now, scale = self.clock.monotonic(), grain(rule)
+        refilled = stamp / 1_000_000 - self.ahead
         if rule.window:
             rule, refilled = self.window_of(rule, key, refilled, now)
+        self.texts[key] = text.replace(" ", ",")
         self.given.pop(key, None)
         self.local.levels.pop(key, None)  # which was its share of what was seen before
-        scale = grain(rule)
         if given:
-            self.given[key] = [(amount * scale, now + length / 1_000_000)
-                               for amount, length in zip(given[::2], given[1::2])]
+            self.given[key] = [(amount * scale, until / 1_000_000 - self.ahead)
+                               for amount, until in zip(given[::2], given[1::2])]
+        pending = self.pending.get(key, 0)
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
         return Level(level * scale, refilled, rule, key, 0, now)
 
@@ -14022,30 +13977,27 @@ class RedisBuckets(Buckets):
         return rule, began
 
     def finish_take(self, take, taken, redis_levels):
-        """Completes a take as Redis decided. If this process has decided otherwise meanwhile, the
-        amount is given back or charged now."""
+        """Completes a take as Redis decided, or gives it back if nobody waits for it any longer."""
         levels = []
         for rule, key in take.keyed_rules:
             cost = take.costs[rule.unit]
             level = redis_levels[key]
             levels.append(level._replace(amount=cost) if taken else level.less(cost))
             if taken:
-                self.charges.note_running(rule, key, cost)
-        if not take.decided:  # nor here, though its call may be about to
-            take.levels = levels
-            Stream.wake(take.future)
-        elif taken != take.admitted:
+                self.note_running(rule, key, cost)
+        if not take.future.done():
+            take.future.set_result(levels)
+        elif taken:
             for rule, key in take.keyed_rules:
                 amount = stored_amount(rule, take.costs[rule.unit])
-                self.charge(rule, key, -amount if taken else amount, redis_levels[key].now)
+                self.charge(rule, key, -amount, redis_levels[key].now)
 
     # -- while Redis is away
 
-    def take_locally(self, take):
+    def take_locally(self, keyed_rules, costs):
         """Decides a take without Redis, by the policy for that. Raises LimitsAway."""
         if self.policy == "closed":
             raise LimitsAway
-        keyed_rules, costs = take.keyed_rules, take.costs
         if self.policy == "open":
             levels = [level._replace(level=max(0, level.level))
                       for level in self.levels_after(keyed_rules, costs, NO_COST)]
@@ -14054,12 +14006,9 @@ class RedisBuckets(Buckets):
         tightest = tightest_of(levels)
         if tightest.level >= 0:
             self.local.store(levels)
-            if take.sent:
-                take.admitted = True
-            else:
-                super().settle(keyed_rules, costs, NO_COST, 0.0)
-                for rule, key in keyed_rules:
-                    self.charge(rule, key, stored_amount(rule, costs[rule.unit]))
+            super().settle(keyed_rules, costs, NO_COST, 0.0)
+            for rule, key in keyed_rules:
+                self.charge(rule, key, stored_amount(rule, costs[rule.unit]))
         return tightest, levels
 
     def local_rules(self, keyed_rules):
@@ -14073,7 +14022,7 @@ class RedisBuckets(Buckets):
                 seen = self.level_of(rule, key)
                 level = seen.level // self.processes
                 if rule.unit == RUNNING:
-                    level = share.capacity - self.charges.running[rule, key]
+                    level = share.capacity - self.running[rule, key]
                 elif self.replaces_dead and key not in self.levels:
                     level = 0
                 self.local.store([seen._replace(level=level, rule=share._replace(
@@ -14095,45 +14044,35 @@ class RedisBuckets(Buckets):
     # -- when it is back
 
     async def catch_up(self):
-        """Puts back what Redis has lost, then sends the batches without an answer again. Raises
-        RedisFault."""
-        done = self.batches[0].number - 1 if self.batches else self.number
-        existed, last, loss = self.read_beat(
-            await self.redis.ask_and_wait(*self.beat_parts(done, self.loss)))
-        if last < done:
-            levels = () if self.fresh and existed else self.known_levels()
-            await self.put_back(done, iter(levels), loss)
-        self.fresh = False
-        self.loss = loss  # not before: a process that put back only some must do it again
-        for batch in list(self.batches):
-            self.on_answer(batch, await self.redis.ask_and_wait(*self.batch_parts(batch)))
-        charges = self.charges
-        for (rule, key), count in charges.running.items():
-            self.acts.appendleft(("count", rule, key, count - charges.pending.get(key, 0)))
-
-    def known_levels(self):
-        """Yields the acts that put back the levels last seen, without what is pending, and what was
-        given."""
-        for seen in self.seen():
-            level, refilled, rule, key, _, now = self.level_of(seen.rule, seen.key)
-            given = self.given.get(key, ())
-            if rule.unit != RUNNING and (given or level < rule.capacity):
-                amount = stored_amount(rule, level) + self.charges.pending.get(key, 0)
-                yield ("put", rule, key, amount, microseconds(now - refilled), 1,
-                       self.since.get(key, "-"), len(given), *chain(*[
-                           (stored_amount(rule, more), microseconds(until - now))
-                           for more, until in given]))
-
-    async def put_back(self, number, acts, loss):
-        """Puts levels back, then tells Redis that batches up to this number are done."""
-        batch = None
-        while batch is None or batch.acts:
-            batch = Batch(number, self.describe)
-            for act in islice(acts, self.MOST_ACTS):
-                batch.act(*act)
-            mode = "%s %d" % ("put" if batch.acts else "last", loss)
-            if await self.redis.ask_and_wait(*self.batch_parts(batch, mode)) == b"gap":
+        """Sets this process's part of each bucket back to what it saw, as answers may be missing;
+        puts back all that it saw if Redis has lost some. Raises RedisFault."""
+        self.number += 1
+        existed, last = self.read_beat(
+            await self.redis.ask_and_wait(*self.beat_parts(self.number)))
+        is_lost = last < self.done if self.done else not existed
+        self.done = inf if is_lost else self.done
+        acts = chain(
+            [("put", one.rule, one.key, "back" if is_lost else "own",
+              self.texts.get(one.key) or self.spell(one))
+             for one in self.seen() if one.rule.unit != RUNNING],
+            [("count", rule, key, count - self.pending.get(key, 0))
+             for (rule, key), count in self.running.items()])
+        for some in iter(lambda: list(islice(acts, self.MOST_ACTS)), []):
+            if await self.redis.ask_and_wait(*self.command(Batch(some))) == b"gap":
                 raise RedisFault("has lost what it knew")
+        self.done = self.number
+
+    def spell(self, one):
+        """Returns the text of a bucket that Redis has told nothing of: somebody has taken what is
+        missing."""
+        rule, key = one.rule, one.key
+        level = stored_amount(rule, one.level) + self.pending.get(key, 0)  # Redis knows none of it
+        given = [(stored_amount(rule, amount), microseconds(until + self.ahead))
+                 for amount, until in self.given.get(key, ())]
+        full = rule.capacity // grain(rule) + sum([amount for amount, _ in given])
+        began = rule.began - START_OF_2020 if rule.zone else one.refilled + self.ahead
+        numbers = level, microseconds(began), 0, *chain(*given)
+        return "%s|-=%d" % (",".join(map(str, numbers)), full - level)
 
     def come_back(self):
         was_away = self.state == "away"
@@ -14146,9 +14085,9 @@ class RedisBuckets(Buckets):
         self.redis.flush_soon()
         self.beat()
 
-    def beat_parts(self, *batch_and_loss):
+    def beat_parts(self, *number):
         return self.beat_script.parts(
-            [*self.keys, self.prefix + "processes"], [self.redis.process, *batch_and_loss])
+            [self.marker, self.prefix + "processes"], [self.redis.process, *number])
 
     def beat(self):
         """Tells Redis that this process is alive, and learns whether Redis has lost what it
@@ -14158,7 +14097,7 @@ class RedisBuckets(Buckets):
         if self.beats == self.START_BEATS:
             self.on_change("there")
         if self.beats % self.RENEW_BEATS == 0:
-            for pair in self.charges.running:
+            for pair in self.running:
                 self.act("renew", *pair)
         for one in list(islice(self.levels.values(), self.LOOKS)):
             self.act("look", one.rule, one.key)  # what others took; it is the last one afterwards
@@ -14167,24 +14106,24 @@ class RedisBuckets(Buckets):
             self.filling = self.redis.loop.create_task(self.fill_all(), name="fills buckets")
 
     def read_beat(self, reply):
-        """Returns whether anybody was there before, the last batch that was done and the last loss.
-        Where Redis has lost who is there, the others tell soon. Raises RedisFault."""
+        """Returns whether anybody was there before, and the last batch that was done. Where Redis
+        has lost who is there, the others tell soon. Raises RedisFault."""
         try:
-            existed, count, last, loss = map(int, reply)
+            existed, count, last, now = map(int, reply)
         except (TypeError, ValueError):
             raise RedisFault("answers with nonsense") from None
         self.counts.append(count)
         self.processes = max(self.counts)
-        return existed, last, loss
+        self.note_time(now)
+        return existed, last
 
     def on_beat(self, number, reply):
         if isinstance(reply, RedisFault):
             return self.redis.leave_if_refused(reply)
         try:
-            _, last, loss = self.read_beat(reply)
+            _, last = self.read_beat(reply)
             if last != number:
                 raise RedisFault("has lost what it knew")
-            self.loss = loss
         except RedisFault as fault:
             self.redis.leave(fault)
 

@@ -11660,7 +11660,7 @@ class LossesTest(RedisCase):
 def is_done(buckets):
     """Tells whether all that was charged is in Redis."""
     return buckets.state == "here" and not (
-        buckets.charges.unsent or buckets.acts or buckets.batches)
+        buckets.unsent or buckets.acts or buckets.unanswered)
 
 
 class SharedClock(Clock):
@@ -11735,68 +11735,58 @@ class InRedis:
 class LimitsInRedisTest(InRedis, LimitsTest):
     test_any_number_of_keys_fits_into_a_bounded_table = None  # it is the same table
 
-    def test_a_batch_that_comes_again_gets_its_first_answer_and_one_too_early_none(self):
-        self.start()
-        self.admit(4)
-        store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
-        batch = Batch(store.number + 1, store.describe)
-        batch.charge(*pair, 2, 0)
-        batch.take(llm_proxy.Take([pair], costs(3), None))
-        later = Batch(store.number + 3, store.describe)
-        answers = [self.redis.loop.run_until_complete(self.redis.call(*store.batch_parts(one)))
-                   for one in (batch, batch, later, batch)]
-        self.assertEqual([answer.rpartition(b" ")[0] for answer in answers],
-                         [b"1. 1 0 0", b"1. 1 0 0", b"", b"1. 1 0 0"])
-        self.assertEqual(answers[2], b"gap")
-
-    def test_levels_that_are_put_back_take_no_charges_of_another_process_for_their_own(self):
-        """At first c knew nothing; to a's second charge nobody had an answer; what is lost again is
-        what came after the first charge."""
-        self.start()
-        store, pair = self.buckets, self.limits.matching(caller("alice"), "1", "")[0]
-        name, _ = store.describe(*pair)
-        self.server.ask("SET", "{test}:lost", 1)
-        stale = None
-        for process, mode, act, level in self.each("""[
-                ["c", "last 1", null, null], ["c", "-", ["charge", 1, 0], 9],
-                ["a", "put 1", ["put", 8, 0, 1, "-"], 7], ["a", "last 1", null, null],
-                ["a", "-", ["charge", 2, 0], 5],
-                ["new", "last 1", null, null], ["new", "-", ["charge", 1, 0], 4],
-                ["b", "put 1", ["put", 7, 0, 1, "-"], 3], ["b", "put 1", ["put", 9, 0, 1, "-"], 3],
-                ["lost again", null, null, null],
-                ["b", "put 2", ["put", 3, 0, 1, "1:4"], 3], ["b", "last 2", null, null],
-                ["b", "-", ["charge", 1, 0], 2], ["c", "put 2", ["put", 4, 0, 1, "1:3"], 2],
-                ["a", "put 2", ["put", 3, 0, 1, "1:4"], 2]]"""):
-            if not mode:
-                self.server.ask("MSET", name, stale, "{test}:lost", 2)
-                self.server.ask("DEL", *["{test}:p:" + one for one in ("a", "b", "c", "new")])
-                continue
-            batch = Batch(8 if mode == "-" else 7, store.describe)
-            if act:
-                batch.act(act[0], *pair, *act[1:], *[0] * (act[0] == "put"))
-            answer = self.answer_to(process, batch, mode)
-            self.assertEqual(answer.split()[1:2], [b"%d" % level] if act else [])
-            stale = stale or self.server.ask("GET", name)
-
-    def answer_to(self, process, batch, mode):
-        with patch.object(self.store, "keys", ("{test}:p:" + process, "{test}:lost")):
-            parts = self.store.batch_parts(batch, mode)
+    def answer_to(self, number, *acts, process="me"):
+        """What Redis says to a batch of this number."""
+        store = self.buckets
+        store.number = number - 1
+        with patch.object(self.redis, "process", process), patch.object(
+                store, "marker", "{test}:p:" + process):
+            parts = store.command(Batch([(word, *self.pair, *rest) for word, *rest in acts]))
         return self.redis.loop.run_until_complete(self.redis.call(*parts))
 
-    def test_what_was_charged_after_each_loss_is_charged_once_whoever_has_seen_it(self):
+    def start_with_a_bucket(self):
         self.start()
-        self.server.ask("SET", "{test}:lost", 3)
-        pair = self.limits.matching(caller("alice"), "1", "")[0]
-        for process, level, since, left in self.each("""[
-                ["a", 8, "1:2", 8], ["b", 6, "1:1,2:1", 5], ["c", 8, "1:2", 5],
-                ["d", 6, "-", 3], ["e", 9, "2:1,1:0", 3], ["f", 7, "1:5", 0],
-                ["g", 0, "1:5,2:1", 0]]"""):
-            batch = Batch(7, self.buckets.describe)
-            batch.act("put", *pair, level, 0, 1, since, 0)
-            answer = self.answer_to(process, batch, "put 3")
-            self.assertEqual(answer.split()[1], b"%d" % left)
-        for mode in ("put 2", "last 4"):  # all was lost after that
-            self.assertEqual(self.answer_to("h", batch, mode), b"gap")
+        self.pair, = self.limits.matching(caller("alice"), "1", "")
+
+    def test_a_batch_that_comes_again_or_too_early_is_not_done(self):
+        self.start_with_a_bucket()
+        for number, level in self.each(((1, b"8"), (1, None), (3, None), (2, b"6"))):
+            answer = self.answer_to(number, ("charge", 2, 0))
+            self.assertEqual(answer if level is None else answer.split()[1], level or b"gap")
+
+    def test_what_each_has_taken_is_charged_once_whoever_puts_back_what_it_saw(self):
+        self.start_with_a_bucket()
+        texts, number = {}, 0
+        for process, act, level in self.each("""[
+                ["a", ["charge", 1, 0], 9], ["b", ["charge", 2, 0], 7], ["c", ["look"], 7],
+                ["a", ["charge", 2, 0], 5], ["b", ["put", "own"], 5],
+                ["lost", null, null],
+                ["new", ["charge", 1, 0], 9], ["c", ["put", "back"], 6], ["c", ["put", "new"], 6],
+                ["a", ["put", "back"], 4], ["b", ["put", "back"], 4], ["b", ["charge", 1, 0], 3],
+                ["lost", null, null],
+                ["b", ["put", "back"], 3], ["c", ["put", "back"], 3], ["a", ["put", "back"], 3],
+                ["new", ["put", "back"], 3], ["a", ["charge", -3, 0], 6],
+                ["b", ["charge", -3, 0], 9], ["new", ["charge", -1, 0], 10],
+                ["a", ["charge", 4, 0], 6], ["b", ["put", "own"], 6]]"""):
+            if not act:
+                name, _ = self.buckets.describe(*self.pair)
+                self.server.ask("DEL", name)
+                continue
+            number += 1
+            self.server.ask("SET", "{test}:p:" + process, number - 1)
+            self.clock.now += 0.001
+            acts = [act + [texts.get(process, "-")] if act[0] == "put" else act, ["look"]]
+            answer = self.answer_to(number, *acts, process=process).split(b"\n")[1]
+            self.assertEqual(answer.split()[0], b"%d" % level)
+            texts[process] = answer.decode().replace(" ", ",")
+
+    def test_of_many_processes_only_the_sum_is_kept(self):
+        self.start_with_a_bucket()
+        for process in range(40):
+            answer = self.answer_to(1, ("charge", 1, 0), process="p%d" % process)
+        self.assertEqual(answer.split()[1], b"-30")
+        self.assertEqual(sorted(answer.split(b"|")[1].split()), [
+            b"-=32", *[b"p%d=1" % process for process in range(32, 40)]])
 
     def test_settings_that_are_read_again_move_buckets_whose_rules_are_gone_and_no_others(self):
         self.start("each 10 tokens per hour")
@@ -11821,27 +11811,6 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             self.clock.now += 0.5
             self.set_time()
         self.assertEqual((min(counted[1:5]), counted[9]), (3, 1))
-
-    def test_one_loss_has_one_number_for_all_also_for_who_has_missed_some(self):
-        self.start()
-        self.server.ask("DEL", "{test}:lost")
-        store, told = self.buckets, [0]
-        for process, knows, number in self.each("""[
-                ["a", 0, 1], ["b", 0, 1], ["missed", 0, 1], ["lost again", null, null],
-                ["missed", 0, 2], ["a", 1, 2], ["b", 1, 2], ["b", 2, 3]]"""):
-            if knows is None:
-                self.server.ask("DEL", "{test}:lost")
-                self.clock.now += 1
-                self.set_time()
-                continue
-            with patch.object(store, "keys", ("{test}:p:" + process, "{test}:lost")):
-                parts = store.beat_parts(9, told[knows])
-            _, last, loss = store.read_beat(
-                self.redis.loop.run_until_complete(self.redis.call(*parts)))
-            if number == len(told):
-                self.assertGreater(loss, told[-1])
-                told.append(loss)
-            self.assertEqual((last, loss), (0, told[number]))
 
 
 @needs_redis
@@ -11980,12 +11949,12 @@ class SharedLimitsTest(ProxyCase):
         self.assert_admitted(4, 6)
 
     def test_charges_that_find_no_room_are_counted_and_running_calls_end_all_the_same(self):
-        self.patch_seconds(Charges_MOST=1)
+        self.patch_seconds(RedisBuckets_MOST_KEPT=1)
         buckets = self.start_here(limits=self.RULE + "; each 2 running")
         self.redis.kill()
         self.is_away(buckets)
         self.assertEqual(self.admitted(4), 4)
-        wait_for(lambda: not buckets.charges.running)
+        wait_for(lambda: not buckets.running)
         self.assertGreater(self.ask(HEALTH).json()["limits"]["dropped"], 3)
 
     def test_open_lets_all_in_meanwhile_and_closed_none(self):
@@ -12047,10 +12016,10 @@ class SharedLimitsTest(ProxyCase):
             self.assert_status(200)
             self.redis.ask("FLUSHALL")
 
-    def test_an_answer_that_redis_has_no_more_is_not_waited_for_again(self):
+    def test_a_number_of_batches_that_somebody_has_changed_stops_nothing(self):
         buckets = self.start_here()
         self.assert_admitted(1, 1)
-        self.redis.ask("HSET", buckets.keys[0], "last", 10 ** 9)
+        self.redis.ask("SET", buckets.marker, 10 ** 9)
         self.assert_status(200)
         self.redis.ask("FLUSHALL")
         self.is_back(buckets)
@@ -12198,7 +12167,7 @@ class SharedLimitsTest(ProxyCase):
             self.assert_status(503)
             self.redis.process.send_signal(signal.SIGCONT)
             self.is_back(buckets)
-        wait_for(lambda: not buckets.charges.running and not self.stored())
+        wait_for(lambda: not buckets.running and not self.stored())
 
     def test_what_is_decided_here_goes_by_what_was_seen_last(self):
         buckets = self.start_here(limits="each 3 requests per hour")
@@ -12241,7 +12210,6 @@ class SharedLimitsTest(ProxyCase):
                 one.give, seen.rule, seen.key, 5, time.monotonic() + 60)
             wait_for(lambda: max(self.stored(), default=0) >= 5)
             self.notice_loss(two)
-            self.assertEqual(two.loss, one.loss)
         self.assertEqual(self.stored(), [11])
 
     def test_what_is_charged_between_two_losses_is_not_forgotten_when_others_put_back(self):
@@ -12295,10 +12263,10 @@ class SharedLimitsTest(ProxyCase):
             yield
 
     def notice_loss(self, buckets):
-        before, loop = buckets.loss, buckets.redis.loop
+        lost, loop = buckets.redis.lost, buckets.redis.loop
         loop.call_soon_threadsafe(buckets.beat_timer.cancel)
         loop.call_soon_threadsafe(buckets.beat)
-        wait_for(lambda: buckets.loss > before and is_done(buckets))
+        wait_for(lambda: buckets.redis.lost is not lost and is_done(buckets))
 
     def give_at(self, buckets, amount, seconds):
         """Gives more to the key of start_for_ann, at this proxy."""
@@ -12422,8 +12390,8 @@ class BalanceInRedisTest(BalanceTest):
     def close_when_done(self, server):
         wait_for(lambda: not server.open, "the end of every call")
         buckets = server.proxy.limits.buckets
-        charges = buckets.charges  # a call may have its slot until its upstream has closed
-        wait_for(lambda: is_done(buckets) and not (charges.pending or charges.running), "Redis")
+        # A call may have its slot until its upstream has closed.
+        wait_for(lambda: is_done(buckets) and not (buckets.pending or buckets.running), "Redis")
         server.proxy.books.close(PATIENCE)
 
     def test_every_bucket_lacks_exactly_what_the_ledger_says(self):
