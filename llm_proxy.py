@@ -6011,10 +6011,9 @@ class Editor:
     `events`, all of the body is one."""
     held = b""
 
-    def __init__(self, events: Optional[EventFraming], edits: List[Edit]):
+    def __init__(self, events: Optional[EventFraming], edit: Edit):
         self.events = events
-        self.edits = edits  # one after the other
-        self.most_held = max([edit.MAX_HELD for edit in edits])
+        self.edit = edit
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
@@ -6022,61 +6021,56 @@ class Editor:
         if self.events is None:
             return self.feed_slice(data)
         self.held = b""
-        if self.events.at_boundary(data) and not self.may_change(data):
+        if self.events.at_boundary(data) and self.edit.find(data) == len(data):
             return data  # the usual case
         events, self.held = self.events.split(data)
         # One that may change does so with all of its end.
-        if events and not self.held and self.may_change(events[-1]) and (
+        if events and not self.held and self.edit.find(events[-1]) < len(events[-1]) and (
                 events[-1].endswith(b"\r") or not self.events.at_boundary(events[-1])):
             self.held = events.pop()
-        goes = b"".join(map(self.edited, events))
-        if len(self.held) > self.most_held:
+        goes = b"".join(map(self.edit.apply, events))
+        if len(self.held) > self.edit.MAX_HELD:
             goes += self.feed_slice(self.held)
         return goes
 
-    def may_change(self, data):
-        return min([edit.find(data) for edit in self.edits]) < len(data)
-
     def feed_slice(self, data):
-        goes, self.held = self.edits[-1].slice(data)  # no usage is whole in it, for another one
+        goes, self.held = self.edit.slice(data)
         return goes
 
     def flush(self) -> bytes:
         """Returns the bytes that are still held back at the end, which may lack a line end."""
         held = self.held
         self.held = b""
-        shown = self.edited(held)
-        rest = b"".join([edit.end() for edit in self.edits])
+        shown = self.edit.apply(held) if held else b""
+        rest = self.edit.end()
         if not rest or not self.events.payload(held):
             return rest + shown
         return shown + (b"" if self.events.at_boundary(shown) else self.events.ends[0]) + rest
 
-    def edited(self, event):
-        for edit in self.edits:
-            event = edit.apply(event) if event else event
-        return event
-
 
 class HiddenKey:
-    """Writes stars over a key of ours, which an error may quote, behind an `editor`."""
+    """Writes stars over a key of ours, which an error may quote."""
     held = b""  # the end, which may begin a key
 
-    def __init__(self, key: str, editor: Optional[Editor] = None):
+    def __init__(self, key: str):
         self.key = key.encode()
-        self.editor = editor
 
     def feed(self, payload: bytes) -> bytes:
         """Returns what goes on."""
-        shown = self.hide(self.editor.feed(payload) if self.editor else payload)
+        shown = (self.held + payload).replace(self.key, b"*" * len(self.key))
         end = max(0, len(shown) - len(self.key) + 1)
         self.held = shown[end:]
         return shown[:end]
 
     def flush(self) -> bytes:
-        return self.hide(self.editor.flush() if self.editor else b"")
+        return self.held
 
-    def hide(self, payload):
-        return (self.held + payload).replace(self.key, b"*" * len(self.key))
+
+def flush_all(readers, data: bytes = b"") -> bytes:
+    """Returns what goes on of the last of a body through these, one after the other."""
+    for reader in readers:
+        data = (reader.feed(data) if data else b"") + reader.flush()
+    return data
 
 
 def inflater_for(data):
@@ -6087,13 +6081,13 @@ def inflater_for(data):
 
 
 class ErrorUnpacker:
-    """Passes on an error once it is complete, decompressed and changed by an `editor`; `instead` of
-    it where it cannot be read, or where there is no editor, as for an unknown coding."""
+    """Passes on an error once it is complete, decompressed, or `instead` of it where it cannot be
+    read."""
     MAX_SIZE = 1 << 16  # bytes, packed or not
     MAX_MEMBERS = 16
 
-    def __init__(self, editor: Optional[HiddenKey], instead: bytes):
-        self.editor = editor
+    def __init__(self, readable: bool, instead: bytes):
+        self.readable = readable
         self.instead = instead
         self.packed = b""
 
@@ -6104,8 +6098,8 @@ class ErrorUnpacker:
 
     def flush(self) -> bytes:
         with suppress(zlib.error):
-            if self.editor:
-                return self.editor.feed(self.unpacked()) + self.editor.flush()
+            if self.readable:
+                return self.unpacked()
         return self.instead
 
     def unpacked(self):
@@ -6123,10 +6117,9 @@ class ErrorUnpacker:
 
 class UsageReader:
     """Reads what a response reports of usage, how much text it holds, and how it says that it
-    ended, from a copy of it on its way past. What `feed` and `flush` return is what goes on to the
-    caller, as the `editor` has it. What came is kept up to a limit, then searched and dropped, but
-    for the last events; of a line or JSON above MAX_LINE only the end is kept, and in a list of an
-    answer above MAX_UNPACKED."""
+    ended, from a copy of it on its way past. What came is kept up to a limit, then searched and
+    dropped, but for the last events; of a line or JSON above MAX_LINE only the end is kept, and in
+    a list of an answer above MAX_UNPACKED."""
     MAX_KEPT = 3 << 12
     MAX_LINE = 1 << 18
     LINE_END = 1 << 13
@@ -6145,7 +6138,6 @@ class UsageReader:
     ended = False         # the model has stopped
     closed = False        # the last event has passed, or the end was reported otherwise
     inflater = None
-    editor: Optional[Editor] = None
     cut = False           # the beginning of a line or of JSON was dropped
     final: Optional[bool] = None  # whether nothing more will be reported, by is_final
     end_is_read = False
@@ -6164,8 +6156,6 @@ class UsageReader:
         self.streamed = streamed
         self.readable = readable
         self.packed = packed
-        if call.usage_requested_by_us and streamed and readable and not packed:
-            self.editor = Editor(self.dialect.events, [HiddenUsage(self.dialect)])
         self.kept = bytearray()
         self.compact_above = 3 * self.LAST_EVENTS if streamed else self.MAX_KEPT
 
@@ -6174,12 +6164,12 @@ class UsageReader:
                 f" found {self.counts}>")
 
     def feed(self, payload: bytes) -> bytes:
-        """Takes a piece of the body; returns what of it goes on to the caller."""
+        """Takes a piece of the body, and returns it."""
         piece = self.unpack(payload) if self.packed else payload
         self.kept += piece
         if len(self.kept) > self.compact_above:
             self.compact()
-        return self.editor.feed(piece) if self.editor else payload
+        return payload
 
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
@@ -6194,12 +6184,7 @@ class UsageReader:
         return payload
 
     def flush(self) -> bytes:
-        """Returns what is still held back at the end."""
-        return self.editor.flush() if self.editor else b""
-
-    def add_edit(self, edit: Edit, events: Optional[EventFraming]) -> None:
-        """Adds a change of the body; `events` as in Editor."""
-        self.editor = Editor(events, [*(self.editor.edits if self.editor else []), edit])
+        return b""
 
     # -- what it says
 
@@ -7865,17 +7850,17 @@ AS_IS, PAYLOAD, CHUNKED = range(3)  # styles of a BodyAdapter
 class BodyAdapter:
     """A body on its way from one side's framing to the other's: `feed` turns what came into what
     goes out. AS_IS passes the sender's bytes, PAYLOAD that alone, CHUNKED the payload in
-    chunks of ours. A `reader` is fed the payload, and returns what of it goes on where the style is
-    not AS_IS. With `events`, something can be inserted between two of them. A `secret` becomes
-    stars where it comes in one piece, as in what upstreams say of a key."""
-    __slots__ = ("framing", "style", "reader", "events", "passed", "tail", "secret")
+    chunks of ours. `readers` are fed the payload, one after the other, and return what of it goes
+    on where the style is not AS_IS. With `events`, something can be inserted between two of them.
+    A `secret` becomes stars where it comes in one piece, as in what upstreams say of a key."""
+    __slots__ = ("framing", "style", "readers", "events", "passed", "tail", "secret")
 
     def __init__(self, framing: Framing, style: int = AS_IS,
-                 reader: Optional[Union[UsageReader, Editor]] = None,
+                 readers: Sequence[Union[UsageReader, Editor]] = (),
                  events: Optional[EventFraming] = None):
         self.framing = framing
         self.style = style
-        self.reader = reader
+        self.readers = readers
         self.events = events
         self.passed = 0  # bytes of payload
         self.tail = b""  # the last bytes of it, where something may be inserted
@@ -7887,12 +7872,13 @@ class BodyAdapter:
         if secret and data.find(secret) >= 0:  # `in` takes twice as long
             data = data.replace(secret, b"*" * len(secret))
         out, payload = self.framing.feed(data)
-        if self.reader and payload:
-            payload = self.reader.feed(payload)
+        if payload:
+            for reader in self.readers:
+                payload = reader.feed(payload)
         if self.style != AS_IS:
             ended = self.framing.ended
-            if ended and self.reader:
-                payload += self.reader.flush()
+            if ended:
+                payload += flush_all(self.readers)
             out = encode_chunk(payload, ended) if self.style == CHUNKED else payload
         self.passed += len(payload)
         if self.events:
@@ -7911,7 +7897,7 @@ class BodyAdapter:
     def end_of_stream(self, reset: bool = False) -> Tuple[bool, bytes]:
         """Returns (whether the sender has closed at a proper end, what is left to send)."""
         whole = not reset and self.framing.end_of_stream()
-        payload = self.reader.flush() if self.reader else b""
+        payload = flush_all(self.readers)
         self.passed += len(payload)
         self.tail = (self.tail + payload)[-4:]
         return whole, encode_chunk(payload, whole) if self.style == CHUNKED else payload
@@ -9130,15 +9116,14 @@ class Stored:
 
 class NameReader:
     """Finds what a response says was made, in a copy of it on its way past: in JSON, or in the
-    first events that name something, or `of_all`. `reader`, if any, sees it as well."""
+    first events that name something, or `of_all`."""
     MAX_KEPT = 1 << 20
     MAX_TRIES = 20
 
     tries = 0
 
-    def __init__(self, reader, events, on_names, of_all):
+    def __init__(self, events, on_names, of_all):
         """`events` is None where the response is no stream."""
-        self.reader = reader
         self.events = events
         self.on_names = on_names
         self.of_all = of_all
@@ -9152,7 +9137,7 @@ class NameReader:
             if self.kept and len(self.kept) > self.MAX_KEPT:
                 self.name(names_made(front(bytes(self.kept))))
                 self.kept = None
-        return self.reader.feed(payload) if self.reader else payload
+        return payload
 
     def may_name(self, data):
         """Returns whether events may name something, or are not whole."""
@@ -9161,7 +9146,7 @@ class NameReader:
     def flush(self) -> bytes:
         if self.kept:
             self.look()
-        return self.reader.flush() if self.reader else b""
+        return b""
 
     def look(self):
         data = bytes(self.kept)
@@ -14903,46 +14888,60 @@ class Reply:
 
     def receive(self, response: Response) -> BodyAdapter:
         """Decides how a body is passed on, and takes what has come of it. Raises UpstreamFailed."""
-        call = self.call
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
-        head = response.head
-        streamed, encoding, may_tell_usage = self.kind_of(head)
+        streamed, encoding, may_tell_usage = self.kind_of(response.head)
         response.streamed = streamed
-        # A part of what is owed for settles nothing, though nobody asked for one.
-        if may_tell_usage and not response.bodiless and (
-                response.status < (201 if call.owes else 400)):
-            self.entry.reader = UsageReader(
-                call, streamed, encoding != UNREADABLE, encoding == PACKED)
-        reader = self.unmasking(response) if call.masks else self.entry.reader
-        if response.secret and response.status >= 400 and not response.bodiless:
-            reader = self.hiding_key(response, reader, encoding)
-        self.adapter = adapter = self.adapt(response, streamed and encoding == IDENTITY, reader)
-        if call.on_made:
-            adapter.reader = NameReader(
-                adapter.reader, call.dialect.events if streamed else None, call.on_made,
-                streamed and call.endpoint == "messages")  # tools make files at any time
+        readers = self.readers_of(response, streamed, encoding, may_tell_usage)
+        editors = self.editors_of(response, streamed, encoding)
+        self.adapter = adapter = self.adapt(
+            response, streamed and encoding == IDENTITY, readers, editors)
         try:
             self.first = adapter.feed(response.stream.take_all())
         except Malformed as failure:
             raise UpstreamFailed(failure) from None
         return adapter
 
-    def hiding_key(self, response, editor, encoding):
-        """Returns an editor that passes an error on decompressed and without our key."""
-        editor = HiddenKey(response.secret, editor)
+    def readers_of(self, response, streamed, encoding, may_tell_usage):
+        """Returns what looks at a body on its way past."""
+        call, readers = self.call, []
+        if call.on_made:
+            readers.append(NameReader(
+                call.dialect.events if streamed else None, call.on_made,
+                streamed and call.endpoint == "messages"))  # tools make files at any time
+        # A part of what is owed for settles nothing, though nobody asked for one.
+        if may_tell_usage and not response.bodiless and (
+                response.status < (201 if call.owes else 400)):
+            self.entry.reader = UsageReader(
+                call, streamed, encoding != UNREADABLE, encoding == PACKED)
+            readers.append(self.entry.reader)
+        return readers
+
+    def editors_of(self, response, streamed, encoding):
+        """Returns what changes a body."""
+        call, editors = self.call, []
+        if call.usage_requested_by_us and streamed and encoding == IDENTITY and self.entry.reader:
+            editors.append(Editor(call.dialect.events, HiddenUsage(call.dialect)))
+        if call.masks:
+            editors += self.unmasking(response, streamed, encoding)
+        if response.secret and response.status >= 400 and not response.bodiless:
+            editors += self.hiding_key(response, encoding)
+        return editors
+
+    def hiding_key(self, response, encoding):
+        """Returns what passes an error on decompressed and without our key."""
+        editor = HiddenKey(response.secret)
         if encoding == IDENTITY:
-            return editor
+            return [editor]
         dialect = self.call.dialect
         instead = dialect.error(Refusal("The upstream's error cannot be read"), response.status)
         response.hides |= VALIDATORS
         if encoding == UNREADABLE:
-            editor = None
             response.hides |= {"content-type"}  # that of what stands in its place is said below
         elif response.streamed:  # its head, which promises events, goes out first
             instead = dialect.error_event(instead, self.call.endpoint)
-        return ErrorUnpacker(editor, instead)
+        return [ErrorUnpacker(encoding == PACKED, instead), editor]
 
     def kind_of(self, head):
         """Returns whether a response is a stream of events, how its body is encoded, and whether it
@@ -14961,27 +14960,22 @@ class Reply:
             cached = head.cache[key] = streamed, encoding, may_tell
         return cached
 
-    def unmasking(self, response):
-        """Returns the reader that puts values back for a call's placeholders; None without any, or
+    def unmasking(self, response, streamed, encoding):
+        """Returns the editor that puts values back for a call's placeholders; none without any, or
         where the body cannot be read."""
-        call, masks, reader = self.call, self.call.masks, self.entry.reader
-        streamed, encoding, _ = self.kind_of(response.head)
+        call, masks = self.call, self.call.masks
         redactor = masks.redactor if self.common.config.redact_answers == "on" else None
         kind = response.head.get("content-type", "text/").lower()
         is_read = streamed or "json" in kind
         has_text = is_read or kind.startswith("text/") and response.status < 400
         if not has_text or not (masks.values or redactor) or response.framing.ended:
-            return reader
+            return []
         if not is_read or encoding != IDENTITY:
             masks.pass_opaque(UpstreamFailed("its answer cannot be read"))
-            return reader
+            return []
         events = call.dialect.events if streamed else self.other_events(kind)
         restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
-        edit = Unmasking(call.dialect, events, restorer)
-        if reader is None:
-            return Editor(events, [edit])
-        reader.add_edit(edit, events)
-        return reader
+        return [Editor(events, Unmasking(call.dialect, events, restorer))]
 
     def other_events(self, kind):
         """Returns how a stream is cut that is not of its API's type, None where it is none."""
@@ -14989,12 +14983,11 @@ class Reply:
             return None
         return NDJSON if kind.startswith(LINES_OF_JSON) else JSON_ARRAY
 
-    def adapt(self, response, has_events, reader):
+    def adapt(self, response, has_events, readers, editors):
         """Chooses the framing for the client: chunked stays chunked, byte for byte, and sized stays
         sized, unless something is inserted or removed."""
         framing, events, style = response.framing, None, AS_IS
-        editor = reader.editor if type(reader) is UsageReader else reader
-        drops = editor is not None and not framing.ended
+        drops = editors and not framing.ended
         if has_events and (self.early or self.comment_seconds < inf):
             events = self.call.dialect.events
         if type(framing) is Sized and not drops and not events:
@@ -15007,7 +15000,7 @@ class Reply:
             if drops or not isinstance(framing, Chunked):
                 style = CHUNKED
             self.framing_line = "Transfer-Encoding: chunked\r\n"
-        adapter = BodyAdapter(framing, style, reader, events)
+        adapter = BodyAdapter(framing, style, (*readers, *editors), events)
         adapter.secret = response.secret.encode()
         if self.early:
             adapter.passed = self.entry.passed  # comments
@@ -15050,8 +15043,7 @@ class Reply:
             return
         body = await response.read(self.context, 65536, self.patience)
         if response.status >= 400:
-            reader = self.hiding_key(response, None, encoding)
-            body = reader.feed(body) + reader.flush()
+            body = flush_all(self.hiding_key(response, encoding), body)
         try:
             answer = parse_response(body)
         except ValueError:

@@ -3896,16 +3896,25 @@ class UsageReaderTest(ProxyCase):
     def new_reader(self, endpoint="chat", streamed=True, dropping=False, packed=False, prompts=1):
         asked = llm_proxy.Call(self.dialect(endpoint), endpoint, CHAT, "")
         asked.limit = None, prompts
-        asked.usage_requested_by_us = dropping
         self.reader = llm_proxy.UsageReader(asked, streamed, True, packed)
+        self.readers = [self.reader]
+        if dropping:
+            self.readers.append(llm_proxy.Editor(
+                asked.dialect.events, llm_proxy.HiddenUsage(asked.dialect)))
         return self.reader
+
+    def feed(self, payload):
+        """What goes on of a piece at once."""
+        for reader in self.readers:
+            payload = reader.feed(payload)
+        return payload
 
     def hear(self, data, step=None, whole=True, **options):
         """What goes on of `data`; (input, output) tokens; whether they are final; characters."""
         reader = self.new_reader(**options)
         step = step or len(data)
         pieces = [data[at:at + step] for at in range(0, len(data), step)]
-        passed = b"".join(map(reader.feed, pieces)) + reader.flush()
+        passed = b"".join(map(self.feed, pieces)) + llm_proxy.flush_all(self.readers)
         used, final = reader.reported_usage(whole)
         return passed, used and used[:2], final, reader.output_characters()
 
@@ -4528,9 +4537,9 @@ class UsageReaderTest(ProxyCase):
         kept = [delta("a"), delta("b", usage=None), LAST_DELTA]
         self.assert_usage_is_dropped(kept, self.LINE_ENDS, (None, 1, 7, 64))
         for end in self.each(self.LINE_ENDS):
-            reader = self.new_reader(dropping=True)
+            self.new_reader(dropping=True)
             for one in (*kept, "[DONE]"):
-                self.assertEqual(reader.feed(events(one, end=end)), events(one, end=end))
+                self.assertEqual(self.feed(events(one, end=end)), events(one, end=end))
 
     STRIPPED = """
         {"choices": [], "usage": {}, "model": "m", "citations": []} -> -
@@ -4558,7 +4567,7 @@ class UsageReaderTest(ProxyCase):
         packed = zlib.compress(data)
         for body, step in self.each(itertools.product(
                 (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000))):
-            found = self.hear(body, step, dropping=True, packed=True)
+            found = self.hear(body, step, packed=True)
             self.assertEqual(found, (body, (20, 4), True, 15000))
         for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
             found = self.hear(body, packed=True)
@@ -4567,7 +4576,6 @@ class UsageReaderTest(ProxyCase):
 
     def test_what_cannot_be_read_is_not_held_back(self):
         asked = llm_proxy.Call(OpenAI(), "chat", CHAT, "")
-        asked.usage_requested_by_us = True
         reader = llm_proxy.UsageReader(asked, True, False)
         self.assertEqual(reader.feed(b"\x0b\x02"), b"\x0b\x02")
         self.assertEqual((reader.ending(True), reader.output_characters()), ("ok", 2))
@@ -4584,11 +4592,11 @@ class UsageReaderTest(ProxyCase):
             self.assertEqual(self.hear(whole, streamed=False)[3], weight)
 
     def test_an_event_that_is_whole_is_never_held_back(self):
-        reader = self.new_reader(dropping=True)
+        self.new_reader(dropping=True)
         for data in (events(delta("a")), b": ping\n\n"):
-            self.assertEqual(reader.feed(data), data)
-        self.assertEqual(reader.feed(events(delta("b")) + b"data: {"), events(delta("b")))
-        self.assertEqual(reader.flush(), b"data: {")
+            self.assertEqual(self.feed(data), data)
+        self.assertEqual(self.feed(events(delta("b")) + b"data: {"), events(delta("b")))
+        self.assertEqual(llm_proxy.flush_all(self.readers), b"data: {")
 
 
 class DialectsTest(ProxyCase):
@@ -5650,7 +5658,7 @@ class UnmaskingTest(ProxyCase):
         restorer = Restorer(
             masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
         return llm_proxy.Editor(
-            events or None, [llm_proxy.Unmasking(dialect, events or None, restorer)])
+            events or None, llm_proxy.Unmasking(dialect, events or None, restorer))
 
     def unmask(self, endpoint, data, step=None, *options, **more):
         """What a caller sees of a body that comes in pieces of this size."""
@@ -5837,8 +5845,8 @@ class UnmaskingTest(ProxyCase):
 
     def test_a_large_event_holds_up_none_after_it(self):
         masks = self.masks()
-        editor = llm_proxy.Editor(SSE, [llm_proxy.Unmasking(
-            OpenAI(), SSE, Restorer(masks, ()))])
+        editor = llm_proxy.Editor(SSE, llm_proxy.Unmasking(
+            OpenAI(), SSE, Restorer(masks, ())))
         large, small = b'data: {"said": "%s"}\n\n' % (5000 * b"[["), b'data: {"n": "[["}\n\n'
         for pieces in self.each((
                 (large[:9000], large[9000:] + small + small[:4], small[4:]),
@@ -8003,7 +8011,7 @@ class StoredTest(ManyCase):
 
     def test_an_event_that_names_something_is_read_once_and_others_are_not(self):
         found = []
-        reader = llm_proxy.NameReader(None, SSE, found.append, True)
+        reader = llm_proxy.NameReader(SSE, found.append, True)
         text = events({"content_block": {"text": "x" * 9999}})
         made = events({"content_block": {"file_id": "file_1", "text": "x" * 9999}})
         with patch.object(reader, "look", wraps=reader.look) as look:
@@ -8799,7 +8807,7 @@ class BreakerTest(CallCase):
                     self.assertEqual(answered.body, text)
 
     def test_of_an_error_that_cannot_be_read_little_is_kept(self):
-        reader = llm_proxy.ErrorUnpacker(None, b"x")
+        reader = llm_proxy.ErrorUnpacker(False, b"x")
         for _ in range(99):
             reader.feed(16384 * b"x")
         self.assertLess(len(reader.packed), 1 << 17)
@@ -18730,7 +18738,7 @@ class RedactionCostTest(EnduranceCase):
         masks = Masks(Redactor(REDACTED))
         masks.values["[[SECRETS_1]]"] = "-----BEGIN PRIVATE KEY-----\n%s" % ("MIIE" * 3400)
         restorer = Restorer(masks, dialect.JSON_TEXTS, masks.redactor)
-        editor = llm_proxy.Editor(events, [llm_proxy.Unmasking(dialect, events, restorer)])
+        editor = llm_proxy.Editor(events, llm_proxy.Unmasking(dialect, events, restorer))
         took = []
         for at in range(0, len(data), llm_proxy.BLOCK):
             began = cpu_seconds()
