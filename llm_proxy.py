@@ -13032,38 +13032,6 @@ class RedisScript:
         return [*how, len(keys), *keys, *arguments]
 
 
-class ListeningTime:
-    """A clock that nearly stands still while something blocks the loop, or while this process gets
-    no turn on a busy machine: an answer that has arrived and could not be read yet must not count
-    as late. It runs only while somebody waits."""
-    STEP_SECONDS = 0.01
-    LATE_SECONDS = 0.01  # a step may be so late on a machine that is not busy
-    SLOWNESS = 20        # of the time after that: nobody waits for ever
-    held = 0.0
-    due = inf            # the next step
-
-    def __init__(self, loop: Loop, on_step: Callable[[], bool]):
-        """`on_step` is called at each step, and tells whether somebody goes on waiting."""
-        self.loop = loop
-        self.on_step = on_step
-
-    def now(self) -> float:
-        now = self.loop.time()
-        late = max(0, now - self.due - self.LATE_SECONDS)
-        return now - late + late / self.SLOWNESS - self.held
-
-    def run(self):
-        if self.due == inf:
-            self.due = self.loop.time() + self.STEP_SECONDS
-            self.loop.call_at(self.due, self.step)
-
-    def step(self):
-        self.held = self.loop.time() - self.now()
-        self.due = inf
-        if self.on_step():
-            self.run()
-
-
 class Redis(asyncio.Protocol):
     """One connection, which a task makes again when it is lost. All commands of one pass of the
     loop go in one write; replies come in the same order. The server counts as away when it refuses
@@ -13074,6 +13042,7 @@ class Redis(asyncio.Protocol):
     LATE_SECONDS = 0.05
     LATE_TIMES = 3
     SILENT_SECONDS = 0.3
+    TICK_SECONDS = 0.01      # between two looks at that, which come after what has arrived is read
     CONNECT_SECONDS = 1
     STEADY_SECONDS = 1       # a connection that lasted so long was a good one
     LONGEST_PAUSE = 0.4      # between two connections
@@ -13086,7 +13055,9 @@ class Redis(asyncio.Protocol):
     reason: Optional[RedisFault] = None       # and why
     flushing = False
     has_timed_out = False                     # a call, since the last reply
+    late = False                              # the reply that is waited for
     late_times = 0
+    ticking = False
     dropped = 0                               # commands and charges without room
 
     def __init__(self, url: Endpoint, tls: Optional[ssl.SSLContext],
@@ -13109,7 +13080,6 @@ class Redis(asyncio.Protocol):
         self.waits = []            # (since when a call waits, for how long, its future)
         # What calls have left of ANSWER_SECONDS, by task, of those that have waited for a while.
         self.patience = WeakKeyDictionary()
-        self.listening = ListeningTime(loop, self.check_timeouts)
 
     # -- for everyone, on the loop
 
@@ -13152,7 +13122,7 @@ class Redis(asyncio.Protocol):
         for ANSWER_SECONDS."""
         began = self.limit_wait(future)
         reply = await future
-        waited = self.listening.now() - began
+        waited = self.loop.time() - began
         if waited > self.SHORT_SECONDS:
             self.patience[asyncio.current_task()] = self.left() - waited
         return reply
@@ -13160,10 +13130,10 @@ class Redis(asyncio.Protocol):
     def limit_wait(self, future: asyncio.Future) -> float:
         """Completes a future with a RedisFault if nobody else does while this call may wait;
         returns the time at which the wait began."""
-        self.listening.run()
-        now = self.listening.now()
-        self.waits.append((now, self.left(), future))
-        return now
+        began = self.loop.time()
+        self.waits.append((began, self.left(), future))
+        self.tick_soon()
+        return began
 
     def ask(self, answer: Optional[Callable[[RedisReply], None]], *parts: RedisPart):
         """Sends a command at the end of this pass of the loop; `answer` is called with the reply or
@@ -13305,8 +13275,8 @@ class Redis(asyncio.Protocol):
             return self.leave(fault)
         if replies:
             self.has_timed_out = False
-            is_late = self.waited() > self.LATE_SECONDS
-            self.late_times = self.late_times + 1 if is_late else 0
+            self.late_times = self.late_times + 1 if self.late else 0
+            self.late = False
             if self.late_times >= self.LATE_TIMES:
                 self.leave(RedisFault("answers late"))
         for reply in replies:
@@ -13341,22 +13311,27 @@ class Redis(asyncio.Protocol):
             self.unsent = [one for one in unsent if one[1] is None]
             unsent = [one for one in unsent if one[1]]
         if unsent:
-            self.listening.run()
-            now = self.listening.now()
+            now = self.loop.time()
             self.asked.extend([(*one, now) for one in unsent])
+            self.tick_soon()
             self.transport.write(b"".join([data for data, _ in unsent]))
 
-    def waited(self) -> float:
-        """Returns for how many seconds the oldest command has been on its way."""
-        return self.listening.now() - self.asked[0][-1]
+    def tick_soon(self):
+        if not self.ticking:
+            self.ticking = True
+            self.loop.call_later(self.TICK_SECONDS, self.tick)
 
-    def check_timeouts(self):
-        """Ends waits that took too long, and a connection that says nothing; returns whether
-        anything is waited for."""
-        self.give_up(self.listening.now())
-        if self.asked and self.waited() > self.SILENT_SECONDS:
-            self.leave(RedisFault("does not answer"))
-        return bool(self.asked or self.waits)
+    def tick(self):
+        """Ends waits that took too long, and a connection that says nothing."""
+        now, self.ticking = self.loop.time(), False
+        self.give_up(now)
+        if self.asked:
+            waited = now - self.asked[0][-1]
+            self.late = waited > self.LATE_SECONDS
+            if waited > self.SILENT_SECONDS:
+                self.leave(RedisFault("does not answer"))
+        if self.asked or self.waits:
+            self.tick_soon()
 
     def give_up(self, now=inf):
         """Ends the waits that have lasted as long as their calls may wait."""

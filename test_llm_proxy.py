@@ -11399,26 +11399,6 @@ class RedisCase(TableCase):
         return str(caught.exception), 1000 * (time.monotonic() - began)
 
 
-class ListeningTimeTest(TableCase):
-
-    def test_it_is_slow_while_the_loop_is_held_and_ends_when_nobody_waits(self):
-        clock, steps, answers = Clock(), [], [True, True, True, False]
-        loop = SimpleNamespace(
-            time=clock.monotonic, call_at=lambda due, step: steps.append((due, step)))
-        listening = llm_proxy.ListeningTime(loop, lambda: answers.pop(0))
-        began = listening.now()
-        listening.run()
-        listening.run()  # it runs already
-        for late, passed in self.each(((0, 0.01), (0.005, 0.025), (2.01, 0.145), (0.01, 0.165))):
-            (due, step), = steps
-            clock.seconds = due + late
-            self.assertAlmostEqual(listening.now() - began, passed)
-            steps.clear()
-            step()
-            self.assertAlmostEqual(listening.now() - began, passed)
-        self.assertEqual(steps, [])
-
-
 class RedisFaultsTest(RedisCase):
     """A server that does what no server should."""
 
@@ -11475,19 +11455,28 @@ class RedisFaultsTest(RedisCase):
 
     def test_three_late_answers_in_a_row_are_too_many(self):
         redis = self.start([b"+OK\r\n"] + [b":1\r\n"] * 9)
-        with patch.object(Redis, "LATE_SECONDS", -1):
+
+        async def call(is_late):
+            calling = self.loop.create_task(redis.call("A"))
+            while not redis.asked:
+                await asyncio.sleep(0)
+            redis.late = is_late
+            await calling
+        for is_late in (True, True, False, True, True):
+            self.run_loop(call(is_late))
+        self.assertTrue(redis.available)
+        with self.assertRaises(RedisFault):
             for _ in range(2):
-                self.run_loop(redis.call("A"))
-            self.assertTrue(redis.available)
-            with self.assertRaises(RedisFault):
-                for _ in range(2):
-                    self.run_loop(redis.call("A"))
+                self.run_loop(call(True))
         self.wait_for(lambda: self.left)
         self.assertEqual(self.left[0], "answers late")
 
     def test_a_call_waits_in_all_for_as_long_as_for_one_answer(self):
-        redis, clock, words = self.start([b"+OK\r\n"]), Clock(), []
-        listening = SimpleNamespace(now=clock.monotonic, run=lambda: None)
+        clock, words, now = Clock(), [], self.loop.time
+        patch_until(self.addCleanup, patch.object(
+            self.loop, "time", lambda: now() + clock.seconds))
+        redis = self.start([b"+OK\r\n"])
+        redis.ANSWER_SECONDS, redis.SILENT_SECONDS = 80, 800
 
         async def call():
             redis.begin_call()
@@ -11496,18 +11485,18 @@ class RedisFaultsTest(RedisCase):
                     await redis.call("A")
                 except RedisFault as fault:
                     words.append(str(fault))
-        with patch.object(redis, "listening", listening):
-            calling = self.loop.create_task(call())
-            for seconds, reply, told in self.each((
-                    (0.06, b":1\r\n", 0), (0.01, b"", 0), (0.02, b"", 2))):
-                self.wait_for(lambda: redis.asked)
-                clock.seconds += seconds
-                redis.data_received(reply)
-                redis.check_timeouts()
-                self.run_loop(asyncio.sleep(0.001))
-                self.assertEqual(words, told * ["answers late"])
-            self.run_loop(calling)
+        calling = self.loop.create_task(call())
+        for seconds, reply, told in self.each((
+                (60, b":1\r\n", 0), (10, b"", 0), (20, b"", 2))):
+            self.wait_for(lambda: redis.asked)
+            clock.seconds += seconds
+            redis.data_received(reply)
+            redis.tick()
+            self.run_loop(asyncio.sleep(0.001))
+            self.assertEqual(words, told * ["answers late"])
+        self.run_loop(calling)
         self.assertFalse(redis.is_late())  # for others
+        redis.ANSWER_SECONDS = 0
 
     def test_a_cluster_says_where_to_go(self):
         self.patch_seconds(Redis_STEADY_SECONDS=0)
@@ -12061,7 +12050,7 @@ class SharedLimitsTest(ProxyCase):
 
     def test_a_server_that_stands_still_holds_no_call_for_long(self):
         buckets = self.start_here(limits="each 5 requests per hour")
-        self.assertLess(buckets.redis.ANSWER_SECONDS + llm_proxy.ListeningTime.STEP_SECONDS, 0.1)
+        self.assertLess(buckets.redis.ANSWER_SECONDS + buckets.redis.TICK_SECONDS, 0.1)
         with patch.object(Redis, "begin_call") as begin:
             self.assertEqual(self.admitted(1), 1)
         begin.assert_called_once_with()
