@@ -504,9 +504,13 @@ def read_amount(text, unit):
 
 # What a tier costs, times the price, where a price does not say: OpenAI's and Google's service
 # tiers, Anthropic's speed and inference_geo.
-USUAL_TIERS = {name: Decimal(factor) for name, factor in {
-    "flex": "0.5", "batch": "0.5", "priority": "2", "fast": "2", "ultrafast": "6",
-    "us": "1.1"}.items()}
+USUAL_TIERS = {name: Decimal(factor) for name, factor in table_of("""
+    flex 0.5
+    batch 0.5
+    priority 2
+    fast 2
+    ultrafast 6
+    us 1.1""").items()}
 
 
 class Price(NamedTuple):
@@ -769,6 +773,7 @@ def linear_patterns(text):
 
 
 REDACTED = "email card iban phone ssn ip secrets".split()
+read_name = pattern("[A-Za-z0-9_.@-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 _ . @ -")
 redacted_kinds = listed(one_of(*REDACTED))
 read_kinds = word_or({"off": ()}, redacted_kinds)
 # The APIs that have their own paths beside /v1, and hosts of Azure.
@@ -829,12 +834,17 @@ READERS = {
         "([A-Za-z0-9_-]+) *= *([!-~]*)", "must be name=value, separated by commas",
         lambda match: (match[1], printable(urllib.parse.unquote(match[2], "latin-1")))),
     "rules": rules,
+    "own rules": partial(rules, scope="each "),
+    "name": read_name,
+    "age or never": word_or({"never": None}, age),
+    "upstream": pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
     "shares": listed(pattern(  # '80%' -> 0.8
         "([1-9][0-9]?|100)%", "must be shares such as 80%, separated by commas",
         lambda match: int(match[1]) / 100)),
     "prices": price_file,
     "unpriced": word_or({"refuse": "refuse", "allow": "allow"}, flat_price),
     "redacted": redacted_kinds,
+    "redacted or off": read_kinds,
     "upstreams": listed(pattern(
         "[a-z0-9_*?]+", "must be names of upstreams such as openai or azure*, by commas")),
     "patterns": linear_patterns,
@@ -1925,22 +1935,27 @@ class Key(NamedTuple):
         return -1.0 if self.disabled else min(ends, default=None)
 
 
-# What can be said of a key: a reader of its text, and a sentence.
-KEY_NAME = pattern("[A-Za-z0-9_.@-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 _ . @ -")
-KEY_FIELDS = {
-    "role": (one_of(*ROLES), "caller: makes calls; viewer, admin: for /dashboard and /admin/api"),
-    "team": (KEY_NAME, "its team, for rules such as team:NAME"),
-    "expires": (word_or({"never": None}, age),
-                "how long it is good from when it was made, such as 15m or 30d; never"),
-    "models": (model_globs, "the only models that it may use, such as 'gemma*,gpt-4*'"),
-    "limits": (partial(rules, scope="each "),
-               "rules without a scope, such as '2 usd per day', each instead of the general one of"
-               " its unit and duration"),
-    "upstream": (pattern("[a-z0-9_]{1,64}", "must be the name of an upstream, or base"),
-                 "the only upstream that its calls go to"),
-    "redact": (read_kinds, "what must not leave with its calls, as REDACT, instead of that; off"),
-    "tag": (KEY_NAME, "a word to add up usage by"),
-    "note": (printable, "a line for people")}
+# What can be said of a key, in the form of SETTING_TABLE
+KEY_FIELDS = {field.name: field for field in read_settings("""\
+role: caller|viewer|admin
+    caller: makes calls; viewer, admin: for /dashboard and /admin/api
+team: name
+    its team, for rules such as team:NAME
+expires: age or never
+    how long it is good from when it was made, such as 15m or 30d; never
+models: models
+    the only models that it may use, such as 'gemma*,gpt-4*'
+limits: own rules
+    rules without a scope, such as '2 usd per day', each instead of the general one of its unit and
+    duration
+upstream: upstream
+    the only upstream that its calls go to
+redact: redacted or off
+    what must not leave with its calls, as REDACT, instead of that; off
+tag: name
+    a word to add up usage by
+note: text
+    a line for people""")}
 
 
 @lru_cache(20_000)
@@ -1948,10 +1963,10 @@ def read_key(*values: Any) -> Key:
     """Returns a key of what is stored of it. Raises ValueError or TypeError for what somebody else
     has written."""
     key = Key(*values)
-    derived = {field: read(getattr(key, field)) for field, (read, _) in KEY_FIELDS.items()
-               if field != "expires" and (getattr(key, field) is not None or field == "role")}
+    derived = {name: field.read(getattr(key, name)) for name, field in KEY_FIELDS.items()
+               if name != "expires" and (getattr(key, name) is not None or name == "role")}
     times = [key.created, key.expires or 0, key.last_used or 0]
-    require(KEY_NAME(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
+    require(read_name(key.name) and key.disabled in (0, 1) and len(bytes(key.subject)) == 32
             and all(0 <= one < 1e11 for one in times), "no key")
     return key._replace(disabled=bool(key.disabled), globs=derived.get("models", ()),
                         rules=tuple(derived.get("limits", ())))
@@ -11450,7 +11465,7 @@ class KeyStore(NamedTuple):
 
     def add(self, name: str, /, **fields: Optional[str]) -> NewKey:
         secret = new_secret()
-        self.check_field("name", KEY_NAME, name)
+        self.check_field("name", read_name, name)
         with self.change("add key", name, describe_fields(fields)) as execute:
             if list(execute("SELECT 1 FROM keys WHERE name = ?", (name,))):
                 raise KeyFault(f"a key by the name {name} is stored already")
@@ -11534,7 +11549,7 @@ class KeyStore(NamedTuple):
             if field not in KEY_FIELDS:
                 raise KeyFault(f"a key has no field {in_ascii(field)}")
             value = None if text in (None, "") else self.check_field(
-                field, KEY_FIELDS[field][0], text)
+                field, KEY_FIELDS[field].read, text)
             execute("UPDATE keys SET %s = %s WHERE name = ?" % (
                 field, self.COLUMNS.get(field, "?")), (
                     value if field == "expires" else text or None, name))
@@ -18587,13 +18602,9 @@ class Demo:
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
 
     async def serve(self):
-        tasks = set()  # asyncio keeps none, and one that nobody keeps is collected
-
         def begin(*streams):
             # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
-            task = asyncio.ensure_future(self.converse(*streams))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            asyncio.ensure_future(self.converse(*streams))
 
         async with await asyncio.start_server(begin, sock=self.listening) as server:
             await server.serve_forever()
@@ -18638,16 +18649,13 @@ class Demo:
 
     def words_for(self, call):
         """Returns what to say, word by word, as in strings of JSON."""
-        words = re.findall(r"\s*\S+\s*", self.text_for(call))
-        return [json.dumps(word)[1:-1] for word in words]
-
-    def text_for(self, call):
         said = call.get("prompt")
         if call.get("messages"):
             said = call["messages"][-1].get("content")
         if type(said) is list:
             said = "".join(str(dig(part, "text") or "") for part in said)
-        return said[5:] if str(said).startswith("say: ") else self.TEXT
+        text = said[5:] if str(said).startswith("say: ") else self.TEXT
+        return [json.dumps(word)[1:-1] for word in re.findall(r"\s*\S+\s*", text)]
 
     def frame(self, name, choice, usage="null"):
         sent = asyncio.get_running_loop().time() * 1e9
@@ -18789,7 +18797,7 @@ class SelfTest:
     SETTINGS = {"HOST": "127.0.0.1", "METRICS": "open", "DRAIN_SECONDS": "1",
                 "LIMITS": "each 1000000000 tokens per day"}
     START_TRIES, CALL_SECONDS, PAUSE = 100, 3, 1  # ten tries a second
-    CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, (10, 100, 500), 50
+    CALLERS, IDLE, STREAMS, HANG_UPS = 50, 500, {10: 5, 100: 10, 500: 50}, 50
     # Runs a file, which ends with its standard input: with this test, even where that is killed.
     PROGRAM = """\
 import os, runpy, sys, threading
@@ -18798,28 +18806,16 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
     all_good = True
     MEMORY = "process_resident_memory_bytes"
     OUTPUT = r'llm_proxy_tokens_total\{.*kind="output"\}'
-    GOOD = {  # the unit, and up to where it is good; of calls, from where
-        "memory of an idle connection": ("KiB", 64),
-        "added to the first byte": ("ms", 5),
-        "calls": ("a second", 200),
-        "added to an event, 10 streams": ("ms", 5),
-        "added to an event, 100 streams": ("ms", 10),
-        "added to an event, 500 streams": ("ms", 50),
-        "memory of a running stream": ("KiB", 256),
-        "delivered of what is billed after 50 hang-ups": ("%", 100)}
 
     def __init__(self):
         self.demo = Demo()
-        # Nobody else gets the port; the proxy may listen there, as this does not.
-        self.reserved = socket.socket()
-        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.reserved.bind(("127.0.0.1", 0))
-        self.place = self.reserved.getsockname()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.place = free.getsockname()
         self.url = "http://%s:%d" % self.place
         self.key = new_secret()
 
-    def tell(self, what, value):
-        unit, limit = self.GOOD[what]
+    def tell(self, what, value, unit, limit):
+        """Says what is good up to the limit; of calls, from there on."""
         good = value >= limit if what == "calls" else value <= limit
         self.all_good &= good
         print("%-46s %8.1f %-9s %s" % (what, value, unit, "good" if good else "POOR"), flush=True)
@@ -18843,7 +18839,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
     async def run(self, environ: Texts):
         """Raises OSError, and Refusal where a call fails."""
         asyncio.get_running_loop().create_task(self.demo.serve())
-        with self.reserved, tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
             with self.start(folder, environ):
                 await self.measure()
 
@@ -18860,10 +18856,10 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
                 idle.enter_context(socket.create_connection(self.place))
             await asyncio.sleep(self.PAUSE)
             more = self.scrape(self.MEMORY) - before
-        self.tell("memory of an idle connection", more / self.IDLE / 1024)
+        self.tell("memory of an idle connection", more / self.IDLE / 1024, "KiB", 64)
         await self.measure_calls()
-        for count in self.STREAMS:
-            await self.measure_streams(count, before)
+        for count, limit in self.STREAMS.items():
+            await self.measure_streams(count, limit, before)
         await self.measure_hang_ups()
 
     async def timed(self, url, payload, calls, concurrency, leave_after=inf):
@@ -18884,21 +18880,21 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 
     async def measure_calls(self):
         added = await self.added_milliseconds("whole", self.CALL, range(200), 1)
-        self.tell("added to the first byte", added)
+        self.tell("added to the first byte", added, "ms", 5)
         clock = asyncio.get_running_loop().time
         until = clock() + self.CALL_SECONDS
         calls = itertools.takewhile(lambda _: clock() < until, itertools.count())
         bench = await self.timed(self.url, self.CALL, calls, self.CALLERS)
-        self.tell("calls", bench.report()["per_second"])
+        self.tell("calls", bench.report()["per_second"], "a second", 200)
 
-    async def measure_streams(self, count, before):
+    async def measure_streams(self, count, limit, before):
         """Measures so many streams in two rounds, as memory is not given back to the system at
         once."""
         added = await self.added_milliseconds("event", self.STREAM, range(2 * count), count)
         more = self.scrape(self.MEMORY) - before
-        self.tell(f"added to an event, {count} streams", added)
+        self.tell(f"added to an event, {count} streams", added, "ms", limit)
         if count == max(self.STREAMS):
-            self.tell("memory of a running stream", more / count / 1024)
+            self.tell("memory of a running stream", more / count / 1024, "KiB", 256)
 
     async def measure_hang_ups(self):
         before = self.scrape(self.OUTPUT)
@@ -18907,7 +18903,8 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
         await asyncio.sleep(self.PAUSE)
         billed = self.scrape(self.OUTPUT) - before
         words = len(bench.times["event"])
-        self.tell("delivered of what is billed after 50 hang-ups", 100 * words / max(1, billed))
+        self.tell("delivered of what is billed after 50 hang-ups", 100 * words / max(1, billed),
+                  "%", 100)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -19587,17 +19584,10 @@ def run_unless_stopped(work):
     """Runs a coroutine; returns whether it came to its end, before a signal."""
     tune_interpreter()
     raise_descriptor_limit()
-
-    async def run():
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError):  # on Windows
-                loop.add_signal_handler(number, task.cancel)
-        await work
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        run_alone(work)
         return True
-
-    with suppress(asyncio.CancelledError):
-        return run_alone(run())
 
 
 async def run_bench(bench, requests, concurrency):
@@ -19653,7 +19643,7 @@ KEY_ACTS = table_of("""
     remove forget a key; the books keep what it used
     give let a caller's buckets of a unit hold more for a time, and add that
     reset fill a caller's buckets""")
-FIELD_OPTIONS = [f"--{field} TEXT - {meaning}" for field, (_, meaning) in KEY_FIELDS.items()]
+FIELD_OPTIONS = [f"--{field.name} TEXT - {field.sentence}" for field in KEY_FIELDS.values()]
 KEY_OPTIONS = {
     "add": FIELD_OPTIONS,
     "list": ["--json - - with all that is known"],
