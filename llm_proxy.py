@@ -1645,13 +1645,6 @@ class NothingStored(Refusal):
     message = "Nothing of this name is stored here for this caller"
 
 
-class AskedElsewhere(Refusal):
-    """Another call asks for the answer of the same background call now, and settles it."""
-    status = 409
-    message = "Another call asks for this answer now, try again in a moment"
-    fields = {"Retry-After": 1}
-
-
 class NoSuchPage(Refusal):
     status = 404
     message = "There is no such page: GET /admin/api lists them all"
@@ -3979,7 +3972,6 @@ class Call:
     length = None      # of the prompt; computed when it is asked for
     masked: Optional[JsonObject] = None  # the payload with placeholders
     masks: Optional["Masks"] = None      # the values behind the placeholders
-    withheld = False  # another call settles this answer
     on_made = None  # callback: gets the names of what was made
     # A call in the background whose usage nobody knows yet, where this asks for its answer
     owes: Optional["Call"] = None
@@ -9049,6 +9041,7 @@ class Stored:
     UNSAVED = 10_000
     BILLS = 1_000
     NAME = re.compile("[!-~]{1,256}")
+    redis: Optional["Redis"] = None
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -9097,6 +9090,10 @@ class Stored:
     def owe(self, name, bill):
         """Keeps an open bill; the oldest above BILLS is dropped."""
         put_newest(self.bills, name, bill, self.BILLS)
+
+    def pay(self, name, hold):
+        """Forgets a bill that was charged by `hold`."""
+        del self.bills[name]
 
     def put(self, name, thing):
         """Keeps a thing; its owner's oldest above SHARE is dropped, else the oldest above ROOM."""
@@ -14510,23 +14507,10 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
                            for name in ("in_flight", "waiting")}}
 
 
-# Returns a bill, 0 where another process is about to charge it: KEYS are the bill and who is from
-# now on, ARGV that process and for how many seconds.
-LUA_CLAIM = """
-local bill, holder = redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])
-if bill and holder and holder ~= ARGV[1] then return 0 end
-if bill then redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2]) end
-return bill
-"""
-LUA_RELEASE = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1])"
-
-
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
-    there until it is charged. While calls of one process ask for its answer, that process has
-    claimed it, and calls to other processes are refused: they would be told what nobody charges.
-    A claim is a lease, so it ends with its process."""
-    LEASE_SECONDS = 30
+    there until a call is told what it comes to, and charges that. Of two that are told the same at
+    once, the one that does not find it there any longer gives back what it has charged."""
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # names that are looked for at once
     limits: Optional[Limits] = None  # its rules count for bills
@@ -14536,8 +14520,6 @@ class SharedStored(Stored):
         self.redis = redis
         self.prefix = prefix
         self.clock = clock
-        self.polls = {}       # names of bills, by the calls that ask for them
-        self.claimed = set()  # of these, those that are charged here
 
     def key(self, kind: str, name: str) -> str:
         return "%s%s:%s" % (self.prefix, kind, hashlib.sha256(name.encode()).hexdigest())
@@ -14552,10 +14534,9 @@ class SharedStored(Stored):
             owner = Database.spell_owners([thing.owner])
             self.keep(self.key("thing", name), [owner, thing.upstream, thing.address], "NX")
 
-    async def recall(self, call: Call, method: str, owner: CallerKey):
-        """Looks up the things that a call names and this process does not know, and claims the bill
-        if the call asks for its answer. Raises AskedElsewhere; a call that cancels is not put off,
-        but its answer is withheld."""
+    async def recall(self, call: Call):
+        """Looks up the things that a call names and this process does not know, and the bill if the
+        call asks for its answer."""
         self.redis.begin_call()  # each call comes here before it asks Redis for anything
         names, path = call.references(), call.stored
         if path and path.name:
@@ -14569,38 +14550,23 @@ class SharedStored(Stored):
                     maker, *place = json.loads(text)
                     self.put(name, Thing(Database.read_owners(maker)[0], *place))
             name = self.bill_name(call)
-            if name and (self.policy == "pass" or self.things[name].owner == owner):
-                is_ours = await self.claim_bill(call, name)
-                call.withheld = not is_ours and method != "DELETE"  # which tells of no answer
-        if call.withheld and method == "GET":
-            raise AskedElsewhere
+            text = name and await self.redis.call("GET", self.key("bill", name))
+            if text:
+                super().owe(name, self.read_bill(*json.loads(text)))
+            else:
+                self.bills.pop(name, None)
 
     # -- bills
 
     def owe(self, name, bill):
+        is_new = name not in self.bills
+        super().owe(name, bill)
         hold, call = bill.hold, bill.call
         ago = self.clock.monotonic() - hold.taken_at
         self.keep(self.key("bill", name), [
             [[key[0], Database.spell_owners(key[1:])] for _, key in hold.keyed_rules],
             hold.costs, wall_time(self.clock) - ago, call.dialect.name, call.models,
-            list(call.made), bill.characters, call.endpoint])
-
-    async def claim_bill(self, call, name):
-        """Returns whether no other process is about to charge a bill."""
-        self.polls[call] = name
-        try:
-            reply = await self.redis.call(
-                "EVAL", LUA_CLAIM, 2, self.key("bill", name), self.key("claim", name),
-                self.redis.process, self.LEASE_SECONDS)
-        except asyncio.CancelledError:
-            self.end_poll(call)
-            raise
-        if reply and name not in self.claimed:
-            self.bills[name] = self.read_bill(*json.loads(reply))
-            self.claimed.add(name)
-        elif reply == 0:
-            self.end_poll(call)
-        return reply != 0
+            list(call.made), bill.characters, call.endpoint], "NX" if is_new else "XX")
 
     def read_bill(self, keys, costs, taken, dialect, models, made, characters, endpoint):
         rules = {rule.text: rule for rule in self.limits.all_rules()}
@@ -14612,24 +14578,16 @@ class SharedStored(Stored):
         call.upstream_model, call.models, call.made = models[0], models, made
         return Bill(hold, call, characters)
 
-    def end_poll(self, call):
-        """Puts back a bill that is still open when the last call that asks for it ends."""
-        name = self.polls.pop(call, None)
-        if not name or name in self.polls.values():
-            return
-        if name in self.bills:
-            self.owe(name, self.bills.pop(name))
-        elif name in self.claimed:
-            self.redis.ask(None, "DEL", self.key("bill", name))
-        self.claimed.discard(name)
-        # Also where Redis has not answered: it may have given the claim.
-        self.redis.ask(None, "EVAL", LUA_RELEASE, 1, self.key("claim", name), self.redis.process)
+    def pay(self, name, hold):
+        super().pay(name, hold)
+        key = self.key("bill", name)
 
-    def beat(self):
-        """Renews the leases; to be called every second."""
-        if self.redis.available:
-            for name in self.claimed:
-                self.redis.ask(None, "EXPIRE", self.key("claim", name), self.LEASE_SECONDS)
+        def on_answer(reply):
+            if isinstance(reply, RedisFault):
+                self.redis.ask(None, "DEL", key)
+            elif reply == 0 and hold.keyed_rules:  # another process was told the same, and has paid
+                hold.buckets.settle(hold.keyed_rules, NO_COST, hold.costs, hold.taken_at)
+        self.redis.ask(on_answer, "DEL", key)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -15321,7 +15279,7 @@ class Proxy:
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
         # What acts every second where there is a Redis:
-        self.sharers: List[Union[SharedQueue, SharedStored]] = []
+        self.sharers: List[SharedQueue] = []
 
     async def serve(self, request: Request, reply: Reply):
         """The life of one call, in five verbs. Every step may refuse by raising; what refuses
@@ -15332,8 +15290,8 @@ class Proxy:
         await self.dialects.read(call, request.method, request, reply.read_body)
         if call.large:  # others come in between reading it, looking for things and estimating it
             await asyncio.sleep(0)
-        if self.sharers:
-            await self.stored.recall(call, request.method, entry.caller.key)
+        if self.stored.redis:
+            await self.stored.recall(call)
         self.begin(call, reply)
         upstreams = self.route(call, entry.caller)                                  # route
         if call.large:
@@ -15408,8 +15366,6 @@ class Proxy:
         call, ending = entry.call, "ok"
         if response.status < 300 and call.makes_things():
             call.on_made = partial(self.note_made, entry, response.address.name)
-        if call.withheld:
-            raise AskedElsewhere
         entry.held_up += self.loop.time() - reply.context.since
         if reply.early:
             await reply.require_stream(response)
@@ -15773,14 +15729,14 @@ class Proxy:
         if not is_final or reader.running:
             join = operator.add if GOES_ON.search(entry.call.query) else max
             bill = bill._replace(characters=join(bill.characters, reader.output_characters()))
-            self.stored.bills[name] = bill
+            self.stored.owe(name, bill)
             if not reader.closed:
                 return
             usage = bill.seen_usage(reader.model)
-        del self.stored.bills[name]
-        if usage.estimated and bill.call.endpoint == UNKNOWN and not reader.fault:
-            return  # a batch has no text, and what it used is not less than was held
-        self.charge_bill(entry, bill, usage)
+        # A batch has no text, and what it used is not less than was held.
+        if not usage.estimated or bill.call.endpoint != UNKNOWN or reader.fault:
+            self.charge_bill(entry, bill, usage)
+        self.stored.pay(name, entry.hold)
 
     def charge_bill(self, entry, bill, usage):
         reader, before = entry.reader, bill.hold.costs
@@ -15928,8 +15884,6 @@ def share(proxy, buckets):
     """Makes a proxy share by Redis what it has beside buckets."""
     config, redis, stored = proxy.config, buckets.redis, proxy.stored
     stored.limits = proxy.limits
-    proxy.books.on_end.append(lambda entry: stored.end_poll(entry.call))
-    proxy.sharers.append(stored)
     prefix, ledger = buckets.prefix, proxy.books.ledger
     proxy.watchers.warnings.once = partial(tell_first, redis, prefix)
     if ledger and not ledger.worker:

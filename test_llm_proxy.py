@@ -12855,13 +12855,6 @@ class SharedStoredTest(ProxyCase):
         wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
         return redis
 
-    def start_asking(self):
-        """The same, while a call asks; returns its Client and Asked, too."""
-        redis = self.start_owing()
-        self.stub.answer = None
-        self.address = self.addresses[0]
-        return (redis, *self.ask_stub(self.POLL))
-
     def left(self, redis):
         return [redis.ask("GET", name).split()[0] for name in redis.ask("KEYS", "*:b:*")]
 
@@ -12875,15 +12868,14 @@ class SharedStoredTest(ProxyCase):
             await ask(*arguments)
             raise RedisFault("answers late")
         for place, told, left, answer in self.each((
-                (1, {"status": "queued"}, 99500, ask), (0, {"usage": None}, 99500, ask),
-                (0, self.USED, 99500, late), (1, self.USED, 96980, ask),
-                (0, self.USED, 96980, ask))):
+                (1, self.USED, 99500, late), (1, {"status": "queued"}, 99500, ask),
+                (0, {"usage": None}, 99500, ask), (1, self.USED, 96980, late),
+                (0, self.USED, 96980, ask), (1, self.USED, 96980, ask))):
             wait_for(lambda: redis.ask("KEYS", "*:bill:*") or left == 96980, "the bill")
             self.stub.answer = says(told)
             with patch.object(Redis, "call", answer):
                 self.ask_at(place, "GET", "/v1/responses/resp_1", key="sk-a")
             wait_for(lambda: self.left(redis) == [b"%d" % left], left)
-            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"), "who charges it")
         wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
 
     def test_batches_and_runs_of_evals_are_settled_by_whoever_is_asked(self):
@@ -12900,7 +12892,7 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: redis.ask("KEYS", "*:bill:*"), "the bill")
             self.stub.answer = says(told)
             self.ask_at(1, "GET", f"{path}/{name}", key="sk-a")
-            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
             wait_for(lambda: self.left(redis) == [left])
 
     def test_what_a_call_that_cancels_is_told_settles_too(self):
@@ -12910,7 +12902,7 @@ class SharedStoredTest(ProxyCase):
             self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-b")
             self.assertEqual(self.left(redis), [b"99500"])
             self.ask_at(place, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
-            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
             wait_for(lambda: self.left(redis) == [b"96980"])
 
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
@@ -12926,56 +12918,11 @@ class SharedStoredTest(ProxyCase):
                 client, asked = polls[number]
                 asked.answer(self.USED if number in told else {"usage": None})
                 client.head()
-            wait_for(lambda: not redis.ask("KEYS", "*:bill:*") + redis.ask("KEYS", "*:claim:*"))
+            wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
             wait_for(lambda: self.left(redis) == [b"96980"])
             for proxy in self.proxies:
                 wait_for(lambda: is_done(proxy.limits.buckets))
             self.assertEqual(self.left(redis), [b"96980"])
-
-    def test_who_asks_another_process_meanwhile_is_to_ask_again(self):
-        redis, client, asked = self.start_asking()
-        refused = self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
-        self.assertEqual((refused.status, refused.get("retry-after")), (409, "1"))
-        self.stub.answer = says({"id": "eval_1"})
-        self.ask_at(1, "POST", "/v1/evals", b"{}", key="sk-b")
-        for key, method, path, status in self.each("""
-                sk-a -> GET -> responses/resp_1/input_items -> 200
-                sk-a -> DELETE -> responses/resp_1 -> 200
-                sk-b -> GET -> responses/resp_1 -> 404
-                sk-b -> GET -> responses/resp_2 -> 404
-                sk-b -> GET -> evals/eval_1/runs/resp_1 -> 404"""):
-            answered = self.ask_at(1, method, "/v1/" + path, key=key)
-            self.assertEqual(answered.status, int(status))
-        asked.answer(b'{"status": "queued"}')
-        client.head()
-        wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
-        self.stub.answer = says(self.USED)
-        self.ask_at(1, "GET", "/v1/responses/resp_1", key="sk-a")
-        wait_for(lambda: self.left(redis) == [b"96980"])
-        wait_for(lambda: not any(proxy.stored.polls for proxy in self.proxies))
-
-    def test_what_cancels_meanwhile_is_done_and_its_answer_is_withheld_until_it_is_charged(self):
-        redis, client, asked = self.start_asking()
-        self.stub.answer = says(self.USED)
-        for status, left in self.each(((409, b"99500"), (200, b"96980"))):
-            before = self.stub.calls
-            told = self.ask_at(1, "POST", "/v1/responses/resp_1/cancel", b"", key="sk-a")
-            self.assertEqual((told.status, self.stub.calls - before), (status, 1))
-            self.assertEqual(b"3000" in told.body, status == 200)
-            wait_for(lambda: self.left(redis) == [left])
-            client.close()
-            wait_for(lambda: not redis.ask("KEYS", "*:claim:*"))
-        self.assertEqual(redis.ask("KEYS", "*:bill:*"), [])
-
-    def test_a_claim_is_renewed_while_a_call_asks_and_ends_with_the_process(self):
-        redis, client, asked = self.start_asking()
-        claim, = redis.ask("KEYS", "*:claim:*")
-        redis.ask("EXPIRE", claim, 5)
-        asking = self.proxies[0]
-        asking.redis.loop.call_soon_threadsafe(asking.stored.beat)
-        wait_for(lambda: 20 < redis.ask("TTL", claim) <= 30)
-        asked.answer()
-        client.head()
 
     def test_without_redis_what_is_known_here_is_enough(self):
         redis = self.start_two()
