@@ -3764,20 +3764,11 @@ def is_count(value):
 
 
 def merged(before, after, join=max):
-    """Returns two reports as one. Counts and money only grow, so the larger of two is taken; null
-    says nothing."""
-    if not before:  # the usual case
-        return after
-    report = dict(before)
-    for name, value in after.items():
-        old = report.get(name)
-        amounts = read_money(old) + read_money(value)
-        if type(old) is dict and type(value) is dict:
-            report[name] = merged(old, value, join)
-        elif amounts[1:]:
-            report[name] = join(*amounts)
-        elif value is not None:
-            report[name] = value
+    """Returns two reports of usage as one. Amounts only grow, so the larger of two is taken."""
+    report = {**before, **after}
+    for name in before.keys() & after.keys():
+        if type(after[name]) is int:
+            report[name] = join(before[name], after[name])
     return report
 
 
@@ -4595,11 +4586,10 @@ def is_name(value):
 
 
 def read_money(value):
-    """Returns the amount of money that a value is, which some spell as text, in a list, which is
-    empty where it is none."""
+    """Returns the amount of money that a value is, which some spell as text, else None."""
     if type(value) is str and AMOUNT.fullmatch(value):
         value = float(value)
-    return [value] if type(value) in NUMBERS and 0 <= value < MAX_COST else []
+    return value if type(value) in NUMBERS and 0 <= value < MAX_COST else None
 
 
 def with_iterations(told, steps):
@@ -4695,7 +4685,7 @@ class Dialect:
     # Those of them that are answers to a prompt each, or sums of some
     ANSWERS = "results predictions inlinedResponses per_model_usage".split()
     # What a count is, in any of the APIs; the largest of those that are the same counts.
-    COUNTS = {name: kind for kind, *names in map(str.split, """\
+    COUNTS = {name: (kind, 1) for kind, *names in map(str.split, """\
         prompt prompt_tokens input_tokens inputTokens tokens_evaluated promptTokenCount
         prompt total_input_tokens prompt_eval_count promptTokens input_token_count input_length
         prompt prompt_token_count inputTokenCount inputTextTokenCount
@@ -4719,15 +4709,15 @@ class Dialect:
         reasoning reasoning_tokens thinking_tokens reasoning_output_tokens thoughtsTokenCount
         cached cached_content_token_count
         reasoning total_thought_tokens thoughts_token_count""".splitlines()) for name in names}
-    # What is added up to all of the input, and of the output.
-    INPUT = ("prompt", "tools")
-    OUTPUT = ("output",)
+    # With these, input_tokens are without what caches had to do with, as Anthropic means them.
+    BESIDE_PROMPT = set_of("cache_read_input_tokens cache_creation_input_tokens cache_creation")
+    OUTPUT = ("output",)  # what is added up to all of it
     # One of these must be reported.
     NEEDED_COUNTS = set_of("prompt output total")
-    # What a call cost: picodollars in one of these. OpenRouter, Perplexity, DeepInfra, LLM Gateway;
-    # xAI's ticks.
-    MONEY = {**dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(), PICODOLLARS),
-             "cost_in_usd_ticks": PICODOLLARS // 10 ** 10}
+    # What a call cost: at OpenRouter, Perplexity, DeepInfra, LLM Gateway; xAI's ticks
+    COUNTS.update(dict.fromkeys("cost total_cost estimated_cost cost_usd_total".split(),
+                                ("picodollars", PICODOLLARS)),
+                  cost_in_usd_ticks=("picodollars", PICODOLLARS // 10 ** 10))
     # How it was served.
     TIERS = "service_tier speed inference_geo".split()
     TIER_MARK = b'"service_tier"'
@@ -4902,7 +4892,7 @@ class Dialect:
             return False  # its output is no count yet
         ended = self.has_reason(payload) or self.is_last(payload)
         return ended or bool(  # some tell of the prompt first
-            not payload.get(self.REASON[0]) and self.counts_by_kind([counts])["output"]) or None
+            not payload.get(self.REASON[0]) and counts.get("output")) or None
 
     def usage_holders(self, payload):
         """Returns the objects in a response or an event in which usage and the like may stand, by
@@ -4911,19 +4901,40 @@ class Dialect:
                 for name in self.USAGE_HOLDERS if payload.get(name)}
 
     def counts_in(self, payload):
-        """Returns the usage of a response or an event, with the counts that stand beside it."""
+        """Returns what a response or an event reports of usage, by what it is."""
         counts = payload.get(self.usage_key)
-        if not isinstance(counts, dict):
-            counts = {}
+        if isinstance(counts, dict):
+            report = self.amounts_in(counts)
+        else:
+            report = {}
             for name, holders in self.usage_holders(payload).items():
                 join = operator.add if name in self.ANSWERS else max
-                counts = merged(counts, reduce(
+                report = merged(report, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), holders, {}))
-        beside = {name: payload[name] for name in payload if name in self.COUNTS}
+        beside = self.amounts_in({name: payload[name] for name in payload if name in self.COUNTS})
         searches = self.searches(payload)
         if searches:
-            beside["web_search_requests"] = searches
-        return merged(beside, counts)
+            beside["searches"] = searches
+        return merged(beside, report)
+
+    def amounts_in(self, counts):
+        """Returns what counts and their details tell: tokens and searches by their kind, money in
+        picodollars, tiers, and the counts of iterations. Null says nothing."""
+        report = {name: counts[name] for name in self.TIERS if is_name(counts.get(name))}
+        for one in [counts, *[one for one in counts.values() if type(one) is dict]]:
+            for name, value in one.items():
+                kind, unit = self.COUNTS.get(name, (None, 0))
+                amount = read_money(value) if kind == "picodollars" else is_count(value) and value
+                if kind and type(amount) in NUMBERS:
+                    report[kind] = max(report.get(kind, 0), round(unit * amount))
+        if counts.get("is_byok") is True and "picodollars" in report:  # OpenRouter, one's own key
+            own = read_money(dig(counts, "cost_details", "upstream_inference_cost"))
+            report["picodollars"] += round(PICODOLLARS * (own or 0))
+        if isinstance(counts.get("iterations"), list):
+            report["iterations"] = counts["iterations"]
+        if "input_tokens" in counts and not self.BESIDE_PROMPT.isdisjoint(counts):
+            report["beside"] = 1
+        return report
 
     def searches(self, payload):
         """Returns how often the web was searched, where a response does not count that itself."""
@@ -4994,43 +5005,31 @@ class Dialect:
                     return payload
         return {}
 
-    def usage(self, counts: JsonObject, model: Optional[str] = None,
+    def usage(self, report: JsonObject, model: Optional[str] = None,
               tier: Optional[str] = None) -> Optional[Usage]:
-        """Returns None where `counts` says nothing that is plausible."""
-        told = self.usage_of_step(counts, model, tier)
-        iterations = counts.get("iterations")
-        if told is None or not isinstance(iterations, list):
+        """Returns None where a report says nothing that is plausible."""
+        told = self.usage_of_step(report, model, tier)
+        if told is None or "iterations" not in report:
             return told
-        steps = [self.usage_of_step(one, self.served(one)[0] or model, tier)
-                 for one in iterations if isinstance(one, dict)]
+        steps = [self.usage_of_step(self.amounts_in(one), self.served(one)[0] or model, tier)
+                 for one in report["iterations"] if isinstance(one, dict)]
         return with_iterations(told, [step for step in steps if step])
 
-    def usage_of_step(self, counts, model, tier):
-        """Returns the usage that counts and their details tell, but for iterations. An input of
-        nothing is none that was told: some leave out what was in a cache."""
-        all_counts = [counts, *[one for one in counts.values() if type(one) is dict]]
-        by_kind = self.counts_by_kind(all_counts)
-        if self.NEEDED_COUNTS.isdisjoint(by_kind):
+    def usage_of_step(self, report, model, tier):
+        """Returns the usage that a report tells, but for iterations. An input of nothing is none
+        that was told: some leave out what was in a cache."""
+        if self.NEEDED_COUNTS.isdisjoint(report):
             return None
-        is_told = "prompt" in by_kind or "total" in by_kind
+        by_kind = defaultdict(int, report)
+        by_kind["written"] = max(by_kind["written"], by_kind["minutes"] + by_kind["hour"])
         prompt, output = self.sides(by_kind)
         cached = min(prompt, by_kind["cached"])
         written = min(prompt - cached, by_kind["written"])
-        tiers = dict.fromkeys(filter(is_name, [tier, *map(counts.get, self.TIERS)]))
+        tiers = dict.fromkeys(filter(None, [tier, *map(report.get, self.TIERS)]))
+        is_told = prompt and not {"prompt", "total"}.isdisjoint(report)
         return Usage(prompt, output, cached, written, min(output, by_kind["reasoning"]),
-                     not (prompt and is_told), min(written, by_kind["hour"]), model, tuple(tiers),
-                     self.picodollars(all_counts), (), by_kind["searches"])
-
-    def counts_by_kind(self, all_counts):
-        """Returns counts by what they are; what is not among them is 0."""
-        by_kind = defaultdict(int)
-        for one in all_counts:
-            for name, value in one.items():
-                kind = self.COUNTS.get(name)
-                if kind and is_count(value) and value >= by_kind[kind]:
-                    by_kind[kind] = int(value)
-        by_kind["written"] = max(by_kind["written"], by_kind["minutes"] + by_kind["hour"])
-        return by_kind
+                     not is_told, min(written, by_kind["hour"]), model, tuple(tiers),
+                     report.get("picodollars"), (), by_kind["searches"])
 
     def sides(self, by_kind):
         """Returns all of the input, and of the output. Whether caches and reasoning are parts of
@@ -5038,7 +5037,7 @@ class Dialect:
         as usual in this API, but for parts that are larger than the whole."""
         prompt, output, total = by_kind["prompt"], by_kind["output"], by_kind["total"]
         caches, reasoning = by_kind["cached"] + by_kind["written"], by_kind["reasoning"]
-        sent = sum(map(by_kind.__getitem__, self.INPUT))
+        sent = prompt + (caches if by_kind["beside"] else by_kind["tools"])
         said = sum(map(by_kind.__getitem__, self.OUTPUT))
         pairs = itertools.product(
             (sent, prompt, prompt + caches, prompt + by_kind["cached"],
@@ -5052,15 +5051,6 @@ class Dialect:
         if by_kind["audio"] or not sent:  # Mistral counts sounds in the total alone
             sent = max(sent, total - said)
         return sent, max(said, total - sent)  # some count reasoning in the total alone
-
-    def picodollars(self, all_counts):
-        """Returns what a call cost, where the counts or their details say so."""
-        told = [unit * amount for one in all_counts for name, unit in self.MONEY.items()
-                if name in one for amount in read_money(one[name])]
-        if told and all_counts[0].get("is_byok") is True:  # OpenRouter, by one's own key
-            own = read_money(dig(all_counts[0], "cost_details", "upstream_inference_cost"))
-            told = [max(told) + PICODOLLARS * sum(own)]
-        return min(MAX_COST, round(max(told))) if told else None
 
     def said(self, data: bytes, endpoint: str, streamed: bool) -> List[str]:
         """Returns what the model said in JSON or in events, which may be cut off. One search finds
@@ -5365,12 +5355,6 @@ class OpenAI(Dialect):
                     and dig(one, "action", "type") in (None, "search")
                     for one in as_list(payload.get("output"))])
 
-    def usage(self, counts, model=None, tier=None):
-        names = {"cache_read_input_tokens", "cache_creation_input_tokens"}
-        if "input_tokens" in counts and not names.isdisjoint(counts):  # as Anthropic means them
-            return DIALECTS["anthropic"].usage(counts, model, tier)
-        return super().usage(counts, model, tier)
-
     def final_error(self, refusal, status, resets_at):
         """Returns what Codex takes for the end of a plan, and tells its user (openai/codex,
         codex-api/src/api_bridge.rs)."""
@@ -5449,7 +5433,6 @@ class Anthropic(Dialect):
     CREDENTIAL = "x-api-key: %s"
     VERSION_LINES = ("anthropic-version: 2023-06-01",)
     MODELS_QUERY = "limit=1000"
-    INPUT = ("prompt", "cached", "written")
     REASON = ("delta", "stop_reason")
     FIRST_TYPE = "message_start"
     LAST_TYPES = ("message_stop",)

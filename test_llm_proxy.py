@@ -3956,7 +3956,7 @@ class UsageReaderTest(ProxyCase):
 
     def test_usage_is_read_in_every_dialect(self):
         for endpoint, told, expected in self.each(USAGE_TABLE):
-            found = self.dialect(endpoint).usage(told)
+            found = self.dialect(endpoint).usage(self.dialect(endpoint).amounts_in(told))
             self.assertEqual(found and list(found[:5]), expected)
 
     FACTS = json.loads("""[
@@ -4057,20 +4057,20 @@ class UsageReaderTest(ProxyCase):
     def test_what_another_model_did_for_a_call_is_told_apart(self):
         entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
         told = {"input_tokens": 20, "output_tokens": 4, "iterations": [entry]}
-        used = Anthropic().usage(told, "served")
+        used = Anthropic().usage(Anthropic().amounts_in(told), "served")
         other = Usage(7, 8, model="other")
         self.assertEqual(used, Usage(20, 4, model="served", others=(other,)))
         self.assertEqual(used.with_others(), Usage(27, 12, model="served"))
         steps = {**told, "server_tool_use": {"web_search_requests": 3}, "iterations": [
             {"input_tokens": 30, "output_tokens": 9}]}
-        self.assertEqual(Anthropic().usage(steps, "served"),
+        self.assertEqual(Anthropic().usage(Anthropic().amounts_in(steps), "served"),
                          Usage(30, 9, model="served", searches=3))
         for name, served in self.each("""[
                 ["claude-sonnet-4.5", "claude-sonnet-4-5-20250929"], ["x", "X"], [null, "x"],
                 ["x", null], [["x"], "x"], [7, null], ["a", "a"]]"""):
             told["iterations"] = [{**entry, "model": name}, {**entry, "input_tokens": 30}] if (
                 served is None) else [{**entry, "model": name}]
-            used = Anthropic().usage(told, served)
+            used = Anthropic().usage(Anthropic().amounts_in(told), served)
             self.assertEqual(used.others, ())
 
     ODD_PLACES = json.loads("""[
