@@ -6241,33 +6241,30 @@ class UsageReader:
         return counts
 
     def scan_for_usage(self, data):
-        """Finds the events that report usage: the first and the last, for APIs that report it in
-        parts or more than once."""
-        matches, events = [], self.dialect.events
+        """Notes the events that report usage: the first and the last, for APIs that report it in
+        parts or more than once; and the last that says how the call was served."""
+        told, events = [], self.dialect.events
         if data.find(self.dialect.USAGE_MARK) >= 0:  # much faster than a regular expression
-            matches = list(self.dialect.usage_begin.finditer(data))
-        for match in matches[:1] + matches[1:][-1:]:
-            line = LINE.match(data, begin_of_line(data, match.start()))[0]
-            payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
-            if not payload:  # its JSON may have several lines
-                found = [event for event in events.cut(data) if line in event]
-                payload = events.payload(found[0] if found else b"")
-            self.note(payload)
-        if not self.tier:
-            self.scan_for_tier(data)
+            told = [match.start() for match in self.dialect.usage_begin.finditer(data)]
+        tier = -1 if self.tier else data.rfind(self.dialect.TIER_MARK)
+        for place in sorted({tier, *told[:1], *told[-1:]} - {-1}):
+            self.note(self.object_at(data, place))
         if self.repeats_text(data):
             for event in SGLANG_END.findall(data):
                 self.note_answer(events.payload(event), adds=True)
         if self.counts and self.final is None:  # what was told before more text is not all of it
-            rest = data[matches[-1].end():] if matches else data
+            rest = data[told[-1]:] if told else data
             self.final = False if self.count_characters(rest) else None
 
-    def scan_for_tier(self, data):
-        """Finds the last event that says how the call was served: it may report no usage."""
-        mark = data.rfind(self.dialect.TIER_MARK)
-        if mark >= 0:
-            line = LINE.match(data, begin_of_line(data, mark))[0]
-            self.note_server(self.dialect.events.payload(line))
+    def object_at(self, data, place):
+        """Returns the JSON object of the event in which a place is."""
+        events = self.dialect.events
+        line = LINE.match(data, begin_of_line(data, place))[0]
+        payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
+        if payload:
+            return payload
+        whole = [event for event in events.cut(data) if line in event]  # its JSON has more lines
+        return events.payload(whole[0]) if whole else {}
 
     def repeats_text(self, data):
         """Returns whether each event has all of the text, as in SGLang's own streams, which tell
