@@ -4911,11 +4911,11 @@ class Dialect:
                 join = operator.add if name in self.ANSWERS else max
                 report = merged(report, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), holders, {}))
-        beside = self.amounts_in({name: payload[name] for name in payload if name in self.COUNTS})
+        beside = {name: payload[name] for name in payload if name in self.COUNTS}
+        if beside:
+            report = merged(self.amounts_in(beside), report)
         searches = self.searches(payload)
-        if searches:
-            beside["searches"] = searches
-        return merged(beside, report)
+        return merged({"searches": searches}, report) if searches else report
 
     def amounts_in(self, counts):
         """Returns what counts and their details tell: tokens and searches by their kind, money in
