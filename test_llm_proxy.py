@@ -752,8 +752,13 @@ usual_prices = lru_cache(None)(llm_proxy.usual_prices)
 
 class ProxyCase(TableCase):
     """`start` runs a proxy of this test's own, between a Stub and Clients, until the test ends; one
-    that has none is started with the first connection."""
-    proxy = address = None
+    that has none is started when it is first looked for."""
+
+    def __getattr__(self, name):
+        if name not in ("address", "lines", "path", "place", "proxy", "server", "stub"):
+            raise AttributeError(name)
+        self.start()
+        return getattr(self, name)
 
     @classmethod
     def setUpClass(cls):
@@ -783,8 +788,9 @@ class ProxyCase(TableCase):
     def run_proxy(self, config, clock):
         database = None
         if config.database != "off":
-            if self.proxy and self.proxy.config.database == config.database:  # a restart
-                self.proxy.books.close(PATIENCE)
+            before = vars(self).get("proxy")
+            if before and before.config.database == config.database:  # a restart
+                before.books.close(PATIENCE)
             database = llm_proxy.open_for_service(config.database)
         self.lines = Lines()
         self.tracebacks = 0
@@ -857,8 +863,6 @@ class ProxyCase(TableCase):
             self.on_loop(int)
 
     def connect(self, **options):
-        if self.address is None:
-            self.start()
         client = Client(self.address, **options)
         self.addCleanup(client.reset)
         return client
@@ -895,7 +899,7 @@ class ProxyCase(TableCase):
 
     def start_silent(self):
         """Starts one for whose Stub the test answers, where none runs."""
-        if self.address is None:
+        if "address" not in vars(self):
             self.start(None)
 
     def ask_stub(self, data=call()):
@@ -2991,7 +2995,6 @@ class LearningTest(ProxyCase):
         self.assertEqual(self.used("hi", "bob", max_tokens=900)[1], 900)
 
     def test_reasoning_that_passes_is_not_taken_for_hidden(self):
-        self.start()
 
         def answer(asked):
             usage = {"prompt_tokens": 9, "completion_tokens": 1000,
@@ -6796,7 +6799,6 @@ class StreamTest(ProxyCase):
 
     def test_answers_of_every_framing_reach_callers_of_both_versions(self):
         """Where the caller's version allows it, the connection carries another call."""
-        self.start()
         payload = b"".join(map(event, range(50)))
         sized = "HTTP/1.0 200 OK | Content-Length: %d" % len(payload)
         answers = [
@@ -6817,7 +6819,6 @@ class StreamTest(ProxyCase):
                 client.expect_close()
 
     def test_answers_without_a_body_end_with_their_head(self):
-        self.start()
         for row in self.each(rows(self.BODILESS)):
             method, text = row.split(" ", 1)
             _, _, length = row.partition("Content-Length: ")
@@ -8432,7 +8433,6 @@ class UpstreamsTest(CallCase):
         self.assertEqual(self.stub.requests[0].body, body)
 
     def test_what_an_upstream_says_about_its_connection_and_its_address_is_not_passed_on(self):
-        self.start()
         rows = (ANSWER_FIELDS % self.stub.url).splitlines()
         self.stub.answer = says(b"{}", "201 Made", *rows)
         answered = self.assert_status(201)
@@ -9527,7 +9527,6 @@ redacted      None"""))
                     self.assertLess(len(row), 1000)
 
     def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
-        self.start()
         log, client = self.proxy.books.log, self.connect()
         log.room = 10
         with self.held_up(self.lines, "write") as blocked:
@@ -9560,7 +9559,6 @@ redacted      None"""))
                 self.assert_said(line % moment)
 
     def test_a_log_that_takes_little_at_a_time_or_fails_is_no_reason_to_stop(self):
-        self.start()
         write = self.lines.write
         self.lines.write = lambda data: write(data[:7])
         self.ask()
@@ -9667,7 +9665,6 @@ class LedgerTest(LedgerCase):
         self.assertEqual(self.lines.text().count("by their ids"), 1)
 
     def test_a_call_is_in_the_sums_seconds_after_its_end(self):
-        self.start()
         reader, now = LedgerReader(self.path), time.time()
         for number in range(1, 3):
             self.ask()
@@ -9781,7 +9778,6 @@ class LedgerTest(LedgerCase):
             self.assertEqual(wait_for(self.stored_levels), [8 - 2 * number])
 
     def test_a_lost_lock_is_taken_again_and_what_another_service_has_is_left_to_it(self):
-        self.start()
         lock, other = llm_proxy.lock_name(self.path), new_path(self, "other")
         os.unlink(lock)
         wait_for(lambda: os.path.exists(lock))
@@ -9842,7 +9838,6 @@ class LedgerTest(LedgerCase):
         wait_for(lambda: [row["id"] for row in self.rows(path)] == ["new"], "the removal")
 
     def test_a_full_queue_drops_and_counts_and_holds_up_nobody(self):
-        self.start()
         ledger = self.proxy.books.ledger
         ledger.room = 3
         with self.held_up(ledger, "write_queued") as blocked:
@@ -9857,7 +9852,6 @@ class LedgerTest(LedgerCase):
         self.wait_for_rows(3)
 
     def test_what_cannot_be_written_is_logged_once_and_tried_again(self):
-        self.start()
         database = self.proxy.books.ledger.database
         fault = sqlite3.OperationalError("disk I/O error")
         text = "the database cannot be written: disk I/O error"
@@ -13245,7 +13239,6 @@ class SettlingTest(LedgerCase):
         self.assertNotIn(b"fieldmask", self.stub.last.head.lower())
 
     def test_no_query_makes_a_free_request_another_one(self):
-        self.start()
         path = "/v1beta/models/m:generateContent?"
         for query, left in self.each("""[
                 ["$httpMethod=POST", ""], ["a=b&%24HTTPMethod=POST", "a=b"], ["a=b", "a=b"],
@@ -13430,7 +13423,6 @@ class KeysTest(KeysCase):
         self.assert_statuses([200, 200, 200, 429], "x", None, ann, ann)
 
     def test_the_door_is_closed_at_the_next_start_too(self):
-        self.start()
         self.add()
         self.change("remove", "ann")
         self.assert_statuses([401], "x")
@@ -13677,12 +13669,10 @@ class KeysTest(KeysCase):
             self.change("reset", "ann")
 
     def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
-        self.start()
         self.change("give", "nobody", "5", "usd")
         self.assert_said("nobody has no bucket in usd: it was given nothing")
 
     def test_orders_that_somebody_else_has_written_are_not_carried_out(self):
-        self.start()
         ann = self.add()
         self.execute("INSERT INTO orders (caller, unit, amount, until, done) VALUES"
                      " ('ann', 'requests', 'x', 1e12, 0), ('ann', 'requests', 5, 'soon', 0),"
@@ -13710,7 +13700,6 @@ class KeysTest(KeysCase):
             self.assert_said("in DATABASE cannot be read: it lets nobody in")
 
     def test_keys_that_cannot_be_read_any_more_change_nothing(self):
-        self.start()
         ann = self.add()
         self.execute("ALTER TABLE keys RENAME TO old")
         self.assert_said("the keys in DATABASE cannot be read")
@@ -13721,7 +13710,6 @@ class KeysTest(KeysCase):
         self.assert_statuses([200, 401], ann, "x")
 
     def test_keys_that_cannot_be_read_at_the_start_let_nobody_in(self):
-        self.start()
         ann = self.add()
         self.close_books()
         with patch.object(Database, "key_rows", side_effect=sqlite3.DatabaseError):
@@ -13730,7 +13718,6 @@ class KeysTest(KeysCase):
         wait_for(lambda: self.statuses(ann) == [200])
 
     def test_a_database_that_is_deleted_opens_no_door(self):
-        self.start()
         ann = self.add()
         os.remove(self.path)
         wait_for(lambda: self.statuses(ann) == [401])
@@ -13738,7 +13725,6 @@ class KeysTest(KeysCase):
         self.assert_statuses([200], self.add("ben"))
 
     def test_keys_of_a_file_that_can_only_be_read_by_a_later_try_hold_too(self):
-        self.start()
         ledger, lock = self.proxy.books.ledger, llm_proxy.lock_name(self.path)
         ledger.reopen_at = inf
         os.unlink(lock)
@@ -13776,7 +13762,6 @@ class KeysTest(KeysCase):
         client.answers(401, call(ann, "X-User: u", model="gemma"))
 
     def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
-        self.start()
         ann, client = self.add(), self.connect()
         for number in range(3):
             client.answers(200, call(ann))
@@ -13947,7 +13932,6 @@ class EndingsTest(LedgerCase):
         self.assertEqual((row["charges"], row["picodollars"]), ("each 100 requests per day=1", 0))
 
     def test_an_upstream_that_refuses_connections_is_a_502_and_costs_nothing(self):
-        self.start()
         self.stub.refuse_connections()
         answered = self.assert_status(502, error="upstream_error")
         self.assertNotIn(b"127.0.0.1", answered.body)
@@ -15195,7 +15179,6 @@ class AdminBooksTest(AdminCase):
         self.assertEqual(self.look("/summary")["near"], [])
 
     def test_a_line_before_the_database_is_bounded(self):
-        self.start()
         leaves = Event()
 
         def slow(*_):
@@ -15224,7 +15207,6 @@ class AdminBooksTest(AdminCase):
         self.assertFalse(self.server.admin.reading.owners)
 
     def test_a_program_may_make_many_keys_at_once(self):
-        self.start()
         clients = [self.connect().send(request(
             "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
             for number in range(2 * self.server.admin.reading.most)]
@@ -15666,7 +15648,6 @@ class PageTest(AdminCase):
         self.see("Log out")
 
     def test_a_call_is_seen_while_it_runs_and_opened_when_it_has_ended(self):
-        self.start()
         self.stub.answer = None
         self.log_in()
         self.see("0 running calls", "No call has come yet")
@@ -15772,7 +15753,6 @@ class PageTest(AdminCase):
         self.see("Total")
 
     def test_usage_of_many_is_that_of_the_first_and_of_all_others_together(self):
-        self.start()
         for number in range(23):
             self.ask("key%d" % number)
         wait_for(lambda: self.look("/usage")["total"]["calls"] == 23, "the rows")
@@ -15781,7 +15761,6 @@ class PageTest(AdminCase):
         self.assertEqual(self.count("tr"), 22)
 
     def test_usage_of_calls_without_a_team_says_so(self):
-        self.start()
         self.call("ann")
         self.log_in("usage?measure=calls&by=team")
         self.see("none\t1\t")
@@ -15813,7 +15792,6 @@ class PageTest(AdminCase):
                 self.on_loop(Stream.wake, future)
 
     def test_the_next_log_in_has_nothing_of_the_one_before(self):
-        self.start()
         self.log_in()
         with self.slow_summary() as held:
             self.admin("POST", "/upstreams/base/enable")
@@ -15825,7 +15803,6 @@ class PageTest(AdminCase):
         self.assert_listens_once()
 
     def test_who_goes_on_before_the_first_view_is_there_sees_the_second(self):
-        self.start()
         self.browser.open(self.place + "/dashboard")
         with self.slow_summary() as held:
             self.enter("key", ADMIN)
@@ -15851,7 +15828,6 @@ class PageTest(AdminCase):
     }"""
 
     def test_an_event_that_comes_in_many_pieces_keeps_nobody_waiting(self):
-        self.start()
         self.log_in()
         self.browser.run(self.IN_PIECES)
         self.browser.run("void document.onvisibilitychange()")  # which begins the stream anew
@@ -15863,7 +15839,6 @@ class PageTest(AdminCase):
         self.assertLess(time.monotonic() - begun, 6)
 
     def test_a_list_of_calls_that_grew_long_begins_anew(self):
-        self.start()
         self.log_in("calls")
         self.see("No call has come yet")
         rows = 0
@@ -15959,7 +15934,6 @@ class PageTest(AdminCase):
         self.until(lambda: (self.count("tr"), "ok" in self.text()) == (1, True))
 
     def test_a_search_that_is_not_at_its_end_says_so(self):
-        self.start()
         self.log_in()
         pages = [{"calls": [], "next": 5}, {"calls": [], "next": None}]
         self.patch_seconds(LedgerReader_calls=lambda *_: pages.pop(0))
@@ -16021,7 +15995,6 @@ class PageTest(AdminCase):
                 "document.documentElement.scrollWidth - innerWidth"), 0)
 
     def test_a_lost_connection_is_told_and_found_again(self):
-        self.start()
         self.log_in()
         self.see("0 running calls")
         feed = self.proxy.watchers[0]
@@ -16411,7 +16384,6 @@ class ServerTest(ServerCase):
             wait_for(lambda: self.ask().status == 200, "room for another")
 
     def test_other_addresses_than_loopback_have_a_cap_by_default(self):
-        self.start()
         hosts = "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1"
         most = [self.server.most_of(host) for host in hosts]
         self.assertEqual(most, [inf] * 4 + [256] * 2)
