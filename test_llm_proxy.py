@@ -1767,14 +1767,6 @@ class CallersTest(ProxyCase):
         answered.tells("type", "invalid_request_error")
         self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
 
-    def test_without_a_credential_the_address_is_the_caller_and_no_bearer_can_be_it(self):
-        self.start(MAX_TOKENS=5)
-        self.ask()
-        self.assertEqual((self.left(), self.left("k"), self.left("127.0.0.1")), (4, 5, 5))
-        self.assert_entry("caller", "127.0.0.1")
-        self.ask("127.0.0.1")
-        self.assertEqual((self.left(), self.left("127.0.0.1")), (4, 4))
-
     def test_who_tries_many_keys_has_to_wait_but_a_right_one_always_passes(self):
         clock = Clock()
         self.patch_seconds(RefusalSums_SHOWN=99)
@@ -2137,49 +2129,11 @@ class LimitsTest(LimitsCase):
         hold.give_back()
         self.assert_left(7)
 
-    def test_a_hold_that_nobody_settled_is_given_back(self):
-        self.start()
-        with self.assertRaises(ZeroDivisionError), self.admit(5):
-            self.assert_left(5)
-            1 / 0
-        self.assert_left(10)
-
-    def test_a_call_that_cost_more_than_it_held_leaves_a_debt_that_is_waited_for(self):
-        self.start()
-        self.admit(10).settle(costs(13))
-        quota, wait = self.peek(1)
-        self.assertEqual((quota.remaining, wait), (0, 600))
-
-    def test_giving_back_never_overfills(self):
-        self.start()
-        with self.admit(5):
-            self.clock.now += 3000
-        self.assert_left(10)
-
-    def test_a_cost_above_the_capacity_is_said_to_be_one_and_has_no_wait(self):
-        self.start()
-        refusal = self.refused(11)
-        self.assertRegex(str(refusal), "11.*10")
-        self.assertNotIn("wait", str(refusal))
-        self.assertEqual((refusal.wait, refusal.fields), (None, {}))
-
-    def test_a_limit_says_the_wait_in_the_words_of_the_operator(self):
-        self.start(message="{wait}, {please}: 100%")
-        self.admit(10)
-        self.assert_refused("5 min, {please}: 100%", 300)
-
     def test_waits_are_rounded_up_in_the_words_of_people(self):
         texts = [llm_proxy.format_wait(wait) for wait in (
             0.2, 12, 59, 59.5, 61, 300, 300.1, 7200, 7201, 172800, 172801)]
         self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min, 120 min,"
                                            " 3 hours, 48 hours, 3 days")
-
-    def test_any_number_of_keys_fits_into_a_bounded_table(self):
-        self.start()
-        for number in range(12000):
-            self.admit(1, name=str(number))
-        self.assertLessEqual(len(self.buckets.levels), 10000)
-        self.assert_left(9, "11999")
 
     def test_the_least_recently_used_bucket_goes_first(self):
         self.start(room=3)
@@ -2217,11 +2171,6 @@ class LimitsTest(LimitsCase):
         self.buckets.levels.clear()
         self.buckets.restore(self.limits.rules[0], key, level, 5000 - since)
         self.assertEqual((self.peek(5), found[0][1:]), (found, (4, 2, 300, 200)))
-
-    def test_looking_at_a_bucket_makes_none(self):
-        self.start()
-        quota, wait = self.peek(1)
-        self.assertEqual((quota.remaining, wait, len(self.buckets.levels)), (10, 0, 0))
 
 
 class RulesTogetherTest(LimitsCase):
@@ -2268,10 +2217,6 @@ class RulesTogetherTest(LimitsCase):
             (rule, _), = self.limits.matching(caller("a"), "10.0.0.1", model)
             self.assertEqual(rule, self.limits.rules[number])
 
-    def test_sizes_are_models_of_their_own(self):
-        self.start("model:llama3:70b 1 requests per day")
-        self.assertEqual(self.limits.matching(caller("a"), "10.0.0.1", "llama3:8b"), [])
-
     def test_no_name_is_folded_slowly(self):
         seconds = cpu_seconds()
         for part in ("-v1:0", "-001", "-00000000", "1-v1:0", "@", ":free", "us.", "1.1", "ft:"):
@@ -2315,12 +2260,6 @@ class RulesTogetherTest(LimitsCase):
         self.start(text, message="{wait} {rule} {limit} {unit}")
         self.admit(1)
         self.assert_refused("60 min all 1 requests per hour 1 requests", 3600)
-
-    def test_a_cost_of_nothing_is_taken_from_an_empty_table(self):
-        self.start("all 5 usd per day")
-        for _ in range(3):
-            with self.admit(1, 0) as hold:
-                hold.settle(costs(1, 0))
 
     def test_the_quota_is_that_of_the_tightest_bucket(self):
         self.start("each 100 requests per day; all 2.5 usd per day; each 50 tokens per day")
@@ -2627,27 +2566,6 @@ class WindowsTest(LimitsCase):
 
 
 class LimitsOverHttpTest(ProxyCase):
-    def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
-        self.start(MAX_TOKENS=50)
-        gate = threading.Barrier(200)
-
-        def run(_):
-            gate.wait(PATIENCE)
-            return self.ask("k").body
-        with concurrent.futures.ThreadPoolExecutor(200) as pool:
-            bodies = list(pool.map(run, range(200)))
-        limited = [body for body in bodies if b"limit reached" in body]
-        self.assertEqual((len(limited), self.stub.calls), (150, 50))
-
-    def test_a_refill_lets_the_next_calls_in(self):
-        clock = Clock()
-        self.start(clock=clock, MAX_TOKENS=2, REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
-        calls = []
-        for seconds in (0, 0, 0, 59, 1, 0, 600, 0, 0):
-            clock.now += seconds
-            self.ask()
-            calls.append(self.stub.calls)
-        self.assertEqual(calls, [1, 2, 2, 2, 3, 3, 4, 5, 5])
 
     def test_a_call_runs_until_it_has_ended_however_it_ends(self):
         self.start(None, LIMITS="each 1 running", LIMIT_REPLY="error")
@@ -3315,13 +3233,6 @@ class JsonTest(ProxyCase):
             self.assert_status(400, request("POST", CHAT, body), error="invalid_request_error")
         self.assert_spent(0, 1000)
 
-    def test_an_integer_of_5000_digits_is_no_crash(self):
-        """Newer Pythons refuse to read it, older ones read it; both are fine."""
-        self.start(TOKEN_COST_MODE="estimate")
-        for name in self.each([b"max_tokens", b"seed"]):
-            body = b'{"%b": %b}' % (name, b"9" * 5000)
-            self.assertIn(self.post(CHAT, body).status, (200, 400))
-
     PICTURE = "data:image/png;base64," + "QUJD" * 30000
 
     def test_what_changes_is_spliced_into_what_the_caller_wrote(self):
@@ -3595,19 +3506,6 @@ class PathsTest(ManyCase):
             body = encoded({"model": "m", "input": "ten tokens" * 4, **more})
             self.post("/v1/score", body)
             self.assertEqual(1000 - self.left(), cost)
-
-    def test_a_limit_larger_than_any_number_is_too_much_for_every_rule(self):
-        self.start(TOKEN_COST_MODE="estimate")
-        for limit in self.each((10 ** 350, 1e308)):
-            body = encoded({"max_tokens": limit, "max_new_tokens": limit})
-            self.assert_status(429, request("POST", "/v1/score", body))
-
-    def test_the_method_cannot_be_overridden_further_on(self):
-        self.start(MAX_TOKENS=1)
-        self.get(CHAT, "X-HTTP-Method-Override: POST")
-        self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
-        self.assert_status(400, request("post", CHAT, chat()))
-        self.assert_calls(1)
 
 
 class FormsTest(ManyCase):
@@ -4739,10 +4637,6 @@ class DialectsTest(ProxyCase):
             self.assertEqual(1000 - self.left("k"), cost)
         self.assertEqual(self.ask_at(self.GENERATE, generationConfig=3).status, 400)
 
-    def test_who_the_callers_user_is_does_not_go_upstream(self):
-        self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
-        self.assertNotIn(b"example.org", self.stub.last.head)
-
 
 class LimitReplyTest(ProxyCase):
     """The assistant that says 'limit reached', in the shape of every API."""
@@ -4889,6 +4783,8 @@ class LimitReplyTest(ProxyCase):
             {"response_mime_type": "application/json"}
             {"generation_config": {"tool_choice": "any"}}
             {"background": true}""",
+        "/v1/embeddings": """
+            {"input": "x"}""",
         "/v1/agents/completions": """
             {"tool_choice": "any"}""",
         "/v1/fim/completions": """
@@ -5059,12 +4955,6 @@ class LimitReplyTest(ProxyCase):
                 answered = self.limited(path, **json.loads(payload))
                 self.assertEqual(answered.status, status)
 
-    def test_where_no_assistant_can_speak_the_limit_is_an_error(self):
-        self.start_empty()
-        answered = self.limited("/v1/embeddings", input="x")
-        answered.tells("type", "rate_limit_error")
-        self.assertEqual((answered.status, answered.get("retry-after")), (429, "300"))
-
     def test_gemini_embeddings_are_metered_and_limited_by_an_error(self):
         for method in self.each(["embedContent", "batchEmbedContents"]):
             self.start(MAX_TOKENS=1)
@@ -5109,13 +4999,6 @@ class LimitReplyTest(ProxyCase):
         answered = self.limited(self.GEMINI + "generateContent")
         self.assertEqual(answered.json()["error"]["details"], [{
             "@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3600s"}])
-
-    def test_it_tells_the_bucket_in_its_header(self):
-        self.start_empty()
-        answered = self.limited()
-        names = ("limit", "remaining", "refill-tokens", "refill-seconds", "reset-seconds")
-        found = [answered.get("x-ratelimit-" + name) for name in names]
-        self.assertEqual(found, ["1", "0", "2", "300", "300"])
 
     def test_a_message_of_the_operator_is_sent_whatever_it_contains(self):
         message = 'dis "donc" – {wait} \\ 100% {x}'
@@ -6579,32 +6462,6 @@ class HeadTest(ProxyCase):
         rows = "GET", "/v1/x", b"", "Upgrade: websocket"
         self.assert_status(200, request(*rows, version="1.0"))
 
-    def test_a_head_may_come_in_any_three_pieces(self):
-        """Each piece is sent when the one before it was read. Of all ways, each 13th is tried."""
-        data = raw_head("GET /v1/x HTTP/1.1 | Host: x | X-A: b")
-        ways = list(itertools.combinations(range(1, len(data)), 2))
-        for first, second in self.each(ways[::13]):
-            client = self.connect()
-            self.send_apart(client, data[:first], data[first:second], data[second:])
-            self.assertEqual(client.read("GET").status, 200)
-            client.close()
-
-    def test_a_caller_who_leaves_within_a_head_or_between_calls_is_no_error_of_ours(self):
-        for hang_up in self.each([Client.close, Client.reset]):
-            hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
-            client = self.connect()
-            client.answers(200, call())
-            hang_up(client)
-        wait_for(lambda: not self.server.open, "the end of the connections")
-
-    def test_ten_requests_in_one_segment_are_answered_in_order(self):
-        self.start(lambda asked: asked.send(answer(asked.body)))
-        client = self.connect()
-        client.send(b"".join(request("POST", path, chat(seed=seed))
-                             for seed in range(5) for path in (CHAT, "/v1/files")))
-        seeds = [client.read().json()["seed"] for _ in range(10)]
-        self.assertEqual(seeds, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
-
 
 class RepeatedHeadTest(ProxyCase):
     """Nothing learned from one head of a connection is used for the next, however alike."""
@@ -6657,13 +6514,6 @@ class RepeatedHeadTest(ProxyCase):
         for client, asked, body in calls:
             asked.send(body)
             self.assertEqual(client.read().body, body)
-
-    def test_the_length_of_one_answer_is_not_that_of_the_next(self):
-        self.start(lambda asked: asked.send(answer(b"x" * int(asked.target[4:]))))
-        client = self.connect()
-        for length in self.each("""[1, 10, 9, 100, 0, 99]"""):
-            answered = client.exchange(request("GET", "/v1/%d" % length), "GET")
-            self.assertEqual(answered.body, b"x" * length)
 
 
 class FramingTest(ProxyCase):
@@ -6737,28 +6587,6 @@ class FramingTest(ProxyCase):
         self.assertEqual((framing.ended, framing.trailing), (True, b"NEXT"))
         self.assertTrue(llm_proxy.Sized(0).ended)
 
-    def test_a_body_until_the_close_ends_with_it(self):
-        self.framing = framing = llm_proxy.UntilClose()
-        self.assertEqual(framing.feed(b"hello"), (b"hello", b"hello"))
-        self.assertEqual(self.ends(), (False, True))
-
-    def test_framing_is_kept_dropped_or_made_as_the_two_sides_need_it(self):
-        passage, until_close = llm_proxy.BodyAdapter, llm_proxy.UntilClose
-        chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
-        for framing, style, data, expected in self.each([
-                (Chunked(), llm_proxy.AS_IS, chunks, chunks),
-                (Chunked(), llm_proxy.PAYLOAD, chunks, b"hello!"),
-                (llm_proxy.Sized(6), llm_proxy.AS_IS, b"hello!", b"hello!"),
-                (until_close(), llm_proxy.AS_IS, b"hello!", b"hello!"),
-                (until_close(), llm_proxy.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
-            one = passage(framing, style)
-            found = one.feed(data)
-            if not framing.ended:
-                whole, rest = one.end_of_stream()
-                self.assertTrue(whole)
-                found += rest
-            self.assertEqual((found, one.passed), (expected, 6))
-
 
 # --------------------------------------------------------------------------------------------------
 # Streams
@@ -6788,14 +6616,6 @@ class StreamTest(ProxyCase):
                          (True, "text/event-stream"))
         entry = self.entry()
         self.assertEqual((entry["bytes"], entry["stream"]), (sum(map(len, payloads)), True))
-
-    def test_the_bytes_of_a_stream_pass_unchanged_chunk_by_chunk(self):
-        client, asked = self.begin()
-        chunks = (event(1) + event(2), event(3)[:7], event(3)[7:], b"data: [DONE]\n\n")
-        body = b"2;x=y\r\n: \r\n" + b"".join(map(chunk, chunks)) + LAST
-        for byte in body:
-            asked.send(bytes([byte]))
-        self.assertEqual(client.reader.until(b"\r\n0\r\n\r\n"), body)
 
     def test_answers_of_every_framing_reach_callers_of_both_versions(self):
         """Where the caller's version allows it, the connection carries another call."""
@@ -6853,11 +6673,6 @@ class StreamTest(ProxyCase):
                 stream.close()
             self.assertEqual(theirs.recv(9), sent)
         self.assertEqual(theirs.recv(9), b"")
-
-    def test_what_is_posted_and_is_not_little_goes_at_once(self):
-        _, stream, theirs = self.stream_pair()
-        stream.post(b"x" * 4097)
-        self.assertEqual(len(theirs.recv(9999)), 4097)
 
     def tls_pair(self):
         """Returns a Stream before its handshake, and the socket at its other end."""
@@ -6994,16 +6809,6 @@ class StreamTest(ProxyCase):
             self.assertFalse(thread.is_alive())
             self.assertLess(sent[0], 32 << 20)
             self.assert_entry("outcome", "caller_gone", number)
-
-    def test_a_large_download_passes_whole(self):
-        def large(asked):
-            asked.send(raw_head("HTTP/1.1 200 OK | Content-Length: %d" % (20 << 20)))
-            for block in self.blocks(320):
-                asked.send(block)
-        self.start(large)
-        client = self.connect().send(request("GET", "/v1/files/1/content"))
-        client.head("GET")
-        self.assertEqual(self.digest(client.pieces), self.digest(self.blocks(320)))
 
     def test_many_streams_run_at_once(self):
         self.start(None, MAX_TOKENS=100)
@@ -7237,10 +7042,6 @@ class QueueTest(WaitingCase):
         self.entry(1)
         self.assertIn(waited, [entry["queue_ms"] for entry in self.lines.entries()])
 
-    def test_without_a_cap_nobody_is_told_of_a_line(self):
-        self.assertIsNone(self.ask().get("x-queue-ms"))
-        self.assertNotIn("queue", self.base())
-
     def order(self, *keys, **settings):
         """Whose call runs first, second and so on, of those that came in this order."""
         client, asked = self.start_busy(**settings)
@@ -7279,23 +7080,6 @@ class QueueTest(WaitingCase):
         self.assertGreaterEqual(int(answered.get("x-queue-ms")), 100)
         self.assert_ending("refused", left=100, key="next")
         self.assertEqual(self.base()["queue"], {"waiting": 0, "longest_ms": 0})
-
-    def test_who_leaves_the_line_is_gone_from_it(self):
-        for leave in self.each([Client.close, Client.reset]):
-            first, asked = self.start_busy()
-            second = self.line_up("next")
-            third = self.line_up("third", 2)
-            leave(second)
-            self.wait_for_line(1)
-            self.assert_ending("caller_gone", left=100, key="next")  # nothing was sent
-            self.complete(first, asked)
-            self.complete(third)
-            self.assert_calls(2)
-
-    def test_what_is_not_metered_does_not_wait(self):
-        self.start_busy()
-        client, asked = self.ask_stub(request("GET", "/v1/models"))
-        self.complete(client, asked)
 
     def test_a_slot_is_free_again_after_every_ending(self):
         self.start(MAX_CONCURRENCY=1, BREAKER_FAILURES=100)
@@ -7343,18 +7127,6 @@ class QueueTest(WaitingCase):
         clock.now += 19
         self.wait_for_line(1)
         clock.now += 1
-        self.complete(second)
-        asked.finish()
-
-    def test_an_upstream_that_is_deaf_learns_it_from_a_reset(self):
-        clock = Clock()
-        self.start(None, clock, MAX_CONCURRENCY=1)
-        client, asked = self.begin(event(1))
-        asked.wait_for_hang_up(client)
-        second = self.line_up("next")
-        clock.now += 1
-        with suppress(OSError):
-            asked.send(chunk(event(3)))
         self.complete(second)
         asked.finish()
 
@@ -7437,12 +7209,6 @@ class QueueTest(WaitingCase):
             self.ask_stub(data)
             caller, = self.proxy.routes.base.queue.queues.values()
             self.assertEqual(caller.weight, weight)
-
-    def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
-        self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
-        client = self.connect()
-        for _ in range(20):
-            client.answers(200, call())
 
 
 class EarlyStreamTest(WaitingCase):
@@ -7620,12 +7386,6 @@ class EarlyStreamTest(WaitingCase):
     def test_what_comes_soon_stays_as_it_was(self):
         self.start(says(b"{}", "400 Bad Request"), STREAM_COMMENT_SECONDS="5")
         self.assert_status(400, call(stream=True))
-
-    def test_a_caller_who_leaves_meanwhile_is_noticed(self):
-        self.start_early()
-        client, asked = self.wait_early()
-        asked.wait_for_hang_up(client)
-        self.assertEqual(self.outcome(), "caller_gone")
 
     def test_a_pause_in_a_running_stream_is_filled_between_two_events(self):
         body = event(1) + event(2)
@@ -8157,6 +7917,7 @@ X-Original-URL: /admin
 Remote-User: root
 Cf-Access-Jwt-Assertion: hush
 X_Stainless_Lang: js
+X-OpenWebUI-User-Email: a@example.org
 Proxy-Connection: keep-alive""".splitlines()
 
 PASSED_FIELDS = """\
@@ -8755,20 +8516,6 @@ class BreakerTest(CallCase):
                   for at in range(1 << 20, (1 << 20) + len(key))]
         self.assertNotIn(key, b"|".join(pieces))
 
-    def test_a_key_that_comes_in_two_parts_of_a_large_error_does_not_go_on(self):
-        said = b'{"error": "%b sk-hush-hush"}' % (30_000 * b"x")
-        for redact in self.each(("", "email")):
-            self.start(None, BASE_API_KEY="sk-hush-hush", REDACT=redact, REDACT_UPSTREAMS="*")
-            client, asked = self.ask_stub(call(system="a@x.org"))
-            asked.send(answer(said, "400 No")[:-8])
-            client.head()
-            begin = b""
-            while len(begin) < 16_384:
-                begin += next(client.pieces)
-            asked.send(said[-8:])
-            asked.finish()
-            self.assertEqual(begin + client.rest().body, said.replace(b"sk-hush-hush", 12 * b"*"))
-
     def test_a_later_event_that_quotes_a_key_of_ours_goes_on_without_it(self):
         for redact in self.each(("", "email")):
             self.start(None, BASE_API_KEY=self.QUOTED, REDACT=redact, REDACT_UPSTREAMS="*")
@@ -8805,13 +8552,6 @@ class BreakerTest(CallCase):
                     self.assertIn("cannot be read", answered.error()["message"])
                 else:
                     self.assertEqual(answered.body, text)
-
-    def test_of_an_error_that_cannot_be_read_little_is_kept(self):
-        reader = llm_proxy.ErrorUnpacker(False, b"x")
-        for _ in range(99):
-            reader.feed(16384 * b"x")
-        self.assertLess(len(reader.packed), 1 << 17)
-        self.assertEqual(reader.flush(), b"x")
 
     def test_what_stands_in_place_of_an_error_is_of_one_type_and_not_what_validators_say(self):
         self.start(None, BASE_API_KEY="sk-hush-hush")
@@ -8911,16 +8651,6 @@ class BreakerTest(CallCase):
             self.assert_status(status, call(key))
         self.connect(source="127.0.0.2").answers(502, call("e"))
         self.assert_status(503, call("d"))
-
-    def test_what_works_for_somebody_is_not_closed_to_all(self):
-        clock = Clock()
-        self.start(lambda asked: asked.answer(b"{}", "502 x" if b"bad" in asked.body else "200 OK"),
-                   clock, BREAKER_FAILURES=2, PROXY_API_KEYS="mallory,malice,bob")
-        for _ in range(3):
-            for key, text, status in (("mallory", "bad", 502), ("malice", "bad", 502),
-                                      ("malice", "bad", 503), ("bob", "good", 200)):
-                self.assert_status(status, call(key, user=text))
-                clock.now += 4
 
     def test_what_cannot_be_reached_is_closed_to_all(self):
         self.start(BREAKER_FAILURES=2)
@@ -9053,17 +8783,6 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             entry = self.entry(number)
             self.assertEqual((entry["upstream"], entry["cost"] or 0), (name, int(cost)))
 
-    def test_a_prefix_spelled_otherwise_is_metered_or_names_no_upstream(self):
-        box, = self.start_named("box", MAX_TOKENS=100)
-        paths = """
-            /box//v1/chat/completions /box/v1/./chat/completions /%62ox/v1/chat/completions
-            //box/v1/chat/completions /BOX/v1/chat/completions /box/v1/chat/completions/
-            /box/v1/chat%2fcompletions"""
-        for path in self.each(paths.split()):
-            answered = self.post(path, chat())
-            self.assertIn(answered.status, (200, 400))
-            self.assert_left(100 - self.stub.calls - box.calls)
-
     def test_a_model_that_no_upstream_serves_is_a_404_that_names_it(self):
         self.start_named("one", "UPSTREAM_ONE_MODELS=gpt-*", base=False)
         answered = self.assert_status(404, call(model="claude-5"), error="invalid_request_error")
@@ -9105,27 +8824,6 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             path = "/azure/openai/deployments/m/embeddings"
             self.post(path, chat(), field)
             self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
-
-    def test_ollama_tells_no_count_of_a_prompt_that_it_has_in_its_cache(self):
-        for told, expected in self.each("""[[26, [26, 9, false]], [null, [3, 9, true]]]"""):
-            self.start(says({"done": True, "total_duration": 5, "eval_count": 9,
-                                  "prompt_eval_count": told}))
-            body = b'{"prompt": "hello world", "stream": false}'
-            self.post("/api/generate", body)
-            entry = self.entry()
-            self.assertEqual([entry["input"], entry["output"], entry["estimated"]], expected)
-
-    def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
-        for number, (path, payload, stream) in enumerate(self.each("""[
-                ["/api/chat", {}, true], ["/api/generate", {"stream": null}, true],
-                ["/api/chat", {"stream": false}, false], ["/api/embed", {}, false]]""")):
-            self.post(path, {"model": "m", **payload})
-            self.assert_entry("stream", stream, number)
-
-    def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
-        self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough MAX_TOKENS=5")
-        self.post("/openai" + CHAT, chat(), key="mine")
-        self.assertEqual((self.left("mine"), self.left("another")), (4, 5))
 
     def test_a_credential_cannot_spell_lines_of_its_own(self):
         openai, = self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough")
@@ -9288,13 +8986,6 @@ class HttpsTest(CallCase):
         stream.on_readable()
         self.assertTrue(stream.ended)
 
-    def test_a_stream_comes_through_and_a_caller_who_leaves_closes_it(self):
-        self.box.answer = None
-        self.start(UPSTREAM_CA_FILE=self.file)
-        client, asked = self.begin(event(1))
-        asked.wait_for_hang_up(client)
-        self.assertEqual(self.outcome(), "caller_gone")
-
     def tunnel(self, asked):
         """The proxy on the way out, and the upstream behind it."""
         asked.send(HINTS + b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -9435,17 +9126,6 @@ redacted      None"""))
         self.assertEqual(found, (
             answered.get("x-request-id"), len(answered.body), self.CHARGES))
         self.assertEqual({name: str(value) for name, value in row.items()}, self.ROW)
-
-    def test_a_json_line_tells_the_same_but_for_details(self):
-        self.start(**self.KEYS)
-        self.ask("sk-1")
-        entry, row = self.assert_same()
-        details = """
-            address dialect served cached cache_write reasoning picodollars unpriced held charges
-            team tag agent connect_ms"""
-        self.assertEqual(row.keys() - entry.keys(), {*details.split()})
-        self.assertEqual((entry["usd"], entry["estimated"]), (None, True))
-        self.assertRegex(entry["time"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ$")
 
     def test_a_text_line_tells_the_same(self):
         self.start(MAX_TOKENS=5, LOG_FORMAT="text", **self.KEYS)
@@ -9664,13 +9344,6 @@ class LedgerTest(LedgerCase):
             self.wait_for_rows(20_001)
         self.assertEqual(self.lines.text().count("by their ids"), 1)
 
-    def test_a_call_is_in_the_sums_seconds_after_its_end(self):
-        reader, now = LedgerReader(self.path), time.time()
-        for number in range(1, 3):
-            self.ask()
-            wait_for(lambda: [one.calls for one in reader.totals(
-                "model", now - 900, now + 900).values()] == [number], "the sum")
-
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
         for model in models:
@@ -9690,15 +9363,6 @@ class LedgerTest(LedgerCase):
             self.assertEqual((row["served"], row["model"]), (written, "asked"))
             used = (27, 12) if written != "asked" else (20, 4)  # nobody knows who the others are
             self.assertEqual((row["input"], row["output"]), used)
-
-    def test_the_ledger_and_limits_know_the_upstream(self):
-        self.start_named("one", UPSTREAM_ONE_MODELS="m",
-                         LIMITS="upstream:o* 1 requests per day; each 5 requests per day")
-        for model in ("m", "m", "x", "x"):
-            self.ask(call(model=model))
-        found = [(row["upstream"], row["outcome"]) for row in self.wait_for_rows(4)]
-        base = "base", "ok"
-        self.assertEqual(found, [("one", "ok"), ("one", "limited"), base, base])
 
     def test_buckets_survive_a_restart_with_the_refill_of_the_time_in_between(self):
         rules = "each 10 requests per 100s; all 100 tokens per day"
@@ -9751,13 +9415,6 @@ class LedgerTest(LedgerCase):
         self.assert_left(9, "k")
         said = "1 buckets were saved by a clock that was ahead"
         wait_for(lambda: said in self.lines.text(), "the line")
-
-    def test_what_a_call_took_is_saved_with_its_row(self):
-        self.start(clock=Clock(), MAX_TOKENS=10)
-        for number in range(1, 4):
-            self.ask("k")
-            self.wait_for_rows(number)
-            self.assertEqual(self.stored_levels(), [10 - number])
 
     def test_a_file_that_is_deleted_or_replaced_is_begun_anew(self):
         self.start(MAX_TOKENS=10)
@@ -9819,13 +9476,6 @@ class LedgerTest(LedgerCase):
         found = [self.get("/v1/responses/resp_%d" % number, key=key).status
                  for key in "ab" for number in range(3)]
         self.assertEqual(found, [404, 200, 200, 404, 404, 404])
-
-    def test_what_was_made_and_forgotten_at_once_is_not_saved(self):
-        database = Database(new_path(self, "llm_proxy.db"))
-        self.addCleanup(database.close)
-        thing = llm_proxy.Thing(("key", b"a"), "base", "http://x")
-        database.add_things([("one", thing), ("two", thing), ("one", None)], 9)
-        self.assertEqual(list(database.things()), ["two"])
 
     def test_old_calls_are_removed_in_the_background(self):
         path = new_path(self, "llm_proxy.db")
@@ -10794,10 +10444,6 @@ class MetricsTest(SignalsCase):
             self.assertEqual(self.sums(name + "_total"), 1)
             self.assertEqual(self.sums(name + "_total", 'model="%s"' % models), 1)
 
-    def test_the_details_of_usage_are_those_that_are_meant(self):
-        names = Usage._fields[llm_proxy.DETAILS]
-        self.assertEqual(names, ("cached", "cache_write", "reasoning", "estimated"))
-
     def test_models_and_callers_that_anyone_may_invent_make_one_series(self):
         self.start(self.answer_by_model, METRICS="open", DATABASE="off")
         client = self.connect()
@@ -10840,14 +10486,6 @@ class MetricsTest(SignalsCase):
             wait_for(lambda: tally.read(0).get("llm_proxy_requests_total"))
         families.assert_not_called()
         self.assertEqual(self.sums("requests_total"), 1)
-
-    def test_keys_of_one_name_have_one_sample(self):
-        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
-                   LIMITS="each 9 requests per day")
-        for key in ("sk-1", "sk-2"):
-            self.ask(key)
-        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
-        self.assertEqual(self.sums("bucket_level"), 8)
 
     def test_labels_hold_whatever_a_caller_sends(self):
         models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
@@ -11724,8 +11362,6 @@ class InRedis:
 
 @needs_redis
 class LimitsInRedisTest(InRedis, LimitsTest):
-    test_any_number_of_keys_fits_into_a_bounded_table = None  # it is the same table
-
     def answer_to(self, number, *acts, process="me"):
         """What Redis says to a batch of this number."""
         store = self.buckets
@@ -12531,18 +12167,6 @@ class SharedQueueTest(RedisCase):
         self.server.process.send_signal(signal.SIGCONT)
         self.wait_for(lambda: self.taken() == 3)
 
-    def test_a_connection_that_is_cut_costs_no_slot(self):
-        queue = self.queue(2)
-        ticket = queue.enter("a", 1)
-        self.wait_until(1)
-        self.server.ask("CLIENT", "KILL", "TYPE", "normal")
-        self.wait_for(lambda: self.left and queue.redis.available)
-        queue.enter("b", 1)
-        self.wait_until(2)
-        self.assertEqual(self.taken(), 2)
-        ticket.leave()
-        self.wait_for(lambda: self.taken() == 1)
-
     def test_slots_that_redis_forgets_are_told_again_and_nobody_has_more_than_its_part_before(self):
         first, second = [self.queue(3, part=lambda most: 1) for _ in range(2)]
         tickets = [first.enter("a", 1) for _ in range(3)]
@@ -12918,15 +12542,6 @@ class SharedStoredTest(ProxyCase):
                 wait_for(lambda: is_done(proxy.limits.buckets))
             self.assertEqual(self.left(redis), [b"96980"])
 
-    def test_without_redis_what_is_known_here_is_enough(self):
-        redis = self.start_two()
-        self.stub.answer = says({"id": "file-1"})
-        self.ask_at(0, "POST", "/v1/files", b"x", key="sk-a")
-        redis.kill()
-        for place, status in self.each("""[[0, 200], [1, 404]]"""):
-            self.assertEqual(
-                self.ask_at(place, "GET", "/v1/files/file-1", key="sk-a").status, status)
-
 
 # --------------------------------------------------------------------------------------------------
 # Proxy: what a call costs, and how it ends
@@ -13118,13 +12733,6 @@ class SettlingTest(LedgerCase):
             self.assert_fields(self.stub.last, "accept-encoding: " + coding)
             self.post("/v1/responses", b'{"background": true}')
 
-    def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
-        path = "/v1beta/models/m:batchGenerateContent"
-        for target, least in self.each(((path, 256), ("/v1/score", 0))):
-            self.start(says({"name": "batches/b1"}))
-            self.post(target, b'{"x": 1}')
-            self.assertEqual(1000 - self.left(), least)
-
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
@@ -13208,12 +12816,6 @@ class SettlingTest(LedgerCase):
             asked = self.stub.requests[0].json()
             self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
             self.assert_ending("ok", 1000 - 24)
-
-    def test_who_asks_in_openrouters_way_sees_what_it_asked_for(self):
-        self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
-        answered = self.ask(call(stream=True, usage={"include": True}))
-        self.assertEqual(answered.body, self.WHOLE)
-        self.assert_ending("ok", 1000 - 24)
 
     def test_whether_a_stream_is_asked_for_is_said_plainly(self):
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
@@ -13312,31 +12914,6 @@ class SettlingTest(LedgerCase):
                 self.assert_calls(calls[number])
                 self.assert_ending("upstream_status", 1000, number)
 
-    def test_a_maximum_beyond_all_numbers_is_no_crash(self):
-        self.start(LIMITS="each 100 tokens per day; all 1 usd per day")
-        for limit in (10 ** 30, 10 ** 390):
-            answered = self.ask(call(max_tokens=limit, model="gpt-4o"))
-            self.assertIn(b"the limit is 100", answered.body)
-
-    def test_an_event_with_a_length_around_it_is_hidden_too(self):
-        self.start(says(self.WHOLE, "200 OK", "Content-Type: text/event-stream"))
-        for version in ("1.1", "1.0"):
-            answered = self.ask(request("POST", CHAT, chat(stream=True), version=version))
-            self.assertEqual((answered.whole, answered.body), (True, self.SEEN))
-            self.assertIsNone(answered.get("content-length"))
-
-    def test_a_json_answer_in_pieces_tells_its_cost_in_its_head(self):
-        body = completion(20, 4)
-        head = STREAM.replace(b"text/event-stream", b"application/json")
-        for data in self.each((answer(body), head + chunk(body[:9]) + chunk(body[9:]) + LAST)):
-            client, asked = self.ask_stub()
-            for at in range(0, len(data), 40):
-                asked.send(data[at:at + 40])
-            asked.finish()
-            answered = client.read()
-            self.assertEqual(answered.body, body)
-            self.assert_used(answered, "20", "4", "")
-
     def test_a_json_answer_that_takes_its_time_is_passed_on_as_it_comes(self):
         self.patch_seconds(Reply_WHOLE_SECONDS=0.01)
         self.start(None)
@@ -13415,12 +12992,6 @@ class KeysTest(KeysCase):
         self.close_books()
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
         self.assert_statuses([200, 200, 401], ann, "sk-old", "x")
-
-    def test_the_door_stays_open_where_anyone_may_call(self):
-        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
-                   LIMIT_REPLY="error")
-        ann = self.add()
-        self.assert_statuses([200, 200, 200, 429], "x", None, ann, ann)
 
     def test_the_door_is_closed_at_the_next_start_too(self):
         self.add()
@@ -13660,13 +13231,6 @@ class KeysTest(KeysCase):
         self.assert_left(4, ann)
         self.proxy.clock.now += 86400
         self.assert_left(2, ann)
-
-    def test_buckets_are_filled_as_often_as_somebody_asks(self):
-        self.start(LIMITS="each 1 requests per day", LIMIT_REPLY="error")
-        ann = self.add()
-        for _ in self.each(range(3)):
-            self.assert_statuses([200, 429], ann, ann)
-            self.change("reset", "ann")
 
     def test_an_order_that_nobody_has_a_bucket_for_is_said(self):
         self.change("give", "nobody", "5", "usd")
@@ -13938,16 +13502,6 @@ class EndingsTest(LedgerCase):
         self.assert_ending("upstream_failed", left=1000)
         self.assert_entry("cause", "connection refused")
 
-    def test_a_silent_upstream_is_a_504_at_the_read_timeout_and_costs_nothing(self):
-        self.start(None, Clock(), READ_TIMEOUT="30")
-        client = self.connect().send(call())
-        self.assertEqual(self.expire("the response of"), 30)
-        answered = client.read()
-        self.assertEqual((answered.status, answered.error()["type"]), (504, "timeout_error"))
-        self.stub.next().wait_for_hang_up()
-        self.assert_ending("upstream_failed", left=1000)
-        self.assert_entry("ms", 30000)
-
     def test_the_read_timeout_runs_between_bytes_of_a_stream_and_not_over_all_of_it(self):
         clock = Clock()
         self.start(None, clock, READ_TIMEOUT=100, REFILL_INTERVAL_SECONDS=1000)
@@ -14019,17 +13573,6 @@ class EndingsTest(LedgerCase):
             asked.wait_for_hang_up()
             self.assert_entry("outcome", outcome, number)
 
-    def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
-        told = events(LAST_DELTA, "[DONE]")
-        for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
-            client, asked = self.begin(told)
-            hang_up(client)
-            with suppress(OSError):
-                asked.chunks(b": a\n\n")
-                asked.send(LAST)
-            self.assert_entry("outcome", "ok", number)
-            asked.finish()
-
     def test_a_caller_who_could_not_be_sent_the_last_event_missed_it(self):
         last = events(LAST_DELTA, "[DONE]")
         self.start(None)
@@ -14091,16 +13634,6 @@ class EndingsTest(LedgerCase):
             hang_up(client)
             asked.wait_for_hang_up()
             self.assert_ending("caller_gone", 1000 - 3 - output, number, key)
-
-    def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
-        for number, hang_up in enumerate(self.each(self.HANG_UPS)):
-            client, asked = self.begin()
-            hang_up(client)
-            with self.assertRaises(OSError):
-                for _ in range(2000):
-                    asked.chunks(event(1))
-                    time.sleep(0.005)
-            self.assert_ending("caller_gone", left=999 - number, number=number)
 
     def test_a_caller_who_sent_much_ahead_and_hangs_up_is_noticed(self):
         client, asked = self.begin(event(1))
@@ -14429,13 +13962,6 @@ class RedactedCallsTest(KeysCase):
         self.assertEqual(self.exchange(request("POST", CHAT, body))[0], body)
         self.assertIsNone(self.row()["redacted"])
 
-    def test_what_is_asked_for_besides_and_the_model_are_as_ever(self):
-        self.redact(BASE_MODEL="other", TOKEN_COST_MODE="usage", MAX_TOKENS=10 ** 6)
-        body, _ = self.exchange(call(stream=True, messages=[{"content": "a@x.org"}]))
-        sent = json.loads(body)
-        self.assertEqual((sent["model"], sent["stream_options"], sent["messages"]), (
-            "other", {"include_usage": True}, [{"content": "[[EMAIL_1]]"}]))
-
     def test_media_that_were_cut_out_go_up_whole(self):
         self.redact()
         image = "data:image/png;base64," + "iVBO" * 20_000
@@ -14566,18 +14092,6 @@ class RedactedCallsTest(KeysCase):
             request("POST", "/v1/messages/count_tokens", chat(system="a@x.org")))
         self.assertEqual(json.loads(body)["system"], "[[EMAIL_1]]")
 
-    def test_others_come_in_between_while_a_large_prompt_is_searched(self):
-        self.redact(says(), REDACT=",".join(REDACTED))
-        text = "8.8.8.8 a@b.co 4111111111111111 %s "
-        self.ask(call(system=text * 20_000))
-        counts = self.row()["redacted"]
-        self.assertEqual(counts, "ip=20000,email=20000,card=20000")
-
-    def test_nothing_is_built_where_nothing_is_looked_for(self):
-        self.start(says())
-        self.assertIsNone(self.proxy.redaction)
-        self.assert_status(200)
-
 
 # --------------------------------------------------------------------------------------------------
 # Pages
@@ -14600,12 +14114,6 @@ class PagesTest(CallCase):
         self.assertEqual(answered.json(), json.loads(self.HEALTH % VERSION))
         self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
 
-    def test_health_charges_nothing_and_makes_no_bucket(self):
-        self.start(MAX_TOKENS=10)
-        for number in range(20):
-            self.assert_left(10, "key-%d" % number)
-        self.assertEqual((len(self.proxy.limits.buckets.levels), self.stub.calls), (0, 0))
-
     def test_checks_tell_whether_it_lives_and_whether_calls_can_go_anywhere(self):
         self.start_named("spare", "BREAKER_FAILURES=1 PROXY_API_KEYS=sk-1 OPEN_TIMEOUT=1")
         client = self.connect()
@@ -14616,13 +14124,6 @@ class PagesTest(CallCase):
         client.answers(503, request("GET", "/readyz"))
         answered = client.exchange(request("GET", "/healthz"))
         self.assertEqual((answered.status, answered.body, self.stub.calls), (200, b"ok\n", 0))
-
-    def test_a_model_that_fails_leaves_the_proxy_ready(self):
-        self.start(says(b"{}", "503 No"), BREAKER_FAILURES=1)
-        for key in ("a", "b"):
-            self.ask(key)
-        self.assert_base("open", addresses="0/1")
-        self.assert_status(200, request("GET", "/readyz"))
 
     def test_head_of_a_page_is_its_head(self):
         self.start(BASE_MODEL="m")
@@ -14696,13 +14197,6 @@ off                             http://localhost        -""")
             answered = client.answers(403)
             self.assertIn("CORS_ORIGINS", answered.json()["error"]["message"])
         self.assert_spent(0, 1000)
-
-    def test_where_keys_are_asked_for_any_page_may_call_with_one(self):
-        for settings in self.each("""[
-                {"PROXY_API_KEYS": "sk-1"}, {"BASE_API_KEY": "passthrough"}]"""):
-            self.start(**settings)
-            answered = self.assert_status(200, call("sk-1", "Origin: https://one.example"))
-            self.assert_fields(answered, "access-control-allow-origin: *")
 
     def test_every_answer_is_dated_once(self):
         now = "Tue, 14 Nov 2023 22:30:00 GMT"
@@ -14964,13 +14458,6 @@ class AdminTest(AdminCase):
         self.assert_status(200)
         self.assert_calls(1)
 
-    def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
-        self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
-        self.assert_from("other", call())
-        self.admin("POST", "/upstreams/other/disable")
-        self.assert_from("base", call())
-        self.assert_status(404, request("POST", "/other" + CHAT, chat()))
-
     def test_an_upstream_is_tested_by_its_list_of_models(self):
         self.start(says(b'{"data": [{"id": "gemma"}]}'))
         found = self.admin("POST", "/upstreams/base/test").json()
@@ -14978,13 +14465,6 @@ class AdminTest(AdminCase):
         self.stub.answer = says(b"{}", "500 Broken")
         found = self.admin("POST", "/upstreams/base/test").json()
         self.assertEqual((found["ok"], found["models"]), (False, []))
-
-    def test_models_that_an_upstream_has_told_before_are_known(self):
-        self.start(says(b'{"data": [{"id": "gemma"}]}'), MODEL_ALIASES="a=gemma")
-        self.assertEqual(self.look("/summary")["upstreams"][0]["known"], [])
-        self.get("/v1/models")
-        self.assertEqual(self.look("/summary")["upstreams"][0]["known"], ["gemma"])
-        self.assert_calls(1)
 
     def test_the_settings_are_shown_without_secrets(self):
         self.start(BASE_API_KEY="sk-of-the-upstream")
@@ -15060,15 +14540,6 @@ class AdminBooksTest(AdminCase):
         with patch.object(Admin, "READ_SECONDS", 0.01), \
                 patch.object(llm_proxy.Ledger, "read_news"):
             self.assertEqual(self.admin("POST", "/keys", {"name": "ann"}).status, 201)
-
-    def test_a_bucket_of_estimates_holds_tokens_and_is_given_some(self):
-        self.start(TOKEN_COST_MODE="estimate")
-        self.ask("k")
-        row, = self.look("/callers")["callers"]
-        self.assertEqual([one["unit"] for one in row["buckets"]], ["tokens"])
-        before = self.left("k")
-        self.change("POST", "/callers/%s/give" % row["name"], {"amount": "50", "unit": "tokens"})
-        self.assert_left(before + 50, "k")
 
     def test_what_is_wrong_with_a_key_is_told(self):
         self.add()
@@ -15206,12 +14677,6 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(self.admin("GET", "/calls").status, 503)
         self.assertFalse(self.server.admin.reading.owners)
 
-    def test_a_program_may_make_many_keys_at_once(self):
-        clients = [self.connect().send(request(
-            "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
-            for number in range(2 * self.server.admin.reading.most)]
-        self.assertEqual({client.read().status for client in clients}, {201})
-
     def test_without_a_database_there_is_what_the_process_knows(self):
         self.start(DATABASE="off")
         self.ask("k")
@@ -15272,15 +14737,6 @@ class EventsTest(AdminCase):
         self.assertIn(begun["state"], ("connecting", "first byte"))
         self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
 
-    def test_calls_of_one_id_are_told_apart(self):
-        client, keys = self.listen(), []
-        for _ in range(2):
-            self.ask(call("k", "X-Request-ID: twice"))
-            (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
-            self.assertEqual((begun["id"], begun["key"]), (ended["id"], ended["key"]))
-            keys.append(ended["key"])
-        self.assertNotEqual(*keys)
-
     def test_a_listener_that_comes_back_is_told_what_it_missed(self):
         client = self.listen()
         self.ask("k")
@@ -15301,12 +14757,6 @@ class EventsTest(AdminCase):
         while not pulse["calls"]:
             _, pulse = self.hear(client, "pulse")
         self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
-
-    def test_who_stops_listening_has_made_no_call(self):
-        self.listen().reset()
-        wait_for(lambda: self.outcome(), "its line")
-        self.assertEqual(self.outcome(), "ok")
-        self.assertEqual(self.proxy.watchers.metrics.totals()[0], 0)
 
     def test_who_may_look_no_more_hears_no_more(self):
         client = self.listen()
@@ -16163,10 +15613,6 @@ class ClientConnectionTest(ServerCase):
             client = self.connect().send(unsized(CHAT, *fields, key=key))
             self.assert_last_answer(client, status)
 
-    def test_a_body_that_comes_without_waiting_for_the_continue_is_taken(self):
-        client = self.connect().send(call(None, self.EXPECTING, "Connection: close"))
-        self.assertIn(b"HTTP/1.1 200 ", read_to_the_end(client))
-
     def test_large_or_coded_metered_bodies_and_odd_expectations_are_refused(self):
         self.start(MAX_BODY_BYTES=1000)
         fits = chat().ljust(1000)
@@ -16201,11 +15647,6 @@ class ClientConnectionTest(ServerCase):
                                known if status == 415 else "accept-encoding")
         self.assert_calls(0)
 
-    def test_other_compressed_bodies_are_passed_as_they_are(self):
-        self.post("/v1/files", b"packed", "Content-Encoding: gzip")
-        asked, = self.stub.requests
-        self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", b"packed"))
-
     def test_what_a_compressed_body_becomes_has_its_room(self):
         self.start_with_room()
         packed = request("POST", CHAT, zlib.compress(chat(user="x" * 69000)),
@@ -16214,18 +15655,6 @@ class ClientConnectionTest(ServerCase):
         self.assert_status(503, packed)
         for pair in held:
             self.complete(*pair)
-
-    def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
-        client, body = self.connect(), chat()
-        chunks = b"".join(chunk(bytes([byte])) for byte in body) + LAST
-        for head, sent in self.each((
-                (request("POST", CHAT, body)[:-len(body)], body),
-                (unsized(CHAT, CHUNKED), chunks))):
-            client.send(head)
-            for byte in sent:
-                client.send(bytes([byte]))
-            client.answers(200)
-            self.assertEqual(self.stub.last.body, body)
 
     def test_an_early_answer_can_be_read_every_time(self):
         """3 MB of the body are on their way when the 401 is sent: closing at once would reset."""
@@ -16272,11 +15701,16 @@ class ClientConnectionTest(ServerCase):
         self.assert_spent(0, 1000)
 
     def test_a_head_or_a_body_that_does_not_come_in_time_is_a_408(self):
+        """Single bytes give a head no more time."""
         self.start(clock=Clock())
-        for data, what, seconds in self.each((
-                (b"GET /health HTTP/1.1\r\nHost: x\r\n", "head", 15), (call()[:-1], "body", 30))):
+        for start, more, what, seconds in self.each((
+                (b"GET /health HTTP/1.1\r\nHost: ", b"x", "head", 6),
+                (call()[:-2], call()[-2:-1], "body", 30))):
             client = self.connect()
-            self.send_apart(client, data)
+            self.send_apart(client, start)
+            self.pass_seconds(9)
+            self.send_apart(client, more)
+            self.on_loop(bool)  # it has been taken
             self.assertEqual(self.expire(what), seconds)
             self.assert_last_answer(client, 408)
 
@@ -16286,17 +15720,6 @@ class ClientConnectionTest(ServerCase):
         client = self.connect()
         client.exchange(call())
         client.expect_close()
-
-    def test_pipelined_answers_that_are_taken_slowly_come_in_order_and_hold_up_nobody(self):
-        bodies = [b"%d" % number * 3000000 for number in range(3)]
-        answers = iter(bodies)
-        self.start(lambda asked: asked.answer(next(answers)))
-        client = self.connect(receive_buffer=2048).send(call() * len(bodies))
-        wait_for(lambda: self.stub.calls, "the first call")
-        self.assert_status(200, HEALTH)
-        for body in bodies:
-            self.assertTrue(client.read().body == body)
-        self.entry(2)
 
     def test_what_matters_on_a_bad_day_says_where_it_stands(self):
         self.start(None, MAX_CONCURRENCY=1, TOKEN_COST_MODE="usage", LOG_FORMAT="text")
@@ -16388,12 +15811,6 @@ class ServerTest(ServerCase):
         most = [self.server.most_of(host) for host in hosts]
         self.assertEqual(most, [inf] * 4 + [256] * 2)
 
-    def test_a_burst_of_connections_is_taken(self):
-        clients = [self.connect() for _ in range(100)]
-        for client in clients:
-            client.send(HEALTH)
-        self.assertEqual({client.read().status for client in clients}, {200})
-
     def test_what_holds_the_loop_is_named_in_the_log(self):
         self.patch_seconds(LoopWatch_PERIOD=0.01, Log_QUIET_SECONDS=0)
         self.start()
@@ -16427,13 +15844,6 @@ class ServerTest(ServerCase):
             self.stub.next().answer()
             self.assert_last_answer(client, 200)
         self.assertEqual(cut, [0])
-
-    def test_what_still_runs_when_the_time_is_up_is_cut(self):
-        client, asked = self.begin(event(1))
-        self.assertEqual(self.drain(0.05), 1)
-        client.expect_cut()
-        asked.wait_for_hang_up()
-        self.assertEqual(self.outcome(), "stopped")
 
 
 class TlsTest(ServerCase):
@@ -18031,22 +17441,6 @@ class EnduranceCase(ProcessCase):
             over.set()
             thread.join(PATIENCE)
 
-    @contextmanager
-    def steady_calls(self):
-        """Makes one call after the other meanwhile, each on a new connection; all must be answered.
-        Returns the list of their seconds."""
-        seconds, statuses = [], []
-
-        def act():
-            began = time.monotonic()
-            statuses.append("failed")
-            statuses[-1] = self.ask().status
-            seconds.append(time.monotonic() - began)
-        with self.meanwhile(act):
-            yield seconds
-        self.assertEqual(set(statuses), {200})
-        self.assertGreater(len(statuses), self.size(0, 5))
-
 
 class Fuzz:
     """Requests with faults, from a generator of random numbers with a seed."""
@@ -18194,43 +17588,6 @@ require("http").createServer((asked, answer) => {
 
 class DoorTest(EnduranceCase):
     """Connections and requests of callers."""
-
-    def drip(self, starts, deadline):
-        """Sends each of `starts` on a connection of its own, and then single bytes, until each
-        connection was closed with a 408, which must be at the deadline: once a request that came
-        after it is answered, none is open."""
-        began = time.monotonic()
-        waiting = clients = [self.connect().send(start) for start in starts]
-        self.ask(HEALTH)  # they were accepted before it
-        late = time.monotonic() + deadline + 0.1
-        while waiting:
-            is_late = time.monotonic() > late
-            for client in waiting:
-                with suppress(OSError):
-                    client.send(b"x")
-            time.sleep(0.05)
-            self.ask(HEALTH)
-            waiting = [client for client in waiting if not client.is_readable()]
-            self.assertFalse(is_late and waiting)
-            if waiting != clients:
-                self.assertGreater(time.monotonic(), began + deadline - 0.05)
-        for client in clients:
-            self.assert_last_answer(client, 408)
-
-    def test_what_trickles_in_is_closed_at_its_deadline_and_nobody_else_feels_it(self):
-        seconds, number = self.size((0.3, 5), (15, 100))
-        self.patch_seconds(ClientConnection_HEAD_SECONDS=seconds, RequestBody_FREE_SECONDS=seconds)
-        # A body that held a place at the upstream would be missed.
-        self.start(MAX_TOKENS=10 ** 9, MAX_CONCURRENCY=1, MAX_QUEUE=0)
-        starts = [b"POST /v1/x HTTP/1.1\r\nHost: x\r\nX: ",
-                  unsized(CHAT, "Content-Length: 5000"),
-                  unsized(CHAT, CHUNKED) + b"1388\r\n"]
-        with self.steady_calls() as took:
-            self.drip(starts * number, seconds)
-        self.assertEqual({asked.body for asked in self.stub.requests}, {chat()})
-        self.assertEqual((self.stub.calls, self.in_flight()), (len(took), 0))
-        self.assert_left(10 ** 9 - len(took))
-        self.report("%d calls meanwhile, p99 %.1f ms", len(took), self.p99_milliseconds(took))
 
     def start_box(self, number):
         """A proxy by TLS, and the Stub of an upstream by TLS that runs so many calls at a time."""
@@ -18698,32 +18055,6 @@ class FaultsTest(EnduranceCase):
 
     # -- many connections
 
-    @staticmethod
-    def seconds_of_an_event(client, asked):
-        began = time.monotonic()
-        asked.chunks(event(1))
-        client.expect(event(1))
-        return time.monotonic() - began
-
-    def test_many_idle_connections_slow_no_stream_and_are_closed_on_time(self):
-        number, seconds = self.size((50, 0.3), (1000, ClientConnection.IDLE_SECONDS))
-        self.patch_seconds(ClientConnection_IDLE_SECONDS=seconds)
-        self.launch(lambda asked: (self.stub.waiting.put(asked), asked.over.wait()),
-                    MAX_CONNECTIONS=2000)
-        streams = itertools.cycle([self.begin() for _ in range(self.size(5, 50))])
-        clients, delays = [self.connect() for _ in range(number)], []
-        began = time.monotonic()
-        for client in clients:
-            client.answers(200, HEALTH)
-        late = time.monotonic() + seconds + self.size(8, 1)
-        for client in clients:
-            while not client.is_readable():
-                self.assertLess(time.monotonic(), late)
-                delays.append(self.seconds_of_an_event(*next(streams)))
-            self.assertGreater(time.monotonic(), began + seconds - 0.1)
-            client.expect_close()
-        self.report("%d events, p99 %.1f ms", len(delays), self.p99_milliseconds(delays))
-
     # -- callers that leave
 
     @staticmethod
@@ -18792,28 +18123,6 @@ class FaultsTest(EnduranceCase):
         self.assertEqual((self.stub.connections, self.in_flight()), (0, 0))
 
     # -- upstreams that break off, or talk nonsense
-
-    def test_when_an_upstream_breaks_off_its_caller_has_every_byte_and_sees_the_cut(self):
-        """A FIN makes a body whole that only closing ends (RFC 9112 6.3)."""
-        events = [*map(event, range(2000)), b"data: [DONE]\n\n"]
-        body, ok = b"".join(events), b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-        framings = {
-            "chunked": STREAM + b"".join(map(chunk, events)),
-            "sized": ok + b"Content-Length: %d\r\n\r\n%b" % (len(body) + 1, body),
-            "until close": ok + b"\r\n" + body}
-        for framing, hang_up in self.each(itertools.product(framings, (Asked.close, Asked.reset))):
-            self.start(None)
-            client, asked = self.ask_stub(call(stream=True))
-            asked.send(framings[framing])
-            client.head()
-            if hang_up == Asked.reset:  # some systems drop what stands before a RST
-                client.expect(body)
-            with self.within(1):
-                hang_up(asked)
-                answered = client.rest()
-            whole = (framing, hang_up) == ("until close", Asked.close)
-            self.assertEqual((answered.whole, answered.body == body), (whole, True))
-            self.assert_ending("ok" if whole else "upstream_cut", left=999)
 
     OK = b"HTTP/1.1 200 OK\r\n"
     CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
