@@ -124,7 +124,7 @@ from itertools import chain, islice
 from math import ceil, inf
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import (Any, Awaitable, BinaryIO, Callable, Collection, Dict, FrozenSet, Iterable,
-                    Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
+                    Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 from weakref import WeakKeyDictionary
 
 VERSION = "0.1.0"
@@ -1138,20 +1138,22 @@ GUARDS = """PROXY_API_KEYS LIMITS CORS_ORIGINS TRUSTED_PROXIES TLS_CERT_FILE TLS
 OPENSSL_FILE = "SSL_CERT_FILE"  # is set on many machines, and is not TLS_CERT_FILE misspelt
 
 
-def guard_like(name):
-    """Returns the security setting that a misspelt name probably means, None without one."""
+def meant_by(name, near=0.8):
+    """Returns the setting that a misspelt name probably means, None without one; whatever is near
+    to one for security means that."""
     name = name.upper()
-    longer = [guard for guard in GUARDS if len(name) > 4 and name in guard]
-    return next(iter(longer or difflib.get_close_matches(name, GUARDS, 1, 0.8)), None)
+    return next(chain(
+        [guard for guard in GUARDS if len(name) > 4 and name in guard],
+        difflib.get_close_matches(name, GUARDS, 1, 0.8),
+        difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, near)), None)
 
 
 def unknown_setting(name):
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}"
-    guard = guard_like(name)
-    close = difflib.get_close_matches(name.upper(), SETTINGS_BY_NAME, 1, 0.8)
-    meant = f": did you mean {guard or close[0]}?" if guard or close else ""
-    return f"{name} is not a setting{meant}" + " NOTHING IS GUARDED BY THIS" * bool(guard)
+    meant = meant_by(name)
+    return f"{name} is not a setting" + f": did you mean {meant}?" * bool(meant) + (
+        " NOTHING IS GUARDED BY THIS" * (meant in GUARDS))
 
 
 def parse_ip(host):
@@ -1175,7 +1177,7 @@ class Config(types.SimpleNamespace):
     """The values of SETTINGS, by lower-case name; those without a default are None where they are
     unset. `texts` is {variable: its text}; `unknown` are variables that are no settings."""
     keys_are_stored = False  # keys of DATABASE at the start: nobody else may call
-    admin_key_file: Optional[str] = None  # of a key that was made, and ends with the process
+    admin_key_file = ""  # of a key that was made, and ends with the process
     reread: Callable[[], "Config"]  # while a proxy runs: how to read the settings again
 
     @property
@@ -1439,8 +1441,8 @@ def read_dotenv(text: str) -> Tuple[Texts, List[str]]:
 
 def looks_like_a_setting(name):
     """Tells whether a variable of the environment may be a setting that is misspelt."""
-    return name.startswith("UPSTREAM_") or not name.upper().endswith("_PROXY") and (
-        difflib.get_close_matches(name, SETTINGS_BY_NAME, 1, 0.9) or guard_like(name))
+    return name in RENAMED or name.startswith("UPSTREAM_") or (
+        not name.upper().endswith("_PROXY") and meant_by(name, 0.9))
 
 
 def set_variables(environ, written):
@@ -1526,7 +1528,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
     config = Config(
         texts=texts,
         unknown=[name for name in variables if name not in (OPENSSL_FILE, *texts) and (
-            name in written or name in RENAMED or looks_like_a_setting(name))],
+            name in written or looks_like_a_setting(name))],
         upstreams=read_upstreams(values, faults),
         **{name.lower(): values[name] for name in DEFAULTS})
     config.choose_defaults(False)
@@ -1535,7 +1537,7 @@ def read_config(environ: Texts, dotenv: str = "") -> Config:
         faults = [fault for fault in faults if not fault.startswith("HTTPS_PROXY")]
     faults += config.contradictions()
     faults += [".env: " + unknown_setting(name) for name in config.unknown
-               if name in written and (faults or guard_like(name))]
+               if name in written and (faults or meant_by(name) in GUARDS)]
     if faults:
         raise ConfigFaults("\n".join(faults))
     return config
@@ -1850,19 +1852,8 @@ AZURE_CREDENTIAL_FIELD = "api-key"  # one more, where an upstream is Azure's
 # in X-Forwarded-For: [IPv6] or IPv4, both with or without a port, or a bare IPv6
 FORWARDED_ADDRESS = re.compile(
     r"\s*(?:\[([^]]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([0-9A-Fa-f:.]+(?:%[\w.]+)?))\s*")
+Fields = Mapping[str, str]  # header fields, by name in lower case
 CallerKey = Tuple[str, Union[bytes, str]]  # ('key', SHA-256 of a credential), ('address', IP)
-
-
-class Fields:
-    """Header fields, by name in lower case; the readers of messages derive their heads from
-    this."""
-    __slots__ = ()
-
-    def get(self, name: str, default: Optional[str] = None) -> Optional[str]:
-        """Returns the value of a field."""
-
-    def __contains__(self, name: str) -> bool:
-        return self.get(name) is not None
 
 
 def split_query(query):
@@ -2153,7 +2144,7 @@ class Origins:
     # What no page of the web can have.
     SCHEMES = "chrome-extension moz-extension app tauri capacitor vscode-webview".split()
     SHAPE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
-    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4); what is judged is remembered
+    LONGEST = 300  # characters: a host has 253 (RFC 1035 2.3.4)
 
     def __init__(self, allowed: Sequence[str], host_name: str):
         """`allowed` as CORS_ORIGINS has it; `host_name` is what this machine calls itself."""
@@ -2163,10 +2154,9 @@ class Origins:
         self.host_name = host_name.lower()
         globs = [re.escape(one).replace(r"\*", "[a-z0-9.-]+") for one in allowed if one != "local"]
         self.shape = re.compile("|".join(globs) or "(?!)")
-        self.judged = lru_cache(1000)(self.judge)
 
     def allows(self, origin: str) -> bool:
-        return self.any or (len(origin) <= self.LONGEST and self.judged(origin))
+        return self.any or (len(origin) <= self.LONGEST and self.judge(origin))
 
     def judge(self, origin):
         if self.shape.fullmatch(origin):
@@ -7518,7 +7508,7 @@ SINGLE = frozenset(
     "host content-length transfer-encoding authorization x-api-key expect".split())
 
 
-class Head(Fields):
+class Head:
     """A start line and header fields. `lines` maps a lower-case name to the field's line as it
     came; lines of the same name are joined by their line end. `options` are those of Connection.
     `cache` keeps what others derive from this head alone, because heads repeat on a connection.
@@ -19149,7 +19139,8 @@ def run(config: Config, remarks: List[str]) -> int:
         server = Server(build(config, log_stream, database=database), listener)
         pin_to_cpu(config.cpu_affinity, config.port)
         code = run_loop(server, lines)
-    remove_admin_key(config)
+    with suppress(OSError):
+        os.remove(config.admin_key_file)
     return code
 
 
@@ -19159,13 +19150,6 @@ def leave_to_workers(database):
     database.connection.close()
     if database.lock:
         let_workers_in(database.lock)
-
-
-def remove_admin_key(config):
-    """Removes the file of a key that was made, and ends with this process."""
-    with suppress(OSError):
-        if config.admin_key_file:
-            os.remove(config.admin_key_file)
 
 
 def run_loop(server, lines, lifeline=None):
