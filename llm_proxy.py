@@ -18895,13 +18895,12 @@ def settings_help():
     return "\n".join(rows)
 
 
-def models_listed_by(upstream):
+async def list_models(upstream):
     """Returns the models that an upstream lists. Raises as `ask_models` does."""
-    with closing(Loop()) as loop:
-        try:
-            return loop.run_until_complete(ask_models(loop, upstream, 10))
-        finally:
-            upstream.addresses[0].close_stale(everything=True)
+    try:
+        return await ask_models(asyncio.get_running_loop(), upstream, 10)
+    finally:
+        upstream.addresses[0].close_stale(everything=True)
 
 
 def check(config):
@@ -18918,7 +18917,7 @@ def check(config):
         for address in upstream.addresses[:]:
             upstream.addresses = [address]
             try:
-                names = [in_ascii(model.name) for model in models_listed_by(upstream)]
+                names = [in_ascii(model.name) for model in run_alone(list_models(upstream))]
                 models = ", ".join(names) or "none that would be asked of it"
             except (Refusal, ValueError) as refusal:
                 models = with_cause(refusal)
@@ -18941,8 +18940,7 @@ def faults_of_start(config):
     if config.usage_log not in (None, "-") and not can_be_written(config.usage_log):
         yield "USAGE_LOG must be a file that can be written"
     if config.redis_url:
-        with closing(Loop()) as loop:
-            fault = loop.run_until_complete(fault_of_redis(loop, config))
+        fault = run_alone(fault_of_redis(config))
         if fault:
             yield f"REDIS_URL: Redis {fault}"
     try:
@@ -18951,8 +18949,9 @@ def faults_of_start(config):
         yield cannot_listen(config, failure)
 
 
-async def fault_of_redis(loop, config):
+async def fault_of_redis(config):
     """Returns why Redis cannot be used, None where it can."""
+    loop = asyncio.get_running_loop()
     redis = build_redis(config, loop)
     fault = loop.create_future()
 
@@ -19490,7 +19489,7 @@ def bench_of(options, environ):
         payload = json.loads(options.payload or DEFAULT_PAYLOAD)
         require(type(payload) is dict, "the payload must be a JSON object")
         if options.model or "model" not in payload:
-            payload["model"] = options.model or models_listed_by(upstream)[0].name
+            payload["model"] = options.model or run_alone(list_models(upstream))[0].name
     except (Refusal, ValueError, IndexError) as fault:
         raise ConfigFaults("bench: " + with_cause(fault)) from None
     if options.stream:

@@ -10984,7 +10984,7 @@ class RedisTest(RedisCase):
         for password, said in (("right", None), ("wrong", "does not take the user and password")):
             config = read_config(
                 {**HERE, "REDIS_URL": "redis://:%s@127.0.0.1:%d" % (password, server.port)})
-            fault = self.run_loop(llm_proxy.fault_of_redis(self.loop, config))
+            fault = self.run_loop(llm_proxy.fault_of_redis(config))
             self.assertEqual(fault and str(fault), said)
         redis = self.client("redis://:right@127.0.0.1:%d" % server.port)
         self.wait_for(lambda: redis.available)
