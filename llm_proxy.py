@@ -3625,7 +3625,7 @@ def object_in(data: bytes) -> JsonObject:
     """Returns a JSON object of an upstream, an array of several as its results, {} where there is
     none."""
     try:
-        value = decode_json(data.lstrip(BYTE_ORDER_MARK))
+        value = parse_response(data)
     except ValueError:
         return {}
     if type(value) is list and value:
@@ -6028,22 +6028,20 @@ class Editor:
         return shown + (b"" if self.events.at_boundary(shown) else self.events.ends[0]) + rest
 
 
-class HiddenKey:
+class HiddenKey(Edit):
     """Writes stars over a key of ours, which an error may quote."""
-    held = b""  # the end, which may begin a key
 
     def __init__(self, key: str):
         self.key = key.encode()
 
-    def feed(self, payload: bytes) -> bytes:
-        """Returns what goes on."""
-        shown = (self.held + payload).replace(self.key, b"*" * len(self.key))
-        end = max(0, len(shown) - len(self.key) + 1)
-        self.held = shown[end:]
-        return shown[:end]
+    def apply(self, event: bytes) -> bytes:
+        return event.replace(self.key, b"*" * len(self.key))
 
-    def flush(self) -> bytes:
-        return self.held
+    def slice(self, data: bytes) -> Tuple[bytes, bytes]:
+        """Keeps the end, which may begin a key."""
+        shown = self.apply(data)
+        end = max(0, len(shown) - len(self.key) + 1)
+        return shown[:end], shown[end:]
 
 
 def flush_all(readers, data: bytes = b"") -> bytes:
@@ -14849,7 +14847,7 @@ class Reply:
 
     def hiding_key(self, response, encoding):
         """Returns what passes an error on decompressed and without our key."""
-        editor = HiddenKey(response.secret)
+        editor = Editor(None, HiddenKey(response.secret))
         if encoding == IDENTITY:
             return [editor]
         dialect = self.call.dialect

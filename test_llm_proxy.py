@@ -8326,7 +8326,7 @@ class BreakerTest(CallCase):
                 self.assertIn(answered.get("content-encoding"), (None, "identity"))
 
     def test_a_key_of_ours_is_hidden_wherever_an_answer_is_cut(self):
-        editor = llm_proxy.HiddenKey(self.QUOTED)
+        editor = llm_proxy.Editor(None, llm_proxy.HiddenKey(self.QUOTED))
         pieces = [editor.feed(self.QUOTING[at:at + 7]) for at in range(0, len(self.QUOTING), 7)]
         self.assertEqual(b"".join(pieces) + editor.flush(), self.HIDDEN)
         key = self.QUOTED.encode()
