@@ -14804,24 +14804,12 @@ class Reply:
 
     def receive(self, response: Response) -> BodyAdapter:
         """Decides how a body is passed on, and takes what has come of it. Raises UpstreamFailed."""
+        call, readers, editors = self.call, [], ()
         if self.comment_timer:
             self.stop_comments()
         self.context.until = self.end_at
         streamed, encoding, may_tell_usage = self.kind_of(response.head)
         response.streamed = streamed
-        readers = self.readers_of(response, streamed, encoding, may_tell_usage)
-        editors = self.editors_of(response, streamed, encoding)
-        self.adapter = adapter = self.adapt(
-            response, streamed and encoding == IDENTITY, readers, editors)
-        try:
-            self.first = adapter.feed(response.stream.take_all())
-        except Malformed as failure:
-            raise UpstreamFailed(failure) from None
-        return adapter
-
-    def readers_of(self, response, streamed, encoding, may_tell_usage):
-        """Returns what looks at a body on its way past."""
-        call, readers = self.call, []
         if call.on_made:
             readers.append(NameReader(
                 call.dialect.events if streamed else None, call.on_made,
@@ -14832,7 +14820,15 @@ class Reply:
             self.entry.reader = UsageReader(
                 call, streamed, encoding != UNREADABLE, encoding == PACKED)
             readers.append(self.entry.reader)
-        return readers
+        if call.usage_requested_by_us or call.masks or response.status >= 400:
+            editors = self.editors_of(response, streamed, encoding)
+        self.adapter = adapter = self.adapt(
+            response, streamed and encoding == IDENTITY, readers, editors)
+        try:
+            self.first = adapter.feed(response.stream.take_all())
+        except Malformed as failure:
+            raise UpstreamFailed(failure) from None
+        return adapter
 
     def editors_of(self, response, streamed, encoding):
         """Returns what changes a body."""
