@@ -14367,48 +14367,50 @@ def tell_first(redis: Redis, prefix: str, subject: Tuple[BucketKey, int], tell: 
 
 class SharedFeed(Feed):
     """The feed of all processes: each tells the others every second what was in it, and, while
-    anybody looks, what happens."""
+    anybody looks, what happened."""
     FRESH_SECONDS = 2.5
     GONE_SECONDS = 60   # after which Redis forgets what nobody reads
     MOST_SECONDS = 200  # seconds of all processes that Redis keeps
-    MOST_READ = 500     # of what was told, at once
+    MOST_READ = 50      # of these, at once
     ADDED = "in_flight", "line", "running", "buckets"
     COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
     TOLD = "begin", "end", "change", "warning"
     elsewhere = False   # whether pages are open there
+    read_to: Optional[bytes] = None  # name of the last entry that was read
 
     def __init__(self, clock: Any, redis: Redis, prefix: str):
         super().__init__(clock)
         self.redis = redis
-        self.seconds_key, self.events_key = prefix + "pulses", prefix + "events"
-        self.read_to = {}      # name of the last entry that was read, by key
+        self.key = prefix + "pulses"
+        self.happened = deque(maxlen=self.ROOM)  # in this second
         self.others = {}       # the last second of each, after when that was read,
         self.more = Counter()  # and what was COUNTED in those that were read in this one
 
     def tell(self, name, payload):
         super().tell(name, payload)
-        if self.elsewhere and name in self.TOLD and self.redis.available:
-            self.send(self.events_key, self.ROOM, name, payload)
-
-    def send(self, key, most, name, payload):
-        self.redis.ask(None, "XADD", key, "MAXLEN", "~", most, "*",
-                        "from", self.redis.process, name, json.dumps(payload, default=str))
+        if self.elsewhere and name in self.TOLD:
+            self.happened.append((name, payload))
 
     def exchange(self, payload: JsonObject):
         """Tells the others what was in this second, and asks what they told."""
+        self.tell_fresh()
         oldest = self.clock.monotonic() - self.FRESH_SECONDS
         self.others = {name: one for name, one in self.others.items() if one[0] > oldest}
         self.note_interest()
         if not self.redis.available:
-            self.read_to.clear()  # what is missed must not all be counted in one second
+            self.read_to = None  # what is missed must not all be counted in one second
             return
-        looking = self.listeners > self.elsewhere
-        self.send(self.seconds_key, self.MOST_SECONDS, "pulse", {**payload, "looking": looking})
-        self.ask(self.seconds_key)
-        if looking:
-            self.ask(self.events_key)
-        else:
-            self.read_to.pop(self.events_key, None)
+        text = json.dumps({**payload, "looking": self.listeners > self.elsewhere,
+                           "happened": list(self.happened)}, default=str)
+        self.happened.clear()
+        self.redis.ask(None, "XADD", self.key, "MAXLEN", "~", self.MOST_SECONDS, "*",
+                       self.redis.process, text)
+        self.redis.ask(None, "EXPIRE", self.key, self.GONE_SECONDS)
+        if self.read_to:
+            self.redis.ask(self.on_entries, "XRANGE", self.key, entry_after(self.read_to), "+",
+                           "COUNT", self.MOST_READ)
+        else:  # what was told before is not for us
+            self.redis.ask(self.begin_at, "XREVRANGE", self.key, "+", "-", "COUNT", 1)
 
     def note_interest(self):
         """Makes calls tell of their beginning while pages are open in other processes."""
@@ -14416,31 +14418,23 @@ class SharedFeed(Feed):
         self.listeners += elsewhere - self.elsewhere
         self.elsewhere = elsewhere
 
-    def ask(self, key):
-        self.redis.ask(None, "EXPIRE", key, self.GONE_SECONDS)
-        if key in self.read_to:
-            self.redis.ask(partial(self.on_entries, key), "XRANGE", key,
-                           entry_after(self.read_to[key]), "+", "COUNT", self.MOST_READ)
-        else:  # what was told before is not for us
-            self.redis.ask(partial(self.begin_at, key), "XREVRANGE", key, "+", "-", "COUNT", 1)
-
-    def begin_at(self, key, reply):
+    def begin_at(self, reply):
         if not isinstance(reply, RedisFault):
-            self.read_to[key] = reply[0][0] if reply else b"0-0"
+            self.read_to = reply[0][0] if reply else b"0-0"
 
-    def on_entries(self, key, reply):
+    def on_entries(self, reply):
         with suppress(ValueError, TypeError, LookupError, ArithmeticError):
-            for self.read_to[key], (_, process, name, text) in reply:
+            for self.read_to, (process, text) in reply:
                 if process.decode() == self.redis.process:
                     continue
-                if key == self.seconds_key:
-                    second = json.loads(text)
-                    self.more.update({field: number(second[field])
-                                      for field, number in self.COUNTED.items()})
-                    self.others[process] = self.clock.monotonic(), second
-                    self.note_interest()
-                elif name.decode() in self.TOLD:
-                    super().tell(name.decode(), json.loads(text))
+                second = json.loads(text)
+                self.more.update({field: number(second[field])
+                                  for field, number in self.COUNTED.items()})
+                self.others[process] = self.clock.monotonic(), second
+                self.note_interest()
+                for name, event in second["happened"]:
+                    if name in self.TOLD and self.listeners > self.elsewhere:
+                        super().tell(name, event)
 
     def pulse(self, payload):
         super().pulse(payload)

@@ -14517,7 +14517,7 @@ class SharedEventsTest(AdminCase):
         (one, here), (two, there) = self.start_two()
         self.address = here
         client = self.listen()
-        wait_for(lambda: two.watchers.feed.elsewhere and len(one.watchers.feed.read_to) == 2,
+        wait_for(lambda: two.watchers.feed.elsewhere and one.watchers.feed.read_to,
                  "the interest")
         self.address = there
 
@@ -14528,8 +14528,7 @@ class SharedEventsTest(AdminCase):
         while not pulse["calls"]:
             _, pulse = self.hear(client, "pulse")
         self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
-        for name in ("pulses", "events"):
-            self.assertIn(self.redis.ask("TTL", "{llm_proxy}:" + name), range(50, 61))
+        self.assertIn(self.redis.ask("TTL", "{llm_proxy}:pulses"), range(50, 61))
         client.close()
         wait_for(lambda: not two.watchers.feed.elsewhere, "the end of it")
         self.assertEqual(two.watchers.feed.listeners, 0)
@@ -14540,10 +14539,9 @@ class SharedEventsTest(AdminCase):
 
     def told_of_a_second(self, one, rows):
         """What is told when others counted this meanwhile, (calls, dollars) each."""
-        one.on_entries(one.seconds_key, [[b"7-%d" % number, [
-            b"from", b"other", b"pulse", encoded({
-                "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd,
-                "looking": False})]] for number, (calls, usd) in enumerate(rows)])
+        one.on_entries([[b"7-%d" % number, [b"other", encoded({
+            "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd, "looking": False,
+            "happened": []})]] for number, (calls, usd) in enumerate(rows)])
         found = one.added_up({"calls": 0, "tokens": 0, "failed": 0, "usd": "0"})
         one.pulse({})
         return found["calls"], found["tokens"], found["usd"]
@@ -14560,16 +14558,15 @@ class SharedEventsTest(AdminCase):
         one = self.lone_feed()
         self.told_of_a_second(one, [(5, "1")])
         one.exchange({})
-        self.assertEqual(one.read_to, {})
+        self.assertIsNone(one.read_to)
 
     def test_what_others_told_before_a_process_came_is_not_counted_whatever_its_clock_says(self):
         asked = []
         one = llm_proxy.SharedFeed(Clock(), SimpleNamespace(
             available=True, process="",
             ask=lambda answer, *parts: answer and asked.append((answer, *parts))), "x:")
-        for reply, read in self.each((([[b"9-7", [b"from", b"x", b"pulse", b"{}"]]], "9-8"),
-                                      ([], "0-1"))):
-            one.read_to.clear()
+        for reply, read in self.each((([[b"9-7", [b"x", b"{}"]]], "9-8"), ([], "0-1"))):
+            one.read_to = None
             for parts in (("XREVRANGE", "x:pulses", "+", "-", "COUNT", 1),
                           ("XRANGE", "x:pulses", read, "+", "COUNT", one.MOST_READ)):
                 one.exchange({})
@@ -14598,10 +14595,12 @@ class SharedEventsTest(AdminCase):
         client = self.listen()
         for text in self.each(("", "[]", "{}", '{"now": "x"}', '{"now": 9e9}',
                                '{"calls": "x", "looking": 1, "usd": "x"}',
-                               '{"calls": 1, "tokens": 1, "failed": 1, "usd": "1"}')):
-            self.redis.ask("XADD", "{llm_proxy}:pulses", "*", "from", "x", "pulse", text)
-            self.redis.ask("XADD", "{llm_proxy}:events", "*", "from", "x", "end", text)
-            self.redis.ask("XADD", "{llm_proxy}:events", "*", "a", text)
+                               '{"calls": 1, "tokens": 1, "failed": 1, "usd": "1"}',
+                               '{"calls": 1, "tokens": 1, "failed": 1, "usd": "1", '
+                               '"happened": [["end"], 7, ["end", []]]}')):
+            self.redis.ask("XADD", "{llm_proxy}:pulses", "*", "x", text)
+            self.redis.ask("XADD", "{llm_proxy}:pulses", "*", "x", encoded({
+                "calls": 1, "tokens": 1, "failed": 1, "usd": "1", "happened": text}))
         self.hear(client, "pulse")
         self.hear(client, "pulse")
 
