@@ -4346,6 +4346,8 @@ class Words(NamedTuple):
 # How JSON begins, in Markdown or not, but for arrays of numbers and of arrays
 MAY_BE_JSON = re.compile(r'[\s`json]*(?:\{|\[\s*[{"])')
 BEFORE_JSON = " \t\r\n`json["
+# The keys of text that is JSON, or the ends of such events' types
+JSON_TEXTS = "arguments", "partial_json", "arguments.delta"
 
 
 def is_words(key, value):
@@ -4738,8 +4740,6 @@ class Dialect:
     BLOCK_NUMBERS = ()
     # The types of events that end a block.
     BLOCK_END = re.compile("(?!)")
-    # The keys of text that is JSON, or the ends of such events' types.
-    JSON_TEXTS = ("arguments", "partial_json", "arguments.delta")
 
     def __init__(self):
         self.deltas = tree_of(self.DELTAS)
@@ -4852,7 +4852,7 @@ class Dialect:
 
     def is_json_text(self, block: Block) -> bool:
         """Returns whether the text of a block is JSON."""
-        return block[-1] in self.JSON_TEXTS or block[1].endswith(self.JSON_TEXTS)
+        return block[-1] in JSON_TEXTS or block[1].endswith(JSON_TEXTS)
 
     def ends_block(self, payload: JsonObject, block: Block) -> bool:
         """Returns whether an event ends a block of text."""
@@ -6765,8 +6765,7 @@ class Redactor:
                         if len(text) > min(one.step, self.LARGE):
                             yield ()
             # Of two that overlap the first one counts, or the longer one.
-            findings.sort(key=operator.itemgetter(1), reverse=True)
-            findings.sort(key=operator.itemgetter(0))
+            findings.sort(key=lambda one: (one[0], -one[1]))
             apart = []
             for one in findings:
                 if one[0] >= end:
@@ -6983,18 +6982,14 @@ class Restorer:
         |(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt]))eyJ[A-Za-z0-9_-]{0,3000}
         (?:\.[A-Za-z0-9_-]{0,8000}(?:\.[A-Za-z0-9_-]{0,1000})?)?\Z""" % KEY_HEADERS, re.VERBOSE)
     IN_SECRET = re.compile(r"[A-Za-z0-9_+/=\\\s]*")
+    BEFORE_JSON = re.compile(rb'"(?:%b)"\s{0,9}:\s{0,9}"\Z' % "|".join(JSON_TEXTS).encode())
     PIECE = 1024  # characters, by which what waits grows before it is searched again
 
-    def __init__(self, masks: Masks, json_texts: Collection[str],
-                 redactor: Optional[Redactor] = None):
-        """`json_texts` are the keys of texts that are JSON."""
+    def __init__(self, masks: Masks, redactor: Optional[Redactor] = None):
         self.masks = masks
         self.redactor = redactor
-        self.json_texts = json_texts
         self.room = self.MAX_VALUES
         self.words = self.ANY_WORDS if redactor and redactor.may_hold("") else self.WORDS
-        self.before_json = re.compile(
-            b'"(?:%b)"\\s{0,9}:\\s{0,9}"\\Z' % "|".join(json_texts).encode())
 
     def restore(self, text: str, is_json: bool, before: str) -> str:
         """Returns a text with values in it, which are spelled as in JSON where it is that; `before`
@@ -7070,7 +7065,7 @@ class Restorer:
         text = data.decode("utf-8", "surrogateescape")
         places = [match.span(1) for match in JSON_STRING.finditer(blot_escapes(text))]
         strings = [text[start:end] for start, end in places]
-        are_json = [key in self.json_texts for key in ["", *strings]]
+        are_json = [key in JSON_TEXTS for key in ["", *strings]]
         words = ["" if is_json else one for one, is_json in zip(strings, are_json)]
         if masks:
             words = self.without_values_in(words)
@@ -7119,32 +7114,30 @@ def rest_of_event(value: Any, way: Way, texts: Collection[str]) -> JsonObject:
 
 STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 # A key and a value of JSON that may be another one in the next event
-FACT = re.compile(rb'"([^"\\]*)"\s*:\s*("[^"\\]+"|[0-9][0-9.]*)')
+FACT = re.compile(rb'"([^"\\]*)"\s*:\s*(%b|[0-9][0-9.]*)' % STRING)
+USUAL_TEXT = b"(%b)" % STRING
 
 
 def usual_event(event: bytes, key: str, fixed: Collection[str]) -> Optional["re.Pattern[bytes]"]:
     """Returns an expression for events that say the same as one does, but for the text at a key,
     which is its group, and for ids, times and counts; None where there is none that is sure. At
     the keys `fixed` stands what is the same."""
-    parts = re.split(rb'("%b"\s*:\s*)(%b)' % (key.encode(), STRING), event)
-    if len(parts) != 4 or parts[2] == b'""' or b"\\" in parts[0] + parts[3]:
-        return None
-    before, name, _, after = parts
-    return re.compile((b"(%b)" % STRING).join([varied(before + name, fixed), varied(after, fixed)]))
-
-
-def varied(data, fixed):
-    """Returns an expression for a part of an event, of which the facts may be others."""
     pieces = []
     last = 0
-    for fact in FACT.finditer(data):
-        key = fact[1].decode("latin-1")
+    for fact in FACT.finditer(event):
+        name = fact[1].decode("latin-1")
         is_text = fact[2][:1] == b'"'
-        if key not in fixed and not (is_text and is_words(key, "")):
+        if is_text and name == key and fact[2] != b'""':
+            other = USUAL_TEXT
+        elif name in fixed or (is_text and is_words(name, "")):
+            continue
+        else:
             other = rb'"[^"\\]+"' if is_text else b"[0-9][0-9.]*"
-            pieces += re.escape(data[last:fact.start(2)]), other
-            last = fact.end(2)
-    return b"".join((*pieces, re.escape(data[last:])))
+        pieces += re.escape(event[last:fact.start(2)]), other
+        last = fact.end(2)
+    if pieces.count(USUAL_TEXT) != 1:
+        return None
+    return re.compile(b"".join((*pieces, re.escape(event[last:]))))
 
 
 OTHER_BRACKET = bytes.maketrans(b"{}[]", b"}{][")
@@ -7317,19 +7310,18 @@ class Unmasking(Edit):
         data = self.prefix + data
         plain = without_escapes(data)
         start = plain.rfind(b'"') + 1
-        if start and plain.count(b'"') % 2 == 0:  # it ends in no string
-            # Of the last one, which may be a key
-            begin = self.begin_of_string(data, plain.rfind(b'"', 0, start - 1))
-            return (begin if begin > before else start) - before, b""
         text = data[start:].decode("utf-8", "surrogateescape")
-        said = self.settled(text)
-        begin = self.begin_of_string(data, start - 1)
-        if start > before and (not said or before < begin < start - 1):
-            return (begin if begin > before else start - 1) - before, b""
+        is_open = plain.count(b'"') % 2 or not start
+        said = self.settled(text) if is_open else ""
+        quote = start - 1 if is_open else plain.rfind(b'"', 0, start - 1)  # of the last string
+        key = self.restorer.BEFORE_JSON.search(data, quote - 63, quote + 1)
+        begin = key.start() if key else quote
+        if start > before and (not said or before < begin < quote):
+            return (begin if begin > before else start - bool(is_open)) - before, b""
         end = start + len(said.encode("utf-8", "surrogateescape")) - before
         if end <= 0:
             return 0, self.prefix
-        if self.restorer.before_json.search(data, start - 64, start) or (
+        if key or (
                 start > before and MAY_BE_JSON.match(text[:99].replace("\\", ""))):
             return end, self.prefix_of_json(said)
         return end, b'",' if start else b""  # a comma: what goes on does not begin JSON
@@ -7345,12 +7337,7 @@ class Unmasking(Edit):
         """Returns that of a slice that begins in a string that is JSON, of which so much passed."""
         opened = json_before(read_string('"%s"' % spelled)) if self.restorer.redactor else ""
         return b'"%b":"%b' % (
-            self.dialect.JSON_TEXTS[0].encode(), spell_string(opened)[1:-1].encode())
-
-    def begin_of_string(self, data, begin):
-        """Returns where one begins, with its key where that tells that it is JSON."""
-        key = self.restorer.before_json.search(data, begin - 63, begin + 1)
-        return key.start() if key else begin
+            JSON_TEXTS[0].encode(), spell_string(opened)[1:-1].encode())
 
     def apply_slice(self, data, prefix):
         """Handles a slice of JSON; `prefix` is that of the next one."""
@@ -14880,7 +14867,7 @@ class Reply:
             masks.pass_opaque(UpstreamFailed("its answer cannot be read"))
             return []
         events = call.dialect.events if streamed else self.other_events(kind)
-        restorer = Restorer(masks, call.dialect.JSON_TEXTS, redactor)
+        restorer = Restorer(masks, redactor)
         return [Editor(events, Unmasking(call.dialect, events, restorer))]
 
     def other_events(self, kind):

@@ -3230,7 +3230,7 @@ class JsonTest(ProxyCase):
         import tracemalloc  # which PyPy has not
         text = '{"%s": 1, "model": "a"}' % ("\\n" * (1 << 17))
         masks = Masks(Redactor(["email"]))
-        restorer = Restorer(masks, (), masks.redactor)
+        restorer = Restorer(masks, masks.redactor)
         usual = llm_proxy.usual_event(b'{"a": "b"}', "a", ())
         self.addCleanup(tracemalloc.stop)
         for look in self.each((
@@ -5226,7 +5226,7 @@ class RedactionTest(ProxyCase):
         masks = Masks(Redactor([], own))
         told, shown = '{"to":"bob@corp.example","n":1}', '{"to":"[[CORP_1]]","n":1}'
         self.assertEqual(finish(masks.mask_strings(told)), shown)
-        restorer = Restorer(Masks(masks.redactor), (), masks.redactor)
+        restorer = Restorer(Masks(masks.redactor), masks.redactor)
         found = restorer.restore_json(told.encode(), True)
         self.assertEqual(found.decode(), shown.replace("_1", ""))
 
@@ -5459,8 +5459,7 @@ class UnmaskingTest(ProxyCase):
         dialect = self.DIALECTS.get(endpoint) or OpenAI()
         events = events and (llm_proxy.JSON_ARRAY if endpoint == "array" else dialect.events)
         masks = masks or self.masks()
-        restorer = Restorer(
-            masks, dialect.JSON_TEXTS, masks.redactor if answers else None)
+        restorer = Restorer(masks, masks.redactor if answers else None)
         return llm_proxy.Editor(
             events or None, llm_proxy.Unmasking(dialect, events or None, restorer))
 
@@ -5650,7 +5649,7 @@ class UnmaskingTest(ProxyCase):
     def test_a_large_event_holds_up_none_after_it(self):
         masks = self.masks()
         editor = llm_proxy.Editor(SSE, llm_proxy.Unmasking(
-            OpenAI(), SSE, Restorer(masks, ())))
+            OpenAI(), SSE, Restorer(masks)))
         large, small = b'data: {"said": "%s"}\n\n' % (5000 * b"[["), b'data: {"n": "[["}\n\n'
         for pieces in self.each((
                 (large[:9000], large[9000:] + small + small[:4], small[4:]),
@@ -17674,7 +17673,7 @@ class RedactionCostTest(EnduranceCase):
         """Returns the seconds that each read of an answer takes, of which all is masked."""
         masks = Masks(Redactor(REDACTED))
         masks.values["[[SECRETS_1]]"] = "-----BEGIN PRIVATE KEY-----\n%s" % ("MIIE" * 3400)
-        restorer = Restorer(masks, dialect.JSON_TEXTS, masks.redactor)
+        restorer = Restorer(masks, masks.redactor)
         editor = llm_proxy.Editor(events, llm_proxy.Unmasking(dialect, events, restorer))
         took = []
         for at in range(0, len(data), llm_proxy.BLOCK):
