@@ -7479,8 +7479,7 @@ HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 CHUNK_LINE_START = re.compile(
     rb"[0-9A-Fa-f]{0,16}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t -~\x80-\xff]*)?)?\r?")
-TRAILER_LINES = re.compile(FIELD_LINES.pattern.encode("latin-1"))
-TRAILERS = re.compile(TRAILER_LINES.pattern + rb"\r\n")
+TRAILERS = re.compile((FIELD_LINES.pattern + r"\r\n").encode("latin-1"))
 LAST_CHUNK = b"0\r\n\r\n"
 
 # RFC 9110 7.6.1: they speak of one connection, not of the message.
@@ -7787,9 +7786,8 @@ class Chunked:
             self.ended = True
             self.trailing = data[match.end():]
             return data[:position] + LAST_CHUNK, payload
-        lines = max(end, data.rfind(b"\r\n") + 2)
-        if (len(data) - end > MAX_TRAILERS or not TRAILER_LINES.fullmatch(data, end, lines)
-                or BARE_LINE_END.search(data, lines - 1)):
+        is_whole = data.find(b"\r\n\r\n", end) >= 0
+        if is_whole or len(data) - end > MAX_TRAILERS or BARE_LINE_END.search(data, end - 1):
             raise Malformed
         self.held = data[position:]
         return data[:position], payload
