@@ -13610,6 +13610,9 @@ def bucket_name(kind: str, key: BucketKey) -> str:
     return "%s:%s:%s" % (kind, ".".join(map(short_digest, key[1:])), short_digest(key[0]))
 
 
+period_of = lru_cache(1000)(calendar_rule)
+
+
 @lru_cache(1000)
 def describe_kind(rule: Rule, hour: float) -> str:
     """Returns the kind of a bucket and its figures, in the words of LUA_BATCH. Those of a date hold
@@ -13797,14 +13800,16 @@ class RedisBuckets(Buckets):
             if not (self.state == "here" and self.redis.available
                     and (self.takes or self.unsent or self.acts)):
                 break
-            takes = [self.takes.popleft() for _ in range(min(len(self.takes), self.MOST_ACTS))]
-            batch = Batch([self.acts.popleft() for _ in range(min(len(self.acts), self.MOST_ACTS))],
-                          [(place, *self.unsent.pop(place))
-                           for place in list(islice(self.unsent, self.MOST_ACTS))],
-                          [take for take in takes if not take.future.done()])
+            charges = [(place, *self.unsent.pop(place))
+                       for place in list(islice(self.unsent, self.MOST_ACTS))]
+            takes = [take for take in self.first_of(self.takes) if not take.future.done()]
+            batch = Batch(self.first_of(self.acts), charges, takes)
             self.unanswered += 1
             command = self.command(batch)
             self.redis.ask(partial(self.on_answer, batch, self.number), *command)
+
+    def first_of(self, queue):
+        return [queue.popleft() for _ in range(min(len(queue), self.MOST_ACTS))]
 
     async def drain(self, say: Callable[[str], None]):
         """Waits until Redis has all, for DRAIN_SECONDS at most."""
@@ -13879,8 +13884,8 @@ class RedisBuckets(Buckets):
         level, stamp, _, *given = [int(float(word)) for word in head.split()]
         now, scale = self.clock.monotonic(), grain(rule)
         refilled = stamp / 1_000_000 - self.ahead
-        if rule.window:
-            rule, refilled = self.window_of(rule, key, refilled, now)
+        if rule.zone:
+            rule = period_of(rule, stamp // 1_000_000 + START_OF_2020 + 1)
         self.texts[key] = text.replace(" ", ",")
         self.given.pop(key, None)
         self.local.levels.pop(key, None)  # which was its share of what was seen before
@@ -13890,16 +13895,6 @@ class RedisBuckets(Buckets):
         pending = self.pending.get(key, 0)
         self.store([Level((level - pending) * scale, refilled, rule, key, 0, now)])
         return Level(level * scale, refilled, rule, key, 0, now)
-
-    def window_of(self, rule, key, began, now):
-        """Returns the rule of a window, and when it began. Answers take a while, so a time that is
-        close to the one known already is the same."""
-        seen = self.levels.get(key)
-        if seen and abs(seen.refilled - began) < 1:
-            return seen.rule, seen.refilled
-        if rule.zone:
-            rule = calendar_rule(rule, wall_time(self.clock) - (now - began) + 1)
-        return rule, began
 
     def finish_take(self, take, taken, redis_levels):
         """Completes a take as Redis decided, or gives it back if nobody waits for it any longer."""
