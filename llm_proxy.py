@@ -1912,12 +1912,6 @@ class Key(NamedTuple):
         """Returns what may be shown of it."""
         return dict(zip(self._fields[:-3], self))
 
-    def end(self, valid_until: Optional[float]) -> Optional[float]:
-        """Returns when the key ends, by a secret that is valid until `valid_until`; None:
-        never."""
-        ends = [one for one in (self.expires, valid_until) if one is not None]
-        return -1.0 if self.disabled else min(ends, default=None)
-
 
 # What can be said of a key, in the form of SETTING_TABLE
 KEY_FIELDS = {field.name: field for field in read_settings("""\
@@ -2018,13 +2012,14 @@ class StoredKeys:
         self.known: Known = {}
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
+            ends = [end for end in (key.expires, valid_until) if end is not None]
             self.known[blinded(one, secret)] = one, Caller(
                 ("key", key.subject), name, key_name=name, role=key.role, stored_key=key,
-                until=key.end(valid_until))
+                until=-1.0 if key.disabled else min(ends, default=None))
 
     def has_admin(self, wall: float) -> bool:
-        return any(key.role == "admin" and (key.end(None) or inf) > wall
-                   for key in self.keys.values())
+        return any(caller.role == "admin" and (caller.until or inf) > wall
+                   for _, caller in self.known.values())
 
 
 class Callers:
@@ -2042,16 +2037,14 @@ class Callers:
         keys = config.proxy_api_keys
         self.is_open = not keys and (keys is not None or not stored.closed)
         self.known: Known = {}
-        for key, name in (keys or {}).items():
-            self.add(key, name, "caller")
-        for role, key in (("viewer", config.viewer_key), ("admin", config.admin_key)):
+        for key, name, role in (
+                *((key, name, "caller") for key, name in (keys or {}).items()),
+                (config.viewer_key, "VIEWER_KEY", "viewer"),
+                (config.admin_key, "ADMIN_KEY", "admin")):
             if key:
-                self.add(key, role.upper() + "_KEY", role)
-
-    def add(self, key, name, role):
-        one = digest(key)
-        self.known[blinded(one, self.secret)] = one, Caller(
-            ("key", one), name, self.secret, name, role)
+                one = digest(key)
+                self.known[blinded(one, secret)] = one, Caller(
+                    ("key", one), name, secret, name, role)
 
     def credential(self, fields: Fields, query: str) -> Optional[str]:
         """Returns the credential of a request, in whichever field or as ?key=, None without one.
