@@ -19709,14 +19709,14 @@ def grafana_command(*_):
 
 COMMANDS = {  # what runs them, a sentence, and rows of options, as `add_options` has them
     "usage": (usage_command, "print who used what, from DATABASE; see usage --help", f"""\
---by     NAMES... -     what to add up by, caller if it is not said: {", ".join(GROUPS)}
+--by     day,model... - what to add up by, caller if it is not said: {", ".join(GROUPS)}
 --since  7d       9999d only the last minutes (30m), hours (12h) or days (7d)
 --caller NAME     -     only the calls of this caller
---id     ID       -     all that is known of one call
+--id     REQUEST_ID - all that is known of one call
 --json   -        -     print JSON
 --csv    -        -     print CSV"""),
     "prices": (prices_command, "print the prices that are known, or update a file of them", f"""\
---update FILE... - fetch a list into a file, by default from {PRICES_URL}; else from a URL"""),
+--update FILE... - fetch a list into FILE, from {PRICES_URL} or the URL that follows"""),
     "keys": (keys_command, "make, list and change keys in DATABASE; see keys --help", ""),
     "grafana": (grafana_command, "print a dashboard of /metrics, to import in Grafana", ""),
     "bench": (bench_command, "time calls to a URL; see bench --help", """\
