@@ -12893,7 +12893,7 @@ class RedisReader:
     """Reads replies of RESP2 as they come, in pieces of any size; it is strict, and bounded
     (https://redis.io/docs/latest/develop/reference/protocol-spec)."""
     MOST_BYTES = 16 << 20  # of one reply
-    MOST_DEPTH = 4         # of arrays in arrays
+    MOST_DEPTH = 5         # of arrays in arrays
     LINE_BYTES = 8192
     COUNT = re.compile(rb"0|[1-9][0-9]{0,8}|-1")
     NUMBERS = {b"$": COUNT, b"*": COUNT, b":": re.compile(rb"[+-]?[0-9]{1,19}")}
@@ -13722,7 +13722,7 @@ class RedisBuckets(Buckets):
                 amount = stored_amount(rule, costs[unit]) - stored_amount(rule, taken[unit])
                 self.charge(rule, key, amount, taken_at)
         tightest = super().settle(keyed_rules, costs, taken, taken_at)
-        if self.state == "away" and self.policy == "share":
+        if self.local.levels:  # Redis is away, or late
             return self.local.settle(self.local_rules(keyed_rules), costs, taken, taken_at)
         return tightest
 
@@ -13918,10 +13918,7 @@ class RedisBuckets(Buckets):
             levels = self.local.levels_after(self.local_rules(keyed_rules), costs, NO_COST)
         tightest = tightest_of(levels)
         if tightest.level >= 0:
-            self.local.store(levels)
-            super().settle(keyed_rules, costs, NO_COST, 0.0)
-            for rule, key in keyed_rules:
-                self.charge(rule, key, stored_amount(rule, costs[rule.unit]))
+            self.settle(keyed_rules, costs, NO_COST, 0.0)
         return tightest, levels
 
     def local_rules(self, keyed_rules):
@@ -14270,20 +14267,15 @@ class SharedKeys:
                     self.heard.append(record)
 
 
-def entry_after(name: bytes) -> str:
-    """Returns the least name that an entry of a stream may have after this one."""
-    milliseconds, _, number = name.decode().partition("-")
-    return "%s-%d" % (milliseconds, int(number) + 1)
-
-
 # Adds sums to a stream, of the last 100,000, for a week, and returns what is new there: ARGV are
-# how many at most, from which entry on, the box that tells, then number and text of each.
+# how many at most, after which entry, the box that tells, then number and text of each.
 LUA_SUMS = """
 for i = 4, #ARGV, 2 do
   redis.call('XADD', KEYS[1], 'MAXLEN', '~', 100000, '*', ARGV[3], ARGV[i] .. ' ' .. ARGV[i + 1])
 end
 redis.call('EXPIRE', KEYS[1], 604800)
-return redis.call('XRANGE', KEYS[1], ARGV[2], '+', 'COUNT', ARGV[1])
+local found = redis.call('XREAD', 'COUNT', ARGV[1], 'STREAMS', KEYS[1], ARGV[2])
+return found and found[1][2] or {}
 """
 
 
@@ -14320,7 +14312,7 @@ class SharedSums:
         last = entries[-1][0] if entries else b"0-0"
         last_told = sums[-1][0] if sums else 0
         database.add_heard_sums(self.read(entries), int(last.partition(b"-")[0]), last_told)
-        self.after = entry_after(last) if entries else after
+        self.after = last.decode() if entries else after
         return self.AT_ONCE in (len(sums), len(entries))
 
     def read(self, entries):
@@ -14380,8 +14372,8 @@ class SharedFeed(Feed):
                        self.redis.process, text)
         self.redis.ask(None, "EXPIRE", self.key, self.GONE_SECONDS)
         if self.read_to:
-            self.redis.ask(self.on_entries, "XRANGE", self.key, entry_after(self.read_to), "+",
-                           "COUNT", self.MOST_READ)
+            self.redis.ask(self.on_entries, "XREAD", "COUNT", self.MOST_READ, "STREAMS", self.key,
+                           self.read_to)
         else:  # what was told before is not for us
             self.redis.ask(self.begin_at, "XREVRANGE", self.key, "+", "-", "COUNT", 1)
 
@@ -14397,7 +14389,8 @@ class SharedFeed(Feed):
 
     def on_entries(self, reply):
         with suppress(ValueError, TypeError, LookupError, ArithmeticError):
-            for self.read_to, (process, text) in reply:
+            (_, entries), = reply  # None where there are none
+            for self.read_to, (process, text) in entries:
                 if process.decode() == self.redis.process:
                     continue
                 second = json.loads(text)
