@@ -7193,7 +7193,7 @@ class Unmasking(Edit):
         # with it or at the block's end; and the last events that had text of these blocks
         self.blocks: Dict[Block, Tuple[str, bytes]] = {}
         # How most events are spelled, and of what they have text, as in the streams before
-        known = restorer.redactor.usual if restorer.redactor else {}
+        known = restorer.redactor.usual if restorer.redactor and events else {}
         self.usual, self.usual_block = known.get(dialect, (None, ()))
         # Whether the text of a block is JSON, None while that is open, and what is open in it
         self.json: Dict[Block, Tuple[Optional[bool], str]] = {}

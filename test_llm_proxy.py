@@ -5810,6 +5810,12 @@ class UnmaskingTest(ProxyCase):
                 self.assertIn(b'"[[EMAIL]] "', found)
                 self.assertEqual(learn.call_count, times)
 
+    def test_an_answer_that_is_no_stream_and_is_as_an_event_of_one_is_read_whole(self):
+        masks, said = self.masks(), b'{"message": {"content": " bob@x.org"}, "done": false}\n'
+        for streamed, count in self.each(((True, 3), (False, 1))):
+            found = self.unmask("ollama", count * said, None, True, streamed, masks=masks)
+            self.assertEqual(self.texts("ollama", found), [count * " [[EMAIL]]"])
+
     def test_quotes_without_an_end_and_thousands_of_strings_are_looked_at_once(self):
         """The former took half a minute."""
         for seed in self.each((b'\\" ', b'"', b'"abcdefgh",', b'{"a":"', b'"\\')):
