@@ -13957,10 +13957,11 @@ class RedisBuckets(Buckets):
         """Sets this process's part of each bucket back to what it saw, as answers may be missing;
         puts back all that it saw if Redis has lost some. Raises RedisFault."""
         self.number += 1
+        done, self.done = self.done, self.done and inf  # a loss is told once, maybe in vain
         existed, last = self.read_beat(
             await self.redis.ask_and_wait(*self.beat_parts(self.number)))
-        is_lost = last < self.done if self.done else not existed
-        self.done = inf if is_lost else self.done
+        is_lost = last < done if done else not existed
+        self.done = inf if is_lost else done
         acts = chain(
             [("put", one.rule, one.key, "back" if is_lost else "own",
               self.texts.get(one.key) or self.spell(one))

@@ -10755,6 +10755,20 @@ class LossesTest(RedisCase):
             store.beat()
             self.run_loop(asyncio.sleep(0.001))
 
+    def test_a_loss_is_made_good_though_the_answer_that_told_of_it_was_lost(self):
+        self.server = RedisServer(self)
+        store = RedisBuckets(Clock(), self.client(self.server.url), "test", "share", 1)
+        self.left_done([store])
+        self.take_part(store, "call")
+        self.left_done([store])
+        with patch.object(store, "read_beat", side_effect=RedisFault("is away")):
+            self.take_part(store, "lose")
+            self.take_part(store, "beat")
+            self.wait_for(lambda: len(self.left) > 2)
+        self.left_done([store])
+        name, _ = store.describe(*self.KEYED_RULES[0])
+        self.assertEqual(self.server.ask("GET", name).split()[0], b"999")
+
     def test_no_call_is_forgotten_nor_charged_twice(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0, RedisBuckets_BEAT_SECONDS=PATIENCE)
         self.server, clock = RedisServer(self), Clock()
