@@ -785,6 +785,12 @@ class ProxyCase(TableCase):
                     "DATABASE": "off", **settings}
         self.run_proxy(read_config({name: str(value) for name, value in settings.items()}), clock)
 
+    def start_clock(self, answer=says(), **settings):
+        """Starts one whose time passes when the test says so; returns its Clock."""
+        clock = Clock()
+        self.start(answer, clock=clock, **settings)
+        return clock
+
     def run_proxy(self, config, clock):
         database = None
         if config.database != "off":
@@ -4721,7 +4727,7 @@ class LimitReplyTest(ProxyCase):
         return answered
 
     def start_empty(self, **settings):
-        self.start(clock=Clock(), MAX_TOKENS=1, **settings)
+        self.start_clock(MAX_TOKENS=1, **settings)
         self.ask()
 
     def events(self, answered):
@@ -6847,8 +6853,7 @@ class QueueTest(WaitingCase):
             self.wait_for_slot()
 
     def test_an_upstream_that_never_notices_keeps_its_slot_for_the_time_of_a_silent_one(self):
-        clock = Clock()
-        self.start(None, clock, MAX_CONCURRENCY=1, READ_TIMEOUT=20)
+        clock = self.start_clock(None, MAX_CONCURRENCY=1, READ_TIMEOUT=20)
         client, asked = self.ask_stub(call(stream=True))
         asked.wait_for_hang_up(client)
         second = self.line_up("next")
@@ -6922,7 +6927,7 @@ class EarlyStreamTest(WaitingCase):
     """Comments in streams whose caller would hear nothing for long."""
 
     def start_early(self, **settings):
-        self.start(None, Clock(), STREAM_COMMENT_SECONDS="0.05", **settings)
+        self.start_clock(None, STREAM_COMMENT_SECONDS="0.05", **settings)
 
     def wait_early(self, data=None, client=None):
         """A stream of which nothing came but a comment; -> (Client, Asked)"""
@@ -7993,8 +7998,7 @@ class BreakerTest(CallCase):
 
     def open_the_base(self, failures, **settings):
         """A proxy whose base has just failed so often that it is open; returns the Clock."""
-        clock = Clock()
-        self.start(says(b"{}", "503 No"), clock, BREAKER_FAILURES=failures, **settings)
+        clock = self.start_clock(says(b"{}", "503 No"), BREAKER_FAILURES=failures, **settings)
         for _ in range(failures):
             self.assert_status(503)
         return clock
@@ -8140,7 +8144,7 @@ class BreakerTest(CallCase):
                     self.assertTrue(answered.body.startswith(begin.encode()))
 
     def test_a_first_byte_that_does_not_come_counts_and_a_caller_who_leaves_does_not(self):
-        self.start(None, Clock(), BREAKER_FAILURES=2)
+        self.start_clock(None, BREAKER_FAILURES=2)
         for _ in range(3):
             client, asked = self.ask_stub()
             asked.wait_for_hang_up(client)
@@ -8203,7 +8207,7 @@ class BreakerTest(CallCase):
             self.assert_status(status, call(key, **payload))
 
     def test_keys_that_anyone_can_invent_count_as_their_one_address(self):
-        self.start(says(b"{}", "502 x"), Clock(), BREAKER_FAILURES=2)
+        self.start_clock(says(b"{}", "502 x"), BREAKER_FAILURES=2)
         for key, seconds, status in self.each((
                 ("a", 0, 502), ("b", 0, 502), ("b", 0, 503), ("c", 30, 502), ("c", 0, 503))):
             self.pass_seconds(seconds)
@@ -8718,8 +8722,7 @@ redacted      None"""))
         self.assertEqual(found, (5, 7, 2))
 
     def test_refusals_without_a_known_caller_are_summed_up(self):
-        clock = Clock()
-        self.start(clock=clock, PROXY_API_KEYS="alice=sk-1", METRICS="open")
+        clock = self.start_clock(PROXY_API_KEYS="alice=sk-1", METRICS="open")
         for number in range(100):
             self.assertEqual(self.ask(call(None if number % 4 else "sk-x")).status,
                              401 if number % 4 or number < 40 else 429)
@@ -8784,7 +8787,7 @@ redacted      None"""))
         for kind, *lines in self.each((
                 ("text", "%s hello\n", "%s 127.0.0.1 POST "),
                 ("json", '{"time": "%s", "message": "hello"}\n', '{"time": "%s", "id": '))):
-            self.start(clock=Clock(), LOG_FORMAT=kind)
+            self.start_clock(LOG_FORMAT=kind)
             self.proxy.books.log.say("hello")
             self.ask()
             for line in lines:
@@ -8915,8 +8918,7 @@ class LedgerTest(LedgerCase):
                 ["each 1000 tokens per day", [400]], ["each 50 tokens per hour", [20]],
                 ["each 1000 input_tokens per day", []], ["address 1000 tokens per day", []],
                 ["all 20 requests per 100s; each 100 tokens per day", [18, 40]]]"""):
-            clock = Clock()
-            self.start(act, clock, LIMITS=old)
+            clock = self.start_clock(act, LIMITS=old)
             self.ask(call("k", max_tokens=1))
             self.close_books()
             self.start(act, clock, DATABASE=self.path, LIMITS=new)
@@ -9915,8 +9917,7 @@ class MetricsTest(SignalsCase):
         self.assertIn(('_bucket{a=,le="0.5"}', 6), histogram.samples("{a=}"))
 
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
-        clock = Clock()
-        self.start(None, clock=clock, METRICS="open", MAX_CONCURRENCY=1)
+        clock = self.start_clock(None, METRICS="open", MAX_CONCURRENCY=1)
         client, asked = self.begin(event(1))
         waiting = self.connect().send(call("second"))
         wait_for(lambda: self.base()["queue"]["waiting"], "the line")
@@ -12351,8 +12352,7 @@ class KeysTest(KeysCase):
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
         for policy, act in self.each(itertools.product(
                 ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
-            clock = Clock()
-            self.start(clock=clock, PROXY_API_KEYS=policy)
+            clock = self.start_clock(PROXY_API_KEYS=policy)
             ann = self.add(expires="30d")
             client = self.connect()
             client.answers(200, call(ann))
@@ -12362,8 +12362,7 @@ class KeysTest(KeysCase):
             self.assert_calls(1)
 
     def test_a_key_that_expires_is_a_401_from_then_on(self):
-        clock = Clock()
-        self.start(clock=clock)
+        clock = self.start_clock()
         ann, client = self.add(expires="1m"), self.connect()
         for seconds, status in self.each("""[[0, 200], [59, 200], [1, 401], [60, 401]]"""):
             clock.now += seconds
@@ -12372,7 +12371,7 @@ class KeysTest(KeysCase):
         client.answers(200, call(ann))
 
     def test_rotation_changes_the_secret_and_nothing_else(self):
-        self.start(clock=Clock(), MAX_TOKENS=10)
+        self.start_clock(MAX_TOKENS=10)
         first = self.add(team="red")
         self.ask(first)
         second = self.change("rotate", "ann").secret
@@ -12525,8 +12524,8 @@ class KeysTest(KeysCase):
         self.assert_statuses([200], ann)
 
     def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
-        self.start(clock=Clock(), LIMITS="each 2 requests per day", LIMIT_REPLY="error",
-                   PROXY_API_KEYS="old=sk-old")
+        self.start_clock(LIMITS="each 2 requests per day", LIMIT_REPLY="error",
+                         PROXY_API_KEYS="old=sk-old")
         ann = self.add()
         self.assert_statuses([200, 200, 429], ann, ann, ann)
         self.change("give", "ann", "5", "requests")
@@ -12617,8 +12616,7 @@ class KeysTest(KeysCase):
         self.assert_said("in memory only: DATABASE must be")
 
     def test_when_a_key_was_used_is_known_to_the_minute(self):
-        clock = Clock()
-        self.start(clock=clock)
+        clock = self.start_clock()
         ann, keys = self.add(), self.store()
         for seconds, used in self.each("""[[0, 1000], [59, 1000], [2, 1061]]"""):
             clock.now += seconds
@@ -12635,7 +12633,7 @@ class KeysTest(KeysCase):
         client.answers(401, call(ann, "X-User: u", model="gemma"))
 
     def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
-        self.start(clock=Clock(), LIMITS="each 9 requests per day")
+        self.start_clock(LIMITS="each 9 requests per day")
         ann = self.add(limits="5 requests per day")
         self.ask(ann)
         new = {**self.proxy.config.texts, "LIMITS": "each 7 requests per day"}
@@ -12756,7 +12754,7 @@ class EndingsTest(LedgerCase):
             self.assert_entry("remaining", left)
 
     def test_every_metered_answer_tells_the_bucket(self):
-        self.start(clock=Clock(), MAX_TOKENS=10)
+        self.start_clock(MAX_TOKENS=10)
         self.stub.answer = sends(STREAM + chunk(events(delta("a"), "[DONE]")) + LAST, close=False)
         self.assert_status(
             200, call(stream=True), "x-ratelimit-limit: 10", "x-ratelimit-remaining: 9",
@@ -12792,8 +12790,7 @@ class EndingsTest(LedgerCase):
         self.assert_entry("cause", "connection refused")
 
     def test_the_read_timeout_runs_between_bytes_of_a_stream_and_not_over_all_of_it(self):
-        clock = Clock()
-        self.start(None, clock, READ_TIMEOUT=100, REFILL_INTERVAL_SECONDS=1000)
+        clock = self.start_clock(None, READ_TIMEOUT=100, REFILL_INTERVAL_SECONDS=1000)
         client, asked = self.begin()
         for _ in range(5):
             clock.now += 70
@@ -12932,7 +12929,7 @@ class EndingsTest(LedgerCase):
         asked.wait_for_hang_up(client)
 
     def test_a_caller_who_half_closed_has_a_moment_for_each_of_its_calls(self):
-        self.start(None, Clock())
+        self.start_clock(None)
         client, asked = self.ask_stub(call() + call())
         client.sock.shutdown(socket.SHUT_WR)
         connection, = self.server.open
@@ -13394,8 +13391,7 @@ class PagesTest(CallCase):
         "upstreams": {"base": {"state": "closed", "in_flight": 0, "addresses": "1/1"}}}"""
 
     def test_health_tells_version_model_and_the_callers_quota_and_names_no_upstream(self):
-        clock = Clock()
-        self.start(clock=clock, MAX_TOKENS=10, REQUEST_TOKEN_COST=3, BASE_MODEL="gemma4")
+        clock = self.start_clock(MAX_TOKENS=10, REQUEST_TOKEN_COST=3, BASE_MODEL="gemma4")
         for _ in range(3):
             self.ask("k")
         clock.now += 100
@@ -13489,7 +13485,7 @@ off                             http://localhost        -""")
 
     def test_every_answer_is_dated_once(self):
         now = "Tue, 14 Nov 2023 22:30:00 GMT"
-        self.start(clock=Clock(), PROXY_API_KEYS="k", MAX_TOKENS=1)
+        self.start_clock(PROXY_API_KEYS="k", MAX_TOKENS=1)
         there = "Mon, 13 Nov 2023 22:30:00 GMT"
         for data, field, date in self.each([
                 (HEALTH, "X: y", now), (request("GET", "/v1/x", key="k"), "X: y", now),
@@ -13682,7 +13678,7 @@ class AdminTest(AdminCase):
             self.assertEqual(self.admin(method, path, key=keys[who]).status, int(status))
 
     def test_wrong_keys_are_counted_with_those_at_the_front_door(self):
-        self.start(clock=Clock(), PROXY_API_KEYS="sk-1")
+        self.start_clock(PROXY_API_KEYS="sk-1")
         found = [self.admin("GET", "", key="wrong-%d" % number).status for number in range(4)]
         found += [self.get("/metrics", key="more-%d" % number).status for number in range(4)]
         found += [self.ask("guess-%d" % number).status for number in range(4)]
@@ -13818,9 +13814,8 @@ class AdminBooksTest(AdminCase):
             self.assertIn(said, answered.error()["message"])
 
     def test_a_window_is_seen_where_buckets_are(self):
-        clock = Clock()  # Tuesday, 14 November 2023, 22:30 UTC
-        self.start(says(completion(150, 0)), clock, METRICS="open", WARN_AT="80%",
-                   LIMITS="each 200 tokens per calendar month in Europe/Berlin")
+        self.start_clock(says(completion(150, 0)), METRICS="open", WARN_AT="80%",
+                         LIMITS="each 200 tokens per calendar month in Europe/Berlin")
         secret = self.add()["key"]
         self.ask(call(secret, max_tokens=1))
         self.admin("PATCH", "/keys/ann", {"limits": "100 tokens per 60s window"})
@@ -13899,8 +13894,7 @@ class AdminBooksTest(AdminCase):
         self.assert_status(401, request("GET", "/v1/quota"))
 
     def test_what_is_near_its_end_is_told_as_it_is_now(self):
-        clock = Clock()
-        self.start(clock=clock, LIMITS="each 10 requests per minute")
+        clock = self.start_clock(LIMITS="each 10 requests per minute")
         for _ in range(9):
             self.ask("k")
         self.assertEqual([row["level"] for row in self.look("/summary")["near"]], [1])
@@ -14814,8 +14808,7 @@ class ClientConnectionTest(ServerCase):
                 ([(0, much), (29, 1), (31, 0)], False),
                 ([(0, much), (29, 1), (29, 1), (4, 0)], False),
                 ([(0, 1), *[(20, 20 * pace)] * 9, (20, 0)], True))):
-            clock = Clock()
-            self.start(clock=clock)
+            clock = self.start_clock()
             total = sum(size for _, size in steps) + (not taken)
             client = self.connect().send(request("POST", CHAT, b"x" * total)[:-total])
             for seconds, size in steps:
@@ -14910,7 +14903,7 @@ class ClientConnectionTest(ServerCase):
 
     def test_a_head_or_a_body_that_does_not_come_in_time_is_a_408(self):
         """Single bytes give a head no more time."""
-        self.start(clock=Clock())
+        self.start_clock()
         for start, more, what, seconds in self.each((
                 (b"GET /health HTTP/1.1\r\nHost: ", b"x", "head", 6),
                 (call()[:-2], call()[-2:-1], "body", 30))):
