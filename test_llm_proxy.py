@@ -4231,15 +4231,6 @@ class UsageReaderTest(ProxyCase):
             found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
             self.assertEqual(found[1:], ((25, 7), True, 5))
 
-    def test_a_stream_of_lines_ends_with_the_one_that_is_done(self):
-        """An error in it is a line, too."""
-        error = {"error": "unexpected EOF"}
-        for told, ending in self.each((
-                (OLLAMA_LINES, "ok"), (OLLAMA_LINES[:2], "upstream_cut"),
-                ([*OLLAMA_LINES[:2], error], "upstream_status"), ([error], "upstream_status"))):
-            self.hear(lines_of(*told), endpoint="ollama")
-            self.assertEqual(self.reader.ending(True), ending)
-
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
         for endpoint, told, _, number, *expected in self.each(self.STREAMS):
             data = events(*told[:number]) + b'data: {"choi'
@@ -6413,14 +6404,6 @@ class FramingTest(ProxyCase):
             pieces = [data[at:at + step] for at in range(0, len(data), step)]
             self.assertRaises(Malformed, self.feed, data)
             self.assertRaises(Malformed, self.feed, *pieces)
-
-    def test_a_sized_body_ends_at_its_size(self):
-        self.framing = framing = llm_proxy.Sized(5)
-        self.assertEqual(framing.feed(b"hel"), (b"hel", b"hel"))
-        self.assertEqual(self.ends(), (False, False))
-        self.assertEqual(framing.feed(b"loNEXT"), (b"lo", b"lo"))
-        self.assertEqual((framing.ended, framing.trailing), (True, b"NEXT"))
-        self.assertTrue(llm_proxy.Sized(0).ended)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -17110,83 +17093,87 @@ class FaultsTest(EnduranceCase):
     # -- upstreams that break off, or talk nonsense
 
     OK = b"HTTP/1.1 200 OK\r\n"
-    CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-    TWO = b"Content-Length: 2\r\n\r\n{}"
-    HINTS = b"HTTP/1.1 103 Early Hints\r\nX-Injected: evil\r\n\r\n"
-    LASTING = (  # odd, but understood as 200 and {}; the connection may carry another call
-        HINTS * 3 + OK + TWO,
-        b"HTTP/1.1 200\r\n" + TWO,
-        b"HTTP/1.1 200 \r\n" + TWO,
-        OK + b"Content-Length: \t 2 \t\r\n\r\n{}",
-        OK + b"X-A: b\x85X-Injected: evil\r\n" + TWO,  # Python calls \x85 a line end
-        CHUNKS + b"2\r\n{}\r\n0\r\nX-Injected: evil\r\n\r\n")
-    ONCE = (  # understood as 200 and {}; the connection must not carry another call
-        OK + TWO + b"more",
-        OK + TWO + answer(b"poison", "200 OK", "X-Injected: evil"),
-        OK + b"Connection: close\r\n" + TWO,
-        OK + b"Connection: x, Close\r\n" + TWO,
-        b"HTTP/1.0 200 OK\r\n" + TWO,
-        CHUNKS + b"2\r\n{}\r\n0\r\n\r\nHTTP/1.1 200")
-    START_LINES = (  # wrong ones; a sound length and body follow, and the connection stays open
-        b"HTTP/1.1 99 No",
-        b"HTTP/1.1 099 No",
-        b"HTTP/1.1 20 OK",
-        b"HTTP/1.1 1000 No",
-        b"HTTP/1.1 OK",
-        b"HTTP/1.1  200 OK",
-        b"HTTP/2.0 200 OK",
-        b"HTTP/2 200 OK",
-        b"200 OK",
-        b"ICY 200 OK",
-        b"",
-        b"HTTP/1.1 200 OK\rX-Injected: evil",
-        b"HTTP/1.1 302 Found\r\nLocation: /x\rX-Injected: evil",
-        b"HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\nConnection: upgrade")
-    FIELDS = (  # wrong ones; a sound length and body follow, and the connection stays open
-        b"Content-Length: 3",
-        b"Content-Length: 2",
-        b"Transfer-Encoding: chunked",
-        b"X-A: b\x00c",
-        b"X-A: b\r\n X-Injected: evil",
-        b"X-Injected : evil",
-        b"X-A: b\rX-Injected: evil",
-        b"X-A: b\nX-Injected: evil",
-        b"Content-Type: text/plain\x0bX-Injected: evil",
-        b"X-A: " + b"x" * 70000,
-        b"X: y\r\n" * 500 + b"X: y")
-    LENGTHS = b"+2", b"0 2", b"2, 2", b"9" * 20
-    PIECES = (  # wrong ones of a body in chunks; the connection stays open
-        b"XYZ\r\n{}\r\n",
-        b"-2\r\n{}\r\n",
-        b"2\r\n{}XX0\r\n\r\n",
-        b"2\n{}\n0\n\n",
-        b"10000000000000000\r\n{}",
-        b"2\r\n{}\r\n0\r\nX: y\nX-Injected: evil\r\n\r\n")
-    OTHERS = (  # what is said, and what happens then: nothing, an end, or more of the same
-        (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", None),
-        (OK + b"Transfer-Encoding: gzip\r\n\r\n{}", None),
-        (OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", None),
-        (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", None),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", None),
-        (b"\x16\x03\x03\x00\x7a\x02\r\n\r\n\x03" + bytes(range(128)), None),  # TLS
-        (b"\x15\x03\x03\x00\x02\x02\x46", Asked.close),
-        (b"<html>It works!</html>", Asked.close),
-        (b"HTTP/1.1 100 Continue\r\n\r\n", Asked.close),
-        (b"", Asked.close),
-        (b"", Asked.reset),
-        (OK + b"X-A: b", Asked.close),
-        (OK + b"X-A: b", Asked.reset),
-        (OK + b"Content-Length: 5\r\n\r\n{}", Asked.close),
-        (OK + b"Content-Length: 5\r\n\r\n{}", Asked.reset),
-        (OK + b"\r\n{}", Asked.reset),
-        (CHUNKS + b"2\r\n{}\r\n", Asked.close),
-        (CHUNKS + b"2\r\n{}\r\n0\r\n", Asked.close),
-        (CHUNKS + b"FFFFFFFFFFFFFFFF\r\n{}", Asked.close),
-        (CHUNKS + b"2;", b"x" * 500),
-        (CHUNKS + b"2\r\n{}\r\n0\r\n", b"X-Injected: evil\r\n" * 50),
-        (b"", HINTS),
-        (OK, b"X-A: b\r\n"),
-        (b"HTTP/1.1 200 OK", b"x" * 1000))
+    # What an upstream says, | at the end of each line, and what it does then: it closes, resets, or
+    # says more of the same. It may be understood as 200 and {}, the connection lasts then or is for
+    # once, or as this status and nothing, or is wrong.
+    NONSENSE = r"""
+        lasts -> $HINTS$HINTS$HINTS$OK$TWO
+        lasts -> HTTP/1.1 200|$TWO
+        lasts -> HTTP/1.1 200 |$TWO
+        lasts -> $OKContent-Length: \t 2 \t||{}
+        lasts -> $OKX-A: b\x85X-Injected: evil|$TWO
+        lasts -> $CHUNKS2|{}|0|X-Injected: evil||
+        once -> $OK$TWOmore
+        once -> $OK$TWO$OKContent-Length: 6|X-Injected: evil||poison
+        once -> $OKConnection: close|$TWO
+        once -> $OKConnection: x, Close|$TWO
+        once -> HTTP/1.0 200 OK|$TWO
+        once -> $CHUNKS2|{}|0||HTTP/1.1 200
+        204 -> HTTP/1.1 204 No|$TWO
+        304 -> HTTP/1.1 304 No|$TWO
+        once -> $OK|{} -> close
+        wrong -> HTTP/1.1 99 No|$TWO
+        wrong -> HTTP/1.1 099 No|$TWO
+        wrong -> HTTP/1.1 20 OK|$TWO
+        wrong -> HTTP/1.1 1000 No|$TWO
+        wrong -> HTTP/1.1 OK|$TWO
+        wrong -> HTTP/1.1  200 OK|$TWO
+        wrong -> HTTP/2.0 200 OK|$TWO
+        wrong -> HTTP/2 200 OK|$TWO
+        wrong -> 200 OK|$TWO
+        wrong -> ICY 200 OK|$TWO
+        wrong -> |$TWO
+        wrong -> HTTP/1.1 200 OK\rX-Injected: evil|$TWO
+        wrong -> HTTP/1.1 302 Found|Location: /x\rX-Injected: evil|$TWO
+        wrong -> HTTP/1.1 101 Switching|Upgrade: h2c|Connection: upgrade|$TWO
+        wrong -> $OKContent-Length: 3|$TWO
+        wrong -> $OKContent-Length: 2|$TWO
+        wrong -> $OKTransfer-Encoding: chunked|$TWO
+        wrong -> $OKX-A: b\x00c|$TWO
+        wrong -> $OKX-A: b| X-Injected: evil|$TWO
+        wrong -> $OKX-Injected : evil|$TWO
+        wrong -> $OKX-A: b\rX-Injected: evil|$TWO
+        wrong -> $OKX-A: b\nX-Injected: evil|$TWO
+        wrong -> $OKContent-Type: text/plain\x0bX-Injected: evil|$TWO
+        wrong -> $OKContent-Length: +2||{}
+        wrong -> $OKContent-Length: 0 2||{}
+        wrong -> $OKContent-Length: 2, 2||{}
+        wrong -> $OKContent-Length: 99999999999999999999||{}
+        wrong -> $CHUNKSXYZ|{}|
+        wrong -> $CHUNKS-2|{}|
+        wrong -> $CHUNKS2|{}XX0||
+        wrong -> $CHUNKS2\n{}\n0\n\n
+        wrong -> $CHUNKS10000000000000000|{}
+        wrong -> $CHUNKS2|{}|0|X: y\nX-Injected: evil||
+        wrong -> HTTP/1.1 200 OK\nContent-Length: 2\n\n{}
+        wrong -> $OKTransfer-Encoding: gzip||{}
+        wrong -> $OKTransfer-Encoding: gzip, chunked||2|{}|0||
+        wrong -> HTTP/1.0 200 OK|Transfer-Encoding: chunked||0||
+        wrong -> SSH-2.0-OpenSSH_9.2|
+        wrong -> \x15\x03\x03\x00\x02\x02F -> close
+        wrong -> <html>It works!</html> -> close
+        wrong -> HTTP/1.1 100 Continue|| -> close
+        wrong ->  -> close
+        wrong ->  -> reset
+        wrong -> $OKX-A: b -> close
+        wrong -> $OKX-A: b -> reset
+        wrong -> $OKContent-Length: 5||{} -> close
+        wrong -> $OKContent-Length: 5||{} -> reset
+        wrong -> $OK|{} -> reset
+        wrong -> $CHUNKS2|{}| -> close
+        wrong -> $CHUNKS2|{}|0| -> close
+        wrong -> $CHUNKSFFFFFFFFFFFFFFFF|{} -> close
+        wrong -> $CHUNKS2; -> xxxx
+        wrong -> $CHUNKS2|{}|0| -> X-Injected: evil|
+        wrong ->  -> $HINTS
+        wrong -> $OK -> X-A: b|
+        wrong -> HTTP/1.1 200 OK -> xxxx
+        wrong -> $OKX-A: $LONG|$TWO
+        wrong -> $OK$MANY$TWO
+        wrong -> \x16\x03\x03\x00z\x02||\x03\x00\x01"""
+    SHORT = {"$CHUNKS": "$OKTransfer-Encoding: chunked||", "$OK": "HTTP/1.1 200 OK|",
+             "$HINTS": "HTTP/1.1 103 Early Hints|X-Injected: evil||",
+             "$TWO": "Content-Length: 2||{}", "$LONG": "x" * 70000, "$MANY": "X: y|" * 501}
 
     @staticmethod
     def say(asked, data, then):
@@ -17198,20 +17185,20 @@ class FaultsTest(EnduranceCase):
         if then:
             then(asked)
 
+    def said(self, text):
+        """The bytes of a text of NONSENSE."""
+        for short, long in self.SHORT.items():
+            text = text.replace(short, long)
+        return text.replace("|", "\r\n").encode().decode("unicode_escape").encode("latin-1")
+
     def nonsense(self):
         """Yields rows of (data and then, as for `say`, expected, whether the connection may carry
         another call); expected is (status, body, whole), or None for a 502 or a cut."""
-        right, empty = (200, b"{}", True), b"HTTP/1.1 %d No\r\n" + self.TWO
-        yield from [(data, None, right, True) for data in self.LASTING]
-        yield from [(data, None, right, False) for data in self.ONCE]
-        yield from [(empty % status, None, (status, b"", True), False) for status in (204, 304)]
-        yield self.OK + b"\r\n{}", Asked.close, right, False
-        wrong = [line + b"\r\n" + self.TWO for line in self.START_LINES]
-        wrong += [self.OK + field + b"\r\n" + self.TWO for field in self.FIELDS]
-        wrong += [self.OK + b"Content-Length: %b\r\n\r\n{}" % length for length in self.LENGTHS]
-        wrong += [self.CHUNKS + pieces for pieces in self.PIECES]
-        for data, then in [(data, None) for data in wrong] + list(self.OTHERS):
-            yield data, then, None, False
+        acts = {"close": Asked.close, "reset": Asked.reset}
+        for kind, text, *then in [row.split(" -> ") for row in rows(self.NONSENSE)]:
+            act = acts.get(then[0]) or self.said(then[0]) if then else None
+            right = (int(kind), b"", True) if kind.isdigit() else (200, b"{}", True)
+            yield self.said(text), act, right if kind != "wrong" else None, kind == "lasts"
 
     def assert_upstream_error(self, answered):
         self.assertEqual((answered.status, answered.whole), (502, True))
