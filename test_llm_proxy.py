@@ -14070,6 +14070,23 @@ class SharedEventsTest(AdminCase):
         one.exchange({})
         self.assertIsNone(one.read_to)
 
+    def test_what_others_told_before_a_process_came_is_not_counted_whatever_its_clock_says(self):
+        asked = []
+        one = llm_proxy.SharedFeed(Clock(), SimpleNamespace(
+            available=True, process="",
+            ask=lambda answer, *parts: answer and asked.append((answer, *parts))), "x:")
+        for reply, read in self.each((([[b"9-7", [b"x", b"{}"]]], b"9-7"), ([], b"0-0"))):
+            one.read_to = None
+            for parts in (("XREVRANGE", "x:pulses", "+", "-", "COUNT", 1),
+                          ("XREAD", "COUNT", one.MOST_READ, "STREAMS", "x:pulses", read)):
+                one.exchange({})
+                (answer, *asked_for), = asked
+                self.assertEqual(asked_for, [*parts])
+                answer(reply)
+                asked.clear()
+                self.assertEqual(one.others, {})
+                reply = []
+
     def test_calls_that_ran_elsewhere_before_anybody_looked_are_told_whole(self):
         (_, here), (_, there) = self.start_two()
         self.stub.answer, self.address = None, there
