@@ -10453,11 +10453,6 @@ ADD_TO_SUMS = f"""INSERT OR REPLACE INTO sums WITH few({SUM_COLUMNS}) AS (VALUES
     min(new.first, coalesce(old.first, new.first)), max(new.last, coalesce(old.last, 0)),
     max(new.slowest, coalesce(old.slowest, 0))
     FROM new LEFT JOIN sums AS old USING (span, {SUM_KEY})"""
-# Makes the sums of a longer span since then from those of quarters: an older version made them
-# once a span was over.
-ROLL_UP = f"""INSERT OR REPLACE INTO sums SELECT :span, start / :span * :span AS start, {SUM_NAMES},
-    {SUM_TOTALS}, min(first), max(last), max(slowest) FROM sums
-    WHERE span = {QUARTER} AND start >= :since GROUP BY start / :span, {SUM_NAMES}"""
 # What others are told of the time before, the latest first: quarters of the last day, else hours.
 HISTORY = f"""SELECT {SUM_COLUMNS} FROM sums
     JOIN (SELECT max(start) AS today FROM sums WHERE span = {DAY})
@@ -10666,11 +10661,6 @@ class Database:
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
             self.facts.update(read_facts(execute))
-            if "rolled" in self.facts:
-                since = self.facts.pop("rolled") // DAY * DAY
-                for span in (DAY, HOUR):
-                    execute(ROLL_UP, {"span": span, "since": since})
-                execute("DELETE FROM facts WHERE name IN ('rolled', 'listed')")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
 
@@ -19273,11 +19263,10 @@ def usage_query(execute, by, since):
         whole = int(-(-since // QUARTER)) * QUARTER
         calls = [f"number <= {facts['unsummed']} AND time >= {whole}",
                  f"number > {facts['summed']} AND time >= {whole}"]
-        spans = SPANS[2:] if "rolled" in facts else SPANS  # an older version lacks the last days
         counts = ", ".join("{0} * %s AS %s" % (name, name) for name in SUM_COUNTS)
         sums = [f"SELECT start, NULL AS outcome, {SUM_NAMES}, {counts.format(sign)} FROM sums"
                 f" WHERE span = {span} AND start >= {low} AND start < {high}"
-                for span, low, high, sign in read_parts(whole, MOST // DAY * DAY, 1, spans)]
+                for span, low, high, sign in read_parts(whole, MOST // DAY * DAY)]
     calls.append(f"time >= {since!r} AND time < {whole}")
     present = {row[1] for row in execute("PRAGMA table_info(calls)")}
     missing = "".join(f", NULL AS {name}" for name in ("team", "tag") if name not in present)

@@ -9558,23 +9558,6 @@ class SumsTest(TableCase):
             found = self.reader.totals("caller", self.DAY, self.DAY + 900)
             self.assertEqual(found["alice"].calls, 12 * (number + 1))
 
-    def test_an_older_version_made_sums_of_hours_and_days_only_once_they_were_over(self):
-        self.add_many(500)
-        whole, now = self.reader.totals("team", 0, self.DAY + 3 * 86400), self.DAY + 4 * 86400
-        options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
-        usage = read_usage(self.path, options, now)
-        rolled = self.DAY + 86400 + 5 * 3600
-        self.database.note(rolled=rolled)
-        self.database.execute("DELETE FROM sums WHERE span = 3600 AND start >= ?", (rolled,))
-        self.database.execute("DELETE FROM sums WHERE span = 86400 AND start > ?", (rolled,))
-        self.database.execute("UPDATE sums SET calls = 1 WHERE span = 86400 AND start = ?",
-                              (rolled // 86400 * 86400,))
-        self.assertEqual(read_usage(self.path, options, now), usage)
-        for _ in range(2):
-            self.reopen()
-            self.assertEqual(self.reader.totals("team", 0, self.DAY + 3 * 86400), whole)
-            self.assertEqual(read_usage(self.path, options, now), usage)
-
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
         self.add(*({"time": self.DAY + day * 86400, "id": str(day)} for day in range(500)))
