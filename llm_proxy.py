@@ -3970,7 +3970,8 @@ class Call:
                     rename: Optional[Callable[[str], str]]) -> None:
         """Fits the call to an upstream, which is asked for `model`; `rewrite` returns the payload
         as it must be there, and `rename` the name of another model, None where none may serve."""
-        self.remember()
+        if self.forgotten:
+            self.remember()
         self.upstream_model = model
         self.upstream_body = self.body
         self.usage_requested_by_us = False
@@ -4130,9 +4131,8 @@ class Call:
 
     def remember(self):
         """Undoes `forget`."""
-        if self.forgotten:
-            self.payload = self.json_body.parse()
-            self.forgotten = False
+        self.payload = self.json_body.parse()
+        self.forgotten = False
 
     def is_opaque(self) -> bool:
         """Returns whether a call with a body holds or continues what cannot be read in it, or has
@@ -5836,7 +5836,7 @@ class Dialects:
             if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.resolve(model)
+            call.resolved_model = self.aliases.get(model, model)
         call.large = bool(call.body) and len(call.body) > LARGE_BODY
 
     def resolve(self, model: str) -> str:
@@ -8020,7 +8020,7 @@ class Loop(asyncio.SelectorEventLoop):
             write_down(entry)
         for stream in posted:
             try:
-                stream.send_posted()
+                stream.write(b"")
             except Exception as bug:
                 self.on_bug(bug)
 
@@ -8224,9 +8224,10 @@ class Stream:
     # -- what goes
 
     def write(self, data: bytes):
-        """Sends what can be sent now; the rest when the peer takes it."""
+        """Sends what can be sent now, what was posted first; the rest when the peer takes it."""
         if self.posted:
-            self.send_posted()
+            data = self.posted + data
+            self.posted = b""
         if self.write_failed or not data:
             return
         if self.write_buffer:
@@ -8254,11 +8255,6 @@ class Stream:
         if not loop.posted:
             loop.call_soon(loop.do_put_off)
         loop.posted.append(self)
-
-    def send_posted(self):
-        data = self.posted
-        self.posted = b""
-        self.write(data)
 
     def flush(self):
         """Sends block by block: a TLS record that was begun must be sent again as it was."""
@@ -8354,7 +8350,7 @@ class Stream:
 
     def shut_down_writing(self):
         """Tells the peer that nothing more will be sent."""
-        self.send_posted()
+        self.write(b"")
         with suppress(OSError, ValueError):
             if self.encrypted:
                 self.sock.unwrap()  # close_notify; nobody waits for that of the other side
@@ -8369,7 +8365,7 @@ class Stream:
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def close(self):
-        self.send_posted()
+        self.write(b"")
         # Off the loop first: else the next owner of the number is answered.
         self.pause_reading()
         self.ended = True
@@ -10240,16 +10236,11 @@ class Writer:
     def __repr__(self) -> str:
         return f"<{self.thread.name}: {len(self.queue)} queued, {self.dropped} dropped>"
 
-    def record(self, item: Union[str, JsonObject, Entry]):
+    def record(self, item: Union[str, JsonObject, Sequence]):
         if len(self.queue) >= self.room:
             self.dropped += 1
         else:
-            self.queue.append(self.kept(item))
-
-    def kept(self, item):
-        """Returns the form in which an item waits to be written: waiting entries would crowd the
-        processor's cache."""
-        return item
+            self.queue.append(item)
 
     def take(self, most):
         """Returns what has waited longest."""
@@ -10325,11 +10316,6 @@ class Log(Writer):
         """Queues the traceback of the exception being handled: a bug of ours."""
         self.say(traceback.format_exc().rstrip())
 
-    def kept(self, item):
-        if type(item) is str:
-            return item
-        return json.dumps(item.as_dict()) if self.as_json else item.as_text()
-
     def write_queued(self):
         while self.queue:
             lines = self.take(self.BATCH)
@@ -10380,8 +10366,8 @@ class UsageLog(Log):
         super().__init__(stream, as_json=True)
         self.shared = True  # it may be the same file for all
 
-    def kept(self, item):
-        return json.dumps(item.as_fields())
+    def record(self, entry: Entry):
+        super().record(json.dumps(entry.as_fields()))
 
     def reopen(self):
         """Opens the file anew, as somebody may have moved the old one."""
@@ -11603,11 +11589,12 @@ class Ledger(Writer):
         else:
             self.reopen_at = clock.monotonic() + self.REOPEN_SECONDS
 
-    def kept(self, entry):
-        """Returns a call's row, the name of its key, and its rules."""
+    def record(self, entry: Entry):
+        """Queues a call's row, the name of its key, and its rules: waiting entries would crowd the
+        processor's cache."""
         key = entry.caller and entry.caller.stored_key
-        return (entry.as_row(), key and key.name,
-                entry.hold.keyed_rules if entry.hold else ())
+        super().record((entry.as_row(), key and key.name,
+                        entry.hold.keyed_rules if entry.hold else ()))
 
     def save(self, levels: Levels):
         """Hands over the level of each bucket that is not full, and never waits. The thread writes
@@ -11892,7 +11879,8 @@ class Books:
                 for tell in self.on_count if entry.method else ():
                     tell(entry)
                 return
-            self.log.record(entry)
+            as_json = self.log.as_json
+            self.log.record(json.dumps(entry.as_dict()) if as_json else entry.as_text())
             # A page is no call, nor is what had no head.
             if call or (entry.method and entry.outcome != "ok"):
                 for tell in self.on_end:
@@ -11944,8 +11932,7 @@ class Feed(Watcher):
         self.events.append(text.encode())
 
     def begin(self, entry):
-        if self.listeners:
-            self.put_off("begin", partial(entry.as_running, self.clock))
+        self.put_off("begin", partial(entry.as_running, self.clock))
 
     def record(self, entry):
         if (self.kept or self.listeners) and entry.call:
@@ -15260,7 +15247,8 @@ class Proxy:
         if reply.request.length != 0 and call.is_opaque():
             masks.pass_opaque(CannotBeRead())
         if call.json_body:
-            call.remember()
+            if call.forgotten:
+                call.remember()
             call.masked = await self.in_steps(masks.mask_payload(call.payload, call.body))
             self.redaction.judge(call)
 
@@ -15469,7 +15457,8 @@ class Proxy:
         entry.context = reply.context
         call.trace = entry.trace
         self.books.running[entry] = None
-        self.watchers.feed.begin(entry)
+        if self.watchers.feed.listeners:
+            self.watchers.feed.begin(entry)
         if call.stream:
             reply.start_comments()
 
