@@ -8094,10 +8094,10 @@ class Stream:
     def on_ready(self, events: int):
         """The loop calls this, though what came before in the same pass may have changed what is
         asked for."""
+        if events & EVENT_READ and self.reading:
+            self.on_readable()  # first: of a connection that was reset, reading tells so
         if events & EVENT_WRITE and self.writing:
             self.flush()
-        if events & EVENT_READ and self.reading:
-            self.on_readable()
 
     # -- what comes
 

@@ -13044,6 +13044,7 @@ class EveryAwaitTest(WaitingCase):
         wait_for(lambda: not self.unread(self.client), "the reading of all")
         self.on_loop(bool)  # what was read has been taken, then
         self.on_loop(self.FAULTS[fault], self.client, context)
+        self.on_loop(bool)  # the call has met it, then
         if "kept" in rows[number][1 + fault]:  # the upstream hears nothing of it
             with suppress(OSError, Cut):
                 for what, *_ in rows[number:]:
