@@ -11901,13 +11901,14 @@ class SettlingTest(LedgerCase):
                 "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": cached}}}))
             self.assert_used(self.assert_status(200), charged, "4", "true")
 
-    POLLED = [  # the call, its answer, where that is polled, how often nothing is told
-        (b'{"background": true, "max_output_tokens": 500}', {"id": "resp_1", "usage": None},
-         "/v1/responses", "/v1/responses/resp_1"),
-        (b'{"deferred": true, "max_tokens": 500}', {"request_id": "r-1"},
-         CHAT, "/v1/chat/deferred-completion/r-1"),
-        (b'{"background": true, "generation_config": {"max_output_tokens": 500}}', {"id": "v1_x"},
-         "/v1beta/interactions", "/v1beta/interactions/v1_x")]
+    # The call, its answer, its path, where the answer is polled
+    POLLED = """[
+        [{"background": true, "max_output_tokens": 500}, {"id": "resp_1", "usage": null},
+         "/v1/responses", "/v1/responses/resp_1"],
+        [{"deferred": true, "max_tokens": 500}, {"request_id": "r-1"},
+         "/v1/chat/completions", "/v1/chat/deferred-completion/r-1"],
+        [{"background": true, "generation_config": {"max_output_tokens": 500}}, {"id": "v1_x"},
+         "/v1beta/interactions", "/v1beta/interactions/v1_x"]]"""
 
     def test_a_call_in_the_background_is_settled_once_when_its_usage_is_told(self):
         used = {"input_tokens": 20, "output_tokens": 3,
@@ -11926,19 +11927,21 @@ class SettlingTest(LedgerCase):
                              ["500", "", "", "-477", ""])
             self.assertEqual([row["input"] for row in self.rows(self.path)], [0, 0, 0, 20, 0])
 
-    ENDED = [  # what is told where the answer is asked for, each in turn; what is charged at last
-        ([{"status": "failed", "error": {"code": "server_error"}}], 0),
-        ([{"status": "failed", "error": {"code": "invalid_image"}}], 0),
-        ([{"status": "cancelled"}], 0), ([{"status": "incomplete"}, {"status": "failed"}], 0),
-        ([{"status": "in_progress"}], 500), ([{"status": ["failed"]}], 500),
-        ([{"status": "IN_PROGRESS"}, {"status": "FAILED"}], 0),
-        ([{"status": "running", "usage": {"input_tokens": 9, "total_tokens": 9}}], 500),
-        ([{"status": "cancelled", "output": [{"text": "x" * 40}]}], 10),
-        ([{"status": "in_progress", "text": "x" * 400}, {"status": "failed"}], 100),
-        ([{"status": "completed", "text": "x" * 4000}], 500)]
+    # What is told where the answer is asked for, each in turn; what is charged at last. @ is a text
+    # of ten tokens.
+    ENDED = """[
+        [[{"status": "failed", "error": {"code": "server_error"}}], 0],
+        [[{"status": "failed", "error": {"code": "invalid_image"}}], 0],
+        [[{"status": "cancelled"}], 0], [[{"status": "incomplete"}, {"status": "failed"}], 0],
+        [[{"status": "in_progress"}], 500], [[{"status": ["failed"]}], 500],
+        [[{"status": "IN_PROGRESS"}, {"status": "FAILED"}], 0],
+        [[{"status": "running", "usage": {"input_tokens": 9, "total_tokens": 9}}], 500],
+        [[{"status": "cancelled", "output": [{"text": "@"}]}], 10],
+        [[{"status": "in_progress", "text": "@@@@@@@@@@"}, {"status": "failed"}], 100],
+        [[{"status": "completed", "text": "%s"}], 500]]""" % ("@" * 100)
 
     def test_a_call_in_the_background_that_ends_without_usage_is_charged_what_was_seen(self):
-        for told, charged in self.each(self.ENDED):
+        for told, charged in self.each(self.ENDED.replace("@", "x" * 40)):
             self.start(says({"id": "resp_1", "usage": None}))
             body = b'{"background": true, "max_output_tokens": 500}'
             self.post("/v1/responses", body)
