@@ -2515,6 +2515,7 @@ class Hold:
     """Amounts that are reserved for one call in all its buckets. It ends once, settled or given
     back; leaving the with-block gives it back. `tightest` is the tightest bucket as it was last
     seen, None if the call takes nothing."""
+    ended = False
 
     def __init__(self, buckets: Optional[Buckets] = None, keyed_rules: KeyedRules = (),
                  costs: Costs = NO_COST, tightest: Optional[Level] = None,
@@ -2525,7 +2526,6 @@ class Hold:
         self.tightest = tightest
         self.held = tightest.amount if tightest else 0
         self.taken_at = tightest.now if tightest else taken_at  # on the monotonic clock
-        self.ended = False
 
     def __repr__(self):
         return f"<Hold {self.describe_charges() or 'nothing'}{', ended' * self.ended}>"
@@ -9150,6 +9150,7 @@ class Response:
     after."""
     streamed = False  # whether its body is a stream of events
     released = False
+    ticket = None     # the place of its call, which ends with it
     secret = ""       # a key that it must not show
     hides = frozenset()  # header fields that it must not show
 
@@ -9161,7 +9162,6 @@ class Response:
         self.status = head.status
         self.reusable = request_was_sent and not (
             head.close_after or stream.write_buffer or stream.write_failed)
-        self.ticket = None  # the place of its call, which ends with it
         # Whether it has no body by its nature (RFC 9112 6.3), though some send one
         self.bodiless = method == "HEAD" or head.status in (204, 304)
         self.length = head.length  # the head object is reused for the next response
@@ -14595,8 +14595,13 @@ class Reply:
     adapter: Optional[BodyAdapter] = None   # carries the body of the response
     first = b""                             # the part of it that came with the head
     framing_line = ""                       # the header line for its framing
-    begun = close_after = until_close = reset = False
+    body: Optional[RequestBody] = None      # the rest of the request's body
+    call: Optional[Call] = None
+    begun = early = close_after = until_close = reset = False
     patience = inf                          # seconds that the caller gives each wait
+    end_at = inf                            # when the call is to be over, in the loop's time
+    comment_timer = None
+    comment_seconds = inf                   # silence of a stream before a comment
     started = 0                             # unix nanoseconds when the request's head had come
 
     def __init__(self, client: Stream, context: Context, common: Common, entry: Entry):
@@ -14604,12 +14609,6 @@ class Reply:
         self.context = context
         self.common = common
         self.entry = entry
-        self.body: Optional[RequestBody] = None  # the rest of the request's body
-        self.call: Optional[Call] = None
-        self.early = False
-        self.end_at = inf  # when the call is to be over, in the loop's time
-        self.comment_timer = None
-        self.comment_seconds = inf  # silence of a stream before a comment
 
     def take(self, request: Request):
         """Takes the head of the request that is to be answered."""
@@ -15175,8 +15174,6 @@ class Proxy:
         self.redaction: Optional[Redaction] = None
         self.watchers = watchers
         self.traces = watchers.traces
-        if self.traces:
-            self.settle = self.traced_settle
         books.watch([one for one in watchers if one])
         self.weights = config.key_weights or {}
         self.wrong_keys = WrongKeys(clock)
@@ -15564,6 +15561,8 @@ class Proxy:
     def settle(self, entry, ending):
         """Charges what the call used, and records it. A second call does nothing."""
         call, hold, reader = entry.call, entry.hold, entry.reader
+        if self.traces and reader and not entry.reasons:
+            entry.reasons = reader.finish_reasons()
         if call.owes:
             return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
@@ -15582,13 +15581,6 @@ class Proxy:
         if ending not in ("ok", CallerGone.outcome):  # no more is charged than came
             estimate = min(estimate, usage.input + usage.output or 1)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
-
-    def traced_settle(self, entry, ending):
-        """Settles a call that is traced: notes first why the model stopped, as `settle` drops what
-        says so."""
-        if entry.reader and not entry.reasons:
-            entry.reasons = entry.reader.finish_reasons()
-        Proxy.settle(self, entry, ending)
 
     def settle_unended(self, reply, entry, reason):
         """Settles a call whose caller has left, or did not want to wait so long."""
