@@ -15526,8 +15526,7 @@ class Proxy:
 
     def send(self, upstream, reply, call):
         method, context = reply.request.method, reply.context
-        head = partial(self.traced_head if self.traces else self.request_head,
-                       reply.request, call, upstream)
+        head = partial(self.request_head, reply.request, call, upstream)
         send = upstream.send_patiently if upstream.retries else upstream.send_once
         if call.body is None:
             body = reply.body if reply.content is None else reply.content
@@ -15652,12 +15651,16 @@ class Proxy:
         return self.estimator.costs(Usage(), 0, 0) if status in CALLERS_FAULTS else NO_COST
 
     def request_head(self, request, call, upstream, address):
-        """Returns what goes upstream before the body, but for the lines that frame it; it is kept
-        for the next call with the same head."""
+        """Returns what goes upstream before the body, but for the lines that frame it; all but the
+        trace is kept for the next call with the same head."""
         cached = request.cache.get(address)
         is_json = call.json_body is not None
-        if cached and cached[0] == call.path and cached[1] == is_json and not call.owes:
-            return cached[2]
+        if not cached or cached[0] != call.path or cached[1] != is_json or call.owes:
+            head = self.new_head(request, call, upstream, address)
+            cached = request.cache[address] = call.path, is_json, head
+        return cached[2] + call.trace.line() if call.trace else cached[2]
+
+    def new_head(self, request, call, upstream, address):
         known_to_us = call.endpoint not in (None, UNKNOWN, UPLOAD)
         path, dialect = upstream.dialect.place(call.path, call.dialect, known_to_us)
         lines = self.lines_to_pass(request, upstream, call)
@@ -15667,13 +15670,7 @@ class Proxy:
         key = upstream.key
         if key == PASSTHROUGH:
             key = self.callers.credential(request, request.query)
-        head = upstream.head(request.method, path, call.query, dialect, key, lines, address)
-        request.cache[address] = call.path, is_json, head
-        return head
-
-    def traced_head(self, request, call, upstream, address):
-        """Returns the same as `request_head`, with the trace that the call is part of."""
-        return self.request_head(request, call, upstream, address) + call.trace.line()
+        return upstream.head(request.method, path, call.query, dialect, key, lines, address)
 
     @staticmethod
     def lines_of_ours(call, upstream):
