@@ -15560,8 +15560,7 @@ class Proxy:
     def settle(self, entry, ending):
         """Charges what the call used, and records it. A second call does nothing."""
         call, hold, reader = entry.call, entry.hold, entry.reader
-        if self.traces and reader and not entry.reasons:
-            entry.reasons = reader.finish_reasons()
+        self.note_reasons(entry)
         if call.owes:
             return self.settle_bill(entry, ending)
         if call.unmetered or hold.ended:
@@ -15580,6 +15579,11 @@ class Proxy:
         if ending not in ("ok", CallerGone.outcome):  # no more is charged than came
             estimate = min(estimate, usage.input + usage.output or 1)
         hold.settle(self.estimator.costs(entry.usage, entry.picodollars, estimate))
+
+    def note_reasons(self, entry):
+        """Notes for a trace why the model stopped, before what says so is dropped."""
+        if self.traces and entry.reader and not entry.reasons:
+            entry.reasons = entry.reader.finish_reasons()
 
     def settle_unended(self, reply, entry, reason):
         """Settles a call whose caller has left, or did not want to wait so long."""
