@@ -16247,6 +16247,20 @@ class CommandsTest(ProcessCase):
         self.assertNotEqual(process.wait(), 0)
         client.expect_cut()
 
+    @unittest.skipUnless(sys.platform == "linux", "reads /proc")
+    def test_pypy_begins_anew_once_with_a_larger_nursery_and_cpython_never(self):
+        begun = []
+        for is_pypy in (True, False):
+            with patch.object(llm_proxy, "IS_PYPY", is_pypy), \
+                    patch.object(os, "execve", lambda *given: begun.append(given)):
+                llm_proxy.enlarge_nursery({"PORT": "1"})
+                llm_proxy.enlarge_nursery({"PYPY_GC_NURSERY": "1M"})
+        [(program, arguments, environ)] = begun
+        self.assertEqual((program, environ), (
+            sys.executable, {"PORT": "1", "PYPY_GC_NURSERY": "32M"}))
+        with open("/proc/self/cmdline", "rb") as file:
+            self.assertEqual(b"".join(one + b"\0" for one in arguments), file.read())
+
     def test_the_demo_brings_its_own_endpoint(self):
         process = self.serve("--demo", MAX_TOKENS=2)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
