@@ -10635,11 +10635,10 @@ class Database:
         with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
-            for table, columns in ("calls", COLUMNS), ("keys", [("redact", "TEXT")]):
-                present = {row[1] for row in execute(f"PRAGMA table_info({table})")}
-                for name, kind in columns:
-                    if name not in present:
-                        execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+            present = {row[1] for row in execute("PRAGMA table_info(calls)")}
+            for name, kind in COLUMNS:
+                if name not in present:
+                    execute(f"ALTER TABLE calls ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
             if last < self.BATCH:
                 execute(INDEX_IDS)
@@ -10659,7 +10658,6 @@ class Database:
         connection.set_progress_handler(hinders, 100_000)
         try:
             with self.transaction():
-                self.execute("DROP TABLE IF EXISTS ids")  # some older versions had it instead
                 self.execute(INDEX_IDS)
         finally:
             connection.set_progress_handler(None, 0)
@@ -19291,6 +19289,8 @@ def read_usage(path, options, now):
 
 def tell_of_boxes(execute):
     """Says that not only the calls of this box are added up, where that is so."""
+    if not list(execute("SELECT 1 FROM sqlite_master WHERE name = 'facts'")):
+        execute("CREATE TEMP TABLE facts (name, value)")  # a file of an older version has none yet
     (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'")
     if others:
         tell_user(f"with what {others} other boxes have told")

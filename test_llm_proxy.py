@@ -9526,6 +9526,14 @@ class SumsTest(TableCase):
         self.assertEqual(found, (0, 1, whole))
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
+    def test_usage_is_told_of_an_older_file_that_no_proxy_has_opened_yet(self):
+        self.add_many(50)
+        options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
+        usage = read_usage(self.path, options, self.DAY + 2 * 86400)
+        for table in "sums", "facts":
+            self.database.execute("DROP TABLE " + table)
+        self.assertEqual(read_usage(self.path, options, self.DAY + 2 * 86400), usage)
+
     def quarter(self, by):
         """The sums of the first one of DAY."""
         return self.reader.totals(by, self.DAY, self.DAY + 900)
