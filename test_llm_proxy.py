@@ -1765,6 +1765,14 @@ class CallersTest(ProxyCase):
         answered.tells("type", "invalid_request_error")
         self.assertEqual((self.stub.calls, self.outcome()), (0, "refused"))
 
+    def test_without_a_credential_the_address_is_the_caller_and_no_bearer_can_be_it(self):
+        self.start(MAX_TOKENS=5)
+        self.ask()
+        self.assertEqual((self.left(), self.left("k"), self.left("127.0.0.1")), (4, 5, 5))
+        self.assert_entry("caller", "127.0.0.1")
+        self.ask("127.0.0.1")
+        self.assertEqual((self.left(), self.left("127.0.0.1")), (4, 4))
+
     def test_who_tries_many_keys_has_to_wait_but_a_right_one_always_passes(self):
         clock = Clock()
         self.patch_seconds(RefusalSums_SHOWN=99)
@@ -1813,6 +1821,14 @@ class CallersTest(ProxyCase):
                 X-Api-Key:"""):
             self.assert_status(401, call(None, field))
 
+    def test_a_known_key_is_let_in_and_logged_as_a_name_or_a_digest(self):
+        self.start(PROXY_API_KEYS="alice=sk-alice-secret,sk-nameless-secret")
+        found = []
+        for number, key in enumerate(("sk-alice-secret", "sk-nameless-secret", "sk-wrong-secret")):
+            found += [str(self.ask(key).status), self.entry(number)["caller"]]
+        self.assertRegex(" ".join(found), "^200 alice 200 key:[0-9a-f]{8} 401 127.0.0.1$")
+        self.assertNotIn("secret", self.lines.text())
+
     def test_two_proxies_log_the_same_key_under_different_digests(self):
         """So that a digest from a log cannot be looked up in a table."""
         labels = []
@@ -1822,6 +1838,15 @@ class CallersTest(ProxyCase):
             self.ask("k")
             labels.append({self.entry(0)["caller"], self.entry(1)["caller"]})
         self.assertEqual([*map(len, labels), len(labels[0] | labels[1])], [1, 1, 2])
+
+    def test_a_bearer_token_and_an_api_key_header_of_the_same_text_share_a_bucket(self):
+        self.start(MAX_TOKENS=3)
+        for fields in self.each("""
+                Authorization: Bearer k
+                X-Api-Key: k
+                authorization: bearer k -> x-api-key: k"""):
+            self.assertEqual(self.ask(call(None, *fields)).body, b'{"said": "hi"}')
+        self.assertEqual((self.left("k"), self.left("another")), (0, 3))
 
 
 class TrustTest(ProxyCase):
@@ -1878,6 +1903,15 @@ class TrustTest(ProxyCase):
         many = ", ".join("192.0.2.%d" % number for number in range(200))
         for fields, address in self.each(self.ADDRESSES.replace("MANY", many)):
             self.assertEqual(self.identified(*fields.split(" | ")), (address, address))
+
+    def test_each_address_behind_it_has_a_bucket_of_its_own(self):
+        self.start(LIMITS="address 1 requests per hour", LIMIT_REPLY="error")
+        for field, status in self.each("""
+                X-Forwarded-For: 192.0.2.1 -> 200
+                X-Forwarded-For: 192.0.2.1 -> 429
+                X-Forwarded-For: 192.0.2.2 -> 200
+                X-Forwarded-For: 192.0.2.2, 192.0.2.1 -> 429"""):
+            self.identified(field, key="k", status=int(status))
 
     def test_one_shared_key_splits_into_the_people_behind_it(self):
         self.start(
@@ -2110,11 +2144,36 @@ class LimitsTest(LimitsCase):
         hold.give_back()
         self.assert_left(7)
 
+    def test_a_call_that_cost_more_than_it_held_leaves_a_debt_that_is_waited_for(self):
+        self.start()
+        self.admit(10).settle(costs(13))
+        quota, wait = self.peek(1)
+        self.assertEqual((quota.remaining, wait), (0, 600))
+
+    def test_a_cost_above_the_capacity_is_said_to_be_one_and_has_no_wait(self):
+        self.start()
+        refusal = self.refused(11)
+        self.assertRegex(str(refusal), "11.*10")
+        self.assertNotIn("wait", str(refusal))
+        self.assertEqual((refusal.wait, refusal.fields), (None, {}))
+
+    def test_a_limit_says_the_wait_in_the_words_of_the_operator(self):
+        self.start(message="{wait}, {please}: 100%")
+        self.admit(10)
+        self.assert_refused("5 min, {please}: 100%", 300)
+
     def test_waits_are_rounded_up_in_the_words_of_people(self):
         texts = [llm_proxy.format_wait(wait) for wait in (
             0.2, 12, 59, 59.5, 61, 300, 300.1, 7200, 7201, 172800, 172801)]
         self.assertEqual(", ".join(texts), "1s, 12s, 59s, 1 min, 2 min, 5 min, 6 min, 120 min,"
                                            " 3 hours, 48 hours, 3 days")
+
+    def test_any_number_of_keys_fits_into_a_bounded_table(self):
+        self.start()
+        for number in range(12000):
+            self.admit(1, name=str(number))
+        self.assertLessEqual(len(self.buckets.levels), 10000)
+        self.assert_left(9, "11999")
 
     def test_the_least_recently_used_bucket_goes_first(self):
         self.start(room=3)
@@ -2189,6 +2248,10 @@ class RulesTogetherTest(LimitsCase):
         for model, number in self.each("""[["openai/gpt-4o", 1], ["azure/gpt-4o", 0]]"""):
             (rule, _), = self.limits.matching(caller("a"), "10.0.0.1", model)
             self.assertEqual(rule, self.limits.rules[number])
+
+    def test_sizes_are_models_of_their_own(self):
+        self.start("model:llama3:70b 1 requests per day")
+        self.assertEqual(self.limits.matching(caller("a"), "10.0.0.1", "llama3:8b"), [])
 
     def test_no_name_is_folded_slowly(self):
         seconds = cpu_seconds()
@@ -2306,6 +2369,13 @@ class KeysRulesTest(LimitsCase):
             self.ask(self.caller("ben", team="red"), 1)
         self.assertEqual(caught.exception.cause, "team:r* 3 requests per hour")
 
+    def test_each_member_of_a_team_may_have_a_bucket(self):
+        self.start("each,team:red 1 requests per hour")
+        for name in ("ann", "ben"):
+            self.ask(self.caller(name, team="red"), 1)
+        self.ask(self.caller("cem"), 9)
+        self.assertEqual([level for _, level in self.levels()], [0, 0])
+
     def test_a_keys_own_rule_replaces_the_general_one_of_its_unit_and_duration(self):
         self.start("each 5 requests per hour; key:ann 7 requests per hour; each 9 tokens per day;"
                    "all 99 requests per hour")
@@ -2385,6 +2455,15 @@ each 9 tokens per day"""):
             self.assertEqual(self.limits.give(here, unit, 6, self.clock.now + 100), count)
         self.assertEqual(self.limits.own_buckets(self.caller("ann"), "requests"), [])
 
+    def test_what_is_given_lifts_a_debt_and_ends_with_its_time(self):
+        self.start("each 5 requests per 5h")
+        ann = self.caller("ann")
+        self.ask(ann, 5).settle(costs(9))
+        self.limits.give(ann, "requests", 6, self.clock.now + 10)
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+        self.clock.now += 3600
+        self.assertEqual(self.ask(ann, 1).tightest.level, 1)
+
 
 class WindowsTest(LimitsCase):
     """Windows of a fixed length, and the calendar's."""
@@ -2437,6 +2516,15 @@ class WindowsTest(LimitsCase):
             10 -> 10 -> wait 50
             49 -> 1 -> wait 1
             1 -> 10 -> 0 left, ends in 60""")
+
+    def test_nothing_comes_back_of_what_an_earlier_window_gave(self):
+        for cost, left in self.each("""[[0, 4], [8, 4], [13, 1]]"""):
+            self.start(self.TEN)
+            hold = self.admit(10)
+            self.clock.now += 60
+            self.admit(6)
+            hold.settle(costs(cost))
+            self.assert_left(left)
 
     def test_a_call_gives_back_to_its_own_window(self):
         for text in self.each((self.TEN, "each 10 tokens per calendar month in Asia/Tokyo")):
@@ -2503,6 +2591,15 @@ class WindowsTest(LimitsCase):
             self.admit(8)
             self.assertEqual(self.restarted(new, seconds), left)
 
+    def test_windows_count_beside_buckets_of_their_length(self):
+        self.start("each 9 requests per day; each 8 requests per 24h window;"
+                   "each 7 requests per calendar day;"
+                   "each 6 requests per calendar day in Asia/Tokyo;"
+                   "key:a 5 requests per calendar day in Asia/Tokyo")
+        for name, numbers in self.each("""[["a", [0, 1, 4]], ["b", [0, 1, 2]]]"""):
+            found = self.limits.matching(caller(name), "1", "")
+            self.assertEqual([self.limits.rules.index(rule) for rule, _ in found], numbers)
+
 
 class LimitsOverHttpTest(ProxyCase):
 
@@ -2539,6 +2636,28 @@ class LimitsOverHttpTest(ProxyCase):
         models = ("llama3:8b", "llama3", "llama3", "llama3:8b")
         statuses = [self.ask(call(model=model)).status for model in models]
         self.assertEqual(statuses, [200, 200, 200, 429])
+
+    def test_two_hundred_callers_at_a_bucket_of_fifty_make_fifty_calls(self):
+        self.start(MAX_TOKENS=50)
+        gate = threading.Barrier(200)
+
+        def run(_):
+            gate.wait(PATIENCE)
+            return self.ask("k").body
+        with concurrent.futures.ThreadPoolExecutor(200) as pool:
+            bodies = list(pool.map(run, range(200)))
+        limited = [body for body in bodies if b"limit reached" in body]
+        self.assertEqual((len(limited), self.stub.calls), (150, 50))
+
+    def test_a_refill_lets_the_next_calls_in(self):
+        clock = Clock()
+        self.start(clock=clock, MAX_TOKENS=2, REFILL_TOKENS=1, REFILL_INTERVAL_SECONDS=60)
+        calls = []
+        for seconds in (0, 0, 0, 59, 1, 0, 600, 0, 0):
+            clock.now += seconds
+            self.ask()
+            calls.append(self.stub.calls)
+        self.assertEqual(calls, [1, 2, 2, 2, 3, 3, 4, 5, 5])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2718,6 +2837,11 @@ class UsageTest(ProxyCase):
             {"messages": [MESSAGE], "max_tokens": 1} -> 10001
             """, X40="x" * 40, RANGE=list(range(2000)), LISTS=[[1, 2, 3]] * 10,
             MESSAGE={"role": "user", "type": "file", "content": "x" * 39990})
+
+    def test_a_fixed_price_is_the_same_for_every_call(self):
+        self.start(REQUEST_TOKEN_COST=7)
+        self.ask(call(messages="x" * 1000, max_tokens=5))
+        self.assert_left(993)
 
     def test_a_maximum_that_is_no_whole_number_is_refused(self):
         self.start(TOKEN_COST_MODE="estimate")
@@ -3167,6 +3291,13 @@ class JsonTest(ProxyCase):
             self.assert_status(400, request("POST", CHAT, body), error="invalid_request_error")
         self.assert_spent(0, 1000)
 
+    def test_an_integer_of_5000_digits_is_no_crash(self):
+        """Newer Pythons refuse to read it, older ones read it; both are fine."""
+        self.start(TOKEN_COST_MODE="estimate")
+        for name in self.each([b"max_tokens", b"seed"]):
+            body = b'{"%b": %b}' % (name, b"9" * 5000)
+            self.assertIn(self.post(CHAT, body).status, (200, 400))
+
     PICTURE = "data:image/png;base64," + "QUJD" * 30000
 
     def test_what_changes_is_spliced_into_what_the_caller_wrote(self):
@@ -3440,6 +3571,13 @@ class PathsTest(ManyCase):
             body = encoded({"model": "m", "input": "ten tokens" * 4, **more})
             self.post("/v1/score", body)
             self.assertEqual(1000 - self.left(), cost)
+
+    def test_the_method_cannot_be_overridden_further_on(self):
+        self.start(MAX_TOKENS=1)
+        self.get(CHAT, "X-HTTP-Method-Override: POST")
+        self.assertIsNone(self.stub.requests[0].get("x-http-method-override"))
+        self.assert_status(400, request("post", CHAT, chat()))
+        self.assert_calls(1)
 
 
 class FormsTest(ManyCase):
@@ -4231,6 +4369,15 @@ class UsageReaderTest(ProxyCase):
             found = self.hear(whole.encode(), endpoint="ollama", streamed=False)
             self.assertEqual(found[1:], ((25, 7), True, 5))
 
+    def test_a_stream_of_lines_ends_with_the_one_that_is_done(self):
+        """An error in it is a line, too."""
+        error = {"error": "unexpected EOF"}
+        for told, ending in self.each((
+                (OLLAMA_LINES, "ok"), (OLLAMA_LINES[:2], "upstream_cut"),
+                ([*OLLAMA_LINES[:2], error], "upstream_status"), ([error], "upstream_status"))):
+            self.hear(lines_of(*told), endpoint="ollama")
+            self.assertEqual(self.reader.ending(True), ending)
+
     def test_a_stream_that_was_cut_tells_what_it_told_and_how_much_was_said(self):
         for endpoint, told, _, number, *expected in self.each(self.STREAMS):
             data = events(*told[:number]) + b'data: {"choi'
@@ -4495,6 +4642,17 @@ class DialectsTest(ProxyCase):
         for path in self.each(self.UNMETERED.split() * 3):
             self.assertIsNone(self.ask_at(path, key=path).get("x-ratelimit-limit"))
 
+    def test_the_model_is_replaced_wherever_it_stands(self):
+        self.start(BASE_MODEL="real")
+        for path in self.each("""/v1/responses /v1/messages /v1/embeddings /v1beta/interactions
+                /api/chat /v1/chat/completions/batch""".split()):
+            self.ask_at(path, model="asked")
+            self.assertEqual(self.stub.last.json()["model"], "real")
+        for target in self.each(["/v1beta/models/%s:streamGenerateContent?alt=sse",
+                                 "/openai/deployments/%s/chat/completions?api-version=1"]):
+            self.ask_at(target % "asked")
+            self.assertEqual(self.stub.last.target, target % "real")
+
     def test_a_path_and_a_payload_cannot_name_two_models(self):
         self.start(MODEL_ALIASES="fast=gpt-5")
         for path, asked, served in self.each(itertools.product(
@@ -4510,6 +4668,10 @@ class DialectsTest(ProxyCase):
             self.assertEqual(self.ask_at(path, **payload).status, 200)
             self.assertEqual(1000 - self.left("k"), cost)
         self.assertEqual(self.ask_at(self.GENERATE, generationConfig=3).status, 400)
+
+    def test_who_the_callers_user_is_does_not_go_upstream(self):
+        self.ask(call("k", "X-OpenWebUI-User-Email: a@example.org"))
+        self.assertNotIn(b"example.org", self.stub.last.head)
 
 
 class LimitReplyTest(ProxyCase):
@@ -4831,6 +4993,20 @@ class LimitReplyTest(ProxyCase):
                 answered = self.limited(path, **json.loads(payload))
                 self.assertEqual(answered.status, status)
 
+    def test_where_no_assistant_can_speak_the_limit_is_an_error(self):
+        self.start_empty()
+        answered = self.limited("/v1/embeddings", input="x")
+        answered.tells("type", "rate_limit_error")
+        self.assertEqual((answered.status, answered.get("retry-after")), (429, "300"))
+
+    def test_gemini_embeddings_are_metered_and_limited_by_an_error(self):
+        for method in self.each(["embedContent", "batchEmbedContents"]):
+            self.start(MAX_TOKENS=1)
+            answered = self.limited(self.GEMINI + method, content={"parts": [{"text": "x" * 40}]})
+            self.assert_entry("input", 10)
+            found = answered.status, answered.json()["error"]["status"]
+            self.assertEqual(found, (429, "RESOURCE_EXHAUSTED"))
+
     def test_programs_may_be_told_by_an_error(self):
         for mode, field, status in self.each(self.MODES):
             self.start_empty(LIMIT_REPLY=mode)
@@ -4867,6 +5043,13 @@ class LimitReplyTest(ProxyCase):
         answered = self.limited(self.GEMINI + "generateContent")
         self.assertEqual(answered.json()["error"]["details"], [{
             "@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3600s"}])
+
+    def test_it_tells_the_bucket_in_its_header(self):
+        self.start_empty()
+        answered = self.limited()
+        names = ("limit", "remaining", "refill-tokens", "refill-seconds", "reset-seconds")
+        found = [answered.get("x-ratelimit-" + name) for name in names]
+        self.assertEqual(found, ["1", "0", "2", "300", "300"])
 
     def test_a_message_of_the_operator_is_sent_whatever_it_contains(self):
         message = 'dis "donc" – {wait} \\ 100% {x}'
@@ -6099,6 +6282,19 @@ class RedactedAnswersTest(ProxyCase):
                              ["to ", self.MAIL + " ", "[", None])
             self.assertEqual(found[-1]["response"]["text"], "to %s [" % self.MAIL)
 
+    def test_lines_of_json_and_arrays_are_streams_as_well(self):
+        lines = [{"response": "to [[EMA", "done": False}, {"response": "IL_1]]", "done": True}]
+        told = self.told(says(lines_of(*lines), "200 OK", "Content-Type: application/x-ndjson"),
+                         "/api/generate", model="m")
+        self.assertEqual([json.loads(line)["response"] for line in told.body.splitlines()],
+                         ["to ", self.MAIL])
+        parts = [{"candidates": [{"content": {"parts": [{"text": text}]}}]}
+                 for text in ("to [[EMA", "IL_1]]")]
+        told = self.told(says(parts),
+                         "/v1beta/models/m:streamGenerateContent")
+        self.assertEqual(UnmaskingTest.said(told.json()), {
+            ("candidates", "content", "parts", "text"): "to " + self.MAIL})
+
     def test_an_answer_that_cannot_be_read_is_counted_and_passed_or_refused(self):
         packed = gzip.compress(encoded(self.SAID))
         for body, field, opaque, status in self.each([
@@ -6288,6 +6484,32 @@ class HeadTest(ProxyCase):
         rows = "GET", "/v1/x", b"", "Upgrade: websocket"
         self.assert_status(200, request(*rows, version="1.0"))
 
+    def test_a_head_may_come_in_any_three_pieces(self):
+        """Each piece is sent when the one before it was read. Of all ways, each 13th is tried."""
+        data = raw_head("GET /v1/x HTTP/1.1 | Host: x | X-A: b")
+        ways = list(itertools.combinations(range(1, len(data)), 2))
+        for first, second in self.each(ways[::13]):
+            client = self.connect()
+            self.send_apart(client, data[:first], data[first:second], data[second:])
+            self.assertEqual(client.read("GET").status, 200)
+            client.close()
+
+    def test_a_caller_who_leaves_within_a_head_or_between_calls_is_no_error_of_ours(self):
+        for hang_up in self.each([Client.close, Client.reset]):
+            hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
+            client = self.connect()
+            client.answers(200, call())
+            hang_up(client)
+        wait_for(lambda: not self.server.open, "the end of the connections")
+
+    def test_ten_requests_in_one_segment_are_answered_in_order(self):
+        self.start(lambda asked: asked.send(answer(asked.body)))
+        client = self.connect()
+        client.send(b"".join(request("POST", path, chat(seed=seed))
+                             for seed in range(5) for path in (CHAT, "/v1/files")))
+        seeds = [client.read().json()["seed"] for _ in range(10)]
+        self.assertEqual(seeds, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+
 
 class RepeatedHeadTest(ProxyCase):
     """Nothing learned from one head of a connection is used for the next, however alike."""
@@ -6340,6 +6562,13 @@ class RepeatedHeadTest(ProxyCase):
         for client, asked, body in calls:
             asked.send(body)
             self.assertEqual(client.read().body, body)
+
+    def test_the_length_of_one_answer_is_not_that_of_the_next(self):
+        self.start(lambda asked: asked.send(answer(b"x" * int(asked.target[4:]))))
+        client = self.connect()
+        for length in self.each("""[1, 10, 9, 100, 0, 99]"""):
+            answered = client.exchange(request("GET", "/v1/%d" % length), "GET")
+            self.assertEqual(answered.body, b"x" * length)
 
 
 class FramingTest(ProxyCase):
@@ -6405,6 +6634,28 @@ class FramingTest(ProxyCase):
             self.assertRaises(Malformed, self.feed, data)
             self.assertRaises(Malformed, self.feed, *pieces)
 
+    def test_a_body_until_the_close_ends_with_it(self):
+        self.framing = framing = llm_proxy.UntilClose()
+        self.assertEqual(framing.feed(b"hello"), (b"hello", b"hello"))
+        self.assertEqual(self.ends(), (False, True))
+
+    def test_framing_is_kept_dropped_or_made_as_the_two_sides_need_it(self):
+        passage, until_close = llm_proxy.BodyAdapter, llm_proxy.UntilClose
+        chunks = b"5\r\nhello\r\n1;x\r\n!\r\n" + LAST
+        for framing, style, data, expected in self.each([
+                (Chunked(), llm_proxy.AS_IS, chunks, chunks),
+                (Chunked(), llm_proxy.PAYLOAD, chunks, b"hello!"),
+                (llm_proxy.Sized(6), llm_proxy.AS_IS, b"hello!", b"hello!"),
+                (until_close(), llm_proxy.AS_IS, b"hello!", b"hello!"),
+                (until_close(), llm_proxy.CHUNKED, b"hello!", chunk(b"hello!") + LAST)]):
+            one = passage(framing, style)
+            found = one.feed(data)
+            if not framing.ended:
+                whole, rest = one.end_of_stream()
+                self.assertTrue(whole)
+                found += rest
+            self.assertEqual((found, one.passed), (expected, 6))
+
 
 # --------------------------------------------------------------------------------------------------
 # Streams
@@ -6434,6 +6685,14 @@ class StreamTest(ProxyCase):
                          (True, "text/event-stream"))
         entry = self.entry()
         self.assertEqual((entry["bytes"], entry["stream"]), (sum(map(len, payloads)), True))
+
+    def test_the_bytes_of_a_stream_pass_unchanged_chunk_by_chunk(self):
+        client, asked = self.begin()
+        chunks = (event(1) + event(2), event(3)[:7], event(3)[7:], b"data: [DONE]\n\n")
+        body = b"2;x=y\r\n: \r\n" + b"".join(map(chunk, chunks)) + LAST
+        for byte in body:
+            asked.send(bytes([byte]))
+        self.assertEqual(client.reader.until(b"\r\n0\r\n\r\n"), body)
 
     def test_answers_of_every_framing_reach_callers_of_both_versions(self):
         """Where the caller's version allows it, the connection carries another call."""
@@ -6467,6 +6726,35 @@ class StreamTest(ProxyCase):
                 self.assertEqual((answered.body, answered.whole), (b"", True))
                 self.assertEqual(answered.get("content-length"), length or None)
                 self.assertIsNone(answered.get("transfer-encoding"))
+
+    def stream_pair(self):
+        """Returns a loop, a Stream on it, and the socket at its other end."""
+        loop, (ours, theirs) = llm_proxy.Loop(), socket.socketpair()
+        stream = Stream(loop, ours)
+        for one in (loop, theirs, stream):
+            self.addCleanup(one.close)
+        return loop, stream, theirs
+
+    def test_what_is_posted_goes_with_the_loops_next_pass_or_before_what_follows_it(self):
+        loop, stream, theirs = self.stream_pair()
+        theirs.setblocking(False)
+        stream.post(b"1")
+        self.assertRaises(BlockingIOError, theirs.recv, 9)
+        loop.run_until_complete(asyncio.sleep(0))
+        self.assertEqual(theirs.recv(9), b"1")
+        for act, sent in ((stream.write, b"23"), (stream.post, b"23"), (None, b"2")):
+            stream.post(b"2")
+            if act:
+                act(b"3")
+            else:
+                stream.close()
+            self.assertEqual(theirs.recv(9), sent)
+        self.assertEqual(theirs.recv(9), b"")
+
+    def test_what_is_posted_and_is_not_little_goes_at_once(self):
+        _, stream, theirs = self.stream_pair()
+        stream.post(b"x" * 4097)
+        self.assertEqual(len(theirs.recv(9999)), 4097)
 
     def tls_pair(self):
         """Returns a Stream before its handshake, and the socket at its other end."""
@@ -6531,6 +6819,27 @@ class StreamTest(ProxyCase):
         self.assertIsInstance(ended[1], CallerGone)
         self.assertFalse(turns.waiting)
 
+    def test_trailers_are_dropped(self):
+        trailers = b"0\r\nX-Trailer: y\r\nSet-Cookie: z\r\n\r\n"
+        self.start(sends(STREAM + chunk(b"x") + trailers, close=False))
+        client = self.connect().send(call())
+        client.head()
+        self.assertEqual(client.reader.until(b"0\r\n\r\n"), chunk(b"x") + LAST)
+        self.assertEqual(client.exchange(call()).body, b"x")
+
+    def test_a_caller_may_send_its_next_request_while_a_stream_is_running(self):
+        client, asked = self.begin(b"one")
+        client.send(call(seed=2))
+        asked.chunks(b"two")
+        client.expect(b"two")
+        self.assert_calls(1)
+        asked.chunks(end=True)
+        self.assertEqual(client.rest().body, b"onetwo")
+        asked = self.stub.next()
+        self.assertEqual(asked.json()["seed"], 2)
+        asked.answer(b"three")
+        self.assertEqual(client.read().body, b"three")
+
     def blocks(self, number=512):
         """So many blocks of 64 KiB, each of its own."""
         return (b"%08d" % one * 8192 for one in range(number))
@@ -6583,6 +6892,28 @@ class StreamTest(ProxyCase):
             self.assertLess(sent[0], 32 << 20)
             self.assert_entry("outcome", "caller_gone", number)
 
+    def test_a_large_download_passes_whole(self):
+        def large(asked):
+            asked.send(raw_head("HTTP/1.1 200 OK | Content-Length: %d" % (20 << 20)))
+            for block in self.blocks(320):
+                asked.send(block)
+        self.start(large)
+        client = self.connect().send(request("GET", "/v1/files/1/content"))
+        client.head("GET")
+        self.assertEqual(self.digest(client.pieces), self.digest(self.blocks(320)))
+
+    def test_many_streams_run_at_once(self):
+        self.start(None, MAX_TOKENS=100)
+        streams = [self.begin() for _ in range(40)]
+        for number in range(5):
+            for _, asked in streams:
+                asked.chunks(event(number))
+            for client, _ in streams:
+                client.expect(event(number))
+        for client, asked in streams:
+            asked.chunks(end=True)
+            client.expect_end()
+
 
 # --------------------------------------------------------------------------------------------------
 # Line
@@ -6618,6 +6949,14 @@ class LineTest(ProxyCase):
         line, limits = self.line, self.limits
         found = line.running, line.queues, limits.waiting, limits.by_caller
         self.assertEqual(found, (0, {}, 0, {}))
+
+    def test_one_call_waits_for_at_most_one_call_whatever_another_caller_has_queued(self):
+        for most in self.each([1, 2, 4]):
+            self.start_line(most)
+            for key in "a" * (50 + most) + "b":
+                self.enter(key)
+            self.assertEqual(len(self.waiting), 51)
+            self.assertEqual(self.leave(), "b")
 
     def test_callers_take_turns(self):
         for weights, waiting, expected in self.each("""[
@@ -6785,6 +7124,10 @@ class QueueTest(WaitingCase):
         self.entry(1)
         self.assertIn(waited, [entry["queue_ms"] for entry in self.lines.entries()])
 
+    def test_without_a_cap_nobody_is_told_of_a_line(self):
+        self.assertIsNone(self.ask().get("x-queue-ms"))
+        self.assertNotIn("queue", self.base())
+
     def order(self, *keys, **settings):
         """Whose call runs first, second and so on, of those that came in this order."""
         client, asked = self.start_busy(**settings)
@@ -6816,6 +7159,49 @@ class QueueTest(WaitingCase):
             self.assert_ending("refused", left=100 - (key == "next"), key=key)
             self.assert_entry("cause", "queue full")
 
+    def test_who_waits_too_long_gets_a_503_and_costs_nothing(self):
+        self.start_busy(QUEUE_SECONDS="0.1")
+        answered = self.ask("next")
+        self.assert_turned_away(answered, "queue_timeout")
+        self.assertGreaterEqual(int(answered.get("x-queue-ms")), 100)
+        self.assert_ending("refused", left=100, key="next")
+        self.assertEqual(self.base()["queue"], {"waiting": 0, "longest_ms": 0})
+
+    def test_who_leaves_the_line_is_gone_from_it(self):
+        for leave in self.each([Client.close, Client.reset]):
+            first, asked = self.start_busy()
+            second = self.line_up("next")
+            third = self.line_up("third", 2)
+            leave(second)
+            self.wait_for_line(1)
+            self.assert_ending("caller_gone", left=100, key="next")  # nothing was sent
+            self.complete(first, asked)
+            self.complete(third)
+            self.assert_calls(2)
+
+    def test_what_is_not_metered_does_not_wait(self):
+        self.start_busy()
+        client, asked = self.ask_stub(request("GET", "/v1/models"))
+        self.complete(client, asked)
+
+    def test_a_slot_is_free_again_after_every_ending(self):
+        self.start(MAX_CONCURRENCY=1, BREAKER_FAILURES=100)
+        for self.stub.answer in self.each([
+                says(), says(b"{}", "500 No"), sends(b"nonsense\r\n\r\n"), Asked.close,
+                sends(STREAM + chunk(event(1)))]):
+            self.ask(call(stream=True))
+            self.wait_for_slot()
+        self.stub.answer = None
+        for sent in self.each([b"", STREAM, STREAM + chunk(event(1))]):
+            client, asked = self.ask_stub(call(stream=True))
+            asked.send(sent)
+            if sent:
+                client.head()
+            asked.wait_for_hang_up(client)
+            asked.finish()
+            self.wait_for_slot()
+        self.assertEqual(self.proxy.routes.base.queue.queues, {})
+
     def test_a_slot_is_taken_until_the_upstream_has_noticed_that_the_caller_left(self):
         whole = answer(b"{}")
         for sent, end in self.each((
@@ -6845,6 +7231,27 @@ class QueueTest(WaitingCase):
         clock.now += 1
         self.complete(second)
         asked.finish()
+
+    def test_an_upstream_that_is_deaf_learns_it_from_a_reset(self):
+        clock = Clock()
+        self.start(None, clock, MAX_CONCURRENCY=1)
+        client, asked = self.begin(event(1))
+        asked.wait_for_hang_up(client)
+        second = self.line_up("next")
+        clock.now += 1
+        with suppress(OSError):
+            asked.send(chunk(event(3)))
+        self.complete(second)
+        asked.finish()
+
+    def test_the_end_of_a_drain_sends_nobody_who_stands_in_line_upstream(self):
+        self.start_busy()
+        for number in (1, 2, 3):
+            self.line_up(str(number), number)
+        self.assertEqual((self.drain(0.05), self.stub.calls), (4, 1))
+        self.entry(3)
+        found = sorted(entry["cost"] for entry in self.lines.entries())
+        self.assertEqual(found, [0, 0, 0, 1])
 
     def test_before_an_upstream_that_is_left_alone_nobody_stands_in_line(self):
         first, asked = self.start_busy(BREAKER_FAILURES=1, FIRST_BYTE_TIMEOUT="0.2")
@@ -6895,6 +7302,18 @@ class QueueTest(WaitingCase):
         stubs[1].next().answer()
         self.assertEqual(client.read().get("x-queue-ms"), "3000")
 
+    def test_a_parting_that_is_cancelled_before_it_began_leaves_nothing_behind(self):
+        client, asked = self.start_busy()
+        part_with = llm_proxy.Address.part_with
+
+        def part_and_cancel(address, *arguments):
+            part_with(address, *arguments)
+            for parting in address.partings:
+                parting.cancel()
+        self.patch_seconds(Address_part_with=part_and_cancel)
+        asked.wait_for_hang_up(client)
+        self.wait_for_slot()
+
     def test_people_behind_a_key_have_its_weight_and_addresses_have_none(self):
         webui = {"PROXY_API_KEYS": "webui=a", "CALLER_HEADER": "X-User",
                  "TRUSTED_PROXIES": "127.0.0.1"}
@@ -6904,6 +7323,12 @@ class QueueTest(WaitingCase):
             self.ask_stub(data)
             caller, = self.proxy.routes.base.queue.queues.values()
             self.assertEqual(caller.weight, weight)
+
+    def test_a_caller_who_has_its_answer_may_call_again_at_once(self):
+        self.start(MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        client = self.connect()
+        for _ in range(20):
+            client.answers(200, call())
 
 
 class EarlyStreamTest(WaitingCase):
@@ -7082,6 +7507,12 @@ class EarlyStreamTest(WaitingCase):
         self.start(says(b"{}", "400 Bad Request"), STREAM_COMMENT_SECONDS="5")
         self.assert_status(400, call(stream=True))
 
+    def test_a_caller_who_leaves_meanwhile_is_noticed(self):
+        self.start_early()
+        client, asked = self.wait_early()
+        asked.wait_for_hang_up(client)
+        self.assertEqual(self.outcome(), "caller_gone")
+
     def test_a_pause_in_a_running_stream_is_filled_between_two_events(self):
         body = event(1) + event(2)
         half = event(2)[:9]
@@ -7184,6 +7615,27 @@ class DeadlinesTest(WaitingCase):
         self.assertEqual(self.late(self.in_time(100), 0.1, "its turn").status, 504)
         self.assertEqual((busy.calls, other.calls, self.stub.calls), (1, 0, 0))
 
+    def test_it_holds_for_an_error_whose_body_does_not_come(self):
+        self.start(None, STREAM_COMMENT_SECONDS="0.05", READ_TIMEOUT="9")
+        client, asked = self.ask_stub(self.in_time(200, stream=True))
+        self.awaiting("the response of")
+        self.proxy.clock.now += 0.06
+        client.head()
+        asked.send(raw_head("HTTP/1.1 500 No | Content-Length: 9"))
+        self.assertEqual(self.expire("the body of"), 0.2)
+        self.assertIn(b"did not answer in time", client.rest().body)
+
+    def test_it_holds_for_one_call_alone(self):
+        self.start(None)
+        client = self.connect().send(self.in_time(50))
+        self.expire("the response of")
+        client.answers(504)
+        self.stub.next()
+        client.send(call())
+        asked = self.stub.next()
+        self.assertGreater(self.awaiting("the response of").deadline - self.proxy.clock.now, 1)
+        self.complete(client, asked)
+
     def test_it_counts_the_time_in_line(self):
         client, asked = self.start_busy()
         self.assertEqual(self.late(self.in_time(50), 0.05, "its turn").status, 504)
@@ -7202,6 +7654,19 @@ class DeadlinesTest(WaitingCase):
         self.expire("the client to take its answer")
         self.assert_entry("outcome", "caller_gone", 2)
         self.wait_for_slot()
+
+    def test_a_call_that_lasts_too_long_is_cut(self):
+        self.start(None, MAX_CALL_SECONDS="3")
+        client, asked = self.begin(event(1))
+        self.awaiting("the body of the response")
+        for _ in range(2):
+            self.proxy.clock.now += 1
+            asked.chunks(event(1))
+            client.expect(event(1))
+        self.assertEqual(self.expire("the body of the response"), 1)
+        client.expect_cut()
+        self.assertEqual(self.outcome(), "upstream_cut")
+        self.assertEqual(self.late(call(), 3).status, 504)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7705,6 +8170,41 @@ class UpstreamsTest(CallCase):
             self.assertEqual(self.complete(client, None, b"mine").body, b"mine")
             self.assert_traffic(2, 2)
 
+    def test_nothing_is_connected_for_a_call_that_ended_before_a_thread_came_to_it(self):
+        self.patch_seconds(Address_MAX_CONNECTING=2)
+        self.start()
+        address, = self.proxy.routes.base.addresses
+        owner, free = mock.Mock(), Event()
+        self.addCleanup(free.set)
+        fails = patch.object(Thread, "start", side_effect=RuntimeError)
+        ended = Context(self.proxy.loop)
+        ended.end(CallerGone())
+        with patch.object(address, "new_owner", return_value=owner):
+            for context, failing, refusal in (
+                    (Context(self.proxy.loop), fails, llm_proxy.Overloaded),
+                    (ended, nullcontext(), CallerGone)):
+                address.helpers.submit(free.wait, PATIENCE)
+                with failing, self.assertRaises(refusal):
+                    asyncio.run_coroutine_threadsafe(
+                        address.connect_in_helper(context), self.proxy.loop).result(PATIENCE)
+        free.set()
+        wait_for(lambda: address.connecting == 0)
+        owner.connect.assert_not_called()
+
+    def test_a_connection_that_was_closed_or_spoke_while_idle_is_not_used_again(self):
+        for late in self.each((b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")):
+            self.start(None)
+            client, asked = self.ask_stub()
+            asked.send(answer())
+            client.read()
+            self.entry()
+            asked.send(late)
+            if not late:
+                asked.close()
+            client.send(call())
+            self.assertEqual(self.complete(client, None, b"second").body, b"second")
+            self.assert_traffic(2, 2)
+
     # What is asked, what becomes of it, what the caller gets, and how many calls that takes
     STALE = (
         (request("GET", "/v1/x"), Asked.reset, 200, 3),
@@ -7789,6 +8289,18 @@ class UpstreamsTest(CallCase):
             self.get(path)
             self.assertEqual(self.stub.last.target, target)
 
+    def test_a_base_model_replaces_the_callers_and_nothing_else(self):
+        self.start(BASE_MODEL="gemma4")
+        rest = {"messages": "model ä \u2028", "temperature": 0.1, "x": [10 ** 20, None]}
+        for model in self.each("""[{"model": "any"}, {"model": null}, {"model": ["x"]}, {}]"""):
+            self.post(CHAT, {**model, **rest})
+            self.assertEqual(self.stub.last.json(), {"model": "gemma4", **rest})
+
+    def test_without_a_base_model_a_body_passes_byte_for_byte(self):
+        body = b' {"model":"m",  "messages":[{"content":"\\u00e4 \xc3\xa4"}],"n":1.0} \r\n'
+        self.post(CHAT, body)
+        self.assertEqual(self.stub.requests[0].body, body)
+
     def test_what_an_upstream_says_about_its_connection_and_its_address_is_not_passed_on(self):
         rows = (ANSWER_FIELDS % self.stub.url).splitlines()
         self.stub.answer = says(b"{}", "201 Made", *rows)
@@ -7844,6 +8356,11 @@ class UploadTest(CallCase):
             self.assert_fields(self.stub.last, "content-type: " + self.MULTIPART,
                                "content-length:" + " 5242880" * (not chunked))
         self.assert_left(1)
+
+    def test_an_upload_is_passed_on_while_it_comes(self):
+        self.start(None, reads=False)
+        client, asked = self.relay("/v1/files")
+        self.complete(client, asked)
 
     def test_an_upload_of_a_caller_who_said_its_last_ends_once(self):
         self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=PATIENCE)
@@ -7933,6 +8450,29 @@ class AddressesTest(CallCase):
         self.assertEqual(one.calls + other.calls, 1)
         self.assert_ending("upstream_failed", left=1000)
 
+    def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
+        """When it is back, it is used again."""
+        lost, kept = self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
+        statuses, over = [], Event()
+
+        def work():
+            client = self.connect()
+            while not over.is_set():
+                statuses.append(client.exchange(call()).status)
+        with threads([work] * 8), ExitStack() as stack:
+            stack.callback(over.set)
+            wait_for(lambda: lost.calls > 20 and kept.calls > 20)
+            lost.close()
+            before = kept.calls
+            wait_for(lambda: kept.calls > before + 50)
+            failed = len(statuses) - statuses.count(200)
+            back = Stub(says(), port=lost.port)
+            self.addCleanup(back.close)
+            wait_for(lambda: back.calls > 20)
+        self.assertLessEqual(failed, 8)
+        self.assertEqual(len(statuses) - statuses.count(200), failed)
+        self.assert_base("closed", addresses="2/2")
+
 
 def says_events(*payloads):
     """A Stub's `answer` that is a stream of these."""
@@ -7978,6 +8518,16 @@ class BreakerTest(CallCase):
                 breaker.enter(now)
             self.assertEqual(breaker.seconds_left(now) <= 0, state in ("closed", "half_open"))
             self.assertEqual(breaker.state(now), state.replace("tried", "half_open"))
+
+    def test_a_spare_connection_that_is_closed_under_a_call_says_nothing_of_the_address(self):
+        self.start(None, BREAKER_FAILURES=1)
+        client, asked = self.ask_stub()
+        self.complete(client, asked)
+        for connections, state in ((1, "closed"), (2, "open")):
+            client.send(call())
+            self.stub.next().reset()
+            self.assertEqual((client.read().status, self.stub.connections), (502, connections))
+            self.assertEqual(self.base()["state"], state)
 
     def open_the_base(self, failures, **settings):
         """A proxy whose base has just failed so often that it is open; returns the Clock."""
@@ -8041,6 +8591,25 @@ class BreakerTest(CallCase):
                 self.assertNotIn(b"hush", answered.body + self.lines.data)
             self.assertEqual(self.lines.text().count("REFUSES ITS KEY"), status == 502)
 
+    def test_an_error_that_quotes_a_key_of_ours_goes_on_without_it(self):
+        for status, redact in self.each((("403 sk-hush-hush", ""), ("500 No", "email"))):
+            self.start(says(self.QUOTING, status, "X-Key: " + self.QUOTED), REDACT=redact,
+                       BASE_API_KEY=self.QUOTED, REDACT_UPSTREAMS="*")
+            answered = self.ask(call(system="a@x.org"))
+            self.assertEqual(answered.body, self.HIDDEN)
+            self.assertNotIn(self.QUOTED, str(answered.fields) + self.lines.text())
+
+    def test_an_answer_that_is_packed_and_quotes_a_key_of_ours_goes_on_without_it(self):
+        for status, pack, coding in self.each((
+                ("403 No", gzip.compress, "gzip"), ("500 No", zlib.compress, "deflate"),
+                ("200 OK", bytes, "identity"))):
+            self.start(says(pack(self.QUOTING), status, "Content-Encoding: " + coding),
+                       BASE_API_KEY=self.QUOTED)
+            for data in (call(), request("GET", "/v1/files/1")):
+                answered = self.ask(data)
+                self.assertEqual((answered.body, answered.status), (self.HIDDEN, int(status[:3])))
+                self.assertIn(answered.get("content-encoding"), (None, "identity"))
+
     QUOTED, QUOTING = "sk-hush-hush", b'{"error": {"message": "no model for sk-hush-hush"}}'
     HIDDEN = QUOTING.replace(b"sk-hush-hush", b"*" * 12)
 
@@ -8068,6 +8637,20 @@ class BreakerTest(CallCase):
         pieces = [editor.feed(said[:at]) + editor.feed(said[at:]) + editor.flush()
                   for at in range(1 << 20, (1 << 20) + len(key))]
         self.assertNotIn(key, b"|".join(pieces))
+
+    def test_a_key_that_comes_in_two_parts_of_a_large_error_does_not_go_on(self):
+        said = b'{"error": "%b sk-hush-hush"}' % (30_000 * b"x")
+        for redact in self.each(("", "email")):
+            self.start(None, BASE_API_KEY="sk-hush-hush", REDACT=redact, REDACT_UPSTREAMS="*")
+            client, asked = self.ask_stub(call(system="a@x.org"))
+            asked.send(answer(said, "400 No")[:-8])
+            client.head()
+            begin = b""
+            while len(begin) < 16_384:
+                begin += next(client.pieces)
+            asked.send(said[-8:])
+            asked.finish()
+            self.assertEqual(begin + client.rest().body, said.replace(b"sk-hush-hush", 12 * b"*"))
 
     def test_a_later_event_that_quotes_a_key_of_ours_goes_on_without_it(self):
         for redact in self.each(("", "email")):
@@ -8135,6 +8718,17 @@ class BreakerTest(CallCase):
             client.answers(504)
         self.assert_status(503)
 
+    def test_a_caller_who_leaves_while_its_call_tries_lets_the_next_one_try(self):
+        clock = self.open_the_base(1)
+        clock.now += 31
+        self.stub.answer = None
+        client, asked = self.ask_stub()
+        self.assert_status(503)
+        asked.wait_for_hang_up(client)
+        wait_for(lambda: self.base()["in_flight"] == 0)
+        self.stub.answer = says()
+        self.assert_status(200)
+
     RETRIES = table("""\
 0   503   0      1
 2   503   0      3
@@ -8193,6 +8787,16 @@ class BreakerTest(CallCase):
             self.assert_status(status, call(key))
         self.connect(source="127.0.0.2").answers(502, call("e"))
         self.assert_status(503, call("d"))
+
+    def test_what_works_for_somebody_is_not_closed_to_all(self):
+        clock = Clock()
+        self.start(lambda asked: asked.answer(b"{}", "502 x" if b"bad" in asked.body else "200 OK"),
+                   clock, BREAKER_FAILURES=2, PROXY_API_KEYS="mallory,malice,bob")
+        for _ in range(3):
+            for key, text, status in (("mallory", "bad", 502), ("malice", "bad", 502),
+                                      ("malice", "bad", 503), ("bob", "good", 200)):
+                self.assert_status(status, call(key, user=text))
+                clock.now += 4
 
     def test_what_cannot_be_reached_is_closed_to_all(self):
         self.start(BREAKER_FAILURES=2)
@@ -8325,6 +8929,17 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             entry = self.entry(number)
             self.assertEqual((entry["upstream"], entry["cost"] or 0), (name, int(cost)))
 
+    def test_a_prefix_spelled_otherwise_is_metered_or_names_no_upstream(self):
+        box, = self.start_named("box", MAX_TOKENS=100)
+        paths = """
+            /box//v1/chat/completions /box/v1/./chat/completions /%62ox/v1/chat/completions
+            //box/v1/chat/completions /BOX/v1/chat/completions /box/v1/chat/completions/
+            /box/v1/chat%2fcompletions"""
+        for path in self.each(paths.split()):
+            answered = self.post(path, chat())
+            self.assertIn(answered.status, (200, 400))
+            self.assert_left(100 - self.stub.calls - box.calls)
+
     def test_a_model_that_no_upstream_serves_is_a_404_that_names_it(self):
         self.start_named("one", "UPSTREAM_ONE_MODELS=gpt-*", base=False)
         answered = self.assert_status(404, call(model="claude-5"), error="invalid_request_error")
@@ -8366,6 +8981,18 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
             path = "/azure/openai/deployments/m/embeddings"
             self.post(path, chat(), field)
             self.assert_fields(azure.requests[-1], "api-key: mine", "authorization")
+
+    def test_whether_a_call_of_ollama_is_a_stream_is_logged(self):
+        for number, (path, payload, stream) in enumerate(self.each("""[
+                ["/api/chat", {}, true], ["/api/generate", {"stream": null}, true],
+                ["/api/chat", {"stream": false}, false], ["/api/embed", {}, false]]""")):
+            self.post(path, {"model": "m", **payload})
+            self.assert_entry("stream", stream, number)
+
+    def test_a_caller_of_a_passthrough_upstream_is_its_own_credential(self):
+        self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough MAX_TOKENS=5")
+        self.post("/openai" + CHAT, chat(), key="mine")
+        self.assertEqual((self.left("mine"), self.left("another")), (4, 5))
 
     def test_a_credential_cannot_spell_lines_of_its_own(self):
         openai, = self.start_named("openai", "UPSTREAM_OPENAI_KEY=passthrough")
@@ -8504,6 +9131,13 @@ class HttpsTest(CallCase):
             self.assert_status(status)
             self.assert_entry("cause", cause)
 
+    def test_authorities_are_not_read_where_nothing_is_checked(self):
+        """OpenSSL would read their folder again for each connection."""
+        with patch.object(ssl.SSLContext, "load_default_certs") as read:
+            self.start(UPSTREAM_TLS_VERIFY="off")
+            self.assert_status(200)
+        read.assert_not_called()
+
     def test_a_stream_is_read_to_its_end_after_both_sides_have_said_goodbye(self):
         loop, pair = llm_proxy.Loop(), socket.socketpair()
         trusting = ssl.create_default_context(cafile=self.file)
@@ -8520,6 +9154,13 @@ class HttpsTest(CallCase):
         theirs.close()
         stream.on_readable()
         self.assertTrue(stream.ended)
+
+    def test_a_stream_comes_through_and_a_caller_who_leaves_closes_it(self):
+        self.box.answer = None
+        self.start(UPSTREAM_CA_FILE=self.file)
+        client, asked = self.begin(event(1))
+        asked.wait_for_hang_up(client)
+        self.assertEqual(self.outcome(), "caller_gone")
 
     def tunnel(self, asked):
         """The proxy on the way out, and the upstream behind it."""
@@ -8810,6 +9451,15 @@ redacted      None"""))
             self.assertEqual({one[-1:] for one in written}, {b"\n"})
             self.assertEqual(max(map(len, written)), most)
 
+    def test_the_id_of_a_call_is_a_uuid_that_begins_with_the_time(self):
+        clock = Clock()
+        found = [llm_proxy.new_request_id(clock) for _ in range(100)]
+        self.assertEqual(len({*found}), 100)
+        for name in found:
+            one = uuid.UUID(name)
+            self.assertEqual((str(one), one.version, one.int >> 80),
+                             (name, 7, clock.time_ns() // 10 ** 6))
+
 
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
@@ -8869,12 +9519,42 @@ class LedgerTest(LedgerCase):
             self.wait_for_rows(20_001)
         self.assertEqual(self.lines.text().count("by their ids"), 1)
 
+    def test_a_call_is_in_the_sums_seconds_after_its_end(self):
+        self.start()
+        reader, now = LedgerReader(self.path), time.time()
+        for number in range(1, 3):
+            self.ask()
+            wait_for(lambda: [one.calls for one in reader.totals(
+                "model", now - 900, now + 900).values()] == [number], "the sum")
+
     def test_models_that_no_file_could_hold_are_written_all_the_same(self):
         models = ["\ud800", "a\x00b", "\U0001f600", "'; DROP TABLE calls; --"]
         for model in models:
             self.assert_status(200, call(model=model))
         found = [row["model"] for row in self.wait_for_rows(4)]
         self.assertEqual(found, ["\\ud800", *models[1:]])
+
+    def test_the_ledger_knows_who_served_and_what_others_did_for_the_call(self):
+        part = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
+        self.start()
+        for served, written in self.each((
+                ("m-2026", "m-2026"), ("m" * 99, "m" * 80), ("a\nb", "asked"), (7, "asked"))):
+            self.stub.answer = says({"model": served, "usage": {
+                "input_tokens": 20, "output_tokens": 4, "iterations": [part]}})
+            self.post("/v1/messages", chat(model="asked", max_tokens=1))
+            row = self.wait_for_rows(self.stub.calls)[-1]
+            self.assertEqual((row["served"], row["model"]), (written, "asked"))
+            used = (27, 12) if written != "asked" else (20, 4)  # nobody knows who the others are
+            self.assertEqual((row["input"], row["output"]), used)
+
+    def test_the_ledger_and_limits_know_the_upstream(self):
+        self.start_named("one", UPSTREAM_ONE_MODELS="m",
+                         LIMITS="upstream:o* 1 requests per day; each 5 requests per day")
+        for model in ("m", "m", "x", "x"):
+            self.ask(call(model=model))
+        found = [(row["upstream"], row["outcome"]) for row in self.wait_for_rows(4)]
+        base = "base", "ok"
+        self.assertEqual(found, [("one", "ok"), ("one", "limited"), base, base])
 
     def test_buckets_survive_a_restart_with_the_refill_of_the_time_in_between(self):
         rules = "each 10 requests per 100s; all 100 tokens per day"
@@ -8890,6 +9570,19 @@ class LedgerTest(LedgerCase):
         later.now += 5  # the tenth second
         self.assertEqual([*levels(self.proxy).values()], [-50])
         self.assert_left(0, "k")
+
+    def test_what_is_left_of_a_month_survives_a_restart_and_a_clock_that_slept(self):
+        clock, later = Clock(), Clock(0.0)  # Tuesday, 14 November 2023, 22:30 UTC
+        rules = ("each 100 tokens per calendar month in Europe/Berlin;"
+                 "each 100 tokens per calendar day; all 100 tokens per 2h window")
+        self.start(says(completion(140, 10)), clock, LIMITS=rules)
+        self.ask(call("k", max_tokens=1))
+        for hours, lost in self.each(((1, 3), (1.6, 2), (2.1, 1), (16 * 24, 1), (16 * 24 + 1, 0))):
+            wall = clock.time_ns() + int(hours * 3600 * 1e9)
+            self.close_books()
+            later.time_ns = partial(int, wall)
+            self.start(clock=later, DATABASE=self.path, LIMITS=rules)
+            self.assertEqual([*levels(self.proxy).values()], [-50] * lost)
 
     def test_a_bucket_keeps_its_share_when_its_rule_is_changed(self):
         act, old = says(completion(60, 0)), "each 100 tokens per day; all 10 requests per 100s"
@@ -8913,6 +9606,13 @@ class LedgerTest(LedgerCase):
         self.assert_left(9, "k")
         said = "1 buckets were saved by a clock that was ahead"
         wait_for(lambda: said in self.lines.text(), "the line")
+
+    def test_what_a_call_took_is_saved_with_its_row(self):
+        self.start(clock=Clock(), MAX_TOKENS=10)
+        for number in range(1, 4):
+            self.ask("k")
+            self.wait_for_rows(number)
+            self.assertEqual(self.stored_levels(), [10 - number])
 
     def test_a_file_that_is_deleted_or_replaced_is_begun_anew(self):
         self.start(MAX_TOKENS=10)
@@ -8975,6 +9675,13 @@ class LedgerTest(LedgerCase):
                  for key in "ab" for number in range(3)]
         self.assertEqual(found, [404, 200, 200, 404, 404, 404])
 
+    def test_what_was_made_and_forgotten_at_once_is_not_saved(self):
+        database = Database(new_path(self, "llm_proxy.db"))
+        self.addCleanup(database.close)
+        thing = llm_proxy.Thing(("key", b"a"), "base", "http://x")
+        database.add_things([("one", thing), ("two", thing), ("one", None)], 9)
+        self.assertEqual(list(database.things()), ["two"])
+
     def test_old_calls_are_removed_in_the_background(self):
         path = new_path(self, "llm_proxy.db")
         database = Database(path)
@@ -8984,6 +9691,21 @@ class LedgerTest(LedgerCase):
         database.connection.close()
         self.start(DATABASE=path, LEDGER_DAYS=7)
         wait_for(lambda: [row["id"] for row in self.rows(path)] == ["new"], "the removal")
+
+    def test_a_full_queue_drops_and_counts_and_holds_up_nobody(self):
+        self.start()
+        ledger = self.proxy.books.ledger
+        ledger.room = 3
+        with self.held_up(ledger, "write_queued") as blocked:
+            self.assertTrue(blocked.wait(PATIENCE))
+            began = time.monotonic()
+            for _ in range(6):
+                self.assert_status(200)
+            self.assertLess(time.monotonic() - began, PATIENCE / 2)
+            wait_for(lambda: ledger.dropped == 3)
+            health = self.ask(HEALTH).json()
+            self.assertEqual(health["ledger"], {"queued": 3, "dropped": 3})
+        self.wait_for_rows(3)
 
     def test_what_cannot_be_written_is_logged_once_and_tried_again(self):
         database = self.proxy.books.ledger.database
@@ -9080,6 +9802,13 @@ class LedgerTest(LedgerCase):
         lost = [int(line.split()[3][1:]) for line in lines if line.endswith('dropped"}')]
         told = sum(line[:6] == '{"id":' for line in lines) + sum(lost)
         self.assertIn(told - calls, (0, 1) if lost else (0,))  # one may have been cut
+
+    def test_the_same_entries_go_to_a_file_of_json_lines(self):
+        path = new_path(self, "llm_proxy.db") + ".jsonl"
+        self.start(says(completion(20, 4)), USAGE_LOG=path)
+        self.ask()
+        self.assertEqual(json.loads(wait_for(pathlib.Path(path).read_text)), self.row())
+        self.proxy.books.usage_log.stream.close()
 
     def test_a_file_of_json_lines_that_nobody_reads_holds_up_neither_the_ledger_nor_the_end(self):
         reading, writing = os.pipe()
@@ -9230,6 +9959,33 @@ class KeyStoreTest(KeysCase):
             self.fails("must be", "give", "ann", amount, unit, time)
         self.assertEqual([key.name for key in self.keys.list()], ["ann"])
         self.assertEqual(self.execute("SELECT count(*) FROM audit"), [(1,)])
+
+    def test_every_change_is_in_the_audit(self):
+        self.keys.add("ann", team="red")
+        for act, *arguments in (("revoke",), ("restore",), ("rotate", "1h"), ("reset",),
+                                ("give", "2", "usd", "1h"), ("remove",)):
+            getattr(self.keys, act)("ann", *arguments)
+        rows = self.execute(
+            "SELECT who, role, address, what, target, detail FROM audit ORDER BY id")
+        self.assertEqual({row[:3] + row[4:5] for row in rows}, {(*self.ACTOR, "ann")})
+        self.assertEqual([(row[3], row[5]) for row in rows], [
+            ("add key", "team=red"), ("revoke key", ""), ("restore key", ""),
+            ("rotate key", "grace 1h"), ("reset", ""), ("give", "2 usd for 1h"),
+            ("remove key", "")])
+        (found,), = self.execute("SELECT max(time) FROM audit")
+        self.assertLess(abs(found - time.time()), 60)
+
+    def test_a_hundred_keys_made_at_once_are_all_there(self):
+        made = []
+
+        def make(number):
+            keys = self.store(clock=self.clock)
+            made.extend(keys.add("%d.%d" % (number, one)).secret for one in range(5))
+        with threads([partial(make, number) for number in range(20)]):
+            pass
+        self.assertEqual((len(self.keys.list()), len(set(made))), (100, 100))
+        digests = {row[0] for row in self.execute("SELECT digest FROM secrets")}
+        self.assertEqual(digests, set(map(llm_proxy.digest, made)))
 
     def test_the_first_key_of_a_caller_closes_the_door_for_good(self):
         self.assertFalse(self.keys.add("boss", role="admin").closes)
@@ -9453,6 +10209,17 @@ class SumsTest(TableCase):
         with self.assertRaises(BadRequest):
             self.reader.calls(None, 5, {"slow": "1 OR 1"})
 
+    def test_calls_are_kept_in_order_whatever_they_have_in_common(self):
+        kept = []
+        for count in self.each((1, 2, 29, 1000)):
+            rows = [columns_of({"id": "one", "agent": "x" * count, "queue_ms": number or None,
+                                "team": "ab"[number % 2]}) for number in range(count)]
+            with self.database.transaction():
+                self.database.add(rows)
+            kept += rows
+            self.assertEqual(
+                self.database.connection.execute("SELECT * FROM calls").fetchall(), kept)
+
     def test_a_call_is_told_as_the_ledger_has_it_but_for_its_money(self):
         self.add({"id": "one", "estimated": 1, "picodollars": 5 * 10 ** 11, "team": "t"})
         found = self.reader.call("one")
@@ -9565,6 +10332,13 @@ class SumsTest(TableCase):
                 self.add({"time": self.DAY})
             found = self.reader.totals("caller", self.DAY, self.DAY + 900)
             self.assertEqual(found["alice"].calls, 12 * (number + 1))
+
+    def test_a_clock_that_was_set_back_leaves_no_sum_behind(self):
+        self.add_many(50)
+        for moment in self.each((self.DAY + 5000, self.DAY + 86400, 0)):
+            self.add({"time": moment})
+            found = self.reader.totals("upstream", 0, self.DAY + 9 * 86400)
+            self.assertEqual(self.told(found), self.counted("coalesce(upstream, '-')"))
 
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
@@ -9836,6 +10610,15 @@ class MetricsTest(SignalsCase):
             names = {re.search('%s="([^"]*)"' % label, key)[1] for key in found}
             self.assertEqual((len(names), "other" in names), (most, True), names)
 
+    def test_a_failure_of_a_known_model_counts_as_its_own(self):
+        self.start(**self.KEYS)
+        for status in ("500 No", "200 OK", "500 No"):
+            self.stub.answer = says(b"{}", status)
+            self.ask(call("sk-1", model="m"))
+        for model in self.each(("m", "other")):
+            self.assertEqual(self.sums("requests_total", 'model="%s"' % model,
+                                       'outcome="upstream_status"'), 1)
+
     def test_series_without_end_are_one(self):
         self.start(**self.KEYS)
         self.proxy.watchers.metrics.MAX_SERIES = 2
@@ -9853,6 +10636,14 @@ class MetricsTest(SignalsCase):
             wait_for(lambda: tally.read(0).get("llm_proxy_requests_total"))
         families.assert_not_called()
         self.assertEqual(self.sums("requests_total"), 1)
+
+    def test_keys_of_one_name_have_one_sample(self):
+        self.start(METRICS="open", PROXY_API_KEYS="alice=sk-1,alice=sk-2", DATABASE="off",
+                   LIMITS="each 9 requests per day")
+        for key in ("sk-1", "sk-2"):
+            self.ask(key)
+        self.assertEqual(self.sums("requests_total", 'caller="alice"'), 2)
+        self.assertEqual(self.sums("bucket_level"), 8)
 
     def test_labels_hold_whatever_a_caller_sends(self):
         models = ('a"b', "a\\b", "a\nb", "\x1b[31m\r\u20ac\ud800", "{,}=", "x" * 200)
@@ -10070,6 +10861,11 @@ class TracesTest(SignalsCase):
         self.start_traced()
         self.ask(call("sk-1", "Traceparent: 01%s-more" % self.PARENT[2:]))
         self.assertEqual(self.spans()[0][0]["traceId"], self.PARENT[3:35])
+
+    def test_without_traces_the_field_passes_as_it_came(self):
+        self.start(**self.KEYS)
+        self.ask(call("sk-1", "Traceparent: " + self.PARENT))
+        self.assert_fields(self.stub.requests[0], "traceparent: " + self.PARENT)
 
     def test_the_names_of_stored_things_make_no_routes(self):
         self.start_traced(STORED="pass")
@@ -10549,6 +11345,19 @@ class RedisTest(RedisCase):
         redis = self.client("redis://:right@127.0.0.1:%d" % server.port)
         self.wait_for(lambda: redis.available)
         self.assertEqual(self.run_loop(redis.call("KEYS", "*")), [])
+
+    def test_it_comes_back_when_the_server_does(self):
+        server = RedisServer(self)
+        redis = self.client(server.url)
+        self.wait_for(lambda: redis.available)
+        server.kill()
+        self.wait_for(lambda: not redis.available)
+        redis.ask(None, "SET", "a", "later")
+        server.start()
+        began = time.monotonic()
+        self.wait_for(lambda: redis.available)
+        self.assertLess(time.monotonic() - began, PATIENCE / 4)
+        self.assertEqual(self.run_loop(redis.call("GET", "a")), b"later")
 
     def test_a_script_goes_by_its_digest_until_that_is_forgotten(self):
         server = RedisServer(self)
@@ -11510,6 +12319,18 @@ class SharedQueueTest(RedisCase):
         self.server.process.send_signal(signal.SIGCONT)
         self.wait_for(lambda: self.taken() == 3)
 
+    def test_a_connection_that_is_cut_costs_no_slot(self):
+        queue = self.queue(2)
+        ticket = queue.enter("a", 1)
+        self.wait_until(1)
+        self.server.ask("CLIENT", "KILL", "TYPE", "normal")
+        self.wait_for(lambda: self.left and queue.redis.available)
+        queue.enter("b", 1)
+        self.wait_until(2)
+        self.assertEqual(self.taken(), 2)
+        ticket.leave()
+        self.wait_for(lambda: self.taken() == 1)
+
     def test_slots_that_redis_forgets_are_told_again_and_nobody_has_more_than_its_part_before(self):
         first, second = [self.queue(3, part=lambda most: 1) for _ in range(2)]
         tickets = [first.enter("a", 1) for _ in range(3)]
@@ -12069,6 +12890,13 @@ class SettlingTest(LedgerCase):
             self.assert_fields(self.stub.last, "accept-encoding: " + coding)
             self.post("/v1/responses", b'{"background": true}')
 
+    def test_a_batch_that_names_no_limit_holds_what_one_call_does(self):
+        path = "/v1beta/models/m:batchGenerateContent"
+        for target, least in self.each(((path, 256), ("/v1/score", 0))):
+            self.start(says({"name": "batches/b1"}))
+            self.post(target, b'{"x": 1}')
+            self.assertEqual(1000 - self.left(), least)
+
     def test_a_call_in_the_background_runs_no_more_when_its_first_answer_came(self):
         self.start(says({"id": "resp_1"}), LIMITS="each 1 running; each 900 tokens per day")
         body = b'{"background": true, "max_output_tokens": 400}'
@@ -12144,6 +12972,12 @@ class SettlingTest(LedgerCase):
             asked = self.stub.requests[0].json()
             self.assertEqual(asked["stream_options"], {**options, "include_usage": True})
             self.assert_ending("ok", 1000 - 24)
+
+    def test_who_asks_in_openrouters_way_sees_what_it_asked_for(self):
+        self.start(sends(STREAM + chunk(self.WHOLE) + LAST, close=False))
+        answered = self.ask(call(stream=True, usage={"include": True}))
+        self.assertEqual(answered.body, self.WHOLE)
+        self.assert_ending("ok", 1000 - 24)
 
     def test_whether_a_stream_is_asked_for_is_said_plainly(self):
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
@@ -12242,6 +13076,25 @@ class SettlingTest(LedgerCase):
                 self.assert_calls(calls[number])
                 self.assert_ending("upstream_status", 1000, number)
 
+    def test_an_event_with_a_length_around_it_is_hidden_too(self):
+        self.start(says(self.WHOLE, "200 OK", "Content-Type: text/event-stream"))
+        for version in ("1.1", "1.0"):
+            answered = self.ask(request("POST", CHAT, chat(stream=True), version=version))
+            self.assertEqual((answered.whole, answered.body), (True, self.SEEN))
+            self.assertIsNone(answered.get("content-length"))
+
+    def test_a_json_answer_in_pieces_tells_its_cost_in_its_head(self):
+        body = completion(20, 4)
+        head = STREAM.replace(b"text/event-stream", b"application/json")
+        for data in self.each((answer(body), head + chunk(body[:9]) + chunk(body[9:]) + LAST)):
+            client, asked = self.ask_stub()
+            for at in range(0, len(data), 40):
+                asked.send(data[at:at + 40])
+            asked.finish()
+            answered = client.read()
+            self.assertEqual(answered.body, body)
+            self.assert_used(answered, "20", "4", "")
+
     def test_a_json_answer_that_takes_its_time_is_passed_on_as_it_comes(self):
         self.patch_seconds(Reply_WHOLE_SECONDS=0.01)
         self.start(None)
@@ -12298,6 +13151,12 @@ class KeysTest(KeysCase):
         self.close_books()
         self.start(PROXY_API_KEYS="old=sk-old", DATABASE=self.path)
         self.assert_statuses([200, 200, 401], ann, "sk-old", "x")
+
+    def test_the_door_stays_open_where_anyone_may_call(self):
+        self.start(PROXY_API_KEYS="anyone", LIMITS="key:ann 1 requests per day",
+                   LIMIT_REPLY="error")
+        ann = self.add()
+        self.assert_statuses([200, 200, 200, 429], "x", None, ann, ann)
 
     def test_the_door_is_closed_at_the_next_start_too(self):
         self.add()
@@ -12473,6 +13332,14 @@ class KeysTest(KeysCase):
         answered = self.get("/box/v1/models", key=keys[0])
         self.assertEqual([one["id"] for one in answered.json()["data"]], ["gemma-3"])  # as before
 
+    def test_who_is_bound_to_an_upstream_sees_the_list_that_others_see_by_its_prefix(self):
+        box, = self.start_named("box")
+        box.answer = says({"data": [{"id": "gemma-3"}]})
+        for upstream, names in self.each("""[["box", ["gemma-3"]], [null, []], ["gone", []]]"""):
+            key = self.add(str(upstream), upstream=upstream)
+            answered = self.get("/v1/models", key=key)
+            self.assertEqual([one["id"] for one in answered.json()["data"]], names)
+
     def test_a_key_bound_to_an_upstream_goes_there_alone_with_that_ones_secret(self):
         one, two = self.start_named("one two", "UPSTREAM_ONE_MODELS=m UPSTREAM_TWO_KEY=sk-two")
         ann, base, lost = self.add(upstream="two"), self.add("b", upstream="base"), self.add(
@@ -12495,6 +13362,15 @@ class KeysTest(KeysCase):
         self.assert_statuses([200, 200, 200, 429], *[ann] * 4)  # 7 of 9 were left
         self.change("set", "ann", reset=True)
         self.assert_statuses([200], ann)
+
+    def test_a_keys_rule_may_count_what_no_other_does(self):
+        self.start(says(completion(60, 0)), clock=Clock(), LIMITS="each 9 requests per day")
+        ann = self.add(limits="100 tokens per day")
+        self.ask(call(ann, max_tokens=1))
+        self.assert_left(40, ann)
+        self.close_books()
+        self.start(DATABASE=self.path, clock=self.proxy.clock, LIMITS="each 9 requests per day")
+        self.assert_left(40, ann)
 
     def test_what_is_given_and_reset_counts_at_once_and_after_a_restart(self):
         self.start_clock(LIMITS="each 2 requests per day", LIMIT_REPLY="error",
@@ -12596,6 +13472,12 @@ class KeysTest(KeysCase):
             self.ask(ann)
             wait_for(lambda: keys.find("ann").last_used == 1700000000 + used)
 
+    def test_a_stored_key_has_the_turns_of_its_name(self):
+        self.start(None, MAX_CONCURRENCY=1, KEY_WEIGHTS="ann=5")
+        self.ask_stub(call(self.add()))
+        queues = self.proxy.routes.base.queue.queues.values()
+        self.assertEqual([one.weight for one in queues], [5])
+
     def test_people_behind_a_key_have_what_it_may(self):
         self.start(CALLER_HEADER="X-User", TRUSTED_PROXIES="127.0.0.1")
         ann, client = self.add(models="gemma", team="red", expires="1h"), self.connect()
@@ -12604,6 +13486,17 @@ class KeysTest(KeysCase):
         self.assertEqual(self.wait_for_rows(2)[1]["caller"], "ann/u")
         self.change("revoke", "ann")
         client.answers(401, call(ann, "X-User: u", model="gemma"))
+
+    def test_changes_of_keys_leave_nothing_behind_in_a_connection(self):
+        self.start()
+        ann, client = self.add(), self.connect()
+        for number in range(3):
+            client.answers(200, call(ann))
+            self.change("set", "ann", note=str(number))
+        connection, = self.server.open
+        sizes = {len(connection.last.cache)}
+        client.exchange(call(ann))
+        self.assertEqual(sizes, {len(connection.last.cache)})
 
     def test_settings_that_are_read_again_leave_stored_keys_as_they_are(self):
         self.start_clock(LIMITS="each 9 requests per day")
@@ -12755,12 +13648,32 @@ class EndingsTest(LedgerCase):
             self.assertEqual(answered.body, body)
             self.assert_ending("upstream_status", left, number, key)
 
+    def test_a_fault_of_the_callers_costs_neither_tokens_nor_money(self):
+        self.start(says(b"{}", "400 Bad Request"), LIMITS="each 100 requests per day;"
+                   "each 900 tokens per day; all 5 usd per day")
+        for _ in range(200):
+            self.ask(call(model="gpt-4o"))
+        self.assert_calls(100)
+        self.assertEqual([*levels(self.proxy).values()], [0])
+        row = self.row()
+        self.assertEqual((row["charges"], row["picodollars"]), ("each 100 requests per day=1", 0))
+
     def test_an_upstream_that_refuses_connections_is_a_502_and_costs_nothing(self):
         self.stub.refuse_connections()
         answered = self.assert_status(502, error="upstream_error")
         self.assertNotIn(b"127.0.0.1", answered.body)
         self.assert_ending("upstream_failed", left=1000)
         self.assert_entry("cause", "connection refused")
+
+    def test_a_silent_upstream_is_a_504_at_the_read_timeout_and_costs_nothing(self):
+        self.start(None, Clock(), READ_TIMEOUT="30")
+        client = self.connect().send(call())
+        self.assertEqual(self.expire("the response of"), 30)
+        answered = client.read()
+        self.assertEqual((answered.status, answered.error()["type"]), (504, "timeout_error"))
+        self.stub.next().wait_for_hang_up()
+        self.assert_ending("upstream_failed", left=1000)
+        self.assert_entry("ms", 30000)
 
     def test_the_read_timeout_runs_between_bytes_of_a_stream_and_not_over_all_of_it(self):
         clock = self.start_clock(None, READ_TIMEOUT=100, REFILL_INTERVAL_SECONDS=1000)
@@ -12832,6 +13745,17 @@ class EndingsTest(LedgerCase):
             asked.wait_for_hang_up()
             self.assert_entry("outcome", outcome, number)
 
+    def test_the_last_chunk_may_come_before_or_after_a_caller_has_left(self):
+        told = events(LAST_DELTA, "[DONE]")
+        for number, hang_up in enumerate(self.each(self.HANG_UPS * 5)):
+            client, asked = self.begin(told)
+            hang_up(client)
+            with suppress(OSError):
+                asked.chunks(b": a\n\n")
+                asked.send(LAST)
+            self.assert_entry("outcome", "ok", number)
+            asked.finish()
+
     def test_a_caller_who_could_not_be_sent_the_last_event_missed_it(self):
         last = events(LAST_DELTA, "[DONE]")
         self.start(None)
@@ -12893,6 +13817,16 @@ class EndingsTest(LedgerCase):
             hang_up(client)
             asked.wait_for_hang_up()
             self.assert_ending("caller_gone", 1000 - 3 - output, number, key)
+
+    def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
+        for number, hang_up in enumerate(self.each(self.HANG_UPS)):
+            client, asked = self.begin()
+            hang_up(client)
+            with self.assertRaises(OSError):
+                for _ in range(2000):
+                    asked.chunks(event(1))
+                    time.sleep(0.005)
+            self.assert_ending("caller_gone", left=999 - number, number=number)
 
     def test_a_caller_who_sent_much_ahead_and_hangs_up_is_noticed(self):
         client, asked = self.begin(event(1))
@@ -13352,6 +14286,13 @@ class RedactedCallsTest(KeysCase):
             request("POST", "/v1/messages/count_tokens", chat(system="a@x.org")))
         self.assertEqual(json.loads(body)["system"], "[[EMAIL_1]]")
 
+    def test_others_come_in_between_while_a_large_prompt_is_searched(self):
+        self.redact(says(), REDACT=",".join(REDACTED))
+        text = "8.8.8.8 a@b.co 4111111111111111 %s "
+        self.ask(call(system=text * 20_000))
+        counts = self.row()["redacted"]
+        self.assertEqual(counts, "ip=20000,email=20000,card=20000")
+
 
 # --------------------------------------------------------------------------------------------------
 # Pages
@@ -13373,6 +14314,12 @@ class PagesTest(CallCase):
         self.assertEqual(answered.json(), json.loads(self.HEALTH % VERSION))
         self.assertNotIn("127.0.0.1", str(answered.fields) + answered.body.decode())
 
+    def test_health_charges_nothing_and_makes_no_bucket(self):
+        self.start(MAX_TOKENS=10)
+        for number in range(20):
+            self.assert_left(10, "key-%d" % number)
+        self.assertEqual((len(self.proxy.limits.buckets.levels), self.stub.calls), (0, 0))
+
     def test_checks_tell_whether_it_lives_and_whether_calls_can_go_anywhere(self):
         self.start_named("spare", "BREAKER_FAILURES=1 PROXY_API_KEYS=sk-1 OPEN_TIMEOUT=1")
         client = self.connect()
@@ -13383,6 +14330,13 @@ class PagesTest(CallCase):
         client.answers(503, request("GET", "/readyz"))
         answered = client.exchange(request("GET", "/healthz"))
         self.assertEqual((answered.status, answered.body, self.stub.calls), (200, b"ok\n", 0))
+
+    def test_a_model_that_fails_leaves_the_proxy_ready(self):
+        self.start(says(b"{}", "503 No"), BREAKER_FAILURES=1)
+        for key in ("a", "b"):
+            self.ask(key)
+        self.assert_base("open", addresses="0/1")
+        self.assert_status(200, request("GET", "/readyz"))
 
     def test_head_of_a_page_is_its_head(self):
         self.start(BASE_MODEL="m")
@@ -13456,6 +14410,13 @@ off                             http://localhost        -""")
             answered = client.answers(403)
             self.assertIn("CORS_ORIGINS", answered.json()["error"]["message"])
         self.assert_spent(0, 1000)
+
+    def test_where_keys_are_asked_for_any_page_may_call_with_one(self):
+        for settings in self.each("""[
+                {"PROXY_API_KEYS": "sk-1"}, {"BASE_API_KEY": "passthrough"}]"""):
+            self.start(**settings)
+            answered = self.assert_status(200, call("sk-1", "Origin: https://one.example"))
+            self.assert_fields(answered, "access-control-allow-origin: *")
 
     def test_every_answer_is_dated_once(self):
         now = "Tue, 14 Nov 2023 22:30:00 GMT"
@@ -13601,12 +14562,32 @@ class CatalogueTest(CallCase):
         self.assert_listed("c a")
         self.assert_calls(2)
 
+    def test_an_upstream_that_does_not_answer_is_left_out_in_time(self):
+        silent, = self.start_named("silent", answer=self.lists("b"), UPSTREAM_SILENT_MODELS="*",
+                                   clock=Clock())
+        silent.answer = None
+        client = self.connect().send(request("GET", "/v1/models"))
+        self.awaiting("the lists of models")
+        wait_for(lambda: silent.calls and self.server.admin.lists.get("base"), "the other's list")
+        self.pass_seconds(llm_proxy.Catalogue.ASK_SECONDS)
+        self.assertEqual([row["id"] for row in client.read("GET").json()["data"]], ["b"])
+        silent.next().wait_for_hang_up()
+
     def test_a_model_that_is_set_is_the_list(self):
         stubs = self.start_named(
             "one two", "BASE_MODEL=gemma4 UPSTREAM_ONE_MODEL=served UPSTREAM_ONE_MODELS=fast,fa*"
                        " UPSTREAM_TWO_MODELS=gpt-5,gpt-* UPSTREAM_TWO_KEY=passthrough")
         self.assert_listed("gemma4 fast gpt-5")
         self.assertEqual([stub.calls for stub in stubs], [0, 0])
+
+    def test_the_list_of_the_base_alone_is_its_model_where_that_is_set_and_else_its_own(self):
+        self.start(BASE_MODEL="gemma4")
+        listed = self.listed(path="/models")
+        self.assertEqual((listed["object"], listed["data"][0]["id"]), ("list", "gemma4"))
+        self.assert_listed("gemma4")
+        self.assert_calls(0)
+        self.start(self.lists("theirs"))
+        self.assert_listed("theirs")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -13697,6 +14678,13 @@ class AdminTest(AdminCase):
         self.assert_status(200)
         self.assert_calls(1)
 
+    def test_the_next_upstream_of_a_model_serves_it_while_the_first_is_disabled(self):
+        self.start_many({"other": self.stub_of("other")}, UPSTREAM_OTHER_MODELS="m")
+        self.assert_from("other", call())
+        self.admin("POST", "/upstreams/other/disable")
+        self.assert_from("base", call())
+        self.assert_status(404, request("POST", "/other" + CHAT, chat()))
+
     def test_an_upstream_is_tested_by_its_list_of_models(self):
         self.start(says(b'{"data": [{"id": "gemma"}]}'))
         found = self.admin("POST", "/upstreams/base/test").json()
@@ -13739,6 +14727,17 @@ class AdminBooksTest(AdminCase):
 
     def add(self, name="ann", **fields):
         return self.change("POST", "/keys", {"name": name, **fields}, 201)
+
+    def test_refused_pages_are_summed_up_like_refusals_without_a_known_caller(self):
+        self.patch_seconds(RefusalSums_SHOWN=0)
+        self.start()
+        for _ in range(3):
+            self.assertEqual(self.admin("GET", "/nothing", key=VIEWER).status, 404)
+        self.ask(call())
+        self.wait_for_rows(1)
+        self.on_loop(self.proxy.books.refusals.report)
+        self.assert_said("3 more were refused: 404 127.0.0.1 x3")
+        self.assertIn("VIEWER_KEY", [row["name"] for row in self.look("/callers")["callers"]])
 
     def test_a_key_is_made_shown_changed_and_removed(self):
         made = self.add(team="red", limits="5000 tokens per day")
@@ -13903,6 +14902,13 @@ class AdminBooksTest(AdminCase):
             self.assertEqual(self.admin("GET", "/calls").status, 503)
         self.assertFalse(self.server.admin.reading.owners)
 
+    def test_a_program_may_make_many_keys_at_once(self):
+        self.start()
+        clients = [self.connect().send(request(
+            "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
+            for number in range(2 * self.server.admin.reading.most)]
+        self.assertEqual({client.read().status for client in clients}, {201})
+
     def test_without_a_database_there_is_what_the_process_knows(self):
         self.start(DATABASE="off")
         self.ask("k")
@@ -13983,6 +14989,12 @@ class EventsTest(AdminCase):
         while not pulse["calls"]:
             _, pulse = self.hear(client, "pulse")
         self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
+
+    def test_who_stops_listening_has_made_no_call(self):
+        self.listen().reset()
+        wait_for(lambda: self.outcome(), "its line")
+        self.assertEqual(self.outcome(), "ok")
+        self.assertEqual(self.proxy.watchers.metrics.totals()[0], 0)
 
     def test_who_may_look_no_more_hears_no_more(self):
         client = self.listen()
@@ -14793,6 +15805,15 @@ class ClientConnectionTest(ServerCase):
         for pair in [self.ask_stub(), *held]:
             self.complete(*pair)
 
+    def test_the_room_of_bodies_comes_back(self):
+        large = self.start_with_room()
+        self.connect().send(large("a")[:69000]).reset()
+        self.assert_entry("outcome", "caller_gone")
+        for _ in range(2):
+            for pair in [self.ask_stub(large(key)) for key in "aaaabbbb"]:
+                self.complete(*pair)
+        wait_for(lambda: self.server.common.budget.held == {}, "the return of it all")
+
     def test_a_body_is_given_up_when_it_is_silent_or_slow_in_its_last_minute(self):
         much, pace = 1 << 20, 16384
         for steps, taken in self.each((
@@ -14828,6 +15849,10 @@ class ClientConnectionTest(ServerCase):
             client = self.connect().send(unsized(CHAT, *fields, key=key))
             self.assert_last_answer(client, status)
 
+    def test_a_body_that_comes_without_waiting_for_the_continue_is_taken(self):
+        client = self.connect().send(call(None, self.EXPECTING, "Connection: close"))
+        self.assertIn(b"HTTP/1.1 200 ", read_to_the_end(client))
+
     def test_large_or_coded_metered_bodies_and_odd_expectations_are_refused(self):
         self.start(MAX_BODY_BYTES=1000)
         fits = chat().ljust(1000)
@@ -14862,6 +15887,11 @@ class ClientConnectionTest(ServerCase):
                                known if status == 415 else "accept-encoding")
         self.assert_calls(0)
 
+    def test_other_compressed_bodies_are_passed_as_they_are(self):
+        self.post("/v1/files", b"packed", "Content-Encoding: gzip")
+        asked, = self.stub.requests
+        self.assertEqual((asked.get("content-encoding"), asked.body), ("gzip", b"packed"))
+
     def test_what_a_compressed_body_becomes_has_its_room(self):
         self.start_with_room()
         packed = request("POST", CHAT, zlib.compress(chat(user="x" * 69000)),
@@ -14870,6 +15900,41 @@ class ClientConnectionTest(ServerCase):
         self.assert_status(503, packed)
         for pair in held:
             self.complete(*pair)
+
+    def test_a_body_may_come_one_byte_at_a_time_in_both_framings(self):
+        client, body = self.connect(), chat()
+        chunks = b"".join(chunk(bytes([byte])) for byte in body) + LAST
+        for head, sent in self.each((
+                (request("POST", CHAT, body)[:-len(body)], body),
+                (unsized(CHAT, CHUNKED), chunks))):
+            client.send(head)
+            for byte in sent:
+                client.send(bytes([byte]))
+            client.answers(200)
+            self.assertEqual(self.stub.last.body, body)
+
+    def test_an_early_answer_can_be_read_every_time(self):
+        """3 MB of the body are on their way when the 401 is sent: closing at once would reset."""
+        self.patch_seconds(WrongKeys_RULE=read_rule("address 99 requests per minute"))
+        self.start(PROXY_API_KEYS="sk-1")
+        data = request("POST", CHAT, b"x" * 3000000, key="sk-2")
+        for _ in self.each(range(20)):
+            client = self.connect()
+            with self.sending(client, data):
+                answered = client.read()
+            found = answered.status, answered.whole, answered.get("connection")
+            self.assertEqual(found, (401, True, "close"))
+            client.close()
+
+    def test_an_upload_that_is_answered_early_loses_no_later_request(self):
+        """The connection ends only where its answer says so."""
+        self.start(says(b"{}", "403 No"), reads=False)
+        for size, endings in self.each("""[[1000, [null]], [100000, [null, "close"]]]"""):
+            client = self.connect()
+            answered = client.answers(403, request("POST", "/v1/files", b"x" * size))
+            self.assertIn(answered.get("connection"), endings)
+            if answered.get("connection") is None:
+                client.answers(200, HEALTH)
 
     def test_a_refused_body_that_came_whole_does_not_end_the_connection(self):
         self.start(PROXY_API_KEYS="sk-1")
@@ -14912,6 +15977,17 @@ class ClientConnectionTest(ServerCase):
         client = self.connect()
         client.exchange(call())
         client.expect_close()
+
+    def test_pipelined_answers_that_are_taken_slowly_come_in_order_and_hold_up_nobody(self):
+        bodies = [b"%d" % number * 3000000 for number in range(3)]
+        answers = iter(bodies)
+        self.start(lambda asked: asked.answer(next(answers)))
+        client = self.connect(receive_buffer=2048).send(call() * len(bodies))
+        wait_for(lambda: self.stub.calls, "the first call")
+        self.assert_status(200, HEALTH)
+        for body in bodies:
+            self.assertTrue(client.read().body == body)
+        self.entry(2)
 
     def test_what_matters_on_a_bad_day_says_where_it_stands(self):
         self.start(None, MAX_CONCURRENCY=1, TOKEN_COST_MODE="usage", LOG_FORMAT="text")
@@ -14972,6 +16048,20 @@ class ServerTest(ServerCase):
         for client in (few, *others):
             client.answers(200, call())
 
+    def test_a_connection_whose_request_has_just_come_is_not_idle(self):
+        client = self.connect()
+        client.answers(200, call())
+        connection, = self.server.open
+        self.awaiting("a request")
+
+        def make_room():
+            client.send(call())
+            connection.client.on_readable()
+            self.assertFalse(self.server.end_an_idle_one())
+
+        self.on_loop(make_room)
+        client.answers(200)
+
     def test_one_address_has_a_cap_of_its_own_unless_it_speaks_for_others(self):
         two = {"MAX_CONNECTIONS_PER_ADDRESS": 2}
         self.patch_seconds(Server_MAX_PER_ADDRESS=2)  # which does not concern loopback
@@ -14988,6 +16078,12 @@ class ServerTest(ServerCase):
         hosts = "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "192.0.2.1", "2001:db8::1"
         most = [self.server.most_of(host) for host in hosts]
         self.assertEqual(most, [inf] * 4 + [256] * 2)
+
+    def test_a_burst_of_connections_is_taken(self):
+        clients = [self.connect() for _ in range(100)]
+        for client in clients:
+            client.send(HEALTH)
+        self.assertEqual({client.read().status for client in clients}, {200})
 
     def test_what_holds_the_loop_is_named_in_the_log(self):
         self.patch_seconds(LoopWatch_PERIOD=0.01, Log_QUIET_SECONDS=0)
@@ -15023,6 +16119,13 @@ class ServerTest(ServerCase):
             self.assert_last_answer(client, 200)
         self.assertEqual(cut, [0])
 
+    def test_what_still_runs_when_the_time_is_up_is_cut(self):
+        client, asked = self.begin(event(1))
+        self.assertEqual(self.drain(0.05), 1)
+        client.expect_cut()
+        asked.wait_for_hang_up()
+        self.assertEqual(self.outcome(), "stopped")
+
 
 class TlsTest(ServerCase):
     """Callers that come by TLS."""
@@ -15031,6 +16134,18 @@ class TlsTest(ServerCase):
         clients = [self.connect() for _ in range(number)]
         wait_for(lambda: len(self.server.open) == number, "the connections")
         return clients
+
+    def test_an_address_has_20_handshakes_a_second_and_then_waits(self):
+        clock = Clock()
+        self.start_tls(clock=clock)
+        clients = self.connect_many(22)
+        waiting = partial(lambda: sorted(
+            round(one.context.deadline - clock.now, 2) for one in self.server.open
+            if one.context.what == "its turn for a TLS handshake"))
+        wait_for(lambda: waiting() == [0.05, 0.1], "who waits")
+        clock.now += 0.06
+        self.assertEqual(wait_for(lambda: waiting()[1:] == [] and waiting(), "a turn"), [0.04])
+        self.assertEqual(len(clients), 22)
 
     def test_who_leaves_while_it_waits_for_a_handshake_is_let_go(self):
         clock = Clock()
@@ -15977,6 +17092,14 @@ class CommandsTest(ProcessCase):
             self.assertEqual(code, 1)
             self.assertRegex(out, "(?m)^fault: .*" + re.escape(said))
 
+    def test_check_knows_that_a_start_goes_without_the_usual_database(self):
+        for path, is_usual in self.each("""[["", true], ["x.db", false]]"""):
+            config, out = read_config({**HERE, "DATABASE": path}), io.StringIO()
+            nowhere = patch("tempfile.TemporaryFile", side_effect=PermissionError)
+            with redirect_stdout(out), nowhere, patch.object(llm_proxy, "listen"):
+                faults = list(llm_proxy.faults_of_start(config))
+            self.assertEqual((not faults, "in memory only" in out.getvalue()), (is_usual,) * 2)
+
     def usual_database(self):
         """Returns the settings of a start with the usual database, and its path, where nothing can
         be written."""
@@ -16381,6 +17504,17 @@ class WorkersTest(ProcessCase):
             process.stop(number)
             wait_for(lambda: sum(said in row for row in process.rows) == 4, said)
 
+    def test_they_share_the_slots_of_an_upstream(self):
+        self.start(answer=None, MAX_CONCURRENCY=2)
+        clients = [self.connect().send(call()) for _ in range(9)]
+        for _ in clients:
+            asked = self.stub.next()
+            wait_for(lambda: self.redis.ask("ZCARD", "{llm_proxy}:slots:base:line") > 0
+                     or len(self.stub.requests) >= 8, "others to wait")
+            self.assertLessEqual(sum(not one.over.is_set() for one in self.stub.requests), 2)
+            asked.answer()
+        self.assertEqual({client.read().status for client in clients}, {200})
+
     def test_one_signal_drains_all(self):
         process = self.start(answer=None)
         streams = [self.begin(event(1)) for _ in range(12)]
@@ -16421,6 +17555,16 @@ class WorkersTest(ProcessCase):
         """Returns whether it has not ended; whether somebody has noted that does not matter."""
         with suppress(OSError), open("/proc/%d/stat" % pid, encoding="ascii") as file:
             return file.read().rpartition(") ")[2][0] != "Z"
+
+    def test_lines_of_all_are_whole(self):
+        process = self.start(LOG_FORMAT="json")
+        path = "/v1/" + 30 * "\u20ac"
+        target = urllib.parse.quote(path)
+        with threads([lambda: [self.post(target, b"{}", key="k") for _ in range(25)]] * 8):
+            pass
+        process.stop().wait()
+        rows = [json.loads(row) for row in process.rows]
+        self.assertEqual(sum("outcome" in row for row in rows), 200)
 
     def test_who_cannot_start_is_not_tried_for_ever(self):
         code, _, err = self.finish(WORKERS=3, REDIS_URL="unix:///nowhere", USAGE_LOG="/nowhere/log",
@@ -16534,6 +17678,22 @@ class EnduranceCase(ProcessCase):
         finally:
             over.set()
             thread.join(PATIENCE)
+
+    @contextmanager
+    def steady_calls(self):
+        """Makes one call after the other meanwhile, each on a new connection; all must be answered.
+        Returns the list of their seconds."""
+        seconds, statuses = [], []
+
+        def act():
+            began = time.monotonic()
+            statuses.append("failed")
+            statuses[-1] = self.ask().status
+            seconds.append(time.monotonic() - began)
+        with self.meanwhile(act):
+            yield seconds
+        self.assertEqual(set(statuses), {200})
+        self.assertGreater(len(statuses), self.size(0, 5))
 
 
 class Fuzz:
@@ -16956,6 +18116,21 @@ class DoorTest(EnduranceCase):
                 self.assertEqual((answered.status, answered.whole), (200, True))
                 self.assert_last_answer(client, 413)
 
+    def test_what_trickles_in_is_closed_at_its_deadline_and_nobody_else_feels_it(self):
+        seconds, number = self.size((0.3, 5), (15, 100))
+        self.patch_seconds(ClientConnection_HEAD_SECONDS=seconds, RequestBody_FREE_SECONDS=seconds)
+        # A body that held a place at the upstream would be missed.
+        self.start(MAX_TOKENS=10 ** 9, MAX_CONCURRENCY=1, MAX_QUEUE=0)
+        starts = [b"POST /v1/x HTTP/1.1\r\nHost: x\r\nX: ",
+                  unsized(CHAT, "Content-Length: 5000"),
+                  unsized(CHAT, CHUNKED) + b"1388\r\n"]
+        with self.steady_calls() as took:
+            self.drip(starts * number, seconds)
+        self.assertEqual({asked.body for asked in self.stub.requests}, {chat()})
+        self.assertEqual((self.stub.calls, self.in_flight()), (len(took), 0))
+        self.assert_left(10 ** 9 - len(took))
+        self.report("%d calls meanwhile, p99 %.1f ms", len(took), self.p99_milliseconds(took))
+
 
 @needs_redis
 class ProcessesTest(EnduranceCase):
@@ -17002,6 +18177,18 @@ class ProcessesTest(EnduranceCase):
             level = int(self.redis.ask("GET", name).split()[0])
             found.append((room if b":b::" in name else 1000000) - level)  # that of all has no owner
         return sorted(found)
+
+    def test_as_many_are_let_in_as_there_is_room_for(self):
+        for _ in range(self.size(1, 5)):
+            self.redis.ask("FLUSHALL")
+            self.launch_all(4, 100)
+            admitted, seconds = self.call_all(200, 200)
+            self.assertEqual(admitted, 100)
+            wait_for(lambda: self.missing(100) == [100, 3000], "the balance")
+            self.report("4 processes, 200 calls at 100: %d let in, p99 %.1f ms", admitted,
+                        self.p99_milliseconds(seconds))
+            for process in self.processes:
+                process.close()
 
     def test_redis_may_be_killed_again_and_again(self):
         self.launch_all(3, 100000)
@@ -17115,6 +18302,39 @@ class FaultsTest(EnduranceCase):
     def half_close(client):
         client.sock.shutdown(socket.SHUT_WR)
         client.close()
+
+    def test_whoever_leaves_within_a_metered_body_was_never_heard_of_upstream(self):
+        hang_ups = self.half_close, Client.reset
+        for number, leave in self.each(enumerate(hang_ups * 2)):
+            client = self.connect()
+            client.send(call(None, self.EXPECTING, stream=number > 1)[:-5])
+            self.assertEqual(client.head().status, 100)  # so its body is awaited
+            leave(client)
+            with self.within(1):
+                self.assert_ending("caller_gone", 1000, number)
+        self.assertEqual((self.stub.connections, self.in_flight()), (0, 0))
+
+    def test_when_an_upstream_breaks_off_its_caller_has_every_byte_and_sees_the_cut(self):
+        """A FIN makes a body whole that only closing ends (RFC 9112 6.3)."""
+        events = [*map(event, range(2000)), b"data: [DONE]\n\n"]
+        body, ok = b"".join(events), b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+        framings = {
+            "chunked": STREAM + b"".join(map(chunk, events)),
+            "sized": ok + b"Content-Length: %d\r\n\r\n%b" % (len(body) + 1, body),
+            "until close": ok + b"\r\n" + body}
+        for framing, hang_up in self.each(itertools.product(framings, (Asked.close, Asked.reset))):
+            self.start(None)
+            client, asked = self.ask_stub(call(stream=True))
+            asked.send(framings[framing])
+            client.head()
+            if hang_up == Asked.reset:  # some systems drop what stands before a RST
+                client.expect(body)
+            with self.within(1):
+                hang_up(asked)
+                answered = client.rest()
+            whole = (framing, hang_up) == ("until close", Asked.close)
+            self.assertEqual((answered.whole, answered.body == body), (whole, True))
+            self.assert_ending("ok" if whole else "upstream_cut", left=999)
 
     # -- upstreams that break off, or talk nonsense
 
@@ -17279,6 +18499,25 @@ class FaultsTest(EnduranceCase):
         self.assertIsNot(other.sock, asked.sock)
         other.answer()
         client.answers(200)
+
+    def test_a_signal_to_stop_refuses_callers_at_once_and_lets_every_stream_end(self):
+        for number in self.each((signal.SIGTERM, signal.SIGINT)):
+            process = self.serve(answer=None, MAX_TOKENS=1000)
+            pairs = [self.begin(event(1)) for _ in range(self.size(5, 20))]
+            with self.within(0.2):
+                process.stop(number)
+                wait_for(self.refuses, "the end of listening")
+            wait_for(lambda: process.said("stopping"))
+            count = self.size(20, 1000)
+            for theirs, (_, asked) in enumerate(pairs):
+                asked.chunks(*[event(theirs)] * count, end=True)
+            for theirs, (client, _) in enumerate(pairs):
+                answered = client.rest()
+                same = answered.body == event(1) + event(theirs) * count
+                self.assertEqual((answered.whole, same), (True, True))
+            with self.within(0.5):
+                self.assertEqual(process.wait(), 0)
+            self.assertFalse(process.said("Traceback"))
 
     # -- a signal to stop
 
@@ -17678,6 +18917,32 @@ class FaultsTest(EnduranceCase):
                     len(seen), settled[0], max(settled), before)
         if self.LONG:
             self.assertLessEqual(max(settled) - settled[0], 10)
+
+    @staticmethod
+    def seconds_of_an_event(client, asked):
+        began = time.monotonic()
+        asked.chunks(event(1))
+        client.expect(event(1))
+        return time.monotonic() - began
+
+    def test_many_idle_connections_slow_no_stream_and_are_closed_on_time(self):
+        number, seconds = self.size((50, 0.3), (1000, ClientConnection.IDLE_SECONDS))
+        self.patch_seconds(ClientConnection_IDLE_SECONDS=seconds)
+        self.launch(lambda asked: (self.stub.waiting.put(asked), asked.over.wait()),
+                    MAX_CONNECTIONS=2000)
+        streams = itertools.cycle([self.begin() for _ in range(self.size(5, 50))])
+        clients, delays = [self.connect() for _ in range(number)], []
+        began = time.monotonic()
+        for client in clients:
+            client.answers(200, HEALTH)
+        late = time.monotonic() + seconds + self.size(8, 1)
+        for client in clients:
+            while not client.is_readable():
+                self.assertLess(time.monotonic(), late)
+                delays.append(self.seconds_of_an_event(*next(streams)))
+            self.assertGreater(time.monotonic(), began + seconds - 0.1)
+            client.expect_close()
+        self.report("%d events, p99 %.1f ms", len(delays), self.p99_milliseconds(delays))
 
 
 class Attacker:
