@@ -10517,8 +10517,6 @@ def is_closed(execute: Callable[[str], "sqlite3.Cursor"]) -> bool:
     return bool(list(execute("SELECT 1 FROM facts WHERE name = 'closed'")))
 
 
-INDEX_IDS = "CREATE INDEX IF NOT EXISTS calls_id ON calls (id)"
-HAS_IDS = "SELECT 1 FROM sqlite_master WHERE name = 'calls_id'"
 CLOSE_DOOR = "INSERT OR IGNORE INTO facts VALUES ('closed', 1)"
 
 
@@ -10640,28 +10638,14 @@ class Database:
                 if name not in present:
                     execute(f"ALTER TABLE calls ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
-            if last < self.BATCH:
-                execute(INDEX_IDS)
             self.facts = {"summed": last, "unsummed": last}
             for fact in self.facts.items():
                 execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
             self.facts.update(read_facts(execute))
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
-
-    def index_ids(self, hinders: Callable[[], bool]):
-        """Makes the index of ids for calls that an older version wrote without it, which takes
-        seconds for a million; gives up when `hinders` says so. Raises sqlite3.Error."""
-        if self.execute(HAS_IDS):
-            return
-        connection = self.connection
-        connection.set_progress_handler(hinders, 100_000)
-        try:
-            with self.transaction():
-                self.execute(INDEX_IDS)
-        finally:
-            connection.set_progress_handler(None, 0)
-            self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with suppress(sqlite3.Error):  # for an old file's a disk may be too full: it goes without
+            execute("CREATE INDEX IF NOT EXISTS calls_id ON calls (id)")
 
     def make_room(self):
         """Makes SQLite move what was written to its place, from now on soon: it puts up to 4 MB
@@ -11061,7 +11045,7 @@ CALL_FILTERS = {
                 " WHEN :outcome IN ('ok', 'caller_gone') THEN calls - failed - limited"
                 " ELSE failed END > 0", "outcome = :outcome"),
     "failed": ("failed > 0", FAILED),
-    "id": ("1", "id = :id"),
+    "id": ("", "id = :id"),
     "slow": ("slowest >= :slow", "ms >= :slow")}
 FIND_ID = "SELECT rowid FROM calls WHERE id = :id ORDER BY rowid DESC LIMIT 100"
 FIND_SUMS = """SELECT start, min(first), max(last) FROM sums WHERE span = %d AND start >= :low
@@ -11221,7 +11205,7 @@ class LedgerReader(NamedTuple):
         where = " AND ".join(where for _, where in conditions) or "1"
         values["before"] = MOST if before is None else before
         with self.ask() as execute:
-            if "id" in values and list(execute(HAS_IDS)):
+            if "id" in values:
                 ranges = [(row, row) for row, in execute(FIND_ID, values)]
             elif conditions:
                 ranges = self.find_ranges(
@@ -11543,7 +11527,6 @@ class Ledger(Writer):
     sum_at = 0.0
     reopen_at = 0.0
     trouble = ""          # why not all is written yet
-    has_ids = False       # whether calls have an index of theirs, or one was tried
     version = -1          # of the database, when keys were read
     done: Collection[Order] = ()  # orders that still hold and are carried out here
     # Where keys are shared: is told of all, in the ledger's thread, and hears of others' by what
@@ -11649,24 +11632,12 @@ class Ledger(Writer):
                     return  # calls are to be written, too
             more = self.trade and self.trade(database)
             self.sum_at = now if more else now + self.SUM_SECONDS
-            if not self.has_ids:
-                self.index_ids()
         except sqlite3.Error as failure:
             self.sum_at = now + 60
             self.log.say(f"the sums of calls cannot be written: {failure}")
         except Exception:
             self.sum_at = now + 60
             self.log.report()
-
-    def index_ids(self):
-        """Makes the index of ids that an old file lacks. Calls wait meanwhile: if they become too
-        many it gives up, until the next start."""
-        self.has_ids = True
-        try:
-            self.database.index_ids(
-                lambda: len(self.queue) > self.room // 2 or self.stop.is_set())
-        except sqlite3.Error as failure:
-            self.log.say(f"only the latest calls are found by their ids: {failure}")
 
     def is_open(self, now):
         """Opens the file again, or a new one, where it was deleted or replaced, or could not be

@@ -9464,10 +9464,9 @@ redacted      None"""))
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
         path = new_path(self, "llm_proxy.db")
-        schema = Database.SCHEMA
-        for added in (", connect_ms INTEGER, redacted TEXT", ", redact TEXT"):
-            self.assertIn(added, schema)
-            schema = schema.replace(added, "")
+        added = ", connect_ms INTEGER, redacted TEXT"
+        self.assertIn(added, Database.SCHEMA)
+        schema = Database.SCHEMA.replace(added, "")
         with patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-2]), \
                 patch.object(Database, "SCHEMA", schema):
             database = Database(path)
@@ -9482,42 +9481,22 @@ class LedgerTest(LedgerCase):
         self.assertEqual((self.row()["id"], old, spare), ("old", None, None))
         self.assertGreaterEqual(new, 0)
 
-    MANY_CALLS = """INSERT INTO calls (id) WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL
-        SELECT n + 1 FROM numbers WHERE n < 20000) SELECT 'id-' || n FROM numbers;
-        DROP INDEX calls_id; CREATE TABLE ids (call); VACUUM"""
-
-    def many_calls(self):
-        """Returns the path of a database with 20,000 calls of an older version."""
+    def test_an_old_file_gets_an_index_of_ids_where_there_is_room_for_it(self):
         path = new_path(self, "llm_proxy.db")
         with closing(Database(path)) as database:
-            database.connection.executescript(self.MANY_CALLS)
-        return path
+            database.connection.executescript("""INSERT INTO calls (id) WITH RECURSIVE numbers(n)
+                AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 20000)
+                SELECT 'id-' || n FROM numbers; DROP INDEX calls_id; VACUUM""")
+        connect = llm_proxy.connect
 
-    def test_the_ids_of_an_older_version_are_indexed_once_nothing_hinders_it(self):
-        path = self.many_calls()
-        for hinder, pages, fault in self.each((
-                (True, 10 ** 6, "interrupted"), (False, 1, "disk is full"))):
-            database = Database(path)
-            database.execute("PRAGMA max_page_count = %d" % pages)
-            with self.assertRaisesRegex(sqlite3.Error, fault):
-                database.index_ids(lambda: hinder)
-            database.close()
-            self.assertEqual(LedgerReader(path).call("id-7")["row"], 7)
-        self.start(DATABASE=path)
-        with closing(sqlite3.connect(path)) as connection:
-            query = "SELECT name FROM sqlite_master WHERE name IN ('ids', 'calls_id')"
-            wait_for(lambda: connection.execute(query).fetchall() == [("calls_id",)], "the index")
-        self.assertNotIn("by their ids", self.lines.text())
-
-    def test_without_room_for_an_index_of_ids_the_log_says_so_once(self):
-        path, failure = self.many_calls(), sqlite3.OperationalError("disk is full")
-        with patch.object(Database, "index_ids", side_effect=failure), (
-                patch.object(llm_proxy.Ledger, "SUM_SECONDS", 0)):
-            self.start(DATABASE=path)
-            wait_for(lambda: "by their ids: disk is full" in self.lines.text(), "a line")
-            self.ask("k")
-            self.wait_for_rows(20_001)
-        self.assertEqual(self.lines.text().count("by their ids"), 1)
+        def full(*arguments):
+            connection = connect(*arguments)
+            connection.execute("PRAGMA max_page_count = 1")  # and not fewer than it has
+            return connection
+        for opened, indexes in (full, 0), (connect, 1):
+            with patch.object(llm_proxy, "connect", opened), closing(Database(path)) as database:
+                found = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'calls_id'")
+            self.assertEqual((len(found), LedgerReader(path).call("id-7")["row"]), (indexes, 7))
 
     def test_a_call_is_in_the_sums_seconds_after_its_end(self):
         self.start()
