@@ -18095,6 +18095,28 @@ class DoorTest(EnduranceCase):
                 self.assertEqual((answered.status, answered.whole), (200, True))
                 self.assert_last_answer(client, 413)
 
+    def drip(self, starts, deadline):
+        """Sends each of `starts` on a connection of its own, and then single bytes, until each
+        connection was closed with a 408, which must be at the deadline: once a request that came
+        after it is answered, none is open."""
+        began = time.monotonic()
+        waiting = clients = [self.connect().send(start) for start in starts]
+        self.ask(HEALTH)  # they were accepted before it
+        late = time.monotonic() + deadline + 0.1
+        while waiting:
+            is_late = time.monotonic() > late
+            for client in waiting:
+                with suppress(OSError):
+                    client.send(b"x")
+            time.sleep(0.05)
+            self.ask(HEALTH)
+            waiting = [client for client in waiting if not client.is_readable()]
+            self.assertFalse(is_late and waiting)
+            if waiting != clients:
+                self.assertGreater(time.monotonic(), began + deadline - 0.05)
+        for client in clients:
+            self.assert_last_answer(client, 408)
+
     def test_what_trickles_in_is_closed_at_its_deadline_and_nobody_else_feels_it(self):
         seconds, number = self.size((0.3, 5), (15, 100))
         self.patch_seconds(ClientConnection_HEAD_SECONDS=seconds, RequestBody_FREE_SECONDS=seconds)
