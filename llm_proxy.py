@@ -10633,10 +10633,11 @@ class Database:
         with self.transaction():
             for statement in self.SCHEMA.split(";"):
                 execute(statement)
-            present = {row[1] for row in execute("PRAGMA table_info(calls)")}
-            for name, kind in COLUMNS:
-                if name not in present:
-                    execute(f"ALTER TABLE calls ADD COLUMN {name} {kind}")
+            for table, columns in ("calls", COLUMNS), ("keys", [("redact", "TEXT")]):
+                present = {row[1] for row in execute(f"PRAGMA table_info({table})")}
+                for name, kind in columns:
+                    if name not in present:
+                        execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
             (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
             self.facts = {"summed": last, "unsummed": last}
             for fact in self.facts.items():
