@@ -10507,8 +10507,7 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 def read_facts(execute: Callable[[str], "sqlite3.Cursor"]) -> Dict[str, int]:
-    """Returns how far the sums have come: `summed` is the rowid of the last call that is in them,
-    `unsummed` of the last of an older version that is not."""
+    """Returns numbers, such as `summed`: the rowid of the last call that is in the sums."""
     return dict(execute("SELECT name, value FROM facts WHERE typeof(value) = 'integer'"))
 
 
@@ -10638,11 +10637,8 @@ class Database:
                 for name, kind in columns:
                     if name not in present:
                         execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
-            (last,), = execute("SELECT coalesce(max(rowid), 0) FROM calls")
-            self.facts = {"summed": last, "unsummed": last}
-            for fact in self.facts.items():
-                execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", fact)
-            self.facts.update(read_facts(execute))
+            execute("INSERT OR IGNORE INTO facts VALUES ('summed', 0)")
+            self.facts = read_facts(execute)
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
         with suppress(sqlite3.Error):  # for an old file's a disk may be too full: it goes without
@@ -10687,30 +10683,18 @@ class Database:
         self.insert("INSERT INTO calls (%s) SELECT %s* FROM (VALUES %%s)" % (
             ", ".join([*same, *names]), "?, " * len(same)), list(zip(*columns)), *same.values())
 
-    # -- sums; each of these does a little, and returns whether it did
+    # -- sums
 
     def add_new(self):
-        """Adds calls to the sums that came since the last time."""
+        """Adds some calls to the sums that came since the last time; returns whether there were
+        any."""
         summed = self.facts["summed"]
-        (last,), = self.execute(
-            "SELECT max(rowid) FROM (SELECT rowid FROM calls WHERE rowid > ? ORDER BY rowid"
-            " LIMIT ?)", (summed, self.BATCH))
-        if last is not None:
-            self.add_up(summed, last, summed=last)
-        return last is not None
-
-    def add_older(self):
-        """Adds calls of an older version, which had no sums, the newest first."""
-        last = self.facts["unsummed"]
-        if last:
-            first = max(0, last - self.BATCH)
-            self.add_up(first, last, unsummed=first)
-        return bool(last)
-
-    def add_up(self, first, last, **facts):
-        """Adds the calls after `first`, up to `last`, to the sums, and notes that."""
-        sums = self.names.put(self.execute(SUMS_OF_CALLS, (first, last)))
-        self.add_sums(sums, facts, sums if self.tells else ())
+        (last,), = self.execute("SELECT coalesce(max(rowid), 0) FROM calls")
+        last = min(last, summed + self.BATCH)
+        if last > summed:
+            sums = self.names.put(self.execute(SUMS_OF_CALLS, (summed, last)))
+            self.add_sums(sums, {"summed": last}, sums if self.tells else ())
+        return last > summed
 
     def add_sums(self, sums, facts, untold):
         """Adds to the sums, with those that other boxes are to be told."""
@@ -11628,7 +11612,7 @@ class Ledger(Writer):
         try:
             if self.trade and not database.tells:
                 database.begin_to_tell()
-            while database.add_new() or database.add_older():
+            while database.add_new():
                 if self.clock.monotonic() >= now + self.PAUSE or self.stop.is_set():
                     return  # calls are to be written, too
             more = self.trade and self.trade(database)
@@ -11749,7 +11733,7 @@ class Ledger(Writer):
 
     def forget_old(self, now):
         now_wall = wall_time(self.clock)
-        if self.database.facts["unsummed"] or not self.database.forget(
+        if not self.database.forget(
                 now_wall - self.days * 86400, now_wall - max(self.days, self.SUMS_DAYS) * 86400):
             self.forget_at = now + self.FORGET_SECONDS
 
@@ -19222,8 +19206,7 @@ def usage_query(execute, by, since):
     facts, sums, calls, whole = read_facts(execute), [], [], MOST
     if "summed" in facts and "outcome" not in by:
         whole = int(-(-since // QUARTER)) * QUARTER
-        calls = [f"number <= {facts['unsummed']} AND time >= {whole}",
-                 f"number > {facts['summed']} AND time >= {whole}"]
+        calls = [f"number > {facts['summed']} AND time >= {whole}"]
         counts = ", ".join("{0} * %s AS %s" % (name, name) for name in SUM_COUNTS)
         sums = [f"SELECT start, NULL AS outcome, {SUM_NAMES}, {counts.format(sign)} FROM sums"
                 f" WHERE span = {span} AND start >= {low} AND start < {high}"
