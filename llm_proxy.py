@@ -7913,11 +7913,6 @@ class Context:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
 
-    def renew(self):
-        """Begins another call."""
-        self.until = inf
-        self.reason = None
-
     def expired(self):
         """Tells whether the call's own deadline has passed, not just that of one wait."""
         return self.loop.time() >= self.until
@@ -8206,11 +8201,6 @@ class Stream:
         taken = self.read_buffer
         self.read_buffer = b""
         return taken
-
-    def is_silent(self):
-        """Tells whether an idle connection can be used again: neither its end came, nor bytes that
-        the next call would take for its response. The loop has told of both by its last pass."""
-        return self.reading and not self.read_buffer
 
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
@@ -9537,14 +9527,16 @@ class Address:
     # -- connections
 
     def spare(self):
-        """Returns a spare connection that is still silent, the newest first."""
+        """Returns a spare connection, the newest first, that can be used again: neither its end
+        came, nor bytes that the next call would take for its response. The loop has told of both by
+        its last pass."""
         now = self.clock.monotonic()
         spares, unripe, found = self.spares, [], None
         while spares and not found and len(unripe) < MAX_UNRIPE:
             reusable, stream = spares.pop()
             if reusable > now:
                 unripe.append((reusable, stream))
-            elif now - reusable < SPARE_SECONDS and stream.is_silent():
+            elif now - reusable < SPARE_SECONDS and stream.reading and not stream.read_buffer:
                 found = stream
             else:
                 stream.close()
@@ -14580,6 +14572,10 @@ class Reply:
             client.read_buffer = client.read_buffer[request.length:]
         else:
             self.body = RequestBody(client, request, self.common.budget)
+        if client.ended:
+            client.on_end()
+        elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
+            client.resume_reading()
 
     async def read_body(self) -> bytes:
         """Returns the body of a metered call."""
@@ -14862,7 +14858,8 @@ class Reply:
         if self.early:
             return self.client.write(self.first)
         now = clock.time_ns()
-        lines = (f"{self.response_lines(response)}{self.framing_line}"
+        known = response.head.cache.get(response.hides)
+        lines = (f"{known or self.response_lines(response)}{self.framing_line}"
                  f"X-Upstream-Request-Start: {self.started}\r\n"
                  f"X-Upstream-Request-Stop: {now}\r\n")
         if "date" not in response.head.lines:  # it is for us to say (RFC 9110 6.6.1)
@@ -14881,8 +14878,6 @@ class Reply:
         """Returns the status line of a response, and the header lines that are passed on as they
         came, or nearly."""
         head, hides = response.head, response.hides
-        if hides in head.cache:
-            return head.cache[hides]
         replaced = REPLACED if self.common.origins.none else REPLACED_WITH_CORS
         lines = ["HTTP/1.1 %d %s" % (response.status, head.reason),
                  *head.end_to_end(replaced | hides)]
@@ -17752,20 +17747,29 @@ class ClientConnection:
     async def exchange(self) -> bool:
         """Answers one request, once its first byte has come; returns whether another one may
         follow. Raises TimeoutError where none comes."""
-        self.context.renew()
+        context, client = self.context, self.client
+        context.until = inf
+        context.reason = None
         self.reply = None
         self.idle = True
-        client = self.client
         if not client.read_buffer:
             if self.server.draining:
                 self.end_if_idle()
             seconds = self.IDLE_SECONDS if self.served else self.HEAD_SECONDS
-            if not await client.more(self.context, seconds, "a request"):
+            if not await client.more(context, seconds, "a request"):
                 return False
         reply = self.new_reply()
         try:
             try:
-                await self.answer(reply)
+                head = client.take_head() or await self.read_head()
+                self.idle = False
+                reply.entry.started = self.loop.time()
+                self.last = request = Request.read(head, self.last)
+                reply.take(request)
+                if self.server.draining:
+                    reply.close_after = True
+                respond = request.cache.get("respond") or self.find_responder(request)
+                await respond(request, reply)
             except QuietEnd:
                 raise
             except Exception as failure:
@@ -17777,11 +17781,11 @@ class ClientConnection:
                 self.record(reply)
         return not reply.close_after
 
-    async def answer(self, reply):
-        """Reads a request and answers it. Raises whatever is to be answered instead."""
+    async def read_head(self):
+        """Returns a head that comes in pieces. Raises what is to be answered instead."""
         client = self.client
         try:
-            data = client.take_head() or await client.read_head(
+            data = await client.read_head(
                 REQUEST_LINE, self.context, self.HEAD_SECONDS, "the request's head")
         except TimeoutError:
             if not client.read_buffer:  # nothing came but empty lines
@@ -17791,18 +17795,7 @@ class ClientConnection:
             raise QuietEnd from None  # reset between two requests
         if data is None:
             raise QuietEnd
-        self.idle = False
-        reply.entry.started = self.loop.time()
-        self.last = request = Request.read(data, self.last)
-        reply.take(request)
-        if self.server.draining:
-            reply.close_after = True
-        if client.ended:
-            self.on_client_end()
-        elif not client.reading and len(client.read_buffer) < MAX_READ_AHEAD:
-            client.resume_reading()
-        respond = request.cache.get("respond") or self.find_responder(request)
-        await respond(request, reply)
+        return data
 
     def find_responder(self, request):
         """Returns what answers requests with this head, a page or the proxy. Raises a Refusal for
@@ -17882,7 +17875,7 @@ class ClientConnection:
         """Reads on until the client closes, too."""
         client, context = self.client, self.context
         client.discarding = False
-        context.renew()
+        context.reason = None
         context.until = self.loop.time() + total
         self.idle = True
         dropped = 0
@@ -18090,7 +18083,7 @@ class Server(http.server.ThreadingHTTPServer):
         idle.sort(key=lambda one: (-self.by_address[one.address], one.context.since))
         for oldest in idle[:self.LOOKS]:
             oldest.client.on_readable()  # a request may have come
-            if oldest.client.is_silent() and oldest.context.is_waiting():
+            if not oldest.client.read_buffer and oldest.context.is_waiting():
                 oldest.context.end(QuietEnd())
                 self.release(oldest)
                 return True
