@@ -9464,9 +9464,10 @@ redacted      None"""))
 class LedgerTest(LedgerCase):
     def test_a_file_of_before_a_column_was_added_is_widened_and_keeps_its_rows(self):
         path = new_path(self, "llm_proxy.db")
-        added = ", connect_ms INTEGER, redacted TEXT"
-        self.assertIn(added, Database.SCHEMA)
-        schema = Database.SCHEMA.replace(added, "")
+        schema = Database.SCHEMA
+        for added in (", connect_ms INTEGER, redacted TEXT", ", redact TEXT"):
+            self.assertIn(added, schema)
+            schema = schema.replace(added, "")
         with patch.object(llm_proxy, "COLUMNS", llm_proxy.COLUMNS[:-2]), \
                 patch.object(Database, "SCHEMA", schema):
             database = Database(path)
