@@ -7976,8 +7976,9 @@ class Context:
 
 
 class StreamSelector(DefaultSelector):
-    """Calls a stream whose socket is ready from within `select`. What asyncio has registered goes
-    to asyncio, by whose way each event takes a handle and a place in a queue."""
+    """Calls a stream whose socket is ready from within `select`, though what came before in the
+    same pass may have changed what it asks for. What asyncio has registered goes to asyncio, by
+    whose way each event takes a handle and a place in a queue."""
 
     on_bug = None  # gets what a stream's callback has raised
 
@@ -7989,7 +7990,10 @@ class StreamSelector(DefaultSelector):
                 others.append((key, events))
                 continue
             try:
-                stream.on_ready(events)
+                if events & EVENT_READ and stream.reading:
+                    stream.on_readable()  # first: of a connection that was reset, reading tells so
+                if events & EVENT_WRITE and stream.writing:
+                    stream.flush()
             except Exception as bug:
                 self.on_bug(bug)
         return others
@@ -8085,14 +8089,6 @@ class Stream:
         else:
             selector.unregister(self.descriptor)
         self.events = events
-
-    def on_ready(self, events: int):
-        """The loop calls this, though what came before in the same pass may have changed what is
-        asked for."""
-        if events & EVENT_READ and self.reading:
-            self.on_readable()  # first: of a connection that was reset, reading tells so
-        if events & EVENT_WRITE and self.writing:
-            self.flush()
 
     # -- what comes
 
@@ -9141,7 +9137,6 @@ class Response:
     streamed = False  # whether its body is a stream of events
     released = False
     ticket = None     # the place of its call, which ends with it
-    secret = ""       # a key that it must not show
     hides = frozenset()  # header fields that it must not show
 
     def __init__(self, address: "Address", stream: Stream, head: ResponseHead, method,
@@ -9150,6 +9145,7 @@ class Response:
         self.stream = stream
         self.head = head
         self.status = head.status
+        self.secret = address.hidden  # a key that it must not show
         self.reusable = request_was_sent and not (
             head.close_after or stream.write_buffer or stream.write_failed)
         # Whether it has no body by its nature (RFC 9112 6.3), though some send one
@@ -9403,6 +9399,7 @@ class Address:
     REUSE_DELAY = 0.05
     DEAF_SECONDS = 1          # an upstream goes on sending after its caller left
     MAX_CONNECTING = 8        # connections that are opened at once, in helper threads
+    hidden = ""               # our key, which no response may show
 
     def __init__(self, endpoint: Endpoint, transport: TransportConfig, breakers: Breakers,
                  clock: Any):
@@ -9685,6 +9682,8 @@ class Upstream:
         self.queue = FairQueue(most, limits, clock) if most else None
         self.addresses = [Address(endpoint, transport, Breakers(*breaking), clock)
                           for endpoint in config.url]
+        for address in self.addresses:
+            address.hidden = self.hidden
         self.rotation = 0
         self.disabled = False
         self.without_options = set()  # models that take stream_options for an error here
@@ -9740,10 +9739,9 @@ class Upstream:
             self.say("upstream %s: %s %s" % (self.name, address.endpoint.origin, news))
 
     def guard_key(self, response: Response):
-        """Keeps a response from telling our own key. Raises KeyRefused for a 401 about that key.
-        The operator is told, once a minute."""
-        response.secret = self.hidden
-        if self.hidden and response.status >= 400:
+        """Keeps an error from telling our own key. Raises KeyRefused for a 401 about that key. The
+        operator is told, once a minute."""
+        if self.hidden:
             response.hides |= {"content-encoding"}  # it is unpacked
         if response.status != 401 or self.key in (None, PASSTHROUGH):
             return
@@ -15167,7 +15165,8 @@ class Proxy:
                 call.forget()
             try:
                 with await self.forward(upstream, reply, call) as response:         # forward
-                    upstream.guard_key(response)
+                    if response.status >= 400:
+                        upstream.guard_key(response)
                     ending = await self.pass_on(response, reply, entry)
                     if ending != "ok" or response.address.breakers.troubled:
                         upstream.judge(
@@ -15422,14 +15421,25 @@ class Proxy:
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
         wait."""
-        if upstream.queue is None or call.unmetered:
-            return self.send(upstream, reply, call)
-        return self.send_in_turn(upstream, reply, call)
+        method, context = reply.request.method, reply.context
+        if upstream.queue and not (call.unmetered or context.slot):
+            return self.forward_in_turn(upstream, reply, call)
+        head = partial(self.request_head, reply.request, call, upstream)
+        send = upstream.send_patiently if upstream.retries else upstream.send_once
+        if call.body is None:
+            body = reply.body if reply.content is None else reply.content
+            if body:  # nothing is uploaded twice
+                send = upstream.send_once
+            return send(method, head, body, context)
+        if call.stream and self.estimator.needs_usage and (
+                call.upstream_model not in upstream.without_options):
+            return self.send_with_question(upstream, send, method, head, call, context)
+        return send(method, head, call.upstream_body, context)
 
-    async def send_in_turn(self, upstream, reply, call):
+    async def forward_in_turn(self, upstream, reply, call):
         ticket = reply.context.slot = await self.stand_in_line(upstream, reply)
         try:
-            response = await self.send(upstream, reply, call)
+            response = await self.forward(upstream, reply, call)
         except BaseException:
             if not ticket.parting:
                 ticket.leave()
@@ -15472,20 +15482,6 @@ class Proxy:
             entry.ticket = None
             entry.queued = ticket.waited()
             entry.held_up += entry.queued / 1000 - before
-
-    def send(self, upstream, reply, call):
-        method, context = reply.request.method, reply.context
-        head = partial(self.request_head, reply.request, call, upstream)
-        send = upstream.send_patiently if upstream.retries else upstream.send_once
-        if call.body is None:
-            body = reply.body if reply.content is None else reply.content
-            if body:  # nothing is uploaded twice
-                send = upstream.send_once
-            return send(method, head, body, context)
-        if call.stream and self.estimator.needs_usage and (
-                call.upstream_model not in upstream.without_options):
-            return self.send_with_question(upstream, send, method, head, call, context)
-        return send(method, head, call.upstream_body, context)
 
     async def send_with_question(self, upstream, send, method, head, call, context):
         """Sends a call whose stream must be asked for its usage; an upstream that refuses the

@@ -702,7 +702,7 @@ def cpu_seconds():
 
 getattr(gc, "callbacks", []).append(note_collection)  # PyPy has none
 llm_proxy.tune_interpreter()
-RUN, READY = asyncio.events.Handle._run, Stream.on_ready
+RUN, READ = asyncio.events.Handle._run, Stream.on_readable
 # Linux counts those of a thread; PyPy waits for its lock without any.
 SWITCHES = getattr(resource, "RUSAGE_THREAD", None) if hasattr(gc, "freeze") else None
 
@@ -743,8 +743,8 @@ def run_and_measure(handle):
     measured(handle._loop, handle._callback, RUN, handle)
 
 
-def read_and_measure(stream, events):
-    measured(stream.loop, stream, READY, stream, events)
+def read_and_measure(stream):
+    measured(stream.loop, stream, READ, stream)
 
 
 usual_prices = lru_cache(None)(llm_proxy.usual_prices)
@@ -773,7 +773,7 @@ class ProxyCase(TableCase):
                     patch.object(RedisBuckets, "DRAIN_SECONDS", 0.05),
                     patch.object(Redis, "LONGEST_PAUSE", 0.05),
                     patch.object(asyncio.events.Handle, "_run", run_and_measure),
-                    patch.object(Stream, "on_ready", read_and_measure))
+                    patch.object(Stream, "on_readable", read_and_measure))
 
     def start(self, answer=says(), clock=time, base="", reads=True, **settings):
         """`settings` are llm_proxy's; without others the log is JSON, and buckets are large. By
@@ -19239,7 +19239,8 @@ def timed(run, one, *events):
         with open(os.environ["LONGEST"], "w") as file:
             file.write("%.4f %s" % (took, text))
 measure(asyncio.events.Handle, "_run")
-measure(llm_proxy.Stream, "on_ready")
+measure(llm_proxy.Stream, "on_readable")
+measure(llm_proxy.Stream, "flush")
 sys.exit(llm_proxy.main())
 """
     RULES = ("key:empty 1 requests per month; each 1 requests per month burst 100000000;"
