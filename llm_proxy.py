@@ -7870,6 +7870,7 @@ MAX_READ_AHEAD = 65536  # bytes that are read of a client while its call is runn
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CAN_POLL = hasattr(select, "poll")
 IS_PYPY = sys.implementation.name == "pypy"
+READABLE = 1            # POLLIN, which Windows has not
 HANG_UP = 0x2000        # POLLRDHUP of Linux: PyPy has no name for it
 
 
@@ -7981,9 +7982,11 @@ class StreamSelector(DefaultSelector):
     whose way each event takes a handle and a place in a queue."""
 
     on_bug = None  # gets what a stream's callback has raised
+    looks = 0      # how often it was asked
 
     def select(self, timeout: Optional[float] = None) -> list:
         others = []
+        self.looks += 1
         for key, events in super().select(timeout):
             stream = key.data
             if type(stream) is not Stream:
@@ -8049,6 +8052,8 @@ class Stream:
     unsent = b""    # bytes that were dropped when writing failed
     write_waiter: Optional[asyncio.Future] = None  # a task awaits that bytes were sent
     source: Optional["Stream"] = None      # the stream to pause while this one is slow
+    poller = None   # tells whether there is something to read
+    idle_since = 0  # the loop's last look before it was idle
     MOST_POSTED = 4096  # bytes that an idle socket always takes
     # Callbacks. `on_full`: so much was read ahead that reading was paused.
     on_end = on_full = on_write_failed = None
@@ -8198,14 +8203,29 @@ class Stream:
         self.read_buffer = b""
         return taken
 
+    def is_silent(self, look: bool = True) -> bool:
+        """Tells whether an idle connection can be used again: neither its end came, nor bytes that
+        the next call would take for its response. Without a `look` the loop's last one counts, if
+        the connection was idle before that."""
+        if look or not self.reading or self.idle_since == self.loop.selector.looks:
+            poller = self.poller = self.poller or self.poller_for(READABLE)
+            if poller is None or poller.poll(0):
+                self.on_readable()
+        return not self.ended and not self.read_buffer
+
     def has_hung_up(self):
         """Tells whether the other side closed, while nothing is read: the end stands behind what
         nobody has read yet. Windows cannot tell."""
+        poller = self.poller_for(HANG_UP)
+        return poller is not None and bool(poller.poll(0))
+
+    def poller_for(self, event):
+        """Returns what tells whether an event is there, None where nothing can."""
         if not CAN_POLL:
-            return False
+            return None
         poller = select.poll()
-        poller.register(self.descriptor, HANG_UP)
-        return bool(poller.poll(0))
+        poller.register(self.descriptor, event)
+        return poller
 
     # -- what goes
 
@@ -9400,6 +9420,7 @@ class Address:
     DEAF_SECONDS = 1          # an upstream goes on sending after its caller left
     MAX_CONNECTING = 8        # connections that are opened at once, in helper threads
     hidden = ""               # our key, which no response may show
+    may_close = False  # it has closed a spare connection, or spoken there, before its time
 
     def __init__(self, endpoint: Endpoint, transport: TransportConfig, breakers: Breakers,
                  clock: Any):
@@ -9524,18 +9545,17 @@ class Address:
     # -- connections
 
     def spare(self):
-        """Returns a spare connection, the newest first, that can be used again: neither its end
-        came, nor bytes that the next call would take for its response. The loop has told of both by
-        its last pass."""
+        """Returns a spare connection that is still silent, the newest first."""
         now = self.clock.monotonic()
         spares, unripe, found = self.spares, [], None
         while spares and not found and len(unripe) < MAX_UNRIPE:
             reusable, stream = spares.pop()
             if reusable > now:
                 unripe.append((reusable, stream))
-            elif now - reusable < SPARE_SECONDS and stream.reading and not stream.read_buffer:
+            elif now - reusable < SPARE_SECONDS and stream.is_silent(self.may_close):
                 found = stream
             else:
+                self.may_close |= now - reusable < SPARE_SECONDS
                 stream.close()
         if unripe:
             spares.extend(reversed(unripe))
@@ -9547,6 +9567,7 @@ class Address:
         reusable = self.clock.monotonic()
         if in_doubt:
             reusable += self.REUSE_DELAY
+        stream.idle_since = stream.loop.selector.looks
         self.spares.append((reusable, stream))
 
     def close_stale(self, everything: bool = False):
@@ -18078,8 +18099,7 @@ class Server(http.server.ThreadingHTTPServer):
         idle = [one for one in self.open if one.idle and one.context.is_waiting()]
         idle.sort(key=lambda one: (-self.by_address[one.address], one.context.since))
         for oldest in idle[:self.LOOKS]:
-            oldest.client.on_readable()  # a request may have come
-            if not oldest.client.read_buffer and oldest.context.is_waiting():
+            if oldest.client.is_silent() and oldest.context.is_waiting():  # no request has come
                 oldest.context.end(QuietEnd())
                 self.release(oldest)
                 return True

@@ -6751,6 +6751,17 @@ class StreamTest(ProxyCase):
             self.assertEqual(theirs.recv(9), sent)
         self.assertEqual(theirs.recv(9), b"")
 
+    def test_an_idle_connection_is_looked_at_unless_the_loop_has_done_so_since(self):
+        for came, look, silent in self.each((
+                (b"", True, True), (b"", False, True), (b"x", True, False), (b"x", False, False))):
+            loop, stream, theirs = self.stream_pair()
+            stream.resume_reading()
+            stream.idle_since = loop.selector.looks
+            theirs.send(came)
+            self.assertEqual(stream.is_silent(look), silent)
+            loop.run_until_complete(asyncio.sleep(0))
+            self.assertEqual(stream.is_silent(look), silent)
+
     def test_what_is_posted_and_is_not_little_goes_at_once(self):
         _, stream, theirs = self.stream_pair()
         stream.post(b"x" * 4097)
@@ -16133,6 +16144,11 @@ class TlsTest(ServerCase):
         self.connect_many(40)[-1].close()
         clock.now += ClientConnection.HANG_UP_SECONDS  # a second before its turn
         wait_for(lambda: len(self.server.open) == 39, "one less")
+
+    def test_where_all_connections_are_used_an_idle_one_makes_room(self):
+        self.start_tls(MAX_CONNECTIONS=1)
+        for _ in range(3):
+            self.assertEqual(self.connect_tls().exchange(call()).status, 200)
 
     def test_a_client_that_does_not_trust_us_has_a_line(self):
         self.start_tls()
