@@ -8422,7 +8422,7 @@ class Transfer:
             self.on_data(source.take_all())
         if source.ended:
             self.on_source_end()
-        elif not self.done.done():
+        elif source.reading == self.target.writing and not self.done.done():
             (source.pause_reading if self.target.writing else source.resume_reading)()
         return self
 
@@ -8431,7 +8431,8 @@ class Transfer:
         self.target.source = None  # the target may be slow to the end
         if self.timer:
             self.timer.cancel()
-        self.source.resume_reading()
+        if not self.source.reading:
+            self.source.resume_reading()
 
     def on_data(self, data):
         """Passes bytes on. This is the hot path: one look at the framing, one write."""
