@@ -8037,10 +8037,11 @@ def run_alone(work: Awaitable) -> Any:
         try:
             return loop.run_until_complete(work)
         finally:
-            for task in asyncio.all_tasks(loop):
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    loop.run_until_complete(task)
+            if tasks:  # what each of them was ended by is nobody's business
+                loop.run_until_complete(asyncio.wait(tasks))
 
 
 class Stream:
@@ -9040,8 +9041,8 @@ class Stored:
         """Keeps an open bill; the oldest above BILLS is dropped."""
         put_newest(self.bills, name, bill, self.BILLS)
 
-    def pay(self, name, hold):
-        """Forgets a bill that was charged by `hold`."""
+    def pay(self, name: str, entry: "Entry"):
+        """Forgets a bill that a call has paid, whose entry this is."""
         del self.bills[name]
 
     def put(self, name, thing):
@@ -10101,6 +10102,7 @@ class Entry:
     reasons: Sequence[str] = ()            # with a trace: why the model stopped
     context: Optional[Context] = None      # this and the ticket: while it runs
     ticket: Optional[Ticket] = None
+    paid: Optional[asyncio.Future] = None  # done when it is known whether it has paid a bill alone
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
@@ -14280,7 +14282,7 @@ class SharedFeed(Feed):
     FRESH_SECONDS = 2.5
     GONE_SECONDS = 60   # after which Redis forgets what nobody reads
     MOST_SECONDS = 200  # seconds of all processes that Redis keeps
-    MOST_READ = 50      # of these, at once
+    MOST_READ = 100     # of these, at once
     ADDED = "in_flight", "line", "running", "buckets"
     COUNTED = {"calls": int, "tokens": int, "failed": int, "usd": Decimal}
     TOLD = "begin", "end", "change", "warning"
@@ -14450,15 +14452,21 @@ class SharedStored(Stored):
         call.upstream_model, call.models, call.made = models[0], models, made
         return Bill(hold, call, characters)
 
-    def pay(self, name, hold):
-        super().pay(name, hold)
+    def pay(self, name, entry):
+        super().pay(name, entry)
         key = self.key("bill", name)
+        hold = entry.hold
+        entry.paid = self.redis.loop.create_future()
 
         def on_answer(reply):
             if isinstance(reply, RedisFault):
                 self.redis.ask(None, "DEL", key)
-            elif reply == 0 and hold.keyed_rules:  # another process was told the same, and has paid
-                hold.buckets.settle(hold.keyed_rules, NO_COST, hold.costs, hold.taken_at)
+            elif reply == 0:  # another process was told the same, and has paid
+                if hold.keyed_rules:
+                    hold.buckets.settle(hold.keyed_rules, NO_COST, hold.costs, hold.taken_at)
+                hold.costs = NO_COST
+                entry.usage, entry.picodollars, entry.priced = None, 0, None
+            Stream.wake(entry.paid)
         self.redis.ask(on_answer, "DEL", key)
 
 
@@ -15124,6 +15132,7 @@ CALLERS_FAULTS = 400, 404, 413, 422
 class Proxy:
     tally: Optional[Tally] = None  # of all workers, where there are several
     STEP_SECONDS = 0.005  # for so long one step of longer work may hold the loop
+    PAID_SECONDS = 0.1    # for so long Redis may take to say whether a bill was paid
 
     def __init__(self, config: Config, clock: Any, loop: Loop,
                  callers: Callers, limits: Limits, prices: Prices, estimator: CostEstimator,
@@ -15169,7 +15178,12 @@ class Proxy:
             try:
                 if self.redaction:
                     await self.redact(upstream, reply, call)
-                return await self.serve_by(upstream, reply, entry, call)
+                await self.serve_by(upstream, reply, entry, call)
+                if entry.paid:  # it may turn out that another process has
+                    with suppress(TimeoutError):
+                        await reply.context.wait(
+                            entry.paid, self.PAID_SECONDS, "whether its bill was paid")
+                return
             except Refusal as refusal:
                 if not refusal.nothing_sent or upstream is upstreams[-1]:
                     raise
@@ -15602,7 +15616,7 @@ class Proxy:
         # A batch has no text, and what it used is not less than was held.
         if not usage.estimated or bill.call.endpoint != UNKNOWN or reader.fault:
             self.charge_bill(entry, bill, usage)
-        self.stored.pay(name, entry.hold)
+        self.stored.pay(name, entry)
 
     def charge_bill(self, entry, bill, usage):
         reader, before = entry.reader, bill.hold.costs

@@ -12668,6 +12668,11 @@ class SharedStoredTest(ProxyCase):
             wait_for(lambda: not redis.ask("KEYS", "*:bill:*"))
             wait_for(lambda: self.left(redis) == [left])
 
+    def polled(self):
+        """Returns the entries of what asked for results, at both processes."""
+        return [entry for proxy in self.proxies
+                for entry in proxy.books.log.stream.entries() if entry["method"] == "GET"]
+
     def test_of_calls_that_ask_at_once_one_is_charged_whichever_is_told(self):
         for places, order, told in self.each("""[
                 [[0, 0], [1, 0], [0]], [[0, 0], [0, 1], [1]], [[0, 0], [1, 0], [0, 1]],
@@ -12686,6 +12691,8 @@ class SharedStoredTest(ProxyCase):
             for proxy in self.proxies:
                 wait_for(lambda: is_done(proxy.limits.buckets))
             self.assertEqual(self.left(redis), [b"96980"])
+            wait_for(lambda: len(self.polled()) == len(order), "what is written down")
+            self.assertEqual([one["input"] for one in self.polled() if one["input"]], [20])
 
 
 # --------------------------------------------------------------------------------------------------
