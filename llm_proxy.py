@@ -4694,7 +4694,8 @@ class Dialect:
         reasoning reasoning_tokens thinking_tokens reasoning_output_tokens thoughtsTokenCount
         cached cached_content_token_count
         reasoning total_thought_tokens thoughts_token_count""".splitlines()) for name in names}
-    # With these, input_tokens are without what caches had to do with, as Anthropic means them.
+    # With these, be it in another event, input_tokens are without what caches had to do with, as
+    # Anthropic means them.
     BESIDE_PROMPT = set_of("cache_read_input_tokens cache_creation_input_tokens cache_creation")
     OUTPUT = ("output",)  # what is added up to all of it
     # One of these must be reported.
@@ -4902,7 +4903,7 @@ class Dialect:
 
     def amounts_in(self, counts):
         """Returns what counts and their details tell: tokens and searches by their kind, money in
-        picodollars, tiers, and the counts of iterations. Null says nothing."""
+        picodollars, tiers, the counts of iterations, and by which names. Null says nothing."""
         report = {name: counts[name] for name in self.TIERS if is_name(counts.get(name))}
         for one in [counts, *[one for one in counts.values() if type(one) is dict]]:
             for name, value in one.items():
@@ -4915,8 +4916,8 @@ class Dialect:
             report["picodollars"] += round(PICODOLLARS * (own or 0))
         if isinstance(counts.get("iterations"), list):
             report["iterations"] = counts["iterations"]
-        if "input_tokens" in counts and not self.BESIDE_PROMPT.isdisjoint(counts):
-            report["beside"] = 1
+        names = self.BESIDE_PROMPT | {"input_tokens"}
+        report.update({name: True for name in names if counts.get(name)})
         return report
 
     def searches(self, payload):
@@ -5020,7 +5021,8 @@ class Dialect:
         as usual in this API, but for parts that are larger than the whole."""
         prompt, output, total = by_kind["prompt"], by_kind["output"], by_kind["total"]
         caches, reasoning = by_kind["cached"] + by_kind["written"], by_kind["reasoning"]
-        sent = prompt + (caches if by_kind["beside"] else by_kind["tools"])
+        beside = "input_tokens" in by_kind and not self.BESIDE_PROMPT.isdisjoint(by_kind)
+        sent = prompt + (caches if beside else by_kind["tools"])
         said = sum(map(by_kind.__getitem__, self.OUTPUT))
         pairs = itertools.product(
             (sent, prompt, prompt + caches, prompt + by_kind["cached"],
@@ -6244,8 +6246,11 @@ class UsageReader:
         payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
         if payload:
             return payload
-        whole = [event for event in events.cut(data) if line in event]  # its JSON has more lines
-        return events.payload(whole[0]) if whole else {}
+        for event in events.cut(data):  # its JSON has more lines
+            place -= len(event)
+            if place < 0:
+                break
+        return events.payload(event)
 
     def repeats_text(self, data):
         """Returns whether each event has all of the text, as in SGLang's own streams, which tell

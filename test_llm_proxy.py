@@ -3796,6 +3796,15 @@ ANTHROPIC_EVENTS = json.loads("""[
     {"type": "message_delta", "delta": {"stop_reason": null}, "usage": {"output_tokens": 3}},
     {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 7}},
     {"type": "message_stop"}]""")
+
+
+def anthropic_events(first, last):
+    """Those in which the first event tells some of the input, and the last one the rest."""
+    start, *between, end, stop = ANTHROPIC_EVENTS
+    return [{**start, "message": {"usage": {**first, "output_tokens": 1}}}, *between,
+            {**end, "usage": {**last, "output_tokens": 7}}, stop]
+
+
 RESPONSE_EVENTS = json.loads("""[
     {"type": "response.created",
      "response": {"id": "r", "usage": null, "tools": [{"usage": {"input_tokens": 1}}]}},
@@ -3842,6 +3851,10 @@ class UsageReaderTest(ProxyCase):
          (20, 4), 2, None, 9),
         ("responses", RESPONSE_EVENTS, (25, 7), 2, None, 9),
         ("messages", ANTHROPIC_EVENTS, (25, 7), 3, (25, 1), 9),
+        ("messages", anthropic_events({"input_tokens": 20}, {"cache_read_input_tokens": 5}),
+         (25, 7), 3, (20, 1), 9),
+        ("messages", anthropic_events({"cache_read_input_tokens": 5}, {"input_tokens": 20}),
+         (25, 7), 3, (5, 1), 9),
         ("generate", GEMINI_EVENTS, (25, 7), 1, (25, 1), 5),
         ("interactions", INTERACTION_EVENTS, (25, 7), 3, None, 9)]
     JSON_ANSWERS = """
@@ -4357,6 +4370,13 @@ class UsageReaderTest(ProxyCase):
             found = self.hear(data, step, endpoint=endpoint)
             self.assertEqual(found, (data, usage, True, 9))
 
+    def test_the_usage_of_events_of_several_lines_is_that_of_the_last(self):
+        before = {**USAGE_EVENT, "usage": {**TOLD, "completion_tokens": 1, "total_tokens": 21}}
+        told = [delta("hello"), before, delta(" you"), USAGE_EVENT]
+        data = "".join(["data: %s\n\n" % json.dumps(one, indent=1).replace("\n", "\ndata: ")
+                        for one in told])
+        self.assertEqual(self.hear(data.encode())[1:], ((20, 4), True, 9))
+
     def test_ollama_streams_lines_of_which_the_last_tells_the_usage(self):
         data = lines_of(*OLLAMA_LINES)
         for step in self.each((None, 1, 7, 64)):
@@ -4502,6 +4522,8 @@ class UsageReaderTest(ProxyCase):
             self.new_reader(dropping=True)
             for one in (*kept, "[DONE]"):
                 self.assertEqual(self.feed(events(one, end=end)), events(one, end=end))
+            one = events(kept[0], end=end)
+            self.assertEqual(self.feed(one + b"data: {"), one)  # what has only begun waits
 
     STRIPPED = """
         {"choices": [], "usage": {}, "model": "m", "citations": []} -> -
