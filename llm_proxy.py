@@ -62,7 +62,7 @@ To add something, these are all the places:
     another store of buckets     a class as RedisBuckets, made in build_buckets
     a page                       a coroutine of Pages, its row in Pages.PAGES; if it streams events,
                                  by Reply.streaming
-    a change of streamed text    an Edit such as HiddenUsage, added in Reply.receive
+    a change of streamed text    an Edit such as HiddenUsage, added in Reply.editors_of
     a setting                    its row in SETTING_TABLE
     a command                    its row in COMMANDS
 """
