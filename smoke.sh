@@ -272,12 +272,12 @@ seen='
 import os, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import llm_proxy
-said = llm_proxy.Demo.text_for
-def text_for(handler, call):
+words_for = llm_proxy.Demo.words_for
+def seen_words(demo, call):
     with open("seen", "w") as file:
-        file.write(said(handler, call))
-    return said(handler, call)
-llm_proxy.Demo.text_for = text_for
+        file.write("".join(words_for(demo, call)))
+    return words_for(demo, call)
+llm_proxy.Demo.words_for = seen_words
 sys.exit(llm_proxy.main(["--demo"]))'
 
 part_redact() {
