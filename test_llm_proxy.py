@@ -14979,6 +14979,11 @@ class EventsTest(AdminCase):
         client.text = client.text[found.end():]
         return found[1], json.loads(found[2])
 
+    def busy_pulse(self, client):
+        """Returns the next pulse, if it tells of calls."""
+        _, pulse = self.hear(client, "pulse")
+        return pulse["calls"] and pulse
+
     def test_calls_are_told_as_they_begin_and_end(self):
         client, self.stub.answer = self.listen(), None
         running, asked = self.ask_stub(call("k", model="m"))
@@ -15004,10 +15009,9 @@ class EventsTest(AdminCase):
     def test_a_pulse_a_second_tells_what_was_in_it(self):
         self.patch_seconds(Server_BEAT_SECONDS=0.05)
         self.start()
-        client, pulse = self.listen(), {"calls": 0}
+        client = self.listen()
         self.ask("k")
-        while not pulse["calls"]:
-            _, pulse = self.hear(client, "pulse")
+        pulse = wait_for(lambda: self.busy_pulse(client))
         self.assertEqual((pulse["calls"], pulse["failed"], pulse["line"]), (1, 0, 0))
 
     def test_who_stops_listening_has_made_no_call(self):
@@ -15036,6 +15040,7 @@ class EventsTest(AdminCase):
 class SharedEventsTest(AdminCase):
     """What the page of one process shows of all."""
     listen, hear = EventsTest.listen, staticmethod(EventsTest.hear)
+    busy_pulse = EventsTest.busy_pulse
 
     def start(self, *arguments, **settings):
         self.redis = RedisServer(self)
@@ -15061,9 +15066,7 @@ class SharedEventsTest(AdminCase):
         self.ask("k")
         (_, begun), (_, ended) = [self.hear(client, name) for name in ("begin", "end")]
         self.assertEqual((ended["id"], ended["outcome"]), (begun["id"], "ok"))
-        pulse = {"calls": 0}
-        while not pulse["calls"]:
-            _, pulse = self.hear(client, "pulse")
+        pulse = wait_for(lambda: self.busy_pulse(client))
         self.assertEqual((pulse["calls"], len(pulse["upstreams"])), (1, 1))
         self.assertIn(self.redis.ask("TTL", "{llm_proxy}:pulses"), range(50, 61))
         client.close()
