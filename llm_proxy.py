@@ -14389,7 +14389,8 @@ def busier(upstream: JsonObject, others: Iterable[JsonObject]) -> JsonObject:
 class SharedStored(Stored):
     """Remembers in Redis, too, so that any process finds what another one has noted. A bill stays
     there until a call is told what it comes to, and charges that. Of two that are told the same at
-    once, the one that does not find it there any longer gives back what it has charged."""
+    once, the one that does not find it there any longer gives back what it has charged, and
+    writes down no usage."""
     KEEP_SECONDS = 30 * 86400
     MOST_NAMES = 200  # names that are looked for at once
     limits: Optional[Limits] = None  # its rules count for bills

@@ -3931,7 +3931,7 @@ class UsageReaderTest(ProxyCase):
 
     def test_usage_is_read_in_every_dialect(self):
         for endpoint, told, expected in self.each(USAGE_TABLE):
-            found = self.dialect(endpoint).usage(self.dialect(endpoint).amounts_in(told))
+            found = self.usage_of(told, dialect=self.dialect(endpoint))
             self.assertEqual(found and list(found[:5]), expected)
 
     FACTS = json.loads("""[
@@ -4029,24 +4029,27 @@ class UsageReaderTest(ProxyCase):
     LAST = {"generate": {"candidates": [{"finishReason": "STOP"}]},
             "interactions": {"event_type": "interaction.completed"}}
 
+    @staticmethod
+    def usage_of(told, model=None, dialect=Anthropic()):
+        return dialect.usage(dialect.amounts_in(told), model)
+
     def test_what_another_model_did_for_a_call_is_told_apart(self):
         entry = {"type": "advisor_message", "model": "other", "input_tokens": 7, "output_tokens": 8}
         told = {"input_tokens": 20, "output_tokens": 4, "iterations": [entry]}
-        used = Anthropic().usage(Anthropic().amounts_in(told), "served")
+        used = self.usage_of(told, "served")
         other = Usage(7, 8, model="other")
         self.assertEqual(used, Usage(20, 4, model="served", others=(other,)))
         self.assertEqual(used.with_others(), Usage(27, 12, model="served"))
         steps = {**told, "server_tool_use": {"web_search_requests": 3}, "iterations": [
             {"input_tokens": 30, "output_tokens": 9}]}
-        self.assertEqual(Anthropic().usage(Anthropic().amounts_in(steps), "served"),
+        self.assertEqual(self.usage_of(steps, "served"),
                          Usage(30, 9, model="served", searches=3))
         for name, served in self.each("""[
                 ["claude-sonnet-4.5", "claude-sonnet-4-5-20250929"], ["x", "X"], [null, "x"],
                 ["x", null], [["x"], "x"], [7, null], ["a", "a"]]"""):
             told["iterations"] = [{**entry, "model": name}, {**entry, "input_tokens": 30}] if (
                 served is None) else [{**entry, "model": name}]
-            used = Anthropic().usage(Anthropic().amounts_in(told), served)
-            self.assertEqual(used.others, ())
+            self.assertEqual(self.usage_of(told, served).others, ())
 
     ODD_PLACES = json.loads("""[
         {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
@@ -17420,6 +17423,12 @@ class CommandsTest(ProcessCase):
         with open("/proc/self/cmdline", "rb") as file:
             self.assertEqual(b"".join(one + b"\0" for one in arguments), file.read())
 
+    @staticmethod
+    def spoken(chunks):
+        """The text of a stream of chat."""
+        return "".join([choice["delta"].get("content") or ""
+                        for one in chunks for choice in one["choices"]]).strip()
+
     def test_the_demo_brings_its_own_endpoint(self):
         process = self.serve("--demo", MAX_TOKENS=2)
         wait_for(lambda: process.said("curl -N http://127.0.0.1:%d%s" % (self.address[1], CHAT)))
@@ -17431,9 +17440,7 @@ class CommandsTest(ProcessCase):
         *events, done, nothing = told.body.decode().split("\n\n")
         self.assertEqual((told.whole, done, nothing), (True, "data: [DONE]", ""))
         chunks = [json.loads(event[6:]) for event in events]
-        spoken = [choice["delta"].get("content") or ""
-                  for one in chunks for choice in one["choices"]]
-        self.assertEqual("".join(spoken).strip(), '"a\\b"  c')
+        self.assertEqual(self.spoken(chunks), '"a\\b"  c')
         self.assertGreater(chunks[-1]["usage"]["completion_tokens"], 0)
         self.assertIn(b"limit reached", self.ask().body)
 
