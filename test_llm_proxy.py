@@ -11240,6 +11240,7 @@ class RedisFaultsTest(RedisCase):
         self.wait_for(lambda: not redis.unsent)
 
     def test_three_late_answers_in_a_row_are_too_many(self):
+        self.SECONDS = {**self.PATIENT, "TICK_SECONDS": PATIENCE}  # the test says what is late
         redis = self.start([b"+OK\r\n"] + [b":1\r\n"] * 9)
 
         async def call(is_late):
