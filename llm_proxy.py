@@ -18644,8 +18644,13 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 
     def __init__(self):
         self.demo = Demo()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.place = free.getsockname()
+        self.kept = socket.socket()
+        # Linux lets the proxy, and nobody who asks for any port, listen at one that is kept so.
+        self.kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.kept.bind(("127.0.0.1", 0))
+        self.place = self.kept.getsockname()
+        if sys.platform != "linux":
+            self.kept.close()
         self.url = "http://%s:%d" % self.place
         self.key = new_secret()
 
@@ -18674,7 +18679,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
     async def run(self, environ: Texts):
         """Raises OSError, and Refusal where a call fails."""
         asyncio.get_running_loop().create_task(self.demo.serve())
-        with tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
+        with self.kept, tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
             with self.start(folder, environ):
                 await self.measure()
 
