@@ -19424,12 +19424,16 @@ def bench_of(options, environ):
 
 def run_unless_stopped(work):
     """Runs a coroutine; returns whether it came to its end, before a signal."""
+    async def run():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
+        await work
+        return True
+
     tune_interpreter()
     raise_descriptor_limit()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        run_alone(work)
-        return True
+    with suppress(asyncio.CancelledError):
+        return run_alone(run())
 
 
 async def run_bench(bench, requests, concurrency):

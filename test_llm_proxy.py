@@ -16840,6 +16840,19 @@ class BenchTest(ProcessCase):
         self.assertEqual((code, err), (0, ""))
         self.assertRegex(out, r"(?m)^200 +2[0-9]$")
 
+    def test_a_signal_amid_a_call_ends_all_of_them_without_a_word(self):
+        async def work(number):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(PATIENCE)
+
+        async def work_all():
+            await asyncio.gather(*map(work, range(3)))
+        with redirect_stderr(io.StringIO()) as said:
+            self.assertIsNone(llm_proxy.run_unless_stopped(work_all()))
+            gc.collect()
+        self.assertEqual(said.getvalue(), "")
+
     def selftest(self, **patches):
         """Returns (exit code, standard output, standard error) of a short one; nothing of it is
         left."""
