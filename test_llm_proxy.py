@@ -673,12 +673,15 @@ def patch_until(add_cleanup, *patches):
 
 
 class TableCase(unittest.TestCase):
-    def each(self, rows):
-        """Go through a table: any rows, or a text: JSON, or a row a line, its cells between ->.
+    def each(self, rows, *others):
+        """Go through a table: any rows, or a text: JSON, or a row a line, its cells between ->; of
+        several tables through all combinations of their rows.
 
         Where the test fails, the row is printed. A subTest around the yield would not do: what the
         loop's body raises does not pass through it."""
-        if isinstance(rows, str) and rows.startswith("["):
+        if others:
+            rows = itertools.product(rows, *others)
+        elif isinstance(rows, str) and rows.startswith("["):
             rows = json.loads(rows)
         elif isinstance(rows, str):
             rows = [row.strip().split(" -> ") for row in rows.splitlines() if row.strip()]
@@ -688,6 +691,13 @@ class TableCase(unittest.TestCase):
             current[:] = [row]
             yield row
         current.clear()
+
+    @contextmanager
+    def computing_within(self, seconds):
+        """Fails where the block takes more of the CPU than this."""
+        began = cpu_seconds()
+        yield
+        self.assertLess(cpu_seconds() - began, seconds)
 
     def assert_left(self, left, *whose):
         """So much is left in the bucket of a caller."""
@@ -887,6 +897,10 @@ class ProxyCase(TableCase):
         self.addCleanup(client.reset)
         return client
 
+    def send(self, data):
+        """Send this on a connection of its own; returns the Client."""
+        return self.connect().send(data)
+
     def ask(self, data=None, method=None):
         """Send one request, or a call by this key, on a connection of its own; returns the
         Answered."""
@@ -925,7 +939,7 @@ class ProxyCase(TableCase):
     def ask_stub(self, data=call()):
         """Send a request whose answer the test sends itself; returns (Client, Asked)."""
         self.start_silent()
-        client = self.connect().send(data)
+        client = self.send(data)
         return client, self.stub.next()
 
     def complete(self, client, asked=None, *arguments):
@@ -1811,7 +1825,7 @@ class CallersTest(ProxyCase):
         paths = """POST /v1/chat/completions, POST /v1/completions, GET /v1/models, HEAD /v1/models,
             POST /v1/files, GET /, GET //health, DELETE /v1/files/1, GET /health/, POST /health"""
         keys = (None, "sk-2", "sk-1x", "alice", "alice=sk-1", "127.0.0.1")
-        for path, key in self.each(itertools.product(paths.split(","), keys)):
+        for path, key in self.each(paths.split(","), keys):
             method, path = path.split()
             body = chat() if method == "POST" else b""
             answered = self.ask(request(method, path, body, key=key))
@@ -2268,10 +2282,9 @@ class RulesTogetherTest(LimitsCase):
         self.assertEqual(self.limits.matching(caller("a"), "10.0.0.1", "llama3:8b"), [])
 
     def test_no_name_is_folded_slowly(self):
-        seconds = cpu_seconds()
-        for part in ("-v1:0", "-001", "-00000000", "1-v1:0", "@", ":free", "us.", "1.1", "ft:"):
-            llm_proxy.fold_model(part * (256 // len(part)) + "!")
-        self.assertLess(cpu_seconds() - seconds, 0.5)
+        with self.computing_within(0.5):
+            for part in ("-v1:0", "-001", "-00000000", "1-v1:0", "@", ":free", "us.", "1.1", "ft:"):
+                llm_proxy.fold_model(part * (256 // len(part)) + "!")
 
     def test_a_call_that_several_models_may_serve_must_pass_the_rules_of_each(self):
         self.start("model:cheap 9 requests per day; model:dear* 2 requests per day;"
@@ -2861,7 +2874,7 @@ class UsageTest(ProxyCase):
         self.start(TOKEN_COST_MODE="estimate")
         names = ("max_tokens", "max_completion_tokens", "n_predict", "n")
         values = json.loads('[true, false, "5", 1.5, [], {}, ""]')
-        for name, value in self.each(itertools.product(names, values)):
+        for name, value in self.each(names, values):
             answered = self.assert_status(400, call(**{name: value}))
             answered.tells("type", "invalid_request_error")
             self.assertIn(name, answered.error()["message"])
@@ -3383,10 +3396,9 @@ class JsonTest(ProxyCase):
                 b'{"a":[' + (b"1" * 4299 + b",") * 1000 + b"1]}",
                 b'{"a":[' + b"1," * 60000 + b"1" * 700 + b"]}",
                 b'{"a":[' + b'{"":0},' * 330000 + b"1]}")):
-            began = cpu_seconds()
-            with self.assertRaises(BadRequest):
-                JsonBody(body).parse()
-            self.assertLess(cpu_seconds() - began, CPU_SECONDS)
+            with self.computing_within(CPU_SECONDS):
+                with self.assertRaises(BadRequest):
+                    JsonBody(body).parse()
 
     def test_a_key_in_another_case_is_refused_where_we_read_it(self):
         """An upstream in Go would take "MODEL" for "model", and we would have read another one."""
@@ -4031,8 +4043,8 @@ class UsageReaderTest(ProxyCase):
 
     def test_how_a_stream_was_served_may_stand_in_any_of_its_events(self):
         flex, last = delta("word", model="m", service_tier="flex"), {**USAGE_EVENT, "model": "m"}
-        for before, after, end in self.each(itertools.product(
-                (0, 400), (0, 400), ([], ["[DONE]"]))):
+        for before, after, end in self.each(
+                (0, 400), (0, 400), ([], ["[DONE]"])):
             reader = self.new_reader()
             reader.call.upstream_model = "m"
             for told in ([delta("word")] * before, [flex], [delta("word")] * after, [last], end):
@@ -4085,8 +4097,8 @@ class UsageReaderTest(ProxyCase):
              '{"predictions": [%s, %s], "metadata": {"input_tokens": 1}}']
 
     def test_answers_in_a_list_are_billed_together_however_large_it_is(self):
-        for (told, output), whole, size in self.each(itertools.product(
-                self.LISTED, self.LISTS, (0, 9000, 300_000))):
+        for (told, output), whole, size in self.each(
+                self.LISTED, self.LISTS, (0, 9000, 300_000)):
             one = '{"text":"%s",%s}' % ("x" * size, told)
             data = (whole % (one, one)).encode()
             found = self.hear(data, 16384, streamed=False, prompts=2)
@@ -4112,7 +4124,7 @@ class UsageReaderTest(ProxyCase):
     def test_what_is_told_of_a_list_as_a_whole_is_its_bill_and_one_prompt_has_one_answer(self):
         told = '"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
         wholes = (('{"results":[ONE,ONE],' + told % (10, 4), (10, 4)), ("ONE\nONE\nONE", (5, 2)))
-        for size, (whole, tokens) in self.each(itertools.product((0, 9000), wholes)):
+        for size, (whole, tokens) in self.each((0, 9000), wholes):
             one = '{"text":"%s","model":"mod\u00e8le",' % ("x" * size) + told % (5, 2)
             found = self.hear(whole.replace("ONE", one).encode(), 16384, streamed=False)
             self.assertEqual((*found[1:3], self.reader.model), (tokens, True, "mod\u00e8le"))
@@ -4380,8 +4392,8 @@ class UsageReaderTest(ProxyCase):
         self.assertGreater(used.output, 9 * 20_000 / 8)
 
     def test_the_usage_of_a_stream_is_what_its_events_say_in_the_end(self):
-        for row, end, step in self.each(itertools.product(
-                self.STREAMS, ("\n\n", "\r\n\r\n"), (None, 1, 7, 64))):
+        for row, end, step in self.each(
+                self.STREAMS, ("\n\n", "\r\n\r\n"), (None, 1, 7, 64)):
             endpoint, told, usage, *_ = row
             data = b": ping" + end.encode() + events(*told, end=end)
             found = self.hear(data, step, endpoint=endpoint)
@@ -4518,7 +4530,7 @@ class UsageReaderTest(ProxyCase):
 
     def assert_usage_is_dropped(self, kept, *rows):
         """These are kept, whatever events end with, and in whatever steps they come."""
-        for end, step in self.each(itertools.product(*rows)):
+        for end, step in self.each(*rows):
             data = events(*kept, USAGE_EVENT, "[DONE]", end=end)
             found = self.hear(data, step, dropping=True)
             self.assertEqual(found[:3], (events(*kept, "[DONE]", end=end), (20, 4), True))
@@ -4566,8 +4578,8 @@ class UsageReaderTest(ProxyCase):
     def test_what_is_packed_is_read_and_passes_as_it_is(self):
         data = events(*[delta("word ")] * 3000, LAST_DELTA, USAGE_EVENT, "[DONE]")
         packed = zlib.compress(data)
-        for body, step in self.each(itertools.product(
-                (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000))):
+        for body, step in self.each(
+                (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000)):
             found = self.hear(body, step, packed=True)
             self.assertEqual(found, (body, (20, 4), True, 15000))
         for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
@@ -4694,9 +4706,9 @@ class DialectsTest(ProxyCase):
 
     def test_a_path_and_a_payload_cannot_name_two_models(self):
         self.start(MODEL_ALIASES="fast=gpt-5")
-        for path, asked, served in self.each(itertools.product(
+        for path, asked, served in self.each(
                 ("/openai/deployments/%s/completions", "/OpenAI/Deployments/%s/completions"),
-                ("fast", "gpt-5"), ("gpt-5",))):
+                ("fast", "gpt-5"), ("gpt-5",)):
             self.ask_at(path % asked, model="other")
             asked = self.stub.last
             self.assertEqual((asked.target, asked.json()), (path % served, {"model": served}))
@@ -4977,8 +4989,8 @@ class LimitReplyTest(ProxyCase):
 
     def test_ollama_streams_lines_unless_it_is_told_not_to(self):
         self.start_empty()
-        for path, payload in self.each(itertools.product(
-                ("/api/chat", "/api/generate"), ({}, {"stream": True}, {"stream": None}))):
+        for path, payload in self.each(
+                ("/api/chat", "/api/generate"), ({}, {"stream": True}, {"stream": None})):
             answered = self.limited(path, **payload)
             self.assertEqual(answered.get("content-type"), "application/x-ndjson")
             told = [json.loads(line) for line in answered.body.splitlines()]
@@ -5454,10 +5466,9 @@ class RedactionTest(ProxyCase):
                 {"tool_calls": [{"function": {"arguments": "[%s0]" % (160_000 * "[0],")}}]})):
             masks = Masks(Redactor(["email", "card"]))
             payload = {"messages": [message]}
-            began = cpu_seconds()
-            steps = list(masks.mask_payload(payload, encoded(payload)))
-            self.assertGreater(len(steps), 10)
-            self.assertLess(cpu_seconds() - began, CPU_SECONDS * 10)
+            with self.computing_within(CPU_SECONDS * 10):
+                steps = list(masks.mask_payload(payload, encoded(payload)))
+                self.assertGreater(len(steps), 10)
             self.assertEqual(masks.counts, {})
 
     def test_a_prompt_that_grows_begins_as_before(self):
@@ -5532,9 +5543,8 @@ class RedactionTest(ProxyCase):
                 (?:[a-z]+-)*[a-z]+\.x""".split()):
             pattern = LinearPattern(text).compiled
             for seed in ("a", "1", " ", "<", "a.", "a-"):
-                start = cpu_seconds()
-                list(pattern.finditer(seed * 8192))
-                self.assertLess(cpu_seconds() - start, CPU_SECONDS)
+                with self.computing_within(CPU_SECONDS):
+                    list(pattern.finditer(seed * 8192))
 
     def test_a_pattern_that_begins_with_a_repetition_is_found_in_a_word_of_any_length(self):
         pattern = LinearPattern(r"[^@\s]+@corp\.example").compiled
@@ -5839,10 +5849,9 @@ class UnmaskingTest(ProxyCase):
                 (b"data: [[\n" + b"data:}\n" * 9000, 1 << 16),
                 (b"data: [[\n" + b"data: x\n" * 8000, 8), (b"[" * 60_000, 10),
                 (b"data: [[\n" + b"data:}\n" * 4000, 7), (b'[{"": "[[' + b"}" * 60_000, 3))):
-            began = cpu_seconds()
-            for endpoint in ("chat", "array"):
-                self.assertEqual(self.unmask(endpoint, data, step), data)
-            self.assertLess(cpu_seconds() - began, 5)
+            with self.computing_within(5):
+                for endpoint in ("chat", "array"):
+                    self.assertEqual(self.unmask(endpoint, data, step), data)
 
     def test_in_whole_json_values_stand_for_placeholders_and_the_rest_is_as_it_was(self):
         for told, shown in self.each(r"""
@@ -5885,7 +5894,7 @@ class UnmaskingTest(ProxyCase):
 
     def test_a_piece_may_end_within_a_character(self):
         self.patch_seconds(Unmasking_MAX_SLICE=40)
-        for step, size in self.each(itertools.product((23, 1, 41), range(4))):
+        for step, size in self.each((23, 1, 41), range(4)):
             said = size * "a" + 20 * "\u4f60\u597d[[EMAIL_1]]"
             wide = json.dumps({"a": said}, ensure_ascii=False).encode()
             self.assertEqual(self.unmask_json(wide, step), {
@@ -5972,7 +5981,7 @@ class UnmaskingTest(ProxyCase):
 
     def test_each_object_in_an_array_goes_on_when_it_ends(self):
         row = next(row for row in TEXT_STREAMS if row[0] == "array")
-        for size, step in self.each(itertools.product((1, 3000), (7, 100, 1448))):
+        for size, step in self.each((1, 3000), (7, 100, 1448)):
             data = self.stream(row, [(0, "to [[EMAIL_1]] " * size)] * 3)
             editor = self.editor("array")
             pieces = [editor.feed(data[at:at + step]) for at in range(0, len(data), step)]
@@ -6012,9 +6021,9 @@ class UnmaskingTest(ProxyCase):
     def test_quotes_without_an_end_and_thousands_of_strings_are_looked_at_once(self):
         """The former took half a minute."""
         for seed in self.each((b'\\" ', b'"', b'"abcdefgh",', b'{"a":"', b'"\\')):
-            began = cpu_seconds()
-            self.assertEqual(self.unmask("chat", seed * 20_000, 16384, True, False), seed * 20_000)
-            self.assertLess(cpu_seconds() - began, 5)
+            with self.computing_within(5):
+                found = self.unmask("chat", seed * 20_000, 16384, True, False)
+            self.assertEqual(found, seed * 20_000)
 
     NUMBER = "4111111111111111"
     NUMBERS = '[ {"n": [ -@, @, [], @, {"": @}], "s": "@ \\\\"}, {"m":@}]'.replace("@", NUMBER)
@@ -6138,8 +6147,8 @@ class UnmaskingTest(ProxyCase):
 
     def test_of_long_texts_parts_go_on_without_what_must_not_be_seen(self):
         """In one piece of JSON, and in an event that repeats a text."""
-        for size, (events_of, step) in self.each(itertools.product(
-                (100, 16_000, 30_000), ((events, 16384), (encoded, 5000)))):
+        for size, (events_of, step) in self.each(
+                (100, 16_000, 30_000), ((events, 16384), (encoded, 5000))):
             message = {"content": self.long_text(size)}
             data = events_of({"choices": [{"message": message, "n": 4111111111111111}]})
             masks, streamed = self.masks(*KINDS), events_of is events
@@ -6223,7 +6232,7 @@ class UnmaskingTest(ProxyCase):
     def test_much_that_is_no_json_is_masked_as_text_or_left_out(self):
         said = b"mail bob@x.org {\"%b\" ssn 123-45-6789" % (9_000 * b"word bob@x.org 'x', ")
         shown = said.replace(b"bob@x.org", b"[[EMAIL]]").replace(b"123-45-6789", b"[[SSN]]")
-        for is_stream, step in self.each(itertools.product((True, False), (1448, 16384))):
+        for is_stream, step in self.each((True, False), (1448, 16384)):
             data = b"data: %b\n\n" % said if is_stream else said
             for opaque in ("pass", "refuse"):
                 masks = Masks(Redactor(KINDS), opaque)
@@ -6511,8 +6520,8 @@ class HeadTest(ProxyCase):
         self.assert_calls(0)
 
     def test_a_websocket_is_answered_by_what_to_do_instead_and_other_upgrades_are_ignored(self):
-        for method, upgrade in self.each(itertools.product(
-                ("GET", "POST"), ("websocket", "h2c, WebSocket/13"))):
+        for method, upgrade in self.each(
+                ("GET", "POST"), ("websocket", "h2c, WebSocket/13")):
             fields = "Connection: Upgrade", "Upgrade: " + upgrade
             self.assert_status(426, request(method, "/v1/responses", b"", *fields),
                                "upgrade: HTTP/1.1", "connection: upgrade",
@@ -6535,7 +6544,7 @@ class HeadTest(ProxyCase):
 
     def test_a_caller_who_leaves_within_a_head_or_between_calls_is_no_error_of_ours(self):
         for hang_up in self.each([Client.close, Client.reset]):
-            hang_up(self.connect().send(b"POST /v1/x HTTP/1.1\r\nHost:"))
+            hang_up(self.send(b"POST /v1/x HTTP/1.1\r\nHost:"))
             client = self.connect()
             client.answers(200, call())
             hang_up(client)
@@ -6743,7 +6752,7 @@ class StreamTest(ProxyCase):
             sends(raw_head("HTTP/1.1 200 OK", payload)),
             sends(raw_head("HTTP/1.0 200 OK", payload)),
             sends(raw_head(sized, payload))]
-        for self.stub.answer, version in self.each(itertools.product(answers, ("1.1", "1.0"))):
+        for self.stub.answer, version in self.each(answers, ("1.1", "1.0")):
             client = self.connect()
             data = request("POST", CHAT, chat(), version=version)
             for _ in range(2 if version == "1.1" else 1):
@@ -6872,7 +6881,7 @@ class StreamTest(ProxyCase):
     def test_trailers_are_dropped(self):
         trailers = b"0\r\nX-Trailer: y\r\nSet-Cookie: z\r\n\r\n"
         self.start(sends(STREAM + chunk(b"x") + trailers, close=False))
-        client = self.connect().send(call())
+        client = self.send(call())
         client.head()
         self.assertEqual(client.reader.until(b"0\r\n\r\n"), chunk(b"x") + LAST)
         self.assertEqual(client.exchange(call()).body, b"x")
@@ -6948,7 +6957,7 @@ class StreamTest(ProxyCase):
             for block in self.blocks(320):
                 asked.send(block)
         self.start(large)
-        client = self.connect().send(request("GET", "/v1/files/1/content"))
+        client = self.send(request("GET", "/v1/files/1/content"))
         client.head("GET")
         self.assertEqual(self.digest(client.pieces), self.digest(self.blocks(320)))
 
@@ -7018,7 +7027,7 @@ class LineTest(ProxyCase):
             self.assertEqual("".join(self.leave() for _ in waiting), expected)
 
     def test_nobody_is_starved_by_those_who_come_again_and_again_or_are_ever_new(self):
-        for most, flood, weight in self.each(itertools.product((1, 2), (False, True), (1, 3))):
+        for most, flood, weight in self.each((1, 2), (False, True), (1, 3)):
             line = self.start_line(most, 10 ** 6, 10 ** 6)
             begun = Counter()
             weights = {"a": weight, "b": 1, "c": 1}
@@ -7135,7 +7144,7 @@ class WaitingCase(ManyCase):
 
     def line_up(self, key, number=1, **payload):
         """A call that is the one with this number in line; -> its Client"""
-        client = self.connect().send(call(key, **payload))
+        client = self.send(call(key, **payload))
         self.wait_for_line(number, key)
         return client
 
@@ -7324,9 +7333,9 @@ class QueueTest(WaitingCase):
     def test_who_finds_one_line_too_slow_goes_on_to_the_next_upstream_and_hears_of_it(self):
         busy, other = self.start_lines("a", "b", STREAM_COMMENT_SECONDS="3", QUEUE_SECONDS="1",
                                        clock=Clock())
-        self.connect().send(call())
+        self.send(call())
         busy.next()
-        client = self.connect().send(call("next", stream=True))
+        client = self.send(call("next", stream=True))
         self.assertEqual(self.expire("its turn"), 1)
         asked = other.next()
         self.pass_seconds(2.01)
@@ -7338,9 +7347,9 @@ class QueueTest(WaitingCase):
     def test_all_lines_together_take_no_longer_than_one_and_are_told_as_one(self):
         stubs = self.start_lines("one", "two", QUEUE_SECONDS="3", clock=Clock())
         for name in ("one", "two"):
-            self.connect().send(request("POST", "/%s%s" % (name, CHAT), chat()))
+            self.send(request("POST", "/%s%s" % (name, CHAT), chat()))
         asked = [stub.next() for stub in stubs]
-        client = self.connect().send(call("next"))
+        client = self.send(call("next"))
         self.assertEqual(self.expire("its turn at one"), 3)
         answered = client.read()
         self.assertEqual((answered.status, answered.get("x-queue-ms")), (503, "3000"))
@@ -7615,7 +7624,7 @@ class DeadlinesTest(WaitingCase):
 
     def late(self, data, seconds, what="the response of"):
         """What is answered when that does not come for so long."""
-        client = self.connect().send(data)
+        client = self.send(data)
         self.assertEqual(self.expire(what), seconds)
         return client.read()
 
@@ -7660,7 +7669,7 @@ class DeadlinesTest(WaitingCase):
         self.start(None)
         self.assertEqual(self.late(self.in_time(100)[:-5], 0.1, "body").status, 408)
         busy, other = self.start_lines("a", "b")
-        self.connect().send(call())
+        self.send(call())
         busy.next()
         self.assertEqual(self.late(self.in_time(100), 0.1, "its turn").status, 504)
         self.assertEqual((busy.calls, other.calls, self.stub.calls), (1, 0, 0))
@@ -7677,7 +7686,7 @@ class DeadlinesTest(WaitingCase):
 
     def test_it_holds_for_one_call_alone(self):
         self.start(None)
-        client = self.connect().send(self.in_time(50))
+        client = self.send(self.in_time(50))
         self.expire("the response of")
         client.answers(504)
         self.stub.next()
@@ -7814,9 +7823,8 @@ class StoredTest(ManyCase):
     def test_a_name_of_thousands_of_words_is_read_soon(self):
         for key, name in self.each((("file_id", "google" * 20000),
                                     ("uri", "google" * 10000 + "/" * 60000))):
-            began = cpu_seconds()
-            llm_proxy.names_of_things("https://" + name, key)
-            self.assertLess(cpu_seconds() - began, CPU_SECONDS)
+            with self.computing_within(CPU_SECONDS):
+                llm_proxy.names_of_things("https://" + name, key)
 
     def test_what_a_caller_made_is_its_own_and_everybody_else_s_is_a_404(self):
         self.start(**self.KEYS)
@@ -7903,7 +7911,7 @@ class StoredTest(ManyCase):
 
     def test_a_stream_names_what_it_makes_in_its_first_event(self):
         self.start(None, **self.KEYS)
-        client = self.connect().send(request(
+        client = self.send(request(
             "POST", "/v1/responses", b'{"model": "m", "stream": true}', key="a"))
         asked = self.stub.next()
         first = b'data: {"type": "response.created", "response": {"id": "resp_1"}}\n\n'
@@ -8416,7 +8424,7 @@ class UploadTest(CallCase):
         self.patch_seconds(ClientConnection_HALF_CLOSE_SECONDS=PATIENCE)
         self.start()
         upload = unsized("/v1/files", CHUNKED) + chunk(b"x") + LAST
-        client = self.connect().send(call() + upload)
+        client = self.send(call() + upload)
         client.sock.shutdown(socket.SHUT_WR)
         for _ in range(2):
             client.answers(200)
@@ -8458,14 +8466,14 @@ class AddressesTest(CallCase):
 
     def test_a_call_goes_to_the_address_with_the_fewest_calls_in_turn_where_they_are_equal(self):
         one, other = self.start_two(None, None)
-        clients = [self.connect().send(call()) for _ in range(6)]
+        clients = [self.send(call()) for _ in range(6)]
         kept, ended = ([box.next() for _ in range(3)] for box in (one, other))
         self.assert_base("closed", in_flight=6, addresses="2/2")
         for asked in ended:
             asked.answer()
         wait_for(lambda: self.base()["in_flight"] == 3)
         for _ in range(3):
-            self.connect().send(call())
+            self.send(call())
             other.next()
         self.assertEqual(one.calls, 3)
         for asked in kept:
@@ -8503,26 +8511,26 @@ class AddressesTest(CallCase):
     def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
         """When it is back, it is used again."""
         lost, kept = self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
-        workers, over = [[] for _ in range(8)], Event()
+        workers, over, failed = [[] for _ in range(8)], Event(), []
 
         def work(statuses):
             client = self.connect()
             while not over.is_set():
-                statuses.append(client.exchange(call()).status)
-
-        def failed():
-            return sum(len(statuses) - statuses.count(200) for statuses in workers)
+                status = client.exchange(call()).status
+                statuses.append(status)
+                if status != 200:
+                    failed.append(status)
         with threads([partial(work, one) for one in workers]), ExitStack() as stack:
             stack.callback(over.set)
             wait_for(lambda: lost.calls > 20 and kept.calls > 20)
             lost.hang_up()
             seen, calls = [*map(len, workers)], lost.calls
             wait_for(lambda: all(len(one) > count + 5 for one, count in zip(workers, seen)))
-            lost_calls = failed()
+            ran = len(failed)
             lost.listen()
             wait_for(lambda: lost.calls > calls + 20)
-        self.assertLessEqual(lost_calls, 8)
-        self.assertEqual(failed(), lost_calls)
+        self.assertEqual(failed, [502] * ran)
+        self.assertLessEqual(ran, 8)
         self.assert_base("closed", addresses="2/2")
 
 
@@ -8643,25 +8651,6 @@ class BreakerTest(CallCase):
                 self.assertNotIn(b"hush", answered.body + self.lines.data)
             self.assertEqual(self.lines.text().count("REFUSES ITS KEY"), status == 502)
 
-    def test_an_error_that_quotes_a_key_of_ours_goes_on_without_it(self):
-        for status, redact in self.each((("403 sk-hush-hush", ""), ("500 No", "email"))):
-            self.start(says(self.QUOTING, status, "X-Key: " + self.QUOTED), REDACT=redact,
-                       BASE_API_KEY=self.QUOTED, REDACT_UPSTREAMS="*")
-            answered = self.ask(call(system="a@x.org"))
-            self.assertEqual(answered.body, self.HIDDEN)
-            self.assertNotIn(self.QUOTED, str(answered.fields) + self.lines.text())
-
-    def test_an_answer_that_is_packed_and_quotes_a_key_of_ours_goes_on_without_it(self):
-        for status, pack, coding in self.each((
-                ("403 No", gzip.compress, "gzip"), ("500 No", zlib.compress, "deflate"),
-                ("200 OK", bytes, "identity"))):
-            self.start(says(pack(self.QUOTING), status, "Content-Encoding: " + coding),
-                       BASE_API_KEY=self.QUOTED)
-            for data in (call(), request("GET", "/v1/files/1")):
-                answered = self.ask(data)
-                self.assertEqual((answered.body, answered.status), (self.HIDDEN, int(status[:3])))
-                self.assertIn(answered.get("content-encoding"), (None, "identity"))
-
     QUOTED, QUOTING = "sk-hush-hush", b'{"error": {"message": "no model for sk-hush-hush"}}'
     HIDDEN = QUOTING.replace(b"sk-hush-hush", b"*" * 12)
 
@@ -8672,7 +8661,7 @@ class BreakerTest(CallCase):
         (says(QUOTING, "200 OK", "Content-Encoding: identity"), 200))
 
     def test_an_answer_that_quotes_a_key_of_ours_goes_on_without_it(self):
-        for (act, status), redact in self.each(itertools.product(self.QUOTES, ("", "email"))):
+        for (act, status), redact in self.each(self.QUOTES, ("", "email")):
             self.start(act, REDACT=redact, BASE_API_KEY=self.QUOTED, REDACT_UPSTREAMS="*")
             for data in (call(system="a@x.org"), request("GET", "/v1/files/1")):
                 answered = self.ask(data)
@@ -8765,7 +8754,7 @@ class BreakerTest(CallCase):
         wait_for(lambda: self.base()["in_flight"] == 0)
         self.assert_base("closed")
         for _ in range(2):
-            client = self.connect().send(call())
+            client = self.send(call())
             self.expire("the response of")
             client.answers(504)
         self.assert_status(503)
@@ -9114,7 +9103,7 @@ GET  -        azure  -        api-key        0 /azure/openai/models?a=b     -
         self.assert_from("two", request("POST", path, chat()))  # one is open
         self.assertTrue(two.requests[0].target.endswith(path), two.requests[0].target)
         two.answer = None
-        client = self.connect().send(call())
+        client = self.send(call())
         asked = two.next()
         self.assert_from("three", call())  # two is at work
         self.assertIn(b"limit reached", self.ask().body)
@@ -10599,8 +10588,8 @@ class MetricsTest(SignalsCase):
 
     def test_counters_are_the_sums_of_the_ledger(self):
         rows = self.start_counted()
-        for kind, caller in self.each(itertools.product(
-                ("input", "cached", "output", "reasoning"), ("alice", "bob"))):
+        for kind, caller in self.each(
+                ("input", "cached", "output", "reasoning"), ("alice", "bob")):
             found = self.sums("tokens_total", 'kind="%s"' % kind, 'caller="%s"' % caller)
             self.assertEqual(found, sum(row[kind] for row in rows if row["caller"] == caller))
         usd = sum(row["picodollars"] for row in rows) / 1e12
@@ -10712,7 +10701,7 @@ class MetricsTest(SignalsCase):
     def test_times_are_those_of_the_call_without_what_it_waited_for(self):
         clock = self.start_clock(None, METRICS="open", MAX_CONCURRENCY=1)
         client, asked = self.begin(event(1))
-        waiting = self.connect().send(call("second"))
+        waiting = self.send(call("second"))
         wait_for(lambda: self.base()["queue"]["waiting"], "the line")
         clock.now += 20
         asked.chunks(self.STREAMED, end=True)
@@ -10744,7 +10733,7 @@ class MetricsTest(SignalsCase):
     def test_what_is_now_is_told_when_it_is_asked_for(self):
         self.start(None, **self.KEYS, MAX_CONCURRENCY=1, LIMITS="each 100 requests per day")
         client, asked = self.ask_stub(call("sk-1"))
-        second = self.connect().send(call("sk-2"))
+        second = self.send(call("sk-2"))
         wait_for(lambda: self.base("sk-1")["queue"]["waiting"], "the line")
         found = self.scrape()
         self.complete(client, asked)
@@ -11718,7 +11707,7 @@ class SharedLimitsTest(ProxyCase):
         clients = []
         for number in range(200):
             self.address = self.proxies[number % 4]
-            clients.append(self.connect().send(call("sk-%d" % (number // 4 % 2))))
+            clients.append(self.send(call("sk-%d" % (number // 4 % 2))))
         let_in = [client.read().body == b'{"said": "hi"}' for client in clients]
         self.assertEqual(sum(let_in), 100)
         self.assertEqual(self.stored()[0], 0)
@@ -13021,7 +13010,7 @@ class SettlingTest(LedgerCase):
 
     def test_whether_a_stream_is_asked_for_is_said_plainly(self):
         paths = (CHAT, "/v1/messages", "/v1/responses", "/api/chat")
-        for path, value in self.each(itertools.product(paths, ("true", 1, 0, [], {}, ""))):
+        for path, value in self.each(paths, ("true", 1, 0, [], {}, "")):
             self.assert_status(400, request("POST", path, chat(stream=value)))
         self.assert_calls(0)
         self.assert_status(200, call(stream=None))
@@ -13222,8 +13211,8 @@ class KeysTest(KeysCase):
         self.assertEqual(config.take(read_config({**HERE, **keys, "STORED": "own"})), ["STORED"])
 
     def test_what_ends_a_key_is_a_401_on_the_next_call_of_its_connection(self):
-        for policy, act in self.each(itertools.product(
-                ("", "anyone"), ("revoke", "remove", "rotate", "set"))):
+        for policy, act in self.each(
+                ("", "anyone"), ("revoke", "remove", "rotate", "set")):
             clock = self.start_clock(PROXY_API_KEYS=policy)
             ann = self.add(expires="30d")
             client = self.connect()
@@ -13577,7 +13566,7 @@ class FallbackTest(CallCase):
         paths = CHAT, "/v1/score", "/v1/responses"
         for pinned, settings in ((1, {"BASE_MODEL": "m"}), (2, {"MODEL_ALIASES": "a=b"})):
             self.start(**settings)
-            for row, path in self.each(itertools.product(self.RENAMED, paths)):
+            for row, path in self.each(self.RENAMED, paths):
                 body = encoded({"model": "m", **row[0]})
                 self.post(path, body)
                 self.assertEqual(self.stub.last.json(), {"model": "m", **row[pinned]})
@@ -13707,7 +13696,7 @@ class EndingsTest(LedgerCase):
 
     def test_a_silent_upstream_is_a_504_at_the_read_timeout_and_costs_nothing(self):
         self.start(None, Clock(), READ_TIMEOUT="30")
-        client = self.connect().send(call())
+        client = self.send(call())
         self.assertEqual(self.expire("the response of"), 30)
         answered = client.read()
         self.assertEqual((answered.status, answered.error()["type"]), (504, "timeout_error"))
@@ -13728,7 +13717,7 @@ class EndingsTest(LedgerCase):
         self.assert_ending("upstream_cut", left=999)
 
     def test_an_error_inside_a_200_costs_nothing_and_passes_as_it_came(self):
-        for act, mode in self.each(itertools.product(FAULTS_IN_200, ("request", "usage"))):
+        for act, mode in self.each(FAULTS_IN_200, ("request", "usage")):
             self.start(act, TOKEN_COST_MODE=mode)
             answered = self.assert_status(200, call(stream=True))
             self.assertTrue(answered.whole)
@@ -13776,7 +13765,7 @@ class EndingsTest(LedgerCase):
         self.start(None)
         rows = itertools.product(self.LAST_WORDS, self.HANG_UPS)
         for number, ((path, told, outcome), hang_up) in enumerate(self.each(rows)):
-            client = self.connect().send(request("POST", path, chat(stream=True)))
+            client = self.send(request("POST", path, chat(stream=True)))
             asked = self.stub.next()
             asked.send(STREAM + chunk(self.EVENT + events(*told)))
             client.head()
@@ -14092,7 +14081,7 @@ class EveryAwaitTest(WaitingCase):
         end = payload.index(b"\r\n\r\n") + 20
         self.first, self.rest = payload[:end], payload[end:]
         rows = [row.strip().split(" | ") for row in text.strip().splitlines()]
-        for number, fault in self.each(itertools.product(range(len(rows)), range(3))):
+        for number, fault in self.each(range(len(rows)), range(3)):
             seen = len(self.lines.entries())
             self.begin_call(data, rows)
             self.spoil(rows, number, fault)
@@ -14444,7 +14433,7 @@ off                             http://localhost        -""")
     def test_a_page_that_may_not_call_is_told_so_before_its_body_is_read(self):
         self.start(None)
         for method, path in self.each((("POST", CHAT), ("PUT", "/x"), ("DELETE", "/v1/files/1"))):
-            client = self.connect().send(request(
+            client = self.send(request(
                 method, path, b"", "Origin: http://gpu.evil.example:8899", "Expect: 100-continue",
                 host="gpu.evil.example:8899").replace(b"Length: 0", b"Length: 9"))
             answered = client.answers(403)
@@ -14563,7 +14552,7 @@ class CatalogueTest(CallCase):
             "box", "UPSTREAM_BOX_MODELS=* UPSTREAM_BOX_MAX_CONCURRENCY=1",
             answer=self.lists("b"), clock=clock)
         box.answer = None
-        client = self.connect().send(call())
+        client = self.send(call())
         asked = box.next()
         box.answer = self.lists("a")
         self.assert_listed("b a")
@@ -14608,7 +14597,7 @@ class CatalogueTest(CallCase):
         silent, = self.start_named("silent", answer=self.lists("b"), UPSTREAM_SILENT_MODELS="*",
                                    clock=Clock())
         silent.answer = None
-        client = self.connect().send(request("GET", "/v1/models"))
+        client = self.send(request("GET", "/v1/models"))
         self.awaiting("the lists of models")
         wait_for(lambda: silent.calls and self.server.admin.lists.get("base"), "the other's list")
         self.pass_seconds(llm_proxy.Catalogue.ASK_SECONDS)
@@ -14924,7 +14913,7 @@ class AdminBooksTest(AdminCase):
             return {}
 
         with patch.object(LedgerReader, "usage", slow):
-            clients = [self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+            clients = [self.send(request("GET", "/admin/api/usage", key=VIEWER))
                        for _ in range(self.server.admin.reading.most)]
             wait_for(lambda: sum(self.server.admin.reading.owners.values()) == len(clients))
             self.assertEqual(self.admin("GET", "/calls").status, 503)
@@ -14946,7 +14935,7 @@ class AdminBooksTest(AdminCase):
 
     def test_a_program_may_make_many_keys_at_once(self):
         self.start()
-        clients = [self.connect().send(request(
+        clients = [self.send(request(
             "POST", "/admin/api/keys", b'{"name": "k%d"}' % number, key=ADMIN))
             for number in range(2 * self.server.admin.reading.most)]
         self.assertEqual({client.read().status for client in clients}, {201})
@@ -14971,7 +14960,7 @@ class AdminBooksTest(AdminCase):
             raise sqlite3.OperationalError("disk I/O error")
 
         self.patch_seconds(LedgerReader_usage=slow)
-        client = self.connect().send(request("GET", "/admin/api/usage", key=VIEWER))
+        client = self.send(request("GET", "/admin/api/usage", key=VIEWER))
         self.assertTrue(asked.wait(PATIENCE))
         client.reset()
         wait_for(lambda: not self.server.open, "its end")
@@ -15179,9 +15168,13 @@ class Browser:
                "--window-size=1200,900"]
 
     def __init__(self, folder):
-        self.process = subprocess.Popen(
-            [self.DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
-        said = next(row for row in self.process.stdout if " successfully on port " in row)
+        for _ in range(9):
+            self.process = subprocess.Popen(
+                [self.DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+            said = next((row for row in self.process.stdout if " successfully on port " in row), "")
+            if said:
+                break
+            self.process.communicate()  # the port that IPv4 gave it was taken in IPv6
         self.port = int(said.split()[-1].rstrip("."))
         self.session = "/session"
         wait_for(self.is_ready, "chromedriver")
@@ -15291,7 +15284,8 @@ class PageTest(AdminCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        quick = llm_proxy.DASHBOARD.replace("resolve, 2000", "resolve, 50")
+        quick = llm_proxy.DASHBOARD.replace("resolve, 2000", "resolve, 50").replace(
+            "> 500 && show()", "> 50 && show()")
         patch_until(cls.addClassCleanup,
                     patch.object(llm_proxy, "DASHBOARD", quick),
                     patch.object(llm_proxy.Server, "BEAT_SECONDS", 0.1))
@@ -15570,14 +15564,15 @@ class PageTest(AdminCase):
         for told in (("x\n" * 50000, {}), ("warning", {"event": "it_came"})):
             self.on_loop(self.proxy.watchers.feed.tell, *told)
         self.see("it came")
-        self.assertLess(time.monotonic() - begun, 6)
+        took = time.monotonic() - begun
+        self.assertTrue(took < 6 or is_busy(), took)
 
     def test_a_list_of_calls_that_grew_long_begins_anew(self):
         self.log_in("calls")
         self.see("No call has come yet")
         rows = 0
         for number in range(10):
-            for one in range(100):
+            for one in range(10):
                 self.on_loop(self.proxy.watchers.feed.tell, "end", {
                     "id": "%d.%d" % (number, one), "time": 1.0, "key": 0, "outcome": "ok"})
             self.until(lambda: self.count("tr") != rows)
@@ -15831,7 +15826,7 @@ class ClientConnectionTest(ServerCase):
         for data in self.each((
                 call(None, "Connection: close"), call(None, "connection: x, CLOSE"),
                 request("GET", "/health", version="1.0"))):
-            client = self.connect().send(data)
+            client = self.send(data)
             answered = self.assert_last_answer(client, 200)
             self.assertEqual(answered.get("connection"), "close")
 
@@ -15854,7 +15849,7 @@ class ClientConnectionTest(ServerCase):
 
     def test_the_room_of_bodies_comes_back(self):
         large = self.start_with_room()
-        self.connect().send(large("a")[:69000]).reset()
+        self.send(large("a")[:69000]).reset()
         self.assert_entry("outcome", "caller_gone")
         for _ in range(2):
             for pair in [self.ask_stub(large(key)) for key in "aaaabbbb"]:
@@ -15869,7 +15864,7 @@ class ClientConnectionTest(ServerCase):
                 ([(0, 1), *[(20, 20 * pace)] * 9, (20, 0)], True))):
             clock = self.start_clock()
             total = sum(size for _, size in steps) + (not taken)
-            client = self.connect().send(request("POST", CHAT, b"x" * total)[:-total])
+            client = self.send(request("POST", CHAT, b"x" * total)[:-total])
             for seconds, size in steps:
                 clock.now += seconds
                 self.send_apart(client, b"x" * size)
@@ -15893,11 +15888,11 @@ class ClientConnectionTest(ServerCase):
         for key, length, status in self.each((
                 ("sk-2", 5, 401), (None, 5, 401), ("sk-1", 1001, 413), ("sk-1", 10 ** 14, 413))):
             fields = self.EXPECTING, "Content-Length: %d" % length
-            client = self.connect().send(unsized(CHAT, *fields, key=key))
+            client = self.send(unsized(CHAT, *fields, key=key))
             self.assert_last_answer(client, status)
 
     def test_a_body_that_comes_without_waiting_for_the_continue_is_taken(self):
-        client = self.connect().send(call(None, self.EXPECTING, "Connection: close"))
+        client = self.send(call(None, self.EXPECTING, "Connection: close"))
         self.assertIn(b"HTTP/1.1 200 ", read_to_the_end(client))
 
     def test_large_or_coded_metered_bodies_and_odd_expectations_are_refused(self):
@@ -15987,7 +15982,7 @@ class ClientConnectionTest(ServerCase):
         self.start(PROXY_API_KEYS="sk-1")
         chunks = unsized(CHAT, CHUNKED) + chunk(chat()) + LAST
         bad = request("POST", CHAT, b"{", key="sk-1")
-        client = self.connect().send(call("sk-2") + chunks + bad + call("sk-1"))
+        client = self.send(call("sk-2") + chunks + bad + call("sk-1"))
         self.assertEqual([client.read().status for _ in range(4)], [401, 401, 400, 200])
 
     def test_a_refusal_does_not_wait_for_the_rest_of_a_chunk(self):
@@ -16000,7 +15995,7 @@ class ClientConnectionTest(ServerCase):
     def test_broken_chunks_of_a_metered_call_are_a_400_that_ends_the_connection(self):
         for body in self.each((
                 b"5\nhello", b"+5\r\nhello\r\n", b"5\r\nhelloX\r\n", b"0\r\nX y\r\n\r\n")):
-            client = self.connect().send(unsized(CHAT, CHUNKED) + body)
+            client = self.send(unsized(CHAT, CHUNKED) + body)
             self.assert_last_answer(client, 400)
         self.assert_spent(0, 1000)
 
@@ -16075,7 +16070,7 @@ class ServerTest(ServerCase):
     def test_connections_beyond_the_cap_get_a_503_and_room_is_made_again(self):
         self.start(None, MAX_CONNECTIONS=2)
         (first, asked), (second, _) = [self.ask_stub() for _ in range(2)]
-        answered = self.assert_last_answer(self.connect().send(call()), 503)
+        answered = self.assert_last_answer(self.send(call()), 503)
         answered.tells("type", "server_error")
         self.assert_calls(2)
         self.complete(first, asked)
@@ -16115,7 +16110,7 @@ class ServerTest(ServerCase):
         for settings, taken in self.each((
                 (two, 2), ({}, 4), ({**two, "TRUSTED_PROXIES": "127.0.0.0/8"}, 4))):
             self.start(**settings)
-            clients = [self.connect().send(call()) for _ in range(4)]
+            clients = [self.send(call()) for _ in range(4)]
             statuses = [client.read().status for client in clients]
             self.assertEqual(statuses, [200] * taken + [503] * (4 - taken))
             clients[0].close()
@@ -16255,13 +16250,13 @@ class TlsTest(ServerCase):
 
     def test_plain_http_is_told_what_is_wrong(self):
         self.start_tls()
-        answered = self.assert_last_answer(self.connect().send(call()), 400)
+        answered = self.assert_last_answer(self.send(call()), 400)
         answered.tells("message", "This port speaks https")
 
     def test_who_does_not_shake_hands_is_closed_in_time_and_holds_up_nobody(self):
         self.start_tls(clock=Clock())
         silent = self.connect()
-        nonsense = self.connect().send(b"\x16\x03\x01\x00\xff" + bytes(255))
+        nonsense = self.send(b"\x16\x03\x01\x00\xff" + bytes(255))
         self.connect_tls().answers(200, call())
         self.assertEqual(self.expire("the TLS handshake"), ClientConnection.HEAD_SECONDS)
         silent.expect_close()
@@ -16361,6 +16356,8 @@ class Forked:
         llm_proxy.Log.PAUSE = llm_proxy.Server.LOOK_SECONDS = 0.005
         llm_proxy.RedisBuckets.BEAT_SECONDS = 0.1
         llm_proxy.Redis.LONGEST_PAUSE = 0.05
+        for name in ("ANSWER_SECONDS", "LATE_SECONDS", "SILENT_SECONDS"):
+            setattr(llm_proxy.Redis, name, 60)  # or a busy machine's Redis would be left alone
         llm_proxy.parse_arguments([])  # for what is compiled and kept once
         llm_proxy.read_config({"BASE_API_URL": "http://127.0.0.1:1"})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -17421,7 +17418,7 @@ class CommandsTest(ProcessCase):
         self.begin(event(1))
         process.stop(signal.SIGUSR1)
         wait_for(lambda: process.said("running calls: 1\n"))
-        self.connect().send(call("k"))
+        self.send(call("k"))
         wait_for(lambda: b'"waiting": 1' in self.ask(HEALTH).body, "a call in line")
         process.stop(signal.SIGUSR1)
         for said in self.each((
@@ -17583,7 +17580,7 @@ class WorkersTest(ProcessCase):
 
     def test_they_share_the_slots_of_an_upstream(self):
         self.start(answer=None, MAX_CONCURRENCY=2)
-        clients = [self.connect().send(call()) for _ in range(9)]
+        clients = [self.send(call()) for _ in range(9)]
         for _ in clients:
             asked = self.stub.next()
             wait_for(lambda: self.redis.ask("ZCARD", "{llm_proxy}:slots:base:line") > 0
@@ -17959,7 +17956,7 @@ class DoorTest(EnduranceCase):
             before = time.clock_gettime(clock)
             time.sleep(0.05)  # is measured
             return (time.clock_gettime(clock) - before) / 0.05
-        clients = [self.connect().send(call()) for _ in range(100)]
+        clients = [self.send(call()) for _ in range(100)]
         wait_for(lambda: len(os.listdir("/proc/%d/fd" % pid)) == 64, "the last descriptor")
         wait_for(lambda: busy() < 0.2, "rest")
         with self.within(1):
@@ -18200,7 +18197,7 @@ class DoorTest(EnduranceCase):
         connection was closed with a 408, which must be at the deadline: once a request that came
         after it is answered, none is open."""
         began = time.monotonic()
-        waiting = clients = [self.connect().send(start) for start in starts]
+        waiting = clients = [self.send(start) for start in starts]
         self.ask(HEALTH)  # they were accepted before it
         late = time.monotonic() + deadline + 0.1
         while waiting:
@@ -18423,7 +18420,7 @@ class FaultsTest(EnduranceCase):
             "chunked": STREAM + b"".join(map(chunk, events)),
             "sized": ok + b"Content-Length: %d\r\n\r\n%b" % (len(body) + 1, body),
             "until close": ok + b"\r\n" + body}
-        for framing, hang_up in self.each(itertools.product(framings, (Asked.close, Asked.reset))):
+        for framing, hang_up in self.each(framings, (Asked.close, Asked.reset)):
             self.start(None)
             client, asked = self.ask_stub(call(stream=True))
             asked.send(framings[framing])
@@ -18737,7 +18734,7 @@ class FaultsTest(EnduranceCase):
     def received_by(self, data):
         """Returns all that a caller receives who sends this."""
         data = data.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-        told = read_to_the_end(self.connect().send(data)) or b""
+        told = read_to_the_end(self.send(data)) or b""
         self.assertTrue(told.startswith(b"HTTP/1.1 "), data)
         return told
 
@@ -18834,7 +18831,7 @@ class FaultsTest(EnduranceCase):
             client.close()
         self.at_once(invent, 8)
         self.assertEqual((limited.count(False), len(limited)), (5, total))
-        client = self.connect().send(call("a") * 20)  # in one segment
+        client = self.send(call("a") * 20)  # in one segment
         self.assertEqual({client.read().status for _ in range(20)}, {200})
         self.assert_spent(5, 0)
         # The one bucket is that of 127.0.0.1.
@@ -18846,7 +18843,7 @@ class FaultsTest(EnduranceCase):
         self.ask()
         body = chat(prompt="x", input="x", contents=[{"parts": [{"text": "x"}]}])
         forged = "X-Forwarded-For: 10.9.9.9"
-        for path, version in self.each(itertools.product(self.SPELLINGS, ("1.1", "1.0"))):
+        for path, version in self.each(self.SPELLINGS, ("1.1", "1.0")):
             answered = self.ask(request("POST", path, body, forged, key="k", version=version))
             self.assertIn(answered.status, (200, 400, 404, 429))
             said = b"limit reached" if answered.status == 200 else b'"error"'
