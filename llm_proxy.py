@@ -2366,6 +2366,10 @@ class Buckets:
             self.given[key] = gifts
         return sum([amount for amount, _ in gifts])
 
+    def capacity_of(self, rule: Rule, key: BucketKey) -> int:
+        """Returns what a bucket holds at most, with what it was given."""
+        return rule.capacity + self.given_to(key, self.clock.monotonic())
+
     def give(self, rule: Rule, key: BucketKey, amount: int, until: float, again: bool = False):
         """Raises a bucket's capacity until then, and its level too, unless `again`: then that was
         done before. What is left afterwards is kept up to the rule's capacity."""
@@ -10463,9 +10467,11 @@ HISTORY = f"""SELECT {SUM_COLUMNS} FROM sums
     JOIN (SELECT max(start) AS today FROM sums WHERE span = {DAY})
     WHERE span = {HOUR} AND start < today OR span = {QUARTER} AND start >= today
     ORDER BY start DESC LIMIT 50000"""
-# The last call stays, else its rowid would be given to another one.
+# The last call stays, else its rowid would be given to another one, and so do those that are in no
+# sum yet.
 FORGET_CALLS = """DELETE FROM calls WHERE rowid IN (SELECT rowid FROM calls WHERE time < ? LIMIT %d)
-    AND rowid < (SELECT max(rowid) FROM calls)"""
+    AND rowid < (SELECT max(rowid) FROM calls)
+    AND rowid <= (SELECT value FROM facts WHERE name = 'summed')"""
 FORGET_SUMS = """DELETE FROM sums WHERE span = {0}
     AND start < min(?, (SELECT min(start) FROM sums WHERE span = {0}) + 86400)"""
 ENDS_OF_CALLS = "SELECT (SELECT min(rowid) FROM calls), (SELECT max(rowid) FROM calls)"
@@ -10656,6 +10662,9 @@ class Database:
                 for name, kind in columns:
                     if name not in present:
                         execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+            if execute("SELECT 1 FROM facts WHERE name = 'rolled' OR name = 'unsummed' AND value"):
+                execute("DELETE FROM sums")  # of an older version, which made them otherwise
+                execute("DELETE FROM facts WHERE name IN ('rolled', 'unsummed', 'summed')")
             execute("INSERT OR IGNORE INTO facts VALUES ('summed', 0)")
             self.facts = read_facts(execute)
         execute("PRAGMA journal_mode = WAL")
@@ -12285,8 +12294,8 @@ class Metrics(Watcher):
                 (labels, format_amount(rule, buckets.level_of(rule, key).level))
                 for labels, (rule, key) in labelled.items()),
             "llm_proxy_bucket_capacity": (
-                (labels, format_amount(rule, rule.capacity))
-                for labels, (rule, _) in labelled.items())}
+                (labels, format_amount(rule, buckets.capacity_of(rule, key)))
+                for labels, (rule, key) in labelled.items())}
 
 
 class Pulse(Watcher):
@@ -12358,12 +12367,13 @@ class Pulse(Watcher):
         level = self.buckets.level_of(rule, key)
         rule = level.rule  # which knows how long this month is
         now, wall = self.clock.monotonic(), wall_time(self.clock)
-        refill = min(rule.refill, rule.capacity - min(0, level.level))
-        missing = -(-(rule.capacity - level.level) // refill)
+        capacity = self.buckets.capacity_of(rule, key)
+        refill = min(rule.refill, capacity - min(0, level.level))
+        missing = -(-(capacity - level.level) // refill)
         runs = rule.unit == RUNNING
         return {"rule": rule.text, "unit": rule.word,
                 "level": format_amount(rule, level.level),
-                "capacity": format_amount(rule, max(rule.capacity, level.level)),
+                "capacity": format_amount(rule, capacity),
                 "refill": 0 if runs else format_amount(rule, refill),
                 "interval": 0 if runs else rule.interval,
                 "refilled": wall - (now - level.refilled),

@@ -10314,6 +10314,16 @@ class SumsTest(TableCase):
         self.assertEqual((found.pop("new").calls, found), (1, whole))
         self.assertEqual(self.reader.call("id-3")["row"], 4)
 
+    def test_sums_of_an_older_version_that_were_not_finished_are_made_anew(self):
+        self.add_many(200)
+        whole = self.reader.totals("caller", self.DAY, self.DAY + 3 * 86400)
+        for fact, lost in self.each((("rolled", "span > 900"), ("unsummed", "start % 1800 = 0"))):
+            self.database.execute("DELETE FROM sums WHERE " + lost)
+            self.database.note(**{fact: 7})
+            self.reopen()
+            self.add()
+            self.assertEqual(self.reader.totals("caller", self.DAY, self.DAY + 3 * 86400), whole)
+
     def test_usage_is_told_of_an_older_file_that_no_proxy_has_opened_yet(self):
         self.add_many(50)
         options = SimpleNamespace(since="9999d", by=None, id=None, caller=None)
@@ -10360,6 +10370,15 @@ class SumsTest(TableCase):
             self.add({"time": moment})
             found = self.reader.totals("upstream", 0, self.DAY + 9 * 86400)
             self.assertEqual(self.told(found), self.counted("coalesce(upstream, '-')"))
+
+    def test_an_old_call_is_not_removed_before_it_is_in_the_sums(self):
+        with self.database.transaction():
+            self.database.add([columns_of({"time": self.DAY})] * 7)
+        for left in self.each((7, 1)):
+            self.database.forget(self.DAY + 9, self.DAY)
+            (count,), = self.database.execute("SELECT count(*) FROM calls")
+            self.assertEqual(count, left)
+            self.add()
 
     def test_old_sums_are_removed_after_old_calls(self):
         now = self.DAY + 500 * 86400
@@ -14838,13 +14857,16 @@ class AdminBooksTest(AdminCase):
         self.assert_left(100, secret)
 
     def test_a_caller_is_given_more_and_its_buckets_are_filled(self):
-        self.start(LIMITS="each 2 requests per day")
+        self.start(LIMITS="each 2 requests per day", METRICS="open")
         secret = self.add()["key"]
         self.assertEqual([self.left(secret) for _ in range(2) if self.ask(secret)], [1, 0])
         self.change("POST", "/callers/ann/give", {"amount": 5, "unit": "requests"})
         self.assert_left(5, secret)
         bucket, = self.look("/callers")["callers"][0]["buckets"]
-        self.assertEqual((bucket["level"], bucket["capacity"]), (5, 5))
+        self.assertEqual((bucket["level"], bucket["capacity"]), (5, 7))
+        self.assertGreater(bucket["full_in"], 3600)
+        self.assertIn('bucket_capacity{rule="each 2 requests per day",caller="ann"} 7',
+                      self.get("/metrics").body.decode())
         self.change("POST", "/keys/ann/reset")
         self.assertGreaterEqual(self.left(secret), 2)
 
