@@ -760,8 +760,8 @@ def linear_patterns(text):
     """'order=ORD-[0-9]+; ...', or such lines -> {'order': LinearPattern}."""
     patterns = {}
     for row in re.split("\n" if "\n" in text else ";", text):
-        name, equals, expression = map(str.strip, row.partition("="))
-        require(equals and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
+        name, _, expression = map(str.strip, row.partition("="))
+        require(expression and re.fullmatch("[a-z][a-z0-9_]{0,30}", name) and name not in (
             *REDACTED, *patterns), "must be name=regex, by lines or ;, each name once")
         try:
             patterns[name] = LinearPattern(expression)
@@ -810,7 +810,8 @@ READERS = {
     "public URL": pattern("https?://" + HOST_SHAPE + "/?",
                           "must be http://HOST[:PORT] or https://...",
                           lambda match: match[0].rstrip("/")),
-    "host": lambda text: printable(text).strip("[]"),
+    "host": pattern(r"\[?([^][]+)\]?", "must be an address, or a name, to listen on",
+                    lambda match: printable(match[1])),
     "networks": listed(read_network),
     "origins": web_origins,
     "key": pattern("(?![\"'])[!-~]+", "must be visible ASCII without spaces and quotes"),
@@ -7475,6 +7476,7 @@ REQUEST_LINE = re.compile(r"([A-Z][A-Z_-]{0,31}) ([!-~]+) HTTP/1\.([01])")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]+)(?![^/?])/?([!\"$-~]*)", re.IGNORECASE)
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 FIELD_LINES = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*" % TOKEN)
+HEAD_START = re.compile(rb"[A-Z\r]")  # of a head, or of an empty line before it
 EMPTY_LINES = re.compile(rb"\A(?:\r\n){1,8}")  # so many are skipped before a head
 BARE_LINE_END = re.compile(rb"(?:[^\r]|^)\n|\r[^\n]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -7619,7 +7621,8 @@ class HeadScanner:
         if len(data) > MAX_HEAD or (not self.checked and line_end < 0
                                     and len(data) > MAX_START_LINE):
             raise HeadTooLarge(status=431 if self.checked else 414)
-        if BARE_LINE_END.search(data, max(0, self.scanned - 1)):
+        if (not HEAD_START.match(data)
+                or BARE_LINE_END.search(data, max(0, self.scanned - 1))):
             raise Malformed
         self.scanned = len(data)
         if line_end < 0:
@@ -7646,7 +7649,7 @@ class Request(Head):
         super().__init__(data)
         match = REQUEST_LINE.fullmatch(self.start)
         if not match:
-            other_version = re.fullmatch(r"[A-Z]+ [!-~]+ HTTP/[0-9]\.[0-9]", self.start)
+            other_version = re.fullmatch(r"[A-Z]+ [!-~]+ HTTP/(?!1\.[01])[0-9]\.[0-9]", self.start)
             raise Malformed(status=505 if other_version else 400)
         self.method = match[1]
         self.version = int(match[3])
@@ -18130,8 +18133,8 @@ class Server(http.server.ThreadingHTTPServer):
         idle = [one for one in self.open if one.idle and one.context.is_waiting()]
         idle.sort(key=lambda one: (-self.by_address[one.address], one.context.since))
         for oldest in idle[:self.LOOKS]:
-            if oldest.client.is_silent() and oldest.context.is_waiting():  # no request has come
-                oldest.context.end(QuietEnd())
+            oldest.end_if_idle()
+            if oldest.context.reason:
                 self.release(oldest)
                 return True
         return False

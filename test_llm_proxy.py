@@ -1251,6 +1251,7 @@ class ConfigTest(TableCase):
             "LOG_FORMAT must be text or json (got 'xml')"])
 
     FAULTY_VALUES = """
+        HOST  []  [  [::1]:80
         PORT  0  65536  -1  8_8  0x10  ²  8899.0  1e3
         MAX_TOKENS  0  1_0  ٣  10000000000000
         READ_TIMEOUT  0  -1  inf  nan  1e3
@@ -5557,6 +5558,7 @@ class RedactionTest(ProxyCase):
                 order=(?=a)b -> order must not look around or back: assert, as in \(\?=a\)b \(got
                 a=b; order=(a*)b(.+)+-x* -> order must not have .*, as in \(a\*\)b\(.\+\)\+ \(got
                 order=( -> order must be a regular expression: missing \)
+                a=b;order= -> must be name=regex, by lines or ;, each name once
                 email=x -> must be name=regex, by lines or ;, each name once
                 order -> must be name=regex"""):
             with self.assertRaisesRegex(ConfigFaults, "REDACT_PATTERNS .*" + said):
@@ -6436,6 +6438,7 @@ class HeadTest(ProxyCase):
         "GET / HTTP/1.1\nHost: x\n\n",
         "GET /v1/x HTTP/1.1\nHost: x",
         "GET\t/ HTTP/1.1 | Host: x",
+        "A" * 33 + " / HTTP/1.1 | Host: x",
         "GET /\xe4 HTTP/1.1 | Host: x",
         "GET /\x01 HTTP/1.1 | Host: x",
         POST + "Host\t: x | Content-Length: 0",
@@ -6508,7 +6511,8 @@ class HeadTest(ProxyCase):
         for start in self.each([
                 b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n", b"GET / HTTP/1.1\r\nHost: x\nX: y",
                 b"GET / HTTP/1.1\nHost: x", b"GET / HTTP/1.1\r\n folded: x\r\n",
-                b"GET / HTTP/1.1\r\nHost: x\rX", b"GET / HTTP/1.1\r\nX-A : x\r\nX", b"\r\n\n"]):
+                b"GET / HTTP/1.1\r\nHost: x\rX", b"GET / HTTP/1.1\r\nX-A : x\r\nX", b"\r\n\n",
+                b"\x16\x03\x01", b" GET", b"\r\nget"]):
             client = self.connect()
             client.answers(400, start)
             client.expect_close()
@@ -16111,6 +16115,14 @@ class ServerTest(ServerCase):
         self.assertEqual([first.ending(), second.ending()], ["closed", "closed"])
         for client in (few, *others):
             client.answers(200, call())
+
+    def test_a_head_that_is_not_whole_keeps_nobody_out(self):
+        self.start(MAX_CONNECTIONS=2)
+        first = self.connect()
+        self.send_apart(first, b"GET /")
+        self.send_apart(self.connect(), b"GET /")
+        self.connect(source="127.0.0.2").answers(200, call())
+        first.expect_close()
 
     def test_a_connection_whose_request_has_just_come_is_not_idle(self):
         client = self.connect()
