@@ -6453,9 +6453,9 @@ class Shape(NamedTuple):
     mark: str
     search: "re.Pattern[str]"
     check: Callable[["re.Match[str]"], int]
-    step: int = 1 << 16
-    hint: str = ""
-    longest: int = 0     # characters of a match, 0: a quarter of a step
+    hint: str
+    longest: int  # characters of a match
+    step: int = 1 << 14
 
 
 URL_PASSWORD = re.compile(r"[A-Za-z]://[^\s/@]*:\Z")  # before it
@@ -6566,7 +6566,7 @@ def end_of_phone(match: "re.Match[str]") -> int:
     return match.end() if 8 <= digits <= 12 else 0
 
 
-# How vendors' keys look, and a JSON Web Token.
+# How vendors' keys look
 SECRETS = r"""
     sk-(?:proj|svcacct|admin|ant|or|lf)-[A-Za-z0-9_-]{20,200}
     sk-(?=[A-Za-z]{0,60}[0-9])[A-Za-z0-9]{20,200}
@@ -6579,36 +6579,39 @@ SECRETS = r"""
     whsec_[A-Za-z0-9+/=]{24,255} hf_[A-Za-z0-9]{30,60} api_org_[A-Za-z]{34} npm_[A-Za-z0-9]{36}
     pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,500} dop_v1_[0-9a-f]{64} pplx-[A-Za-z0-9]{40,80}
     SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43} xai-[A-Za-z0-9]{60,120} gsk_[A-Za-z0-9]{40,80}
-    r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}
-    eyJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,1000}"""
+    r8_[A-Za-z0-9]{37} nvapi-[A-Za-z0-9_-]{60,120}"""
+WEB_TOKEN = r"""e(?<![A-Za-z0-9_-].)yJ[A-Za-z0-9_-]{10,3000}\.eyJ[A-Za-z0-9_-]{10,8000}
+    \.[A-Za-z0-9_-]{10,1000}(?![A-Za-z0-9])"""
 KEY_HEADERS = r"(?:[\\\s]{1,8}[A-Za-z-]{3,20}:\ [^\n\\]{1,100}(?![^\n\\])){0,3}"
 PRIVATE_KEY = r"""-----BEGIN\ ((?:[A-Z]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?)-----%s
     [A-Za-z0-9+/=\\\s]{64,14000}(?:-----END\ \1-----)?""" % KEY_HEADERS
 # Global addresses (RFC 6890) that follow no word for a version; of IPv6 those that are given out.
-IPV4 = r"""[1-9](?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
+# The second group is of what may as well be a version, or the number of a section or of a field of
+# certificates (2.5.29.15).
+IPV4 = r"""([1-9])(?<![A-Za-z0-9_.+~^-].)(?<![=<>~!]=.)(?<![A-Za-z0-9]/.)
     (?<!(?<![A-Za-z])[Ss]ection\ .)(?<!ersion\ .)(?<!ersion:\ .)
     (?<!ersion=.)(?<!ersion":\ ".)(?<!ersion\ =\ ".)
     (?!(?<=1)(?:0|27|69\.254|72\.(?:1[6-9]|2[0-9]|3[01])|92\.(?:168|0\.[02])|98\.(?:1[89]|51\.100)
         |00\.(?:6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\.
     |(?<=2)(?:03\.0\.113|2[4-9]|[3-5][0-9])\.|[0-9]*\.[0-9]+\.0\.0(?![0-9.]))
+    (?:(?<![@/=].)(?!\.\1\.\1\.\1|\.8\.4\.4)
+    (?=(\.[0-9]\.(?:[0-9]|29)\.[0-9]{1,2})(?![0-9]|[:/][0-9])))?
     (?:(?<=1)[0-9]{0,2}|(?<=2)(?:[0-4][0-9]?|5[0-5]?|[6-9]?)|(?<=[3-9])[0-9]?)
     (?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])){3}(?![A-Za-z0-9_+-]|\.[A-Za-z0-9])"""
-# What may as well be a version, or the number of a section or of a field of certificates
-# (2.5.29.15); and the words for these, as a group, or for hosts
-SHORT_NUMBERS = re.compile(r"([1-9])(?<![@/=].)(?!\.\1\.\1\.\1|\.8\.4\.4)"
-                           r"\.[0-9]\.(?:[0-9]|29)\.[0-9]{1,2}(?![0-9]|[:/][0-9])")
-TOLD_BEFORE = re.compile(r"(?:(versions?|sections?|o(?<![a-z].)id|p(?<![a-z].)ip|e\.g)|address"
-                         r"|client|dns|from|host|ip|listen(?:s|ing)|nameserver|peer|reached"
-                         r"|run(?:s|ning) (?:at|on)|server)\b")
+# The words for these, each with a group, and for hosts. Each begins with a letter of its own: that
+# is searched for ten times as fast.
+TOLD_BEFORE = re.compile(r"(?:v(e)rsions?|s(e)ctions?|o(?<![a-z].)(i)d|p(?<![a-z].)(i)p|e(\.)g"
+                         r"|address|client|dns|from|host|ip|listen(?:s|ing)|nameserver|peer"
+                         r"|reached|run(?:s|ning) (?:at|on)|server)\b")
 
 
 def end_of_ipv4(match: "re.Match[str]") -> int:
     """Returns the end of an address; 0 if it may be a version, as the last telling word shortly
     before it is one for versions."""
-    if not SHORT_NUMBERS.match(match.string, match.start()):
+    if match[2] is None:
         return match.end()
     told = TOLD_BEFORE.findall(match.string[max(match.start() - 200, 0):match.start()].lower())
-    return 0 if told and told[-1] else match.end()
+    return 0 if told and any(told[-1]) else match.end()
 
 
 IPV6 = r"""[23](?<![A-Za-z0-9_:.].)(?!(?:[0-9a-f]{0,4}:){8})
@@ -6617,11 +6620,11 @@ IPV6 = r"""[23](?<![A-Za-z0-9_:.].)(?!(?:[0-9a-f]{0,4}:){8})
     (?:[0-9a-f]{1,4}(?::[0-9a-f]{1,4}){0,5})?)(?![A-Za-z0-9_:]|\.[0-9])"""
 
 
-def shape(kind, pattern, check=re.Match.end, mark="", hint=""):
+def shape(kind, pattern, check=re.Match.end, mark="", hint="", longest=1 << 10):
     """Returns a Shape. A search for one character of a set is ten times as fast as one for what
     looks around: patterns begin with a character, and look back from behind it."""
     search = re.compile(pattern, re.ASCII | re.VERBOSE)
-    return Shape(kind, mark, search, check, hint=hint or re.escape(mark))
+    return Shape(kind, mark, search, check, hint or re.escape(mark), longest)
 
 
 LONG_WORD = "[A-Za-z0-9_-]{8}"  # every secret holds one
@@ -6652,7 +6655,8 @@ SHAPES = (
     shape("ip", IPV6, mark=":", hint="[0-9a-f]:"),
     shape("secrets", "(?:%s)(?![A-Za-z0-9])" % "|".join([
         "%s(?<![A-Za-z0-9_-].)%s" % (one[0], one[1:]) for one in SECRETS.split()]), hint=LONG_WORD),
-    shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY"),
+    shape("secrets", WEB_TOKEN, mark="eyJ", longest=1 << 14),
+    shape("secrets", PRIVATE_KEY, mark="PRIVATE KEY", longest=1 << 14),
 )
 
 
@@ -6673,7 +6677,7 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
     odd = [re.escape(key) for key in sorted(keys, key=len, reverse=True)
            if len(key) >= SHORTEST_KEY and not re.fullmatch(KEY_WORD, key)]
     shapes = [shape("secrets", KEY_WORD, end, hint=LONG_WORD)]
-    return shapes + [shape("secrets", "(?:%s)" % "|".join(odd))] * bool(odd)
+    return shapes + [shape("secrets", "(?:%s)" % "|".join(odd), longest=1 << 14)] * bool(odd)
 
 
 # A character that may be one of a value, spelled as in JSON, or in JSON in that; and any other one
@@ -6689,7 +6693,7 @@ def unescaped(match: "re.Match[str]") -> str:
 class Redactor:
     """Finds what must not leave. `patterns` are Shapes of the configuration's own, `allow` globs of
     what may leave, and `countries` those whose numbers of phones are known without a code."""
-    SLICE = 1 << 16  # characters of a text, and a quarter more for what begins in these
+    SLICE = 1 << 14  # characters of a text, and a quarter more for what begins in these
     LONGEST = 320    # characters of the last word, which may go on
     LARGE = 4096  # characters: a text of more is searched in steps
     MANY = 1024   # findings that are yielded at once
@@ -6782,8 +6786,8 @@ class Redactor:
     def matches(self, one, text, begin, ends):
         """Returns what of a Shape begins in a step, and not within its last match."""
         end = begin + one.step
-        window = end + (one.longest or one.step // 4)
-        some = list(one.search.finditer(text, max(begin, ends[one.search]), window))
+        some = list(one.search.finditer(
+            text, max(begin, ends[one.search]), end + one.longest))
         some = [match for match in some if match.start() < end]
         if not some:  # the usual case
             return ()
@@ -15871,7 +15875,7 @@ def renew_redaction(proxy):
     shapes = shapes_of_keys(
         config.own_keys(), lambda word: callers.known_by(digest(word)) is not None)
     # One may take 20 us a character.
-    shapes += [Shape(name, "", pattern.compiled, re.Match.end, 1 << 9, longest=pattern.longest)
+    shapes += [Shape(name, "", pattern.compiled, re.Match.end, "", pattern.longest, 1 << 9)
                for name, pattern in (config.redact_patterns or {}).items()]
     proxy.redaction = Redaction(
         lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
