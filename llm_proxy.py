@@ -13380,7 +13380,10 @@ end
 
 local function charge(b, amount, age)
   if b.kind == 'running' then amount = math.max(amount, -(b.own[me] or 0))
-  elseif amount < 0 and b.kind ~= 'bucket' and now - age + 2 < b.stamp then return end
+  elseif amount > 0 and b.kind == 'window' then
+    if age + 2 >= b.interval then return end
+    if b.level >= b.capacity then b.stamp = now - age end  -- it began while Redis was away
+  elseif b.kind ~= 'bucket' and now - age + 2 < b.stamp then return end
   local level = math.min(b.room, b.level - amount)
   b.own[me] = (b.own[me] or 0) + b.level - level
   b.level, b.changed = level, true
@@ -13518,7 +13521,7 @@ class Take(NamedTuple):
 
 class Batch:
     """What one run of LUA_BATCH does: acts (word, rule, bucket, arguments ...), charges ((bucket,
-    when it was taken, else 0), rule, amount), and takes."""
+    ...), rule, amount, since when), and takes."""
 
     def __init__(self, acts: List[Tuple], charges: Sequence[Tuple] = (), takes: List[Take] = ()):
         self.acts = acts
@@ -13535,8 +13538,8 @@ class Batch:
         """Yields the acts, as LUA_BATCH reads them."""
         for word, rule, key, *arguments in self.acts:
             yield "%s %d %s" % (word, self.number_of(rule, key), " ".join(map(str, arguments)))
-        for (key, taken_at), rule, amount in self.charges:
-            age = microseconds(now - taken_at) if taken_at else 0
+        for (key, _), rule, amount, since in self.charges:
+            age = microseconds(now - since)
             yield "charge %d %d %d" % (self.number_of(rule, key), amount, age)
         for keyed_rules, costs, _ in self.takes:
             wanted = ["%d %d" % (self.number_of(rule, key), stored_amount(rule, costs[rule.unit]))
@@ -13616,6 +13619,7 @@ class RedisBuckets(Buckets):
     MOST_ACTS = 200           # acts in one batch
     MOST_KEPT = 20_000        # acts, and charges, that are not sent yet
     CHARGE_SECONDS = 0.005
+    SLACK_SECONDS = 1         # by which times of this process and of Redis may differ
     DRAIN_SECONDS = 2         # to have all answered when the process ends
     BEAT_SECONDS = 0.5
     START_BEATS = 3           # until all processes that were started together are counted
@@ -13643,12 +13647,14 @@ class RedisBuckets(Buckets):
         # How far its clock, which begins in 2020, is ahead of the monotonic one.
         self.ahead = wall_time(clock) - START_OF_2020 - clock.monotonic()
         self.batch_script, self.beat_script = RedisScript(LUA_BATCH), RedisScript(LUA_BEAT)
-        # (bucket, when it was taken for what a window gets back, else 0) -> (rule, amount)
+        # (bucket, when it was taken for what an earlier window gets back, else 0) -> (rule, amount,
+        # since when)
         self.unsent = {}
         self.pending = Counter()  # amounts that were charged here, of which there is no answer yet
         self.running = Counter()  # calls of this process, by (rule, bucket)
         # (word of LUA_BATCH, rule, bucket, arguments ...)
         self.acts = deque(maxlen=self.MOST_KEPT)
+        self.unsure = {}  # rules, by bucket, of what was sent in vain, or answered in vain
         self.fills = set()                  # callers whose buckets are to be filled
         self.texts = {}         # what Redis told of each bucket
         self.takes = deque()    # to be sent
@@ -13677,18 +13683,23 @@ class RedisBuckets(Buckets):
             take = Take(keyed_rules, costs, redis.loop.create_future())
             self.takes.append(take)
             redis.flush_soon()
-            levels = await redis.wait(take.future)
+            try:
+                levels = await redis.wait(take.future)
+            except asyncio.CancelledError:
+                if not take.future.cancelled():  # Redis has answered in this pass of the loop
+                    self.give_back(take.future.result())
+                raise
         if type(levels) is not list:
             return self.take_locally(keyed_rules, costs)
         return tightest_of(levels), levels
 
     def settle(self, keyed_rules, costs, taken, taken_at):
+        tightest = super().settle(keyed_rules, costs, taken, taken_at)
         for rule, key in keyed_rules:
             unit = rule.unit
             if costs[unit] != taken[unit]:
                 amount = stored_amount(rule, costs[unit]) - stored_amount(rule, taken[unit])
                 self.charge(rule, key, amount, taken_at)
-        tightest = super().settle(keyed_rules, costs, taken, taken_at)
         if self.local.levels:  # Redis is away, or late
             return self.local.settle(self.local_rules(keyed_rules), costs, taken, taken_at)
         return tightest
@@ -13721,6 +13732,11 @@ class RedisBuckets(Buckets):
             [act for act in self.acts if act[0] not in ("put", "look") or act[2] not in gone],
             self.MOST_KEPT)
 
+    def is_full(self, bucket):
+        """What this process has taken of a bucket must be known until Redis tells that it is
+        full: it would else be set back to nothing where an answer is lost."""
+        return "=" not in self.texts.get(bucket.key, "") and super().is_full(bucket)
+
     # -- what is asked of Redis
 
     def act(self, *act):
@@ -13731,18 +13747,24 @@ class RedisBuckets(Buckets):
     def charge(self, rule, key, amount, taken_at=0.0):
         """Charges so much soon, with the next batch or, after CHARGE_SECONDS, alone."""
         self.note_running(rule, key, amount)
-        place = key, taken_at if rule.window and amount < 0 else 0.0
+        place, now = (key, 0.0), self.clock.monotonic()
+        _, _, since = self.unsent.get(place, (rule, 0, now))
+        if rule.window and since + self.SLACK_SECONDS < self.levels[key].refilled:
+            self.pending[key] -= self.unsent.pop(place)[1]  # of a window that is over
+            since = now
+        if rule.window and amount < 0 and taken_at < since:
+            place, since = (key, taken_at), taken_at
         if len(self.unsent) >= self.MOST_KEPT and place not in self.unsent:
             self.redis.dropped += 1
             return
         self.pending[key] += amount
-        self.send(place, rule, amount)
+        self.send(place, rule, amount, since)
         if not self.charging:
             self.charging = self.redis.loop.call_later(self.CHARGE_SECONDS, self.redis.flush)
 
-    def send(self, place, rule, amount):
-        _, before = self.unsent.get(place, (rule, 0))
-        self.unsent[place] = rule, before + amount
+    def send(self, place, rule, amount, since):
+        _, before, earlier = self.unsent.get(place, (rule, 0, since))
+        self.unsent[place] = rule, before + amount, min(earlier, since)
 
     def note_running(self, rule, key, amount):
         if rule.unit == RUNNING:
@@ -13760,13 +13782,20 @@ class RedisBuckets(Buckets):
             if not (self.state == "here" and self.redis.available
                     and (self.takes or self.unsent or self.acts)):
                 break
+            self.send_batch()
+
+    def send_batch(self):
+        """Sends what one batch may have of what waits. What is put back comes before all charges
+        and takes, if possible with them: else others could tell of these meanwhile, too."""
+        acts, charges, takes = self.first_of(self.acts), [], []
+        if not self.acts:
             charges = [(place, *self.unsent.pop(place))
                        for place in list(islice(self.unsent, self.MOST_ACTS))]
             takes = [take for take in self.first_of(self.takes) if not take.future.done()]
-            batch = Batch(self.first_of(self.acts), charges, takes)
-            self.unanswered += 1
-            command = self.command(batch)
-            self.redis.ask(partial(self.on_answer, batch, self.number), *command)
+        batch = Batch(acts, charges, takes)
+        self.unanswered += 1
+        command = self.command(batch)
+        self.redis.ask(partial(self.on_answer, batch, self.number), *command)
 
     def first_of(self, queue):
         return [queue.popleft() for _ in range(min(len(queue), self.MOST_ACTS))]
@@ -13816,8 +13845,7 @@ class RedisBuckets(Buckets):
     def take_back(self, batch):
         """Has all of a batch sent again: it was lost, or its answer was. Before, this process's
         part of the buckets is set back, so it is done once."""
-        self.store([self.level_of(rule, key) for key, rule in batch.rules.items()
-                    if key not in self.levels])
+        self.unsure.update(batch.rules)
         self.acts.extend([act for act in batch.acts if act[0] in ("give", "put")])
         for charge in batch.charges:
             self.send(*charge)
@@ -13826,7 +13854,7 @@ class RedisBuckets(Buckets):
     def read_answer(self, batch, first, *texts):
         flags, now = first.rsplit(b" ", 1)
         self.note_time(int(now))
-        for (key, _), _, amount in batch.charges:
+        for (key, _), _, amount, _ in batch.charges:
             self.pending[key] -= amount
             if not self.pending[key]:
                 del self.pending[key]
@@ -13865,12 +13893,17 @@ class RedisBuckets(Buckets):
             levels.append(level._replace(amount=cost) if taken else level.less(cost))
             if taken:
                 self.note_running(rule, key, cost)
-        if not take.future.done():
+        if take.future.done():
+            self.give_back(levels)
+        else:
             take.future.set_result(levels)
-        elif taken:
-            for rule, key in take.keyed_rules:
-                amount = stored_amount(rule, take.costs[rule.unit])
-                self.charge(rule, key, -amount, redis_levels[key].now)
+
+    def give_back(self, levels):
+        """Gives back what Redis has let a call take that waits no longer."""
+        if type(levels) is list and all([one.level >= 0 for one in levels]):
+            for one in levels:
+                amount = stored_amount(one.rule, one.amount)
+                self.charge(one.rule, one.key, -amount, one.now)
 
     # -- while Redis is away
 
@@ -13886,6 +13919,7 @@ class RedisBuckets(Buckets):
         tightest = tightest_of(levels)
         if tightest.level >= 0:
             self.settle(keyed_rules, costs, NO_COST, 0.0)
+            tightest = tightest._replace(now=self.clock.monotonic())  # later than its windows
         return tightest, levels
 
     def local_rules(self, keyed_rules):
@@ -13928,17 +13962,23 @@ class RedisBuckets(Buckets):
         existed, last = self.read_beat(
             await self.redis.ask_and_wait(*self.beat_parts(self.number)))
         is_lost = last < done if done else not existed
-        self.done = inf if is_lost else done
-        acts = chain(
-            [("put", one.rule, one.key, "back" if is_lost else "own",
-              self.texts.get(one.key) or self.spell(one))
-             for one in self.seen() if one.rule.unit != RUNNING],
-            [("count", rule, key, count - self.pending.get(key, 0))
-             for (rule, key), count in self.running.items()])
-        for some in iter(lambda: list(islice(acts, self.MOST_ACTS)), []):
-            if await self.redis.ask_and_wait(*self.command(Batch(some))) == b"gap":
-                raise RedisFault("has lost what it knew")
+        how = "back" if is_lost or any(["back" in act for act in self.acts]) else "own"
         self.done = self.number
+        kept = [act for act in self.acts if act[0] == "give" or "new" in act]
+        self.acts.clear()
+        running = {key: rule for rule, key in self.running}
+        seen = {one.key: one.rule for one in self.seen() if one.key not in self.unsure}
+        for key, rule in {**running, **seen, **self.unsure}.items():
+            if rule.unit == RUNNING:
+                count = self.running[rule, key] - self.pending.get(key, 0)
+                self.acts.append(("count", rule, key, count))
+            else:
+                text = self.texts.get(key) or self.spell(self.level_of(rule, key))
+                self.acts.append(("put", rule, key, how, text))
+        self.acts.extend(kept)
+        while self.acts:
+            self.send_batch()
+            await self.redis.ask_and_wait(*self.beat_parts())  # answered after the batch
 
     def spell(self, one):
         """Returns the text of a bucket that Redis has told nothing of: somebody has taken what is
@@ -13957,6 +13997,7 @@ class RedisBuckets(Buckets):
         self.state = "here"
         self.reason = "is there"
         self.replaces_dead = False
+        self.unsure = {}
         self.local = Buckets(self.clock)
         if was_away:
             self.on_change("again")

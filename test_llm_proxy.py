@@ -11162,9 +11162,10 @@ class RedisReaderTest(TableCase):
 
 
 class RedisCase(TableCase):
-    """A client on a loop of the test's own."""
-    SECONDS = {}
+    """A client on a loop of the test's own. It waits for as long as a slow machine takes: tests of
+    what is late say themselves what is."""
     PATIENT = dict.fromkeys(("ANSWER_SECONDS", "LATE_SECONDS", "SILENT_SECONDS"), PATIENCE)
+    SECONDS = PATIENT
 
     def setUp(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0.05)
@@ -11178,6 +11179,7 @@ class RedisCase(TableCase):
         redis.on_leave.append(lambda fault: self.left.append(str(fault)))
         redis.start()
         self.addCleanup(lambda: self.run_loop(redis.close()))
+        self.addCleanup(vars(redis).pop, "ANSWER_SECONDS", None)  # closing waits no longer
         return redis
 
     def run_loop(self, coroutine):
@@ -11228,19 +11230,19 @@ class RedisFaultsTest(RedisCase):
         self.assertEqual(set(self.left), {"is not there"})
 
     def test_silence_and_half_a_reply_hold_nobody_for_long(self):
-        self.patch_seconds(Redis_SILENT_SECONDS=0.15)
         for half in self.each([(b"",), (b"$100\r\nab",), (b"*2\r\n:1\r\n",)]):
             self.left.clear()
             redis = self.start([b"+OK\r\n", *half])
+            del redis.ANSWER_SECONDS
             words, milliseconds = self.faults(redis, "GET", "a")
             self.assertEqual(words, "answers late")
             self.assertLess(milliseconds, 2000)
             self.assertTrue(redis.available)  # one that is late says little
+            redis.SILENT_SECONDS = 0
             self.wait_for(lambda: self.left)
             self.assertEqual(set(self.left), {"does not answer"})
 
     def test_nonsense_ends_the_connection(self):
-        self.SECONDS = self.PATIENT
         for answer, words in self.each([
                 (b"HTTP/1.1 200 OK\r\n", "does not speak RESP2"),
                 (b":1\r\n:2\r\n", "answers what it was not asked")]):
@@ -11268,7 +11270,7 @@ class RedisFaultsTest(RedisCase):
         self.wait_for(lambda: not redis.unsent)
 
     def test_three_late_answers_in_a_row_are_too_many(self):
-        self.SECONDS = {**self.PATIENT, "TICK_SECONDS": PATIENCE}  # the test says what is late
+        self.SECONDS = {**self.SECONDS, "TICK_SECONDS": PATIENCE}  # the test says what is late
         redis = self.start([b"+OK\r\n"] + [b":1\r\n"] * 9)
 
         async def call(is_late):
@@ -11311,7 +11313,6 @@ class RedisFaultsTest(RedisCase):
             self.assertEqual(words, told * ["answers late"])
         self.run_loop(calling)
         self.assertFalse(redis.is_late())  # for others
-        redis.ANSWER_SECONDS = 0
 
     def test_a_cluster_says_where_to_go(self):
         self.patch_seconds(Redis_STEADY_SECONDS=0)
@@ -11362,8 +11363,6 @@ def needs_redis(tests):
 
 @HAS_REDIS
 class RedisTest(RedisCase):
-    SECONDS = RedisCase.PATIENT
-
     def test_user_password_database_and_name_are_told(self):
         server = RedisServer(self, "--user", *"app on >p@ss:w ~* +@all".split(),
                              port="--port")
@@ -11431,10 +11430,10 @@ class RedisTest(RedisCase):
 @needs_redis
 class LossesTest(RedisCase):
     """Redis loses all again and again, while not every process has noticed the last time."""
-    SECONDS = RedisCase.PATIENT
     STEPS = 150
     RULE = read_rule("each 1 requests per 365d burst 1000")
     KEYED_RULES = [(RULE, (RULE.text,))]
+    OTHER = read_rule("all 1 tokens per 365d burst 1000"), ("all",)
 
     def take_part(self, store, act):
         if act == "call":
@@ -11457,8 +11456,75 @@ class LossesTest(RedisCase):
             self.take_part(store, "beat")
             self.wait_for(lambda: len(self.left) > 2)
         self.left_done([store])
+        self.assert_stored(store, 999)
+
+    def lose_answer(self, store, then=lambda: None):
+        """Redis does what is sent next, and the answer is lost with the connection."""
+        def lose(batch, number, reply):
+            del store.on_answer
+            then()
+            store.redis.leave(RedisFault("is away"))
+            store.on_answer(batch, number, RedisFault("is away"))
+        store.on_answer = lose
+
+    def assert_stored(self, store, level):
         name, _ = store.describe(*self.KEYED_RULES[0])
-        self.assertEqual(self.server.ask("GET", name).split()[0], b"999")
+        self.assertEqual(self.server.ask("GET", name).split()[0], b"%d" % level)
+
+    def test_first_takes_whose_answers_are_lost_are_done_once(self):
+        self.server = RedisServer(self)
+        store = RedisBuckets(Clock(), self.client(self.server.url), "test", "share", 1)
+        self.left_done([store])
+        self.lose_answer(store)
+        self.run_loop(store.take([*self.KEYED_RULES, self.OTHER], costs(1)))
+        self.left_done([store])
+        self.assert_stored(store, 999)
+
+    def test_what_comes_back_does_so_once_though_its_bucket_seemed_full_by_that(self):
+        self.patch_seconds(RedisBuckets_BEAT_SECONDS=PATIENCE)
+        self.server = RedisServer(self)
+        one, two = [RedisBuckets(Clock(), self.client(self.server.url), "test", "share", 2)
+                    for _ in range(2)]
+        self.left_done([one, two])
+        self.take_part(one, "call")
+        self.take_part(two, "call")
+        one.settle(self.KEYED_RULES, llm_proxy.NO_COST, costs(1), 0.0)
+        one.store([one.level_of(*self.OTHER)])  # in whose favour full ones are dropped
+        self.lose_answer(one)
+        self.left_done([one])
+        self.assert_stored(one, 999)
+
+    def test_a_call_that_leaves_when_its_answer_is_lost_runs_no_longer(self):
+        self.server = RedisServer(self)
+        store = RedisBuckets(Clock(), self.client(self.server.url), "test", "share", 1)
+        self.left_done([store])
+        rule = read_rule("each 2 running")
+        taking = self.loop.create_task(store.take([(rule, (rule.text,))], costs(1)))
+        self.lose_answer(store, taking.cancel)
+        with self.assertRaises(asyncio.CancelledError):
+            self.run_loop(taking)
+        self.left_done([store])
+        self.assertEqual(self.server.ask("KEYS", "*:r:*"), [])
+
+    def test_a_first_charge_is_done_once_though_another_process_alone_was_told_of_it(self):
+        self.patch_seconds(Redis_LONGEST_PAUSE=0, RedisBuckets_BEAT_SECONDS=PATIENCE)
+        self.server = RedisServer(self)
+        one, two = [RedisBuckets(Clock(), self.client(self.server.url), "test", "open", 2)
+                    for _ in range(2)]
+        self.left_done([one, two])
+        self.take_part(two, "call")
+        self.lose_answer(one)
+        with patch.object(one.redis, "open_connection", side_effect=OSError):
+            self.take_part(one, "call")
+            self.take_part(two, "beat")
+            self.take_part(two, "lose")
+        with patch.object(one, "MOST_BATCHES", 0):
+            self.wait_for(lambda: one.state == "here")
+            self.take_part(two, "beat")
+            self.left_done([two])
+        one.redis.flush()
+        self.left_done([one])
+        self.assert_stored(one, 998)
 
     def test_no_call_is_forgotten_nor_charged_twice(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0, RedisBuckets_BEAT_SECONDS=PATIENCE)
@@ -11473,9 +11539,7 @@ class LossesTest(RedisCase):
                            *((store, "beat") for store in 2 * stores)]:
             self.take_part(store, act)
             self.left_done(stores)
-        name, _ = stores[0].describe(*self.KEYED_RULES[0])
-        left = int(self.server.ask("GET", name).split()[0])
-        self.assertEqual(left, 1000 - acts.count("call"))
+        self.assert_stored(stores[0], 1000 - acts.count("call"))
 
     def left_done(self, stores):
         self.wait_for(lambda: all(map(is_done, stores)))
@@ -11604,6 +11668,19 @@ class LimitsInRedisTest(InRedis, LimitsTest):
             self.assertEqual(answer.split()[0], b"%d" % level)
             texts[process] = answer.decode().replace(" ", ",")
 
+    def test_what_a_call_has_taken_that_leaves_as_it_is_answered_comes_back(self):
+        self.start("each 3 requests per hour; each 2 running")
+        store, finish = self.buckets, self.store.finish_take
+        admitting = self.redis.loop.create_task(self.limits.admit(caller("a"), "1", "", costs(1)))
+
+        def finish_and_leave(*arguments):
+            finish(*arguments)
+            admitting.cancel()
+        with patch.object(store, "finish_take", finish_and_leave):
+            with self.assertRaises(asyncio.CancelledError):
+                self.awaited(admitting)
+        self.assertEqual((self.buckets.running, self.server.ask("KEYS", "*:[br]:*")), ({}, []))
+
     def test_of_many_processes_only_the_sum_is_kept(self):
         self.start_with_a_bucket()
         for process in range(40):
@@ -11650,7 +11727,25 @@ class KeysRulesInRedisTest(InRedis, KeysRulesTest):
 
 @needs_redis
 class WindowsInRedisTest(InRedis, WindowsTest):
-    pass
+    def test_what_is_taken_while_redis_is_away_is_of_its_own_window(self):
+        """Each takes 90, and uses 10 after so many seconds."""
+        for rule, settled_in, left, reset in self.each("""[
+                ["60s window", [9, 9], 80, 42], ["60s window", [9], 90, 51],
+                ["60s window", [61, 9], 90, 51], ["60s window", [9, 61], 100, 0],
+                ["calendar day", [9, 20], 80, 7171], ["calendar day", [7205, 20], 90, 86375],
+                ["calendar day", [7195, 20], 100, 0]]"""):
+            self.start("each 100 tokens per " + rule)
+            self.at("2024-02-10T22:00:00")
+            for number, seconds in enumerate(settled_in, 1):
+                with patch.object(self.buckets if number == 1 else self.store, "state", "away"):
+                    hold = self.redis.loop.run_until_complete(
+                        self.limits.admit(caller("alice"), "1", "", costs(90)))
+                    self.clock.seconds += seconds
+                    if number < len(settled_in):
+                        hold.settle(costs(10))
+            hold.settle(costs(10))
+            quota, _ = self.peek()
+            self.assertEqual((quota.remaining, quota.reset_seconds), (left, reset))
 
 
 @needs_redis
@@ -12081,6 +12176,7 @@ class SharedLimitsTest(ProxyCase):
         with ExitStack() as stack:
             for buckets in stores:
                 stack.enter_context(patch.object(buckets, "BEAT_SECONDS", PATIENCE))
+                vars(buckets.redis).update(RedisCase.PATIENT)  # it notices no loss by being slow
             for buckets in stores:
                 loop = buckets.redis.loop
                 wait_for(lambda: buckets.beat_timer.when() > loop.time() + 1)
@@ -12351,7 +12447,7 @@ class SharedQueueTest(RedisCase):
         answer(RedisFault("answers late"))
 
     def test_while_redis_is_late_each_has_what_is_free_of_its_part(self):
-        self.patch_seconds(Redis_SILENT_SECONDS=PATIENCE)
+        self.SECONDS = {**self.SECONDS, "ANSWER_SECONDS": 0.08}
         first, second = [self.queue(3, part=lambda most: 2) for _ in range(2)]
         first.enter("a", 1)
         self.wait_until(1, 0)
