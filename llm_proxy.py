@@ -13547,9 +13547,6 @@ class Batch:
             yield "take %d %s" % (len(wanted), " ".join(wanted))
 
 
-ONE = ord("1")
-
-
 def grain(rule: Rule) -> int:
     """Returns the smallest amount of a unit that Redis counts."""
     return NANODOLLAR if rule.unit == USD else 1
@@ -13628,7 +13625,8 @@ class RedisBuckets(Buckets):
     state = "returning"       # or "here", or "away"
     reason = "is not there"
     number = 0                # of the last batch that was sent,
-    done = 0                  # and answered; infinite while what Redis has lost is put back
+    done = 0                  # and answered
+    is_lost = False           # something that Redis knew, and is not told yet
     unanswered = 0            # batches
     beats = 0
     replaces_dead = False     # a process that died: nobody knows what it took of its share
@@ -13835,7 +13833,7 @@ class RedisBuckets(Buckets):
             return self.redis.leave_if_refused(reply)
         self.done = number
         try:
-            self.read_answer(batch, *reply.split(b"\n"))
+            self.read_answer(batch, *reply.decode().split("\n"))
         except (AttributeError, ValueError, OverflowError):  # somebody else has written there
             self.redis.give_up()
             self.redis.leave(RedisFault("has other things under these names"))
@@ -13852,16 +13850,16 @@ class RedisBuckets(Buckets):
         self.takes.extend(batch.takes)
 
     def read_answer(self, batch, first, *texts):
-        flags, now = first.rsplit(b" ", 1)
+        flags, now = first.rsplit(" ", 1)
         self.note_time(int(now))
         for (key, _), _, amount, _ in batch.charges:
             self.pending[key] -= amount
             if not self.pending[key]:
                 del self.pending[key]
-        levels = {key: self.note_level(rule, key, text.decode())
+        levels = {key: self.note_level(rule, key, text)
                   for (key, rule), text in zip(batch.rules.items(), texts)}
         for take, flag in zip(batch.takes, flags):
-            self.finish_take(take, flag == ONE, levels)
+            self.finish_take(take, flag == "1", levels)
 
     def note_time(self, redis_time):
         self.ahead = redis_time / 1_000_000 - self.clock.monotonic()
@@ -13958,27 +13956,29 @@ class RedisBuckets(Buckets):
         """Sets this process's part of each bucket back to what it saw, as answers may be missing;
         puts back all that it saw if Redis has lost some. Raises RedisFault."""
         self.number += 1
-        done, self.done = self.done, self.done and inf  # a loss is told once, maybe in vain
+        was_lost, self.is_lost = self.is_lost, self.done > 0  # it is told once, maybe in vain
         existed, last = self.read_beat(
             await self.redis.ask_and_wait(*self.beat_parts(self.number)))
-        is_lost = last < done if done else not existed
-        how = "back" if is_lost or any(["back" in act for act in self.acts]) else "own"
+        self.is_lost = was_lost or (last < self.done if self.done else not existed)
         self.done = self.number
         kept = [act for act in self.acts if act[0] == "give" or "new" in act]
         self.acts.clear()
+        self.acts.extend([*self.what_was_seen(), *kept])
+        while self.acts:
+            self.send_batch()
+            await self.redis.ask_and_wait(*self.beat_parts())  # answered after the batch
+
+    def what_was_seen(self):
+        """Yields acts that put this process's part of each bucket back; what is sent again after
+        that comes last."""
         running = {key: rule for rule, key in self.running}
         seen = {one.key: one.rule for one in self.seen() if one.key not in self.unsure}
         for key, rule in {**running, **seen, **self.unsure}.items():
             if rule.unit == RUNNING:
-                count = self.running[rule, key] - self.pending.get(key, 0)
-                self.acts.append(("count", rule, key, count))
+                yield "count", rule, key, self.running[rule, key] - self.pending.get(key, 0)
             else:
                 text = self.texts.get(key) or self.spell(self.level_of(rule, key))
-                self.acts.append(("put", rule, key, how, text))
-        self.acts.extend(kept)
-        while self.acts:
-            self.send_batch()
-            await self.redis.ask_and_wait(*self.beat_parts())  # answered after the batch
+                yield "put", rule, key, "back" if self.is_lost else "own", text
 
     def spell(self, one):
         """Returns the text of a bucket that Redis has told nothing of: somebody has taken what is
@@ -13997,6 +13997,7 @@ class RedisBuckets(Buckets):
         self.state = "here"
         self.reason = "is there"
         self.replaces_dead = False
+        self.is_lost = False
         self.unsure = {}
         self.local = Buckets(self.clock)
         if was_away:
@@ -14204,10 +14205,6 @@ class SharedQueue(FairQueue):
         self.take(self.part(self.all) - self.running)
         self.most = self.part(self.all)
         self.short = True
-
-    def beat(self):
-        """Renews what Redis keeps for a while only; to be called every second."""
-        self.tell_soon()
 
 
 # Keeps what is newer, and returns all where that is not what the process knows: KEYS are a hash
@@ -18228,7 +18225,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.common.begin_ids()
         self.admin.beat()
         for sharer in self.proxy.sharers:
-            sharer.beat()
+            sharer.tell_soon()  # of slots that Redis forgets else
         tally = self.proxy.tally
         if tally:
             tally.open[tally.number] = len(self.open)

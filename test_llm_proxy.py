@@ -12403,9 +12403,9 @@ class SharedQueueTest(RedisCase):
         tickets = [one.enter("a", 1) for one in (first, second)]
         self.wait_until(1, 1)
         tickets.append(second.enter("b", 1))
-        # The second beats meanwhile, and the first does not.
-        self.wait_for(lambda: second.beat() or self.running() == [1, 2])
-        first.beat()  # it was not dead but slow: nobody is cut
+        # The second tells meanwhile that it is there, and the first does not.
+        self.wait_for(lambda: second.tell_soon() or self.running() == [1, 2])
+        first.tell_soon()  # it was not dead but slow: nobody is cut
         self.wait_for(lambda: self.taken() == 3)
         tickets[1].leave()
         second.enter("c", 1)
@@ -12432,7 +12432,7 @@ class SharedQueueTest(RedisCase):
         first, second = self.queue(2), self.queue(2)
         tickets = [first.enter("a", 1) for _ in range(2)]
         self.wait_until(2, 0)
-        second.beat()
+        second.tell_soon()
         self.rest()
         with patch.object(second.redis, "ask", side_effect=self.too_late) as ask:
             second.enter("b", 1)
@@ -12451,7 +12451,7 @@ class SharedQueueTest(RedisCase):
         first, second = [self.queue(3, part=lambda most: 2) for _ in range(2)]
         first.enter("a", 1)
         self.wait_until(1, 0)
-        second.beat()
+        second.tell_soon()
         self.rest()
         self.server.process.send_signal(signal.SIGSTOP)
         for _ in range(3):
@@ -12481,7 +12481,7 @@ class SharedQueueTest(RedisCase):
         for _ in range(2):
             second.enter("b", 1)
         self.wait_until(3, 1)
-        first.beat()
+        first.tell_soon()
         self.wait_for(lambda: self.taken() == 4)
         for ticket in tickets[:2]:
             ticket.leave()
