@@ -12818,7 +12818,7 @@ class Worker(NamedTuple):
     again: bool = False       # whether one of this number has died
 
 
-# What errors of Redis mean, by their first word, for people.
+# What errors of Redis, and of LUA_BATCH, mean, by their first word, for people.
 REDIS_ERRORS = table_of("""
 OOM is out of memory
 READONLY is read-only
@@ -12833,7 +12833,8 @@ WRONGPASS does not take the user and password
 NOPERM does not permit what it is asked for
 NOREPLICAS has too few replicas
 MISCONF cannot write to its disk
-BUSY is busy with a script""")
+BUSY is busy with a script
+GAP has lost what it knew""")
 
 
 class RedisFault(Exception):
@@ -13276,7 +13277,7 @@ local now = (time[1] - 1577836800) * 1000000 + time[2]
 """
 
 # Takes, charges and settles for a batch of calls. KEYS[1] has the number of the last batch of this
-# process: any other than the one before this is a 'gap', for Redis has lost something, or the
+# process: any other than the one before this is a GAP, for Redis has lost something, or the
 # process has begun anew meanwhile. ARGV are the process, and the number, the kind and figures of
 # each bucket, then what to do: acts with their arguments. Amounts are whole, below 2^53.
 #
@@ -13293,7 +13294,7 @@ local function text(value) return string.format('%.0f', value) end
 local sequence = number()
 local unpack = unpack or table.unpack
 local found = redis.call('MGET', unpack(KEYS))
-if tonumber(found[1] or 0) ~= sequence - 1 then return 'gap' end
+if tonumber(found[1] or 0) ~= sequence - 1 then return {err = 'GAP'} end
 redis.call('SET', KEYS[1], text(sequence), 'PX', 86400000)
 
 local function taken(b)
@@ -13380,6 +13381,7 @@ end
 
 local function charge(b, amount, age)
   if b.kind == 'running' then amount = math.max(amount, -(b.own[me] or 0))
+  elseif amount < 0 and b.was_full and now - age < b.birth then return  -- it may be done already
   elseif amount > 0 and b.kind == 'window' then
     if age + 2 >= b.interval then return end
     if b.level >= b.capacity then b.stamp = now - age end  -- it began while Redis was away
@@ -13433,7 +13435,7 @@ function act.put()
   local birth, own = told.birth, told.own[me] or 0
   pass[b.kind](told)
   if what ~= 'own' and (told.level < told.room or told.extra > 0) then merge(b, told) end
-  if b.birth > birth then own = 0 end  -- the bucket was full meanwhile
+  if b.birth > birth then own, b.was_full = 0, true end  -- meanwhile
   if b.own[me] then charge(b, own - b.own[me], 0) end
 end
 function act.renew() buckets[number()].changed = true end
@@ -13826,8 +13828,6 @@ class RedisBuckets(Buckets):
 
     def on_answer(self, batch, number, reply):
         self.unanswered -= 1
-        if reply == b"gap":
-            reply = RedisFault("has lost what it knew", "gap")
         if isinstance(reply, RedisFault):
             self.take_back(batch)
             return self.redis.leave_if_refused(reply)
@@ -13844,7 +13844,7 @@ class RedisBuckets(Buckets):
         """Has all of a batch sent again: it was lost, or its answer was. Before, this process's
         part of the buckets is set back, so it is done once."""
         self.unsure.update(batch.rules)
-        self.acts.extend([act for act in batch.acts if act[0] in ("give", "put")])
+        self.acts.extend(batch.acts)  # of which catch_up keeps some
         for charge in batch.charges:
             self.send(*charge)
         self.takes.extend(batch.takes)
@@ -14374,14 +14374,12 @@ class SharedFeed(Feed):
         text = json.dumps({**payload, "looking": self.listeners > self.elsewhere,
                            "happened": list(self.happened)}, default=str)
         self.happened.clear()
-        self.redis.ask(None, "XADD", self.key, "MAXLEN", "~", self.MOST_SECONDS, "*",
+        self.redis.ask(self.on_told, "XADD", self.key, "MAXLEN", "~", self.MOST_SECONDS, "*",
                        self.redis.process, text)
         self.redis.ask(None, "EXPIRE", self.key, self.GONE_SECONDS)
         if self.read_to:
             self.redis.ask(self.on_entries, "XREAD", "COUNT", self.MOST_READ, "STREAMS", self.key,
                            self.read_to)
-        else:  # what was told before is not for us
-            self.redis.ask(self.begin_at, "XREVRANGE", self.key, "+", "-", "COUNT", 1)
 
     def note_interest(self):
         """Makes calls tell of their beginning while pages are open in other processes."""
@@ -14389,9 +14387,9 @@ class SharedFeed(Feed):
         self.listeners += elsewhere - self.elsewhere
         self.elsewhere = elsewhere
 
-    def begin_at(self, reply):
-        if not isinstance(reply, RedisFault):
-            self.read_to = reply[0][0] if reply else b"0-0"
+    def on_told(self, name):
+        if self.read_to is None and type(name) is bytes:
+            self.read_to = name  # what was told before is not for us
 
     def on_entries(self, reply):
         with suppress(ValueError, TypeError, LookupError, ArithmeticError):
