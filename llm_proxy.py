@@ -10682,11 +10682,10 @@ class Database:
     def make_room(self):
         """Makes SQLite move what was written to its place, from now on soon: it puts up to 4 MB
         beside the file first (https://www.sqlite.org/wal.html), which may be all that a disk
-        has."""
-        with suppress(sqlite3.Error):
-            self.connection.rollback()
-            self.execute("PRAGMA wal_autocheckpoint = 64")
-            self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        has. Raises sqlite3.Error; what was written then would take the room that this needs."""
+        self.connection.rollback()
+        self.execute("PRAGMA wal_autocheckpoint = 64")
+        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def transaction(self):
         """Begins one; returns what ends it, as a with-block."""
