@@ -11168,8 +11168,10 @@ class RedisReaderTest(TableCase):
 class RedisCase(TableCase):
     """A client on a loop of the test's own. It waits for as long as a slow machine takes: tests of
     what is late say themselves what is."""
-    PATIENT = dict.fromkeys(("ANSWER_SECONDS", "LATE_SECONDS", "SILENT_SECONDS"), PATIENCE)
+    PATIENT = dict.fromkeys(
+        ("ANSWER_SECONDS", "CONNECT_SECONDS", "LATE_SECONDS", "SILENT_SECONDS"), PATIENCE)
     SECONDS = PATIENT
+    EVERYWHERE = {"Redis_" + name: seconds for name, seconds in PATIENT.items()}
 
     def setUp(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0.05)
@@ -11335,7 +11337,8 @@ class RedisFaultsTest(RedisCase):
             self.wait_for(lambda: not redis.available)
 
     def test_where_a_cluster_sends_us_in_vain_is_left_for_where_we_began(self):
-        self.patch_seconds(Redis_CONNECT_SECONDS=0.02, Redis_STEADY_SECONDS=0.01)
+        self.patch_seconds(Redis_STEADY_SECONDS=0.01)
+        self.SECONDS = {**self.SECONDS, "CONNECT_SECONDS": 0.02}
         redis, tried = self.client("redis://127.0.0.1:1"), []
 
         async def connect(place):
@@ -11384,6 +11387,7 @@ class RedisTest(RedisCase):
         self.assertEqual(self.left[0], "does not take the user and password")
 
     def test_check_asks_it_and_leaves_nothing_there(self):
+        self.patch_seconds(**self.EVERYWHERE)
         server = RedisServer(self, "--requirepass", "right", port="--port")
         for password, said in (("right", None), ("wrong", "does not take the user and password")):
             config = read_config(
@@ -11495,6 +11499,21 @@ class LossesTest(RedisCase):
         one.settle(self.KEYED_RULES, llm_proxy.NO_COST, costs(1), 0.0)
         one.store([one.level_of(*self.OTHER)])  # in whose favour full ones are dropped
         self.lose_answer(one)
+        self.left_done([one])
+        self.assert_stored(one, 999)
+
+    def test_what_came_back_before_its_bucket_was_full_does_so_no_more(self):
+        self.patch_seconds(RedisBuckets_BEAT_SECONDS=PATIENCE)
+        self.server = RedisServer(self)
+        one, two = [RedisBuckets(time, self.client(self.server.url), "test", "share", 2)
+                    for _ in range(2)]
+        self.left_done([one, two])
+        self.take_part(one, "call")
+        one.settle(self.KEYED_RULES, llm_proxy.NO_COST, costs(1), 0.0)
+        self.lose_answer(one)
+        with patch.object(one.redis, "open_connection", side_effect=OSError):
+            self.wait_for(lambda: one.state == "away")
+            self.take_part(two, "call")
         self.left_done([one])
         self.assert_stored(one, 999)
 
@@ -11823,7 +11842,7 @@ class SharedLimitsTest(ProxyCase):
             "shared_by": 2, "degraded": False, "redis": "is there", "dropped": 0})
 
     def test_of_200_calls_at_once_at_four_proxies_exactly_100_get_in_by_three_rules(self):
-        self.patch_seconds(**{"Redis_" + name: PATIENCE for name in RedisCase.PATIENT})
+        self.patch_seconds(**RedisCase.EVERYWHERE)
         for _ in range(4):
             self.start_here(limits="all 100 requests per hour; each 60 requests per hour;"
                                    "all 1000 running")
@@ -12726,6 +12745,7 @@ class SharedStoredTest(ProxyCase):
 
     def start_two(self, **settings):
         """Two proxies before one stub."""
+        self.patch_seconds(**RedisCase.EVERYWHERE)
         redis, self.addresses = RedisServer(self), []
         super().start(**self.KEYS, REDIS_URL=redis.url, **settings)
         self.addresses.append(self.address)
