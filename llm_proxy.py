@@ -11364,8 +11364,10 @@ class KeyStore(NamedTuple):
         execute("BEGIN IMMEDIATE")
         with self.connection:
             yield execute
-            execute("INSERT INTO audit (who, role, address, what, target, detail)"
-                    " VALUES (?, ?, ?, ?, ?, ?)", (*self.actor, what, name, detail))
+            # Later than what another box has done to it, whose clock may be ahead.
+            execute("INSERT INTO audit (time, who, role, address, what, target, detail)"
+                    " SELECT max(?, coalesce(max(time) + 0.001, 0)), ?, ?, ?, ?, ?, ? FROM audit"
+                    " WHERE target = ?", (self.now(), *self.actor, what, name, detail, name))
 
     def list(self) -> List[Key]:
         """Returns all that can be read, by name."""
@@ -13728,7 +13730,7 @@ class RedisBuckets(Buckets):
         for key in gone:
             self.texts.pop(key, None)
         self.acts = deque(
-            [act for act in self.acts if act[0] not in ("put", "look") or act[2] not in gone],
+            [act for act in self.acts if act[0] == "give" or act[2] not in gone],
             self.MOST_KEPT)
 
     def is_full(self, bucket):
@@ -13897,7 +13899,7 @@ class RedisBuckets(Buckets):
 
     def give_back(self, levels):
         """Gives back what Redis has let a call take that waits no longer."""
-        if type(levels) is list and all([one.level >= 0 for one in levels]):
+        if type(levels) is list and tightest_of(levels).level >= 0:
             for one in levels:
                 amount = stored_amount(one.rule, one.amount)
                 self.charge(one.rule, one.key, -amount, one.now)
