@@ -5248,8 +5248,7 @@ class OpenAI(Dialect):
     # Stands in events that do more than report usage, and what else does in those that do not.
     CONTENT = re.compile(rb'"choices"\s*:\s*\[\s*\{')
     ENVELOPE = set_of("""
-        id object created model choices service_tier system_fingerprint provider obfuscation p
-        x_groq""")
+        id object created model service_tier system_fingerprint provider obfuscation p x_groq""")
     REASON = ("choices", "finish_reason")
     REASON_KEYS = {"responses": ("reason", "status")}
     LAST_TYPES = """

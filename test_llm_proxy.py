@@ -4578,6 +4578,13 @@ class UsageReaderTest(ProxyCase):
                 whole = shown if '"usage": ' not in shown else data
                 self.assertEqual(found[0].decode(), whole + "data: [DONE]\n\n")
 
+    def test_an_event_of_many_lines_that_has_text_loses_no_more_than_its_usage(self):
+        told = {**delta("a"), "usage": TOLD}
+        data = b"data: %b\n\n" % json.dumps(told, indent=1).replace("\n", "\ndata: ").encode()
+        passed = self.hear(data, 9, dropping=True)[0]
+        self.assertEqual(llm_proxy.SSE.payload(passed), {
+            key: told[key] for key in told if key != "usage"})
+
     def test_what_is_packed_is_read_and_passes_as_it_is(self):
         data = events(*[delta("word ")] * 3000, LAST_DELTA, USAGE_EVENT, "[DONE]")
         packed = zlib.compress(data)
