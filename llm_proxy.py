@@ -4292,6 +4292,9 @@ def text_length(payload: JsonObject) -> Tuple[int, List[int], TextKind]:
             rest += value.size + 1
         elif kind is dict:
             if not TEXT_KEYS.issuperset(value):
+                if type(value.get(IMAGES_KEY)) is list:
+                    media += [0] * len(value[IMAGES_KEY])
+                    value = {key: value[key] for key in value if key != IMAGES_KEY}
                 strings = media_texts(value)
                 if strings is not None:
                     media.append(text_weight(" ".join(strings)))

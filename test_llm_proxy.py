@@ -2834,9 +2834,10 @@ class UsageTest(ProxyCase):
             {"image": {"source": {"bytes": DATA}}}"""
         row = '{"max_tokens": 1, "messages": [{"role": "user", "content": [TEXT, %s]}]} -> 505'
         rows = [row % part for part in parts.strip().splitlines()]
-        ollama = '"options": {"num_predict": 1}, "images": [DATA, DATA]}'
-        rows += ['/api/generate -> {"prompt": "text 12345", %s -> 1004' % ollama,
-                 '/api/chat -> {"messages": [{"content": "text 12345", %s]} -> 756' % ollama]
+        rows += ['/api/generate -> {"options": {"num_predict": 1}, "prompt": "text 12345",'
+                 ' "images": [DATA, DATA]} -> 1004',
+                 '/api/chat -> {"options": {"num_predict": 1}, "messages": [{"role": "user",'
+                 ' "content": "text 12345", "images": [DATA, DATA]}]} -> 1005']
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
                               DATA="data:image/png;base64," + "x" * 100000)
 
