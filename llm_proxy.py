@@ -4895,10 +4895,8 @@ class Dialect:
     def counts_in(self, payload):
         """Returns what a response or an event reports of usage, by what it is."""
         counts = payload.get(self.usage_key)
-        if isinstance(counts, dict):
-            report = self.amounts_in(counts)
-        else:
-            report = {}
+        report = self.amounts_in(counts) if isinstance(counts, dict) else {}
+        if not report:
             for name, holders in self.usage_holders(payload).items():
                 join = operator.add if name in self.ANSWERS else max
                 report = merged(report, reduce(

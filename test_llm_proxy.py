@@ -4084,6 +4084,7 @@ class UsageReaderTest(ProxyCase):
     ODD_PLACES = json.loads("""[
         {"choices": [{"index": 0, "finish_reason": "stop", "usage": "TOLD"}]},
         {"choices": [{"finish_reason": "stop", "delta": {}}], "x_groq": {"usage": "TOLD"}},
+        {"choices": [{"finish_reason": "stop"}], "usage": {"t": 1}, "x_groq": {"usage": "TOLD"}},
         {"choices": [{"finish_reason": "stop", "message": {"usage": "TOLD"}}], "usage": null},
         {"meta": "TOLD"}, {"stats": "TOLD"}, {"metrics": "TOLD"}, {"details": "TOLD"},
         {"results": ["TOLD"]}, {"meta": {"billed_units": "TOLD"}},
