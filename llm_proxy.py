@@ -4271,14 +4271,23 @@ def media_texts(part):
     return texts
 
 
+def without_images(part, media):
+    """Returns a part of a payload without its list of images; each adds no text to `media`."""
+    images = part.get(IMAGES_KEY)
+    if type(images) is not list:
+        return part
+    media += [0] * len(images)
+    return {key: part[key] for key in part if key != IMAGES_KEY}
+
+
 def text_length(payload: JsonObject) -> Tuple[int, List[int], TextKind]:
     """Returns the weight of the text anywhere in a payload but the model, joined by spaces: of
     strings, and of keys below the top level that are not an API's own; a list of numbers has as
     many tokens. The second list has the weight of the text in each image and the like. Third comes
     the kind of the longest text."""
-    texts, media = [], [0] * len(as_list(payload.get(IMAGES_KEY) or []))
-    rest = 0
-    values = [value for key, value in payload.items() if key not in ("model", IMAGES_KEY)]
+    texts, media, rest = [], [], 0
+    payload = without_images(payload, media)
+    values = [payload[key] for key in payload if key != "model"]
     for value in values:  # the list grows as it is walked
         kind = type(value)
         if kind is str:
@@ -4292,9 +4301,7 @@ def text_length(payload: JsonObject) -> Tuple[int, List[int], TextKind]:
             rest += value.size + 1
         elif kind is dict:
             if not TEXT_KEYS.issuperset(value):
-                if type(value.get(IMAGES_KEY)) is list:
-                    media += [0] * len(value[IMAGES_KEY])
-                    value = {key: value[key] for key in value if key != IMAGES_KEY}
+                value = without_images(value, media)
                 strings = media_texts(value)
                 if strings is not None:
                     media.append(text_weight(" ".join(strings)))
