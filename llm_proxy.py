@@ -3323,15 +3323,12 @@ class CostEstimator:
         """Returns whether far more text passed than the tokens that were told can be. The text is
         counted only where it may be so much, or servers are known to tell too little."""
         _, outputs = call.output_limit()
-        many = outputs > 1
-        passed = source.most_characters() - self.NO_TEXT
-        if passed <= 0 and not many:
-            return False  # the usual case
         # llama.cpp tells the tokens of one output, however many it made: half of them, of two.
-        times = min(2, math.sqrt(outputs)) if many else 2
+        times = min(2, math.sqrt(outputs)) if outputs > 1 else 2
         most = max(times * told.output, told.output + 64)
-        if not many and passed <= most * CHARACTERS_PER_TOKEN:
-            return False
+        passed = source.most_characters() - self.NO_TEXT
+        if outputs == 1 and passed <= most * CHARACTERS_PER_TOKEN:
+            return False  # the usual case
         weight = source.output_characters()
         ratio = self.ratio(call, caller, "output", source.kind)
         return weight > most * max(ratio, CHARACTERS_PER_TOKEN)
@@ -3599,12 +3596,8 @@ class JsonBody:
         return self.whole(b"%b%b%b" % (
             self.short[:place.start], to_json_bytes(value), self.short[place.stop:]))
 
-    def spell(self, payload: JsonObject) -> bytes:
-        """Returns a changed payload as JSON."""
-        return self.whole(to_json_bytes(payload))
-
-    def whole(self, short):
-        """Returns JSON with what was cut out in its place."""
+    def whole(self, short: bytes) -> bytes:
+        """Returns changed JSON with what was cut out in its place."""
         if not self.cuts:
             return short
         data, pieces, last = memoryview(self.data), [], 0  # so that it is copied only once
@@ -3826,12 +3819,12 @@ class EventFraming(NamedTuple):
         """Returns a second event of the same kind, with other data."""
         return self.replaced(event, data).rstrip(b"\r\n") + self.ends[0]
 
-    def split(self, data: bytes) -> Tuple[List[bytes], bytes]:
-        """Returns the events that are whole, and the rest."""
+    def split(self, data: bytes) -> List[bytes]:
+        """Returns the events that are whole, and, last, the rest."""
         end = self.ends[0]
         if data.endswith(end) and data.find(end) == len(data) - len(end) and (
                 data.count(self.prefix.rstrip()) == 1 and data.find(b"\r") < 0):
-            return [data], b""  # the usual case
+            return [data, b""]  # the usual case
         events, lines = [], []
         for line in data.splitlines(keepends=True):
             is_blank = not line.strip(b"\r\n")
@@ -3844,12 +3837,7 @@ class EventFraming(NamedTuple):
                 lines.clear()
         rest = b"".join(lines)
         if rest.endswith((b"\n", b"\r")) and self.is_whole(lines):
-            return [*events, rest], b""
-        return events, rest
-
-    def cut(self, data: bytes) -> List[bytes]:
-        """Returns events; the last may not be whole."""
-        events, rest = self.split(data)
+            return [*events, rest, b""]
         return [*events, rest]
 
     def is_whole(self, lines):
@@ -3881,12 +3869,12 @@ class ArrayFraming(EventFraming):
     def again(self, event: bytes, data: bytes) -> bytes:
         return b",\n" + data
 
-    def split(self, data: bytes) -> Tuple[List[bytes], bytes]:
+    def split(self, data: bytes) -> List[bytes]:
         unescaped = without_escapes(data)
         # Those outside of strings.
         braces = b"".join(unescaped.split(b'"')[::2]).translate(None, NO_BRACES)
         if 0 not in itertools.accumulate(map((124).__sub__, braces)):  # { adds 1, } takes 1 away
-            return [], data  # much faster than step by step
+            return [data]  # much faster than step by step
         ends = [0]
         depth = 0
         for step in JSON_STEP.finditer(unescaped):
@@ -3894,7 +3882,7 @@ class ArrayFraming(EventFraming):
                 depth += 1 if step[0] == b"{" else -1
                 if not depth:
                     ends.append(step.end())
-        return [data[start:end] for start, end in zip(ends, ends[1:])], data[ends[-1]:]
+        return [data[start:end] for start, end in zip(ends, [*ends[1:], None])]
 
 
 LAST_DATA = b"[DONE]"  # of OpenAI's streams, and no JSON
@@ -4005,7 +3993,7 @@ class Call:
         if changed == ["model"] and "model" in before and payload.get("model"):
             self.upstream_body = self.json_body.with_value("model", payload["model"])
         elif changed:
-            self.upstream_body = self.json_body.spell(payload)
+            self.upstream_body = self.json_body.whole(to_json_bytes(payload))
 
     def prepare_unknown(self, model, payload, rename):
         """Replaces the models that a call of an unknown endpoint names; it may be a batch of
@@ -4909,8 +4897,7 @@ class Dialect:
                 report = merged(report, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), holders, {}))
         beside = {name: payload[name] for name in payload if name in self.COUNTS}
-        if beside:
-            report = merged(self.amounts_in(beside), report)
+        report = merged(self.amounts_in(beside), report)
         searches = self.searches(payload)
         return merged({"searches": searches}, report) if searches else report
 
@@ -4919,10 +4906,10 @@ class Dialect:
         picodollars, tiers, the counts of iterations, and by which names. Null says nothing."""
         report = {name: counts[name] for name in self.TIERS if is_name(counts.get(name))}
         for one in [counts, *[one for one in counts.values() if type(one) is dict]]:
-            for name, value in one.items():
-                kind, unit = self.COUNTS.get(name, (None, 0))
+            for name in self.COUNTS.keys() & one:
+                (kind, unit), value = self.COUNTS[name], one[name]
                 amount = read_money(value) if kind == "picodollars" else is_count(value) and value
-                if kind and type(amount) in NUMBERS:
+                if type(amount) in NUMBERS:
                     report[kind] = max(report.get(kind, 0), round(unit * amount))
         if counts.get("is_byok") is True and "picodollars" in report:  # OpenRouter, one's own key
             own = read_money(dig(counts, "cost_details", "upstream_inference_cost"))
@@ -5850,7 +5837,7 @@ class Dialects:
             if len(model) > MAX_MODEL:
                 raise BadRequest("The name of the model is too long")
             call.model = model
-            call.resolved_model = self.aliases.get(model, model)
+            call.resolved_model = self.resolve(model)
         call.large = bool(call.body) and len(call.body) > LARGE_BODY
 
     def resolve(self, model: str) -> str:
@@ -6010,7 +5997,7 @@ class Editor:
         self.held = b""
         if self.events.at_boundary(data) and self.edit.find(data) == len(data):
             return data  # the usual case
-        events, self.held = self.events.split(data)
+        *events, self.held = self.events.split(data)
         # One that may change does so with all of its end.
         if events and not self.held and self.edit.find(events[-1]) < len(events[-1]) and (
                 events[-1].endswith(b"\r") or not self.events.at_boundary(events[-1])):
@@ -6058,18 +6045,34 @@ def flush_all(readers, data: bytes = b"") -> bytes:
     return data
 
 
-def inflater_for(data):
-    """Returns a decompressor for gzip or deflate. Some leave out the header of deflate (RFC 1950
-    2.2); nothing else begins with it."""
-    headed = data[0] == 0x1f or data[0] & 15 == 8
-    return zlib.decompressobj(47 if headed else -15)
+class Inflater:
+    """Decompresses gzip, which may have many parts (RFC 1952 2.2), or deflate."""
+    MAX_PARTS = 1000  # in a piece
+    part = None
+
+    def feed(self, data: bytes, most: int) -> bytes:
+        """Returns what is packed in a piece. Raises zlib.error for more than `most` bytes, too."""
+        unpacked = []
+        while data:
+            if self.has_ended():
+                # Some leave out the header of deflate (RFC 1950 2.2); nothing else begins with it.
+                headed = data[0] == 0x1f or data[0] & 15 == 8
+                self.part = zlib.decompressobj(47 if headed else -15)
+            unpacked.append(self.part.decompress(data, most + 1))
+            data = self.part.unused_data
+            most -= len(unpacked[-1])
+            if most < 0 or len(unpacked) > self.MAX_PARTS:
+                raise zlib.error
+        return b"".join(unpacked)
+
+    def has_ended(self) -> bool:
+        return not self.part or self.part.eof
 
 
 class ErrorUnpacker:
     """Passes on an error once it is complete, decompressed, or `instead` of it where it cannot be
     read."""
     MAX_SIZE = 1 << 16  # bytes, packed or not
-    MAX_MEMBERS = 16
 
     def __init__(self, readable: bool, instead: bytes):
         self.readable = readable
@@ -6082,22 +6085,12 @@ class ErrorUnpacker:
         return b""
 
     def flush(self) -> bytes:
+        inflater = Inflater()
         with suppress(zlib.error):
-            if self.readable:
-                return self.unpacked()
+            unpacked = inflater.feed(self.packed, self.MAX_SIZE)
+            if self.readable and inflater.has_ended():
+                return unpacked
         return self.instead
-
-    def unpacked(self):
-        """Raises zlib.error."""
-        data, members = self.packed, []  # gzip may have several (RFC 1952 2.2)
-        while data and len(members) < self.MAX_MEMBERS:
-            inflater = inflater_for(data)
-            members.append(inflater.decompress(data, self.MAX_SIZE + 1))
-            data = inflater.unused_data if inflater.eof else None
-        unpacked = b"".join(members)
-        if data != b"" or len(unpacked) > self.MAX_SIZE:
-            raise zlib.error
-        return unpacked
 
 
 class UsageReader:
@@ -6122,7 +6115,6 @@ class UsageReader:
     listed = ""           # key of the list, if the response is a list of answers
     ended = False         # the model has stopped
     closed = False        # the last event has passed, or the end was reported otherwise
-    inflater = None
     cut = False           # the beginning of a line or of JSON was dropped
     final: Optional[bool] = None  # whether nothing more will be reported, by is_final
     end_is_read = False
@@ -6140,7 +6132,7 @@ class UsageReader:
         self.endpoint = (call.owes or call).endpoint
         self.streamed = streamed
         self.readable = readable
-        self.packed = packed
+        self.inflater = Inflater() if packed else None
         self.kept = bytearray()
         self.compact_above = 3 * self.LAST_EVENTS if streamed else self.MAX_KEPT
 
@@ -6150,7 +6142,7 @@ class UsageReader:
 
     def feed(self, payload: bytes) -> bytes:
         """Takes a piece of the body, and returns it."""
-        piece = self.unpack(payload) if self.packed else payload
+        piece = self.unpack(payload) if self.inflater else payload
         self.kept += piece
         if len(self.kept) > self.compact_above:
             self.compact()
@@ -6159,13 +6151,10 @@ class UsageReader:
     def unpack(self, payload):
         """Returns what is packed in a piece (RFC 9110 8.4.1); it and the rest are unreadable where
         that fails, or is so much that it would hold the loop."""
-        if self.inflater is None:
-            self.inflater = inflater_for(payload)
         with suppress(zlib.error):
-            unpacked = self.inflater.decompress(payload, self.MAX_UNPACKED)
-            if not self.inflater.unconsumed_tail:
-                return unpacked
-        self.packed = self.readable = False
+            return self.inflater.feed(payload, self.MAX_UNPACKED)
+        self.inflater = None
+        self.readable = False
         return payload
 
     def flush(self) -> bytes:
@@ -6258,7 +6247,7 @@ class UsageReader:
         payload = events.payload(line) or self.dialect.find_usage(line, OPENINGS)
         if payload:
             return payload
-        for event in events.cut(data):  # its JSON has more lines
+        for event in events.split(data):  # its JSON has more lines
             place -= len(event)
             if place < 0:
                 break
@@ -6307,7 +6296,7 @@ class UsageReader:
             self.closed = self.ended = True  # the usual case
             return
         events = 0
-        for event in reversed(framing.cut(last)):
+        for event in reversed(framing.split(last)):
             events += self.note_end(event, data)
             if events == 3:
                 break
@@ -9135,7 +9124,7 @@ class NameReader:
 
     def look(self):
         data = bytes(self.kept)
-        pieces = self.events.cut(data) if self.events else [data]
+        pieces = self.events.split(data) if self.events else [data]
         read = self.events.payload if self.events else object_in  # {} where it has not come whole
         names = [name for piece in pieces if not self.of_all or self.may_name(piece)
                  for name in names_made(read(piece))]

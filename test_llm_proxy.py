@@ -4591,7 +4591,8 @@ class UsageReaderTest(ProxyCase):
         data = events(*[delta("word ")] * 3000, LAST_DELTA, USAGE_EVENT, "[DONE]")
         packed = zlib.compress(data)
         for body, step in self.each(
-                (gzip.compress(data), packed, packed[2:-4]), (None, 1, 1000)):
+                (gzip.compress(data), gzip.compress(data[:99]) + gzip.compress(data[99:]),
+                 packed, packed[2:-4]), (None, 1, 1000)):
             found = self.hear(body, step, packed=True)
             self.assertEqual(found, (body, (20, 4), True, 15000))
         for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
