@@ -18248,7 +18248,7 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in [*self.open, *self.lingering]:
             connection.end_if_idle()
         await self.emptying(seconds)
-        cut = list(self.open)
+        cut = [connection for connection in self.open if not connection.idle]
         self.proxy.routes.close_queues()
         for connection in cut:
             connection.context.end(Stopped())
