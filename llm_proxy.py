@@ -2150,9 +2150,8 @@ class Origins:
         self.shape = re.compile("|".join(globs) or "(?!)")
 
     def allows(self, origin: str) -> bool:
-        return self.any or (len(origin) <= self.LONGEST and self.judge(origin))
-
-    def judge(self, origin):
+        if self.any or len(origin) > self.LONGEST:
+            return self.any
         if self.shape.fullmatch(origin):
             return True
         match = self.local and self.SHAPE.fullmatch(origin.lower())
@@ -7530,10 +7529,8 @@ class Head:
                     raise Malformed
                 line = self.lines[name] + "\r\n" + line
             self.lines[name] = line
-        self.options = []
-        if "connection" in self.lines:
-            options = self.get("connection").lower().split(",")
-            self.options = [option.strip(" \t") for option in options]
+        options = self.get("connection", "").lower().split(",")
+        self.options = [option.strip(" \t") for option in options]
 
     @classmethod
     def read(cls, data: bytes, last: Optional["Head"]) -> "Head":
@@ -7570,8 +7567,7 @@ class Head:
     def end_to_end(self, without: FrozenSet[str]) -> List[str]:
         """Returns the lines to pass on: none of this connection's, none it names, none
         `without`."""
-        if self.options and self.options != ["keep-alive"]:
-            without = without.union(self.options)
+        without = without.union(self.options)
         return [line for name, line in self.lines.items() if name not in without]
 
     def read_framing(self, version):
@@ -7584,8 +7580,7 @@ class Head:
         self.chunked = coding is not None
         self.close_after = not version or "close" in self.options
         if text is not None:
-            # isdigit alone takes superscripts.
-            if len(text) > 15 or not (text.isascii() and text.isdigit()):
+            if len(text) > 15 or not text.isdecimal():  # isdigit takes superscripts
                 raise Malformed
             self.length = int(text)
         if self.chunked:
@@ -17892,19 +17887,15 @@ class ClientConnection:
         respond = self.server.admin.page(request)
         if respond is None or not origins.is_own(request):
             origins.check(request.method, request)
-        self.refuse_other_protocols(request)
-        respond = (respond or find_dashboard(request) or self.server.pages.find(request)
-                   or self.proxy.serve)
-        request.cache["respond"] = respond
-        return respond
-
-    @staticmethod
-    def refuse_other_protocols(request):
         if request.method in ("TRACE", "TRACK", "CONNECT"):
             raise MethodNotAllowed  # an upstream that echoes what it got would show its key
         if "upgrade" in request.lines and request.version and (  # RFC 9110 7.8
                 "websocket" in request.get("upgrade").lower()):
             raise UpgradeRequired
+        respond = (respond or find_dashboard(request) or self.server.pages.find(request)
+                   or self.proxy.serve)
+        request.cache["respond"] = respond
+        return respond
 
     def refuse(self, reply, failure):
         """Turns what was raised into an answer: the only place that does."""
@@ -18018,7 +18009,7 @@ class LoopWatch:
 class Handshakes:
     """Gives each address 20 turns a second for TLS handshakes, which are expensive; more wait, but
     never longer than MOST_SECONDS."""
-    RULE = read_rule("address 20 requests per second")._replace(refill=1, interval=0.05)
+    RULE = read_rule("address 20 requests per second")
     MOST_SECONDS = 5
 
     def __init__(self, clock: Any):
@@ -18233,10 +18224,6 @@ class Server(http.server.ThreadingHTTPServer):
         if config.tls_cert_file:
             self.tls = server_context(config.tls_cert_file, config.tls_key_file)
 
-    def running_calls(self) -> List[str]:
-        """Returns one line for each call that is running."""
-        return [repr(one) for one in self.open if one.reply and not one.idle]
-
     # -- the end
 
     async def drain(self, seconds: float) -> int:
@@ -18263,15 +18250,17 @@ class Server(http.server.ThreadingHTTPServer):
             await self.proxy.redis.close()
         for timer in (self.loop_watch.timer, self.sweep_timer, self.beat_timer):
             timer.cancel()
-        helpers = [address.helpers for address in self.proxy.routes.addresses()]
-        for pool in (*self.admin.pools(), *helpers):
+        for pool in self.admin.pools():
             pool.shutdown(wait=False)
         return len(cut)
 
     async def part(self):
         """Leaves all upstreams."""
         self.proxy.routes.close_stale(everything=True)
-        partings = set().union(*[one.partings for one in self.proxy.routes.addresses()])
+        partings = set()
+        for address in self.proxy.routes.addresses():
+            partings |= address.partings
+            address.helpers.shutdown(wait=False)
         for parting in partings:
             parting.cancel()
         if partings:
@@ -19229,7 +19218,7 @@ async def serve(server: Server, lines: Sequence[str], lifeline: Optional[int]):
 
 def report_calls(server):
     """Logs the calls that are running."""
-    calls = server.running_calls()
+    calls = [repr(one) for one in server.open if one.reply and not one.idle]
     for line in [f"running calls: {len(calls)}", *calls]:
         server.proxy.books.log.say(line)
 
