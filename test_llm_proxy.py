@@ -9726,6 +9726,7 @@ class LedgerTest(LedgerCase):
         old, new = time.time() - 8 * 86400, time.time() - 6 * 86400
         database.add([("old", old, *rest)] * 2500 + [("new", new, *rest)])
         database.connection.close()
+        self.patch_seconds(Ledger_FORGET_SECONDS=0)  # first they are added up
         self.start(DATABASE=path, LEDGER_DAYS=7)
         wait_for(lambda: [row["id"] for row in self.rows(path)] == ["new"], "the removal")
 
