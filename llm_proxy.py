@@ -14888,6 +14888,8 @@ class Reply:
         """Awaits a metered answer that is no stream, unless it is large or slow. Raises
         UpstreamFailed."""
         stream, adapter, loop = response.stream, self.adapter, self.context.loop
+        if response.head.get("content-type", "").lower().startswith(LINES_OF_JSON):
+            return  # a stream, though of another API
         seconds = min(self.WHOLE_SECONDS, response.address.transport.read_timeout, self.patience)
         deadline = loop.time() + seconds
         while not adapter.framing.ended and len(self.first) < self.MAX_WHOLE:

@@ -13301,6 +13301,18 @@ class SettlingTest(LedgerCase):
         asked.finish()
         self.assert_ending("ok", 1000 - 24)
 
+    def test_lines_of_json_pass_as_they_come_at_endpoints_that_are_not_known(self):
+        self.patch_seconds(Reply_WHOLE_SECONDS=1000)
+        self.start(None)
+        line = chunk(b'{"status": "half of it"}\n')
+        for kind in self.each((b"application/x-ndjson", b"Application/stream+json; a=b")):
+            client, asked = self.ask_stub(request("POST", "/v1/other", b"{}"))
+            asked.send(STREAM.replace(b"text/event-stream", kind) + line)
+            self.assert_used(client.head(), "", "", "")
+            asked.send(line + LAST)
+            self.assertEqual(client.rest().body, line.split(b"\r\n")[1] * 2)
+            asked.finish()
+
     def test_what_was_told_is_believed_up_to_what_passed(self):
         """Rows are outputs, the answer's text in characters, tokens told, tokens used."""
         for outputs, characters, told, used, marked in self.each("""[
