@@ -3310,10 +3310,11 @@ class CostEstimator:
             return held
         weight = source.output_characters()  # finds its kind, too
         output = ceil(weight / self.ratio(call, caller, "output", source.kind))
-        if not (whole or source.ended) or (source.lost and held):
+        limit, outputs = call.output_limit()
+        ended = source.ended if outputs == 1 else source.closed  # one of several ends first
+        if not (whole or ended) or (source.lost and held):
             return max(output, held)
         habits = self.habits(call)
-        limit, outputs = call.output_limit()
         # Twice what such calls used: a share near 1 would make a million tokens of a long answer.
         most = min(limit or inf, 2 * habits.expect(caller, "peak")) * outputs
         return max(output, min(most, ceil(output / (1 - habits.expect(caller, "hidden")))))

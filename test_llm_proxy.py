@@ -14024,6 +14024,13 @@ class EndingsTest(LedgerCase):
             asked.wait_for_hang_up()
             self.assert_ending("caller_gone", 1000 - 3 - output, number, key)
 
+    def test_who_hangs_up_when_the_first_of_several_answers_has_ended_pays_what_was_held(self):
+        for n, cost in self.each(((1, 3), (2, 3 + 100))):
+            self.start(None, TOKEN_COST_MODE="usage")
+            client, asked = self.begin(events(LAST_DELTA), n=n, max_tokens=50)
+            asked.wait_for_hang_up(client)
+            self.assert_ending("caller_gone", 1000 - cost)
+
     def test_a_caller_who_hangs_up_while_its_answer_keeps_coming_closes_the_upstream(self):
         for number, hang_up in enumerate(self.each(self.HANG_UPS)):
             client, asked = self.begin()
