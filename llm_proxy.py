@@ -17048,6 +17048,7 @@ const EVENTS = {
     update(model.running, {key: call.key, upstream: call.upstream, call, ended: now()}, "key"); },
   pulse(pulse) {
     setClock(pulse.now);
+    if (dateOf(pulse.now) !== dateOf(model.now)) anew(); // what was used today
     Object.assign(model, {now: pulse.now, pulses: [...model.pulses, pulse].slice(-60)});
     model.today.usd = Number(model.today.usd) + Number(pulse.usd);
     takeRunning(pulse.running);
@@ -17060,10 +17061,7 @@ const EVENTS = {
     const about = [told.caller, told.key, told.upstream, told.rule].filter(Boolean);
     notice(`${words(event)}: ${about.join(", ")}`, "warn", 60);
     renew(); },
-  change({what}) {
-    if (what === "upstreams") renew();
-    if (view.changed) load(view.changed); },
-  lost: () => renew()};
+  change: () => anew(), lost: () => [anew(), view.lost?.()]};
 function update(all, told, name) { // what is known of one, which is found by its name
   Object.assign(all?.find(one => one[name] === told[name]) ?? {}, told); }
 function takeRunning(told) { // one that nobody tells of any more has ended
@@ -17074,6 +17072,7 @@ async function loadSummary() {
   model = await read("summary", timeZone());
   setClock(model.now); }
 const renew = () => load(loadSummary);
+const anew = () => [renew(), view.changed && load(view.changed)];
 const STATES = {closed: ["good", "up"], half_open: ["warn", "trying again"], open: ["bad", "down"],
   disabled: ["off", "disabled"]};
 const stateMark = ({state}, name = "") => mark(STATES[state][0], name + STATES[state][1]);
@@ -17399,9 +17398,9 @@ const isLike = (call, {failed, slow, ...same}) => (!slow || call.ms >= slow)
 async function openCalls(view, query) {
   const chosen = only(query, FILTERS), calls = [], fresh = [];
   const narrow = text => go("calls", {...chosen, ...meaning(text)});
-  const older = () => load(async () => {
-    const page = await read("calls", {...chosen, before: view.before, limit: 50});
-    calls.push(...page.calls);
+  const older = before => load(async () => {
+    const page = await read("calls", {...chosen, before, limit: 50});
+    calls.splice(before ? calls.length : 0, Infinity, ...page.calls);
     view.before = page.next;
     if (chosen.id) calls.forEach(call => view.open.add(keyOf(call))); });
   // New calls come on top, but not while somebody reads: then a button tells how many there are.
@@ -17425,7 +17424,8 @@ async function openCalls(view, query) {
       narrow("slow")), fresh.length > 0 && button(plural(fresh.length, "new call"), take)),
       chips("calls", query, FILTERS), rows.length ? table(CALLS, rows) : query.size
       ? p(none, link("calls", {}, "Show all calls")) : firstCall(), !isEnd
-      && button(further, older)]; };
+      && button(further, () => older(view.before))]; };
+  view.lost = () => older();
   await older(); }
 function callRows(columns, call) {
   const key = keyOf(call), isOpen = view.open.has(key);

@@ -15598,7 +15598,7 @@ class PageTest(AdminCase):
         self.assertEqual(self.browser.run("getSelection().toString()"), "5")
         self.enter("amount", "1")
         self.click("Give", self.KEY + "//form")
-        self.see("4 of 5 requests", "ann got 1 requests more for 1d.")
+        self.see("4 of 6 requests", "ann got 1 requests more for 1d.")
 
     def test_a_bucket_that_callers_share_is_shown_once_by_its_rule_and_drains(self):
         self.start(LIMITS="all 5 requests per day; each 9 requests per day")
@@ -15916,6 +15916,33 @@ class PageTest(AdminCase):
         self.until(lambda: "reconnecting" not in self.text())
         self.ask("ann")
         self.see("ended: ok")
+
+    def test_a_list_of_calls_has_no_gap_where_events_were_lost(self):
+        self.start(PROXY_API_KEYS="ann=ann,ben=ben,eve=eve")
+        self.call("ann")
+        self.log_in("calls")
+        self.see("ann")
+        feed = self.proxy.watchers.feed
+        with patch.object(feed, "put_off"):
+            self.ask("ben")
+            wait_for(lambda: self.look("/usage")["total"]["calls"] == 2, "the row")
+        self.on_loop(setattr, feed, "number", feed.number + feed.ROOM)
+        self.see("ben")
+        self.ask("eve")
+        self.see("eve")
+        names = [line.split("\t")[1] for line in self.text().splitlines() if "\tok\t" in line]
+        self.assertEqual(names, ["eve", "ben", "ann"])
+
+    def test_what_was_used_today_ends_with_the_day(self):
+        ahead = [0]
+        clock = SimpleNamespace(monotonic=time.monotonic,
+                                time_ns=lambda: time.time_ns() + ahead[0] * 10 ** 9)
+        self.start(says(completion(150, 0)), clock=clock)
+        self.call("ann", model="gpt-4o")
+        self.log_in("callers")
+        self.see("<0.01 USD today", "\t150\t")
+        ahead[0] = 86400
+        self.see("0.00 USD today", "\t0\t")
 
 
 # --------------------------------------------------------------------------------------------------
