@@ -3938,6 +3938,7 @@ class UsageReaderTest(ProxyCase):
         {"model":"m", TOLD } -> True
         {"model":"m","usage":{TOLD_COUNTS,"cost":1}} -> False
         {"model":"m","usage":{,TOLD_COUNTS}} -> False
+        {"model":"m","usage":{TOLD_COUNTS,"cost":[[[}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
 
@@ -3945,7 +3946,7 @@ class UsageReaderTest(ProxyCase):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
             data = text.replace("TOLD_COUNTS", told[9:-1]).replace("TOLD", told).encode()
-            usage = OpenAI().usual_usage(data, "m")
+            usage = OpenAI().usual_usage(data.decode(), "m")
             self.assertEqual(str(usage is not None), is_usual)
             stream = events(delta("word")) + b"data: %b\n\ndata: [DONE]\n\n" % data
             for body in (data, stream):
