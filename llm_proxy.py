@@ -6293,7 +6293,8 @@ class UsageReader:
     def read_events(self, data):
         """Notes what events report, and what the last three say of their stream's end."""
         framing = self.dialect.events
-        if not self.read_usual_end(data.removesuffix(framing.event(LAST_DATA)).rstrip(b"\r\n")):
+        end = data.removesuffix(framing.event(LAST_DATA)).rstrip(b"\r\n")
+        if self.counts or self.tier or not self.is_usual(end, begin_of_line(end, len(end))):
             self.scan_for_usage(data)
         last = data[begin_of_line(data, len(data) - self.LAST_EVENTS):]
         if last.endswith(framing.event(LAST_DATA)) and last.find(b"error") < 0 and (
@@ -6306,14 +6307,6 @@ class UsageReader:
             if events == 3:
                 break
         self.ended |= self.closed or bool(self.final)
-
-    def read_usual_end(self, data):
-        """Returns whether the last event alone tells of usage, and as most servers do."""
-        begin = begin_of_line(data, len(data))
-        if not self.counts and not self.tier and data.find(self.dialect.USAGE_MARK) >= begin:
-            self.usual = self.dialect.usual_usage(
-                data.decode("latin-1"), self.call.upstream_model, begin)
-        return self.usual is not None
 
     def note_end(self, event, data):
         """Notes what one of the last events of a stream says of its end; returns whether it says
@@ -6359,11 +6352,12 @@ class UsageReader:
         if payload:
             self.note_json(payload, data)
 
-    def is_usual(self, data):
-        """Returns whether JSON is no error, and tells of usage as most servers do."""
+    def is_usual(self, data, begin=0):
+        """Returns whether JSON, or the event from `begin` on, is no error and tells of usage as
+        most servers do."""
         text = data.decode("latin-1")
-        if not may_be_fault(text):
-            self.usual = self.dialect.usual_usage(text, self.call.upstream_model)
+        if not may_be_fault(text[begin:]):
+            self.usual = self.dialect.usual_usage(text, self.call.upstream_model, begin)
         return self.usual is not None
 
     def note_json(self, payload, data):
@@ -15405,21 +15399,6 @@ class Proxy:
     def redis(self) -> Optional[Redis]:
         return self.limits.buckets.redis
 
-    def bind(self, call, name):
-        """Binds a call to the one upstream that its key may use. Raises UpstreamNotAllowed."""
-        if call.prefix not in (None, name) or name not in self.routes.by_name:
-            raise UpstreamNotAllowed
-        call.prefix = name
-
-    @staticmethod
-    def own_secrets_only(upstreams):
-        """Returns the upstreams that do not get the caller's credential: here it is a key of ours.
-        Raises UpstreamNotAllowed."""
-        allowed = [one for one in upstreams if one.key != PASSTHROUGH]
-        if not allowed:
-            raise UpstreamNotAllowed
-        return allowed
-
     def check_models(self, call, method, globs):
         """Raises ModelNotAllowed for a call of another model than these, or of nobody knows
         which."""
@@ -15514,10 +15493,17 @@ class Proxy:
         thing, key = None, caller.stored_key
         if self.stored.policy != "pass" or self.stored.things:
             thing = self.find_thing(call, caller)
-        if key and key.upstream:
-            self.bind(call, key.upstream)
+        only = key and key.upstream
+        if only:
+            if call.prefix not in (None, only) or only not in self.routes.by_name:
+                raise UpstreamNotAllowed
+            call.prefix = only
         upstreams = self.routes.find(call, thing)
-        return self.own_secrets_only(upstreams) if key else upstreams
+        if key:  # a credential of ours, which no upstream gets
+            upstreams = [one for one in upstreams if one.key != PASSTHROUGH]
+            if not upstreams:
+                raise UpstreamNotAllowed
+        return upstreams
 
     def forward(self, upstream, reply, call):
         """Sends a call, in its turn where the upstream is busy: what is not metered does not
