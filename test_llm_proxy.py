@@ -5691,6 +5691,13 @@ class UnmaskingTest(ProxyCase):
         """The texts of a stream, as a client has them in the end."""
         return [*self.said(self.payloads(endpoint, data)).values()]
 
+    def shown(self, *arguments, **options):
+        """The payloads that a caller sees of a stream of chat, of which `unmask` tells."""
+        return self.payloads("chat", self.unmask("chat", *arguments, **options))
+
+    def shown_texts(self, endpoint, *arguments, **options):
+        return self.texts(endpoint, self.unmask(endpoint, *arguments, **options))
+
     @classmethod
     def said(cls, value, path=(), found=None):
         """What a client takes the texts of a stream to be, by where they stand."""
@@ -5837,8 +5844,7 @@ class UnmaskingTest(ProxyCase):
     def test_another_kind_of_text_ends_the_one_before_it(self):
         said = [{"reasoning": "think ["}, {"content": "say"}, {"content": " ["},
                 {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}]
-        found = self.payloads("chat", self.unmask("chat", events(
-            *[{"choices": [{"index": 0, "delta": one}]} for one in said])))
+        found = self.shown(events(*[{"choices": [{"index": 0, "delta": one}]} for one in said]))
         self.assertEqual([one["choices"][0]["delta"] for one in found], [
             {"reasoning": "think "}, {"reasoning": "["}, {"content": "say"}, {"content": " "},
             {"content": "["}, said[-1]])
@@ -5920,7 +5926,7 @@ class UnmaskingTest(ProxyCase):
             said = [delta("x" * size + "[") for _ in range(count)]
             for number, one in enumerate(said):
                 one["choices"][0]["index"] = number
-            shown = self.payloads("chat", self.unmask("chat", events(*said)))
+            shown = self.shown(events(*said))
             self.assertEqual(len(shown), count + waits)
 
     def test_an_answer_that_says_one_placeholder_again_and_again_does_not_grow_without_end(self):
@@ -5934,8 +5940,7 @@ class UnmaskingTest(ProxyCase):
         for row in self.each([TEXT_STREAMS[0], TEXT_STREAMS[5], TEXT_STREAMS[9]]):
             for cut in range(len(said)):
                 data = self.stream(row, [(0, said[:cut]), (0, said[cut:])])
-                found = self.texts(row[0], self.unmask(row[0], data, answers=True))
-                self.assertEqual(found, [shown])
+                self.assertEqual(self.shown_texts(row[0], data, answers=True), [shown])
         whole = json.dumps({"text": said + "\n", "args": {"a@b.example": 5}})
         found = self.unmask("chat", whole.encode(), answers=True, events=False)
         self.assertEqual(json.loads(found), {"text": shown + "\n", "args": {"[[EMAIL]]": 5}})
@@ -5948,8 +5953,8 @@ class UnmaskingTest(ProxyCase):
             for first, last in cuts:
                 said = [delta(text[:first]), delta(text[first:last]), delta(text[last:])]
                 masks = Masks(Redactor(["phone"]))
-                found = self.unmask("chat", events(*said, "[DONE]"), answers=True, masks=masks)
-                shown, = self.texts("chat", found)
+                shown, = self.shown_texts(
+                    "chat", events(*said, "[DONE]"), answers=True, masks=masks)
                 self.assertNotIn("1234567", shown, (first, last))
 
     def test_all_words_of_an_answer_are_masked_whatever_stands_beside_them(self):
@@ -6022,7 +6027,7 @@ class UnmaskingTest(ProxyCase):
                      **delta(text[at:at + 3])} for at in range(0, len(text), 3) for _ in blocks]
             for number, one in enumerate(said):
                 one["choices"] = [{**one["choices"][0], "index": number % len(blocks)}]
-            found = self.payloads("chat", self.unmask("chat", events(*said), answers=True))
+            found = self.shown(events(*said), answers=True)
             self.assertEqual(set(self.said(found).values()), {shown})
             self.assertEqual([one["created"] for one in found[:len(said)]],
                              [one["created"] for one in said])
@@ -6030,8 +6035,8 @@ class UnmaskingTest(ProxyCase):
     def test_an_answer_that_is_no_stream_and_is_as_an_event_of_one_is_read_whole(self):
         masks, said = self.masks(), b'{"message": {"content": " bob@x.org"}, "done": false}\n'
         for streamed, count in self.each(((True, 3), (False, 1))):
-            found = self.unmask("ollama", count * said, None, True, streamed, masks=masks)
-            self.assertEqual(self.texts("ollama", found), [count * " [[EMAIL]]"])
+            found = self.shown_texts("ollama", count * said, None, True, streamed, masks=masks)
+            self.assertEqual(found, [count * " [[EMAIL]]"])
 
     def test_quotes_without_an_end_and_thousands_of_strings_are_looked_at_once(self):
         """The former took half a minute."""
@@ -6051,8 +6056,7 @@ class UnmaskingTest(ProxyCase):
             for at in range(len(said)):
                 masks = Masks(Redactor(KINDS))
                 data = self.stream(row, [(0, said[:at]), (0, said[at:])])
-                found = self.unmask(row[0], data, answers=True, masks=masks)
-                text, = self.texts(row[0], found)
+                text, = self.shown_texts(row[0], data, answers=True, masks=masks)
                 self.assertEqual(json.loads(text), shown)
             found = self.unmask_json(whole, answers=True, masks=masks)
             self.assertEqual((json.loads(found["arguments"]), found["card"]), (shown, "[[CARD]]"))
@@ -6069,8 +6073,8 @@ class UnmaskingTest(ProxyCase):
             for at in range(len(said)):
                 masks = Masks(Redactor(KINDS))
                 data = events(delta(said[:at]), delta(said[at:]))
-                found = self.unmask("chat", data, answers=True, masks=masks)
-                self.assertEqual(self.texts("chat", found), [shown])
+                found = self.shown_texts("chat", data, answers=True, masks=masks)
+                self.assertEqual(found, [shown])
             whole = {"content": said, "arguments": json.dumps({"content": nested}),
                      "input": {"content": [nested]}}
             found = self.unmask_json(encoded(whole), answers=True, masks=masks)
@@ -6102,8 +6106,8 @@ class UnmaskingTest(ProxyCase):
             said = told.replace("@", "[[SECRETS_12]]")
             shown = told.replace("@", spelled(value))
             for cut in range(len(said)):
-                found = self.unmask("chat", events(delta(said[:cut]), delta(said[cut:])))
-                self.assertEqual(self.texts("chat", found), [shown])
+                data = events(delta(said[:cut]), delta(said[cut:]))
+                self.assertEqual(self.shown_texts("chat", data), [shown])
             found = self.unmask("chat", encoded({"content": said}), events=False)
             self.assertEqual(json.loads(found), {"content": shown})
 
@@ -6119,25 +6123,23 @@ class UnmaskingTest(ProxyCase):
         shown = 'a "[[SECRETS]]", [[SECRETS]] [[SECRETS]], [[SECRETS]]. [[SSN]]) %s' % ("x" * 400)
         for size in self.each((4, 5, 47, 800)):
             masks = Masks(Redactor(KINDS))
-            found = self.unmask("chat", events(*[
+            found = self.shown_texts("chat", events(*[
                 delta(said[at:at + size]) for at in range(0, len(said), size)], "[DONE]"),
                 answers=True, masks=masks)
-            self.assertEqual(self.texts("chat", found), [shown])
+            self.assertEqual(found, [shown])
 
     def test_a_row_in_groups_is_masked_wherever_it_is_seen_whole(self):
         for value in self.each(("4111 1111 1111 1111", "+33 6 12 34 56 78", "123 45 6789",
                                 "DE89 3704 0044 0532 0130 00")):
             for size in range(290, 325):
                 said = delta("call (%s)%s" % (value, size * "x")), delta(" ok "), "[DONE]"
-                found = self.unmask("chat", events(*said), answers=True,
-                                    masks=Masks(Redactor(KINDS)))
-                self.assertNotIn(value[-6:], str(self.payloads("chat", found)), size)
+                found = self.shown(events(*said), answers=True, masks=Masks(Redactor(KINDS)))
+                self.assertNotIn(value[-6:], str(found), size)
 
     def test_a_value_of_which_the_rest_comes_in_a_large_event_is_masked(self):
         for said, shown in self.each((("[[EMAIL", "_1]]"), ("bob@corp", ".com")),):
-            found = self.unmask("chat", events(
+            text, = self.shown_texts("chat", events(
                 delta("to " + said), delta(shown + " x" * 60_000), "[DONE]"), 16384, answers=True)
-            text, = self.texts("chat", found)
             self.assertIn(text.split()[1], ("ann@example.com", "[[EMAIL]]"))
 
     def test_in_parts_too_no_probabilities_tell_what_is_masked(self):
@@ -6225,8 +6227,7 @@ class UnmaskingTest(ProxyCase):
         for endpoint, event, step in self.each(self.LARGE_EVENTS):
             masks = self.masks(*KINDS)
             data, said = self.small_and_large(endpoint, event)
-            found = self.unmask(endpoint, data, step, answers=True, masks=masks)
-            texts = "".join(self.texts(endpoint, found))
+            texts = "".join(self.shown_texts(endpoint, data, step, answers=True, masks=masks))
             self.assertEqual(texts.replace(shown, ""), said + said)
             self.assertEqual((texts.count(shown), masks.counts["opaque"]), (self.TIMES, 0))
             self.assertLess(max(seen), 1 << 16)
@@ -6277,8 +6278,8 @@ class UnmaskingTest(ProxyCase):
     def test_a_row_of_values_without_a_space_is_masked_wherever_it_is_cut(self):
         for size in self.each((1, 7, 50)):
             said = [delta(("bob@x.org," * 90)[at:at + size]) for at in range(0, 900, size)]
-            self.assertNotIn("@", str(self.said(self.payloads("chat", self.unmask(
-                "chat", events(*said, "[DONE]"), answers=True)))))
+            found = self.shown_texts("chat", events(*said, "[DONE]"), answers=True)
+            self.assertNotIn("@", str(found))
 
 
 class RedactedAnswersTest(ProxyCase):
@@ -14348,6 +14349,10 @@ class RedactedCallsTest(KeysCase):
         asked.answer(said)
         return asked.body, client.read()
 
+    def sent(self, text, key=None):
+        """Returns what goes up of a prompt."""
+        return json.loads(self.exchange(call(key, system=text))[0])["system"]
+
     def test_a_value_is_hidden_from_the_endpoint_and_told_to_the_caller(self):
         self.redact()
         body, answered = self.exchange(
@@ -14429,8 +14434,8 @@ class RedactedCallsTest(KeysCase):
 
     def test_what_may_leave_is_left(self):
         self.redact(REDACT_ALLOW="*@Example.com, 4111*")
-        body, _ = self.exchange(call(system="Ann@example.com b@x.org 4111111111111111"))
-        self.assertEqual(json.loads(body)["system"], "Ann@example.com [[EMAIL_1]] 4111111111111111")
+        self.assertEqual(self.sent("Ann@example.com b@x.org 4111111111111111"),
+                         "Ann@example.com [[EMAIL_1]] 4111111111111111")
 
     def test_keys_of_ours_never_leave(self):
         caller, odd = "caller-key-0123456789", "odd.key/=+0123"
@@ -14438,39 +14443,34 @@ class RedactedCallsTest(KeysCase):
                     PROXY_API_KEYS="ann=%s, bob=%s" % (caller, odd))
         stored = self.add("cem")
         text = "%s (%s) '%s' key=%s %s-x" % (self.SECRET, caller, odd, stored, caller)
-        body, _ = self.exchange(call(caller, system=text))
-        self.assertEqual(json.loads(body)["system"], "[[SECRETS_1]] ([[SECRETS_2]]) '[[SECRETS_3]]'"
+        self.assertEqual(self.sent(text, caller), "[[SECRETS_1]] ([[SECRETS_2]]) '[[SECRETS_3]]'"
                          " key=[[SECRETS_4]] %s-x" % caller)
 
     def test_patterns_of_ones_own_are_looked_for(self):
         self.redact(REDACT="", REDACT_PATTERNS="order=ORD-[0-9]+; ticket=T-[0-9]{3}")
-        body, _ = self.exchange(call(system="ORD-123 T-001 ORD-9 a@x.org"))
-        self.assertEqual(
-            json.loads(body)["system"], "[[ORDER_1]] [[TICKET_1]] [[ORDER_2]] a@x.org")
+        self.assertEqual(self.sent("ORD-123 T-001 ORD-9 a@x.org"),
+                         "[[ORDER_1]] [[TICKET_1]] [[ORDER_2]] a@x.org")
 
     def test_a_pattern_of_ones_own_is_found_across_steps(self):
         self.redact(REDACT="", REDACT_PATTERNS="code=K(?:-[0-9]{24}){16}; pin=[a-f]{32}")
         for value, mask in self.each((("K" + 16 * ("-" + 24 * "1"), "[[CODE_1]]"),
                                       (2 * (16 * "ab"), "[[PIN_1]][[PIN_1]]"))):
-            body, _ = self.exchange(call(system=501 * " " + value + 600 * " "))
-            self.assertEqual(json.loads(body)["system"].strip(), mask)
+            self.assertEqual(self.sent(501 * " " + value + 600 * " ").strip(), mask)
 
     def test_a_pattern_of_ones_own_holds_nobody_up(self):
         """Each step took a tenth of a second."""
         self.redact(REDACT="", REDACT_PATTERNS=r"slow=(?:[a-z]+\.)+[a-z]+(?:/\w+)*!")
         for times in self.each((60, 200)):
-            body, _ = self.exchange(call(system=times * (63 * "a" + ".") + "aa.a!"))
-            self.assertTrue(json.loads(body)["system"].endswith("[[SLOW_1]]"))
+            found = self.sent(times * (63 * "a" + ".") + "aa.a!")
+            self.assertTrue(found.endswith("[[SLOW_1]]"))
 
     def test_a_key_says_its_own(self):
         self.redact(REDACT="")
         plain, careful = self.add("ann"), self.add("ben", redact="email")
         for key, seen in self.each(((plain, "a@x.org"), (careful, "[[EMAIL_1]]"))):
-            body, _ = self.exchange(call(key, system="a@x.org"))
-            self.assertEqual(json.loads(body)["system"], seen)
+            self.assertEqual(self.sent("a@x.org", key), seen)
         self.change("set", "ben", redact="off")
-        self.assertEqual(
-            json.loads(self.exchange(call(careful, system="a@x.org"))[0])["system"], "a@x.org")
+        self.assertEqual(self.sent("a@x.org", careful), "a@x.org")
         self.assertIsNotNone(self.proxy.redaction)
         self.change("set", "ben", redact="")
         wait_for(lambda: self.proxy.redaction is None)
