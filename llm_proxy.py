@@ -11487,7 +11487,7 @@ class KeyStore(NamedTuple):
 
 
 def describe_fields(fields):
-    return " ".join("%s=%s" % (field, text or "none") for field, text in fields.items())
+    return " ".join("%s=%s" % (field, text or "-") for field, text in fields.items())
 
 
 def lock_name(path: str) -> str:
@@ -19322,7 +19322,7 @@ def tell_of_boxes(execute):
         execute("CREATE TEMP TABLE facts (name, value)")  # a file of an older version has none yet
     (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'")
     if others:
-        tell_user(f"with what {others} other boxes have told")
+        tell_user(f"other boxes whose sums are in it: {others}")
 
 
 def find_call(execute, name):

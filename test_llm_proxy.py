@@ -12686,7 +12686,7 @@ class SharedSumsTest(ProxyCase):
             with redirect_stderr(io.StringIO()) as said:
                 _, (row,) = read_usage(path, options, time.time())
             self.assertEqual((row[:2], said.getvalue()),
-                             (("ann", 5), "with what 1 other boxes have told\n"))
+                             (("ann", 5), "other boxes whose sums are in it: 1\n"))
 
     def test_a_box_that_has_sums_from_before_it_shared_any_tells_those_too_and_once(self):
         two = self.box()
@@ -16828,6 +16828,7 @@ class KeysCommandTest(ProcessCase):
                 [1, "expires must be", "add", "b", "--expires", "x"],
                 [1, "no key is stored by the name b", "give", "b", "2", "usd"],
                 [0, "done: set name=ann note=x\n", "set", "ann", "--note", "x"],
+                [0, "done: set name=ann note=-\n", "set", "ann", "--note", ""],
                 [0, "done: give name=old amount=2 unit=usd", "give", "old", "2", "usd"],
                 [0, "done: reset name=192.0.2.1", "reset", "192.0.2.1"],
                 [1, "amount must be", "give", "ann", "x", "usd"],
