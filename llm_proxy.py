@@ -1461,7 +1461,7 @@ def set_variables(environ, written):
 
 def shown_value(text, secret=False):
     """Returns what a message may tell of a value."""
-    hidden = secret or "@" in text or "-----" in text
+    hidden = secret or re.search(r"@|-----|\bsk-|(?i:key=)", text)
     return "a value not shown here" if hidden else repr(text)
 
 
@@ -7783,7 +7783,7 @@ class Chunked:
             remaining = 0
         self.remaining = remaining
         self.held = data[position:]
-        return (data[:position] if self.held else data), payload
+        return data[:position], payload
 
     def feed_last(self, data, position, end, payload):
         self.remaining = 0
@@ -18159,8 +18159,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Makes room: closes the connection that has been idle longest, of the address with most
         connections."""
         idle = [one for one in self.open if one.idle and one.context.is_waiting()]
-        idle.sort(key=lambda one: (-self.by_address[one.address], one.context.since))
-        for oldest in idle[:self.LOOKS]:
+        for oldest in heapq.nsmallest(self.LOOKS, idle, key=lambda one: (
+                -self.by_address[one.address], one.context.since)):
             oldest.end_if_idle()
             if oldest.context.reason:
                 self.release(oldest)

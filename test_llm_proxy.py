@@ -1421,6 +1421,8 @@ r='', password='')
                 TLS_KEY_FILE -> PEM
                 TLS_CERT_FILE -> PEM
                 UPSTREAM_X_URL -> http://me:hush@x
+                UPSTREAM_X_URL -> https://x/openai?api-Key=hush
+                UPSTREAM_X_URL -> sk-hush
                 BASE_API_KEY -> hush hush
                 PROXY_API_KEYS -> hush,, hush
                 HTTPS_PROXY -> hush hush
