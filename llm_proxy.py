@@ -10085,42 +10085,38 @@ class Entry:
     # By how what is awaited begins.
     STATES = (("its turn at", "line"), ("a connection", "connecting"),
               ("the response of", "first byte"), ("the body of", "first byte"))
-    request_id = None
-    outcome = "ok"
-    cause = None
-    gave_up = False     # the caller's own deadline was over
-    queued = None       # milliseconds in line; None where there was none
-    held_up = 0.0       # seconds before the first byte that others took, such as the queue
-    redactions = None   # {kind of redacted value: count}; None without any
-    caller: Optional[Caller] = None
-    method = None
-    path = None
-    call: Optional[Call] = None
-    upstream = None     # name of the upstream
-    hold: Optional[Hold] = None
-    status = 0
-    reader: Optional[UsageReader] = None
-    usage: Optional[Usage] = None
-    picodollars = 0
-    priced = None       # whether the price is known; None where nothing was used
-    passed = 0          # bytes of body sent to the caller
-    connect_ms = None   # time to connect; None for a spare connection
-    agent = None        # what the client calls itself
-    started = None      # monotonic seconds, as are first_byte and ended
-    first_byte = None
-    who = ""            # caller, or address of an unknown one; set at the end
-    all_ms = 0          # milliseconds to the end
-    first_ms = None     # milliseconds to the first byte, None without one
-    trace: Optional["Trace"] = None        # if traces are on
-    reasons: Sequence[str] = ()            # with a trace: why the model stopped
-    context: Optional[Context] = None      # this and the ticket: while it runs
-    ticket: Optional[Ticket] = None
-    paid: Optional[asyncio.Future] = None  # done when it is known whether it has paid a bill alone
+    # Without slots CPython would make a table for each entry, as it has more than 30 attributes.
+    __slots__ = """
+        address peer request_id method path caller agent call upstream context ticket hold queued
+        held_up connect_ms gave_up started first_byte ended wall who all_ms first_ms status outcome
+        cause reader usage picodollars priced passed paid redactions trace reasons""".split()
 
     def __init__(self, address: str, peer: str):
         """`peer` is where the connection comes from, `address` who that stands for."""
         self.address = address
         self.peer = peer
+        self.request_id = self.method = self.path = self.caller = self.call = self.hold = None
+        self.agent = None       # what the client calls itself
+        self.upstream = None    # name of the upstream
+        self.context = self.ticket = None  # while it runs
+        self.queued = None      # milliseconds in line; None where there was none
+        self.held_up = 0.0      # seconds before the first byte that others took, such as the queue
+        self.connect_ms = None  # time to connect; None for a spare connection
+        self.gave_up = False    # the caller's own deadline was over
+        self.started = self.first_byte = None  # monotonic seconds, as is `ended`
+        self.who = ""           # caller, or address of an unknown one; set at the end
+        self.all_ms = 0         # milliseconds to the end
+        self.first_ms = None    # milliseconds to the first byte, None without one
+        self.status = 0
+        self.outcome = "ok"
+        self.cause = self.reader = self.usage = None
+        self.picodollars = 0
+        self.priced = None      # whether the price is known; None where nothing was used
+        self.passed = 0         # bytes of body sent to the caller
+        self.paid = None        # a future, done when it is known whether it has paid a bill alone
+        self.redactions = None  # {kind of redacted value: count}; None without any
+        self.trace = None       # if traces are on
+        self.reasons = ()       # with a trace: why the model stopped
 
     def __repr__(self) -> str:
         return f"<Entry {self.request_id} {self.method} {self.path} {self.outcome}>"
