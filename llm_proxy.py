@@ -13297,7 +13297,7 @@ local function taken(b)
   return total
 end
 local function begin(b, stamp, level)
-  b.level, b.stamp, b.birth, b.own = level, stamp, now, {}
+  b.level, b.stamp, b.birth, b.own, b.before = level, stamp, now, {}, 0
 end
 local pass = {}
 function pass.running() end
@@ -13363,7 +13363,7 @@ local function read(figures, text)
   b.room = b.capacity + b.extra
   b.level = math.min(b.room, numbers[1] or b.room)
   b.stamp, b.birth = numbers[2] or b.began or now, numbers[3] or now
-  b.known = numbers[1]
+  b.known, b.before = numbers[1], b.own[me] or 0
   return b
 end
 local figures, buckets = {}, {}
@@ -13431,6 +13431,7 @@ function act.put()
   if what ~= 'own' and (told.level < told.room or told.extra > 0) then merge(b, told) end
   if b.birth > birth then own, b.was_full = 0, true end  -- meanwhile
   if b.own[me] then charge(b, own - b.own[me], 0) end
+  b.before = b.own[me] or 0
 end
 function act.renew() buckets[number()].changed = true end
 function act.look() number() end
@@ -13454,8 +13455,10 @@ local function spell(b)
     parts[#parts + 1] = process .. '=' .. text(amount)
     count = count + 1
   end
-  if count <= 32 then return table.concat(parts, ' ') end
-  b.own = {[me] = b.own[me], ['-'] = taken(b) - (b.own[me] or 0)}  -- most of these are long dead
+  if count <= 100 then return table.concat(parts, ' ') end
+  -- Most of these are long dead; the others begin anew, as where the bucket was full.
+  local fresh = (b.own[me] or 0) - b.before
+  b.own, b.birth = {[me] = fresh, ['-'] = taken(b) - fresh}, now
   return spell(b)
 end
 local function save(b, key)

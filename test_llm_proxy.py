@@ -11719,13 +11719,20 @@ class LimitsInRedisTest(InRedis, LimitsTest):
                 self.awaited(admitting)
         self.assertEqual((self.buckets.running, self.server.ask("KEYS", "*:[br]:*")), ({}, []))
 
-    def test_of_many_processes_only_the_sum_is_kept(self):
+    def test_of_many_processes_only_the_sum_is_kept_and_each_begins_anew(self):
         self.start_with_a_bucket()
-        for process in range(40):
-            answer = self.answer_to(1, ("charge", 1, 0), process="p%d" % process)
-        self.assertEqual(answer.split()[1], b"-30")
-        self.assertEqual(sorted(answer.split(b"|")[1].split()), [
-            b"-=32", *[b"p%d=1" % process for process in range(32, 40)]])
+        texts = {}
+        for process in range(108):
+            self.clock.now += 0.001
+            texts[process] = self.answer_to(1, ("charge", 1, 0), process="p%d" % process)
+        self.assertEqual(texts[107].split()[1], b"-98")
+        self.assertEqual(sorted(texts[107].split(b"|")[1].split()), sorted([
+            b"-=100", *[b"p%d=1" % process for process in range(100, 108)]]))
+        for number, acts, level in self.each((
+                (2, [("charge", 3, 0)], b"-101"),  # the answer is lost, and it is sent again
+                (3, [("put", "own", texts[0].split(b"\n")[1].decode().replace(" ", ",")),
+                     ("charge", 3, 0)], b"-101"))):
+            self.assertEqual(self.answer_to(number, *acts, process="p0").split()[1], level)
 
     def test_settings_that_are_read_again_move_buckets_whose_rules_are_gone_and_no_others(self):
         self.start("each 10 tokens per hour")
