@@ -10252,7 +10252,6 @@ class Writer:
 
     def __init__(self, name: str):
         self.queue = deque()
-        self.room = self.ROOM
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
 
@@ -10260,7 +10259,7 @@ class Writer:
         return f"<{self.thread.name}: {len(self.queue)} queued, {self.dropped} dropped>"
 
     def record(self, item: Union[str, JsonObject, Sequence]):
-        if len(self.queue) >= self.room:
+        if len(self.queue) >= self.ROOM:
             self.dropped += 1
         else:
             self.queue.append(item)
@@ -19262,6 +19261,7 @@ def handle_signals(loop, actions):
 
 
 GROUPS = (*SUM_KEYS, "outcome", "day")
+FIND_CALL = "SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1"
 USED = "calls input cached output reasoning estimated unpriced usd".split()
 
 
@@ -19305,7 +19305,7 @@ def read_usage(path, options, now):
     with closing(Database(path, reading=True).connection) as connection:
         execute = connection.execute
         if options.id:
-            return COLUMN_NAMES, find_call(execute, options.id)
+            return COLUMN_NAMES, list(execute(FIND_CALL, (options.id,)))
         tell_of_boxes(execute)
         groups = [(row[:len(by)], Sum._make(row[len(by):])) for row in execute(
             usage_query(execute, by, since), {"caller": options.caller})]
@@ -19322,12 +19322,6 @@ def tell_of_boxes(execute):
     (others,), = execute("SELECT count(*) FROM facts WHERE name LIKE 'heard of %'")
     if others:
         tell_user(f"other boxes whose sums are in it: {others}")
-
-
-def find_call(execute, name):
-    """Returns the row of the last call with this id, in a list, empty without one."""
-    return execute("SELECT * FROM calls WHERE id = ? ORDER BY rowid DESC LIMIT 1",
-                   (name,)).fetchall()
 
 
 def print_table(names, rows):

@@ -9443,7 +9443,7 @@ redacted      None"""))
 
     def test_a_log_that_nobody_reads_drops_lines_and_counts_them_but_blocks_no_call(self):
         log, client = self.proxy.books.log, self.connect()
-        log.room = 10
+        log.ROOM = 10
         with self.held_up(self.lines, "write") as blocked:
             client.exchange(call())
             self.assertTrue(blocked.wait(PATIENCE))
@@ -9736,7 +9736,7 @@ class LedgerTest(LedgerCase):
     def test_a_full_queue_drops_and_counts_and_holds_up_nobody(self):
         self.start()
         ledger = self.proxy.books.ledger
-        ledger.room = 3
+        ledger.ROOM = 3
         with self.held_up(ledger, "write_queued") as blocked:
             self.assertTrue(blocked.wait(PATIENCE))
             began = time.monotonic()
@@ -9805,7 +9805,7 @@ class LedgerTest(LedgerCase):
         self.start(DATABASE=path, USAGE_LOG=path + ".jsonl", MAX_TOKENS=10 ** 6)
         self.ask("k")
         self.wait_for_rows(1)
-        self.proxy.books.ledger.room, self.ended = 1000, deque(maxlen=1)
+        self.proxy.books.ledger.ROOM, self.ended = 1000, deque(maxlen=1)
         self.proxy.books.on_end.append(self.ended.append)
         self.write_aside(path)
         return self.connect()
@@ -10951,7 +10951,7 @@ class TracesTest(SignalsCase):
 
     def test_a_collector_that_is_away_holds_up_nothing_and_its_address_is_not_told(self):
         self.start_traced(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1/secret-path")
-        self.proxy.traces.room = 3
+        self.proxy.traces.ROOM = 3
         client = self.connect()
         for _ in range(10):
             client.answers(200, call("sk-1"))
