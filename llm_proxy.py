@@ -7182,7 +7182,7 @@ class Unmasking(Edit):
     and in JSON that comes whole. An event in which nothing changes stays as it is."""
     MAX_SLICE = MAX_HELD = 1 << 13  # bytes of JSON in which all words are looked at, at once
     MARKS = b"[[", b'["', b"\\u005"  # a bracket may be the last of a text
-    MAX_BLOCKS = 64       # blocks that wait at once, each with an event of a slice's size
+    MAX_BLOCKS = 64       # blocks that wait at once, each with an event of a read's size
     MAX_USUAL = 1 << 12   # bytes of an example of the usual event
     left_to_learn = 4     # examples; to learn one takes half a millisecond
     # An escape, or a character, of which the rest is to come
@@ -7195,6 +7195,7 @@ class Unmasking(Edit):
     MAX_OPENED = 1000     # bytes: nobody reads what is deeper
     prefix = b""          # of a slice that begins in a string: its quote, or a key and JSON
     depth = 0             # of the probabilities in which a slice begins
+    head = b""            # of the event, up to the text that goes on in the next slice
 
     def __init__(self, dialect: Dialect, events: Optional[EventFraming], restorer: Restorer):
         """`events` is None where the response is no stream."""
@@ -7232,9 +7233,9 @@ class Unmasking(Edit):
 
     def apply_any(self, event):
         if self.sliced:
-            goes = self.apply_slice(event[len(self.opened):], b"")
+            goes = self.apply_slice(self.hold_end(event[len(self.opened):]), b"")
             self.sliced = self.is_text = False
-            self.opened = b""
+            self.opened = self.head = b""
             return goes
         self.depth = 0
         if self.restorer.redactor:
@@ -7303,14 +7304,34 @@ class Unmasking(Edit):
     def begin_event(self, event, prefix):
         """Handles the first slice of an event, which nearly always ends within a string."""
         shown = self.without_logprobs(event) if self.restorer.redactor else event
-        ends = what_closes(without_escapes(shown))
+        ends = what_closes(without_escapes(self.data(shown)))
         payload = self.payload(self.data(shown + ends))
         if payload:
             self.prefix = prefix
+            if ends.startswith(b'"'):
+                self.head = shown[:without_escapes(shown).rfind(b'"') + 1]
             shown = self.apply_object(shown + ends, payload).rstrip(b"\r\n")
-            return shown[:len(shown) - len(ends)]
-        self.depth = 0
-        return self.end() + self.apply_slice(event, prefix)
+            shown = shown[:len(shown) - len(ends)]
+        else:
+            self.depth = 0
+            shown = self.apply_slice(event, prefix)
+        # What waits may go on in the next slice, unless that goes on with another text.
+        return shown if self.head else self.end() + shown
+
+    def hold_end(self, data):
+        """Holds back the end of the text in which the first slice of an event ended, as it may go
+        on in the next one; returns the rest of the last slice."""
+        end = without_escapes(data).find(b'"')
+        event = self.head + b"\\u0000" + data[end:]
+        payload = self.payload(self.data(event))
+        for block, (*_, (holder, key)) in self.dialect.texts(payload):
+            if holder[key] == "\0" and not self.dialect.ends_block(payload, block):
+                text = data[:end].decode("utf-8", "surrogateescape")
+                said = self.settled(text)
+                if said != text:
+                    self.blocks[block] = read_string('"%s"' % text[len(said):]), event
+                return said.encode("utf-8", "surrogateescape") + data[end:]
+        return data
 
     def end_of_slice(self, data):
         """Returns where a slice ends, in which no value goes on, and the prefix of the next one."""
@@ -7324,7 +7345,7 @@ class Unmasking(Edit):
         quote = start - 1 if is_open else plain.rfind(b'"', 0, start - 1)  # of the last string
         key = self.restorer.BEFORE_JSON.search(data, quote - 63, quote + 1)
         begin = key.start() if key else quote
-        if start > before and (not said or before < begin < quote):
+        if start > before and not said:
             return (begin if begin > before else start - bool(is_open)) - before, b""
         end = start + len(said.encode("utf-8", "surrogateescape")) - before
         if end <= 0:
@@ -7350,6 +7371,8 @@ class Unmasking(Edit):
     def apply_slice(self, data, prefix):
         """Handles a slice of JSON; `prefix` is that of the next one."""
         before, self.prefix = self.prefix, prefix
+        if b'"' in without_escapes(data):
+            self.head = b""
         begin = 0 if self.depth else len(before)
         shown = before + data
         if self.restorer.redactor:
@@ -7423,8 +7446,7 @@ class Unmasking(Edit):
         """Puts the text to pass on into its event; returns whether the event has changed."""
         holder, key = way[-1]
         came = holder[key]
-        is_end = self.sliced or len(event) > self.MAX_SLICE or (
-            self.dialect.ends_block(payload, block))
+        is_end = self.sliced or self.dialect.ends_block(payload, block)
         holder[key] = FinalText(self.feed(block, came, event, is_end))
         return holder[key] != came
 
