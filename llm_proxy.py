@@ -4358,7 +4358,8 @@ def is_words(key, value):
 def words_in(payload: JsonObject) -> Iterator[Words]:
     """Yields what persons and tools wrote in a payload, in the order in which it is read. Objects
     and lists within it are copied before they are looked at, so that they may be changed."""
-    for key in as_read(payload):
+    keys = [key for key in payload if key not in READ_FIRST and is_words(key, payload[key])]
+    for key in [*filter(payload.__contains__, READ_FIRST), *keys]:
         yield from words_at(payload, key, (None, key), "")
 
 
@@ -4381,11 +4382,6 @@ def words_at(holder, key, place, of_tool):
         keys = range(len(value))
     for name in keys:
         yield from words_at(value, name, (place, name), of_tool)
-
-
-def as_read(payload):
-    keys = [key for key in payload if key not in READ_FIRST and is_words(key, payload[key])]
-    return [key for key in READ_FIRST if key in payload] + keys
 
 
 def kind_of_words(holder, key, of_tool):
@@ -6526,22 +6522,20 @@ def iban_pattern(length):
         groups, "[ -]?[A-Z0-9]{%d}" % rest if rest else ""))
 
 
-IBANS = {country: (iban_pattern(int(row[:2])).match, country.translate(LETTER_NUMBERS).encode())
+IBANS = {country: iban_pattern(int(row[:2])).match
          for row in IBAN_LENGTHS.split() for country in row[3:].split(",")}
 
 
 def end_of_iban(match: "re.Match[str]") -> int:
     """Returns the end of an account's number: its country decides the length, and its check digits
     must be right (ISO 7064, mod 97-10)."""
-    follows, country = IBANS.get(match[0][:2], (None, b""))
+    follows = IBANS.get(match[0][:2])
     rest = follows and follows(match.string, match.start() + 2)
     if not rest:
         return 0
-    spelled = rest[0].encode().translate(None, b" -")
-    number = b"".join((spelled[2:], country, spelled[:2]))
-    if not number.isdigit():
-        number = number.decode().translate(LETTER_NUMBERS)
-    return rest.end() if int(number) % 97 == 1 else 0
+    spelled = rest[0].replace(" ", "").replace("-", "")
+    number = "".join((spelled[2:], match[0][:2], spelled[:2]))
+    return rest.end() if int(number.translate(LETTER_NUMBERS)) % 97 == 1 else 0
 
 
 # Country codes (ITU-T E.164), each with what may follow.
@@ -6563,8 +6557,7 @@ NATIONAL_PHONES = {
 def end_of_phone(match: "re.Match[str]") -> int:
     """Returns the end of a phone number without a country's code, 0 if it has too few or too many
     digits."""
-    digits = len(match[0].encode().translate(None, b" ()./-"))
-    return match.end() if 8 <= digits <= 12 else 0
+    return match.end() if 8 <= len(re.findall("[0-9]", match[0])) <= 12 else 0
 
 
 # How vendors' keys look
@@ -6697,7 +6690,6 @@ class Redactor:
     SLICE = 1 << 14  # characters of a text, and a quarter more for what begins in these
     LONGEST = 320    # characters of the last word, which may go on
     LARGE = 4096  # characters: a text of more is searched in steps
-    MANY = 1024   # findings that are yielded at once
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
@@ -6770,7 +6762,7 @@ class Redactor:
                 if text.find(one.mark, start, start + self.SLICE * 5 // 4) >= 0:
                     for begin in range(start, min(len(text), start + self.SLICE), one.step):
                         findings += self.matches(one, text, begin, ends)
-                        if len(text) > min(one.step, self.LARGE):
+                        if len(text) > one.step:
                             yield ()
             # Of two that overlap the first one counts, or the longer one.
             findings.sort(key=lambda one: (one[0], -one[1]))
@@ -6779,17 +6771,14 @@ class Redactor:
                 if one[0] >= end:
                     apart.append(one)
                     end = one[1]
-                if len(apart) == self.MANY:
-                    yield apart
-                    apart = []
             yield apart
 
     def matches(self, one, text, begin, ends):
         """Returns what of a Shape begins in a step, and not within its last match."""
-        end = begin + one.step
-        some = list(one.search.finditer(
-            text, max(begin, ends[one.search]), end + one.longest))
-        some = [match for match in some if match.start() < end]
+        last = begin + one.step
+        begin = max(begin, ends[one.search])
+        some = [match for match in one.search.finditer(text, begin, last + one.longest)
+                if match.start() < last]
         if not some:  # the usual case
             return ()
         ends[one.search] = some[-1].end()
@@ -6916,18 +6905,15 @@ class Masks:
             raise refusal
 
 
-class Redaction:
-    """Says what must not leave, for which upstream and by whose key, and what is done with it."""
-
-    def __init__(self, make: Callable[[Sequence[str]], Redactor], kinds: Optional[Sequence[str]],
-                 upstreams: FrozenSet[str], mode: str, opaque: str):
-        """`make` returns what finds some kinds, beside patterns of the settings; `kinds` are None
-        where nothing is looked for but by keys that say so; `opaque` as in Masks."""
-        self.make = lru_cache(1000)(make)
-        self.kinds = kinds
-        self.upstreams = upstreams
-        self.mode = mode
-        self.opaque = opaque
+class Redaction(NamedTuple):
+    """Says what must not leave, for which upstream and by whose key, and what is done with it.
+    `make` returns what finds some kinds, beside patterns of the settings; `kinds` are None where
+    nothing is looked for but by keys that say so; `opaque` as in Masks."""
+    make: Callable[[Sequence[str]], Redactor]
+    kinds: Optional[Sequence[str]]
+    upstreams: FrozenSet[str]
+    mode: str
+    opaque: str
 
     def masks(self, upstream: str, key: Optional[Key]) -> Optional[Masks]:
         """Returns the Masks for a call, None if nothing is looked for."""
@@ -6989,9 +6975,7 @@ class Restorer:
         |[A-Za-z0-9+/=\\\s]{0,14000}(?:-{1,5}[A-Z\ ]{0,44}-{0,5})?)\Z
         |(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt]))eyJ[A-Za-z0-9_-]{0,3000}
         (?:\.[A-Za-z0-9_-]{0,8000}(?:\.[A-Za-z0-9_-]{0,1000})?)?\Z""" % KEY_HEADERS, re.VERBOSE)
-    IN_SECRET = re.compile(r"[A-Za-z0-9_+/=\\\s]*")
     BEFORE_JSON = re.compile(rb'"(?:%b)"\s{0,9}:\s{0,9}"\Z' % "|".join(JSON_TEXTS).encode())
-    PIECE = 1024  # characters, by which what waits grows before it is searched again
 
     def __init__(self, masks: Masks, redactor: Optional[Redactor] = None):
         self.masks = masks
@@ -7039,12 +7023,10 @@ class Restorer:
                 self.masks.counts[kind] += 1
         return "".join((*pieces, text[last:]))
 
-    def waiting(self, text: str, held: int = 0) -> int:
+    def waiting(self, text: str) -> int:
         """Returns where the end of a text begins that may become something else with what
-        follows; so many characters of it waited already."""
+        follows."""
         begin = len(text)
-        if 0 < held // self.PIECE == begin // self.PIECE and self.IN_SECRET.fullmatch(text, held):
-            return 0
         if "[" in text:
             begun = self.BEGUN.search(text, begin - self.masks.MAX_PLACEHOLDER)
             begin = begun.start() if begun else begin
@@ -7238,11 +7220,9 @@ class Unmasking(Edit):
             self.opened = self.head = b""
             return goes
         self.depth = 0
-        if self.restorer.redactor:
-            event = self.without_logprobs(event)
-        data = self.data(event)
-        payload = self.payload(data)
-        return self.apply_object(event, payload) if payload else self.apply_other(event, data)
+        event = self.without_logprobs(event)
+        payload = self.payload(event)
+        return self.apply_object(event, payload) if payload else self.apply_other(event)
 
     def apply_object(self, event, payload):
         texts = list(self.dialect.texts(payload)) if self.events else ()
@@ -7260,8 +7240,9 @@ class Unmasking(Edit):
             event = self.events.replaced(event, data) if self.events else data
         return b"".join((*before, self.restorer.restore_json(event)))
 
-    def apply_other(self, event, data):
+    def apply_other(self, event):
         """Handles an event without an object: its text, if it is no JSON."""
+        data = self.data(event)
         if data == LAST_DATA:
             return self.end() + event
         restorer = self.restorer
@@ -7303,9 +7284,9 @@ class Unmasking(Edit):
 
     def begin_event(self, event, prefix):
         """Handles the first slice of an event, which nearly always ends within a string."""
-        shown = self.without_logprobs(event) if self.restorer.redactor else event
+        shown = self.without_logprobs(event)
         ends = what_closes(without_escapes(self.data(shown)))
-        payload = self.payload(self.data(shown + ends))
+        payload = self.payload(shown + ends)
         if payload:
             self.prefix = prefix
             if ends.startswith(b'"'):
@@ -7323,7 +7304,7 @@ class Unmasking(Edit):
         on in the next one; returns the rest of the last slice."""
         end = without_escapes(data).find(b'"')
         event = self.head + b"\\u0000" + data[end:]
-        payload = self.payload(self.data(event))
+        payload = self.payload(event)
         for block, (*_, (holder, key)) in self.dialect.texts(payload):
             if holder[key] == "\0" and not self.dialect.ends_block(payload, block):
                 text = data[:end].decode("utf-8", "surrogateescape")
@@ -7352,7 +7333,9 @@ class Unmasking(Edit):
             return 0, self.prefix
         if key or (
                 start > before and MAY_BE_JSON.match(text[:99].replace("\\", ""))):
-            return end, self.prefix_of_json(said)
+            opened = json_before(read_string('"%s"' % said)) if self.restorer.redactor else ""
+            return end, b'"%b":"%b' % (
+                JSON_TEXTS[0].encode(), spell_string(opened)[1:-1].encode())
         return end, b'",' if start else b""  # a comma: what goes on does not begin JSON
 
     def settled(self, text):
@@ -7361,12 +7344,6 @@ class Unmasking(Edit):
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
         return said[:escape.start(1)] if escape else said
-
-    def prefix_of_json(self, spelled):
-        """Returns that of a slice that begins in a string that is JSON, of which so much passed."""
-        opened = json_before(read_string('"%s"' % spelled)) if self.restorer.redactor else ""
-        return b'"%b":"%b' % (
-            JSON_TEXTS[0].encode(), spell_string(opened)[1:-1].encode())
 
     def apply_slice(self, data, prefix):
         """Handles a slice of JSON; `prefix` is that of the next one."""
@@ -7386,6 +7363,8 @@ class Unmasking(Edit):
     def without_logprobs(self, data):
         """Returns an event, or a slice, without probabilities of tokens, which tell what is masked;
         those of a slice may go on in the next one."""
+        if not self.restorer.redactor:
+            return data
         plain = without_escapes(data)
         pieces = []
         last = self.end_of_logprobs(plain, 0)
@@ -7409,8 +7388,8 @@ class Unmasking(Edit):
     def data(self, event):
         return (self.events.all_data(event) if self.events else event).strip()
 
-    @staticmethod
-    def payload(data):
+    def payload(self, event):
+        data = self.data(event)
         return object_in(data) if data.startswith(b"{") else {}
 
     def mask_rest(self, payload):
@@ -7456,7 +7435,7 @@ class Unmasking(Edit):
         held = self.blocks.pop(block, ("", b""))[0]
         text = held + came
         is_end = is_end or len(self.blocks) >= self.MAX_BLOCKS
-        begin = len(text) if is_end else self.restorer.waiting(text, len(held))
+        begin = len(text) if is_end else self.restorer.waiting(text)
         if begin < len(text):
             self.blocks[block] = text[begin:], event
         return self.restored(block, text, text[:begin])
@@ -15925,9 +15904,10 @@ def renew_redaction(proxy):
     # One may take 20 us a character.
     shapes += [Shape(name, "", pattern.compiled, re.Match.end, "", pattern.longest, 1 << 9)
                for name, pattern in (config.redact_patterns or {}).items()]
+    make = lru_cache(1000)(lambda some: Redactor(
+        some, shapes, config.redact_allow or (), config.redact_country or ()))
     proxy.redaction = Redaction(
-        lambda some: Redactor(some, shapes, config.redact_allow or (), config.redact_country or ()),
-        kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
+        make, kinds, config.redacted_upstreams(), config.redact_mode, config.redact_opaque)
     proxy.dialects.reads_counts = True
 
 
