@@ -7333,9 +7333,7 @@ class Unmasking(Edit):
             return 0, self.prefix
         if key or (
                 start > before and MAY_BE_JSON.match(text[:99].replace("\\", ""))):
-            opened = json_before(read_string('"%s"' % said)) if self.restorer.redactor else ""
-            return end, b'"%b":"%b' % (
-                JSON_TEXTS[0].encode(), spell_string(opened)[1:-1].encode())
+            return end, self.prefix_of_json(said)
         return end, b'",' if start else b""  # a comma: what goes on does not begin JSON
 
     def settled(self, text):
@@ -7344,6 +7342,11 @@ class Unmasking(Edit):
         said = text[:self.restorer.waiting(text)]
         escape = self.BEGUN_ESCAPE.search(said)
         return said[:escape.start(1)] if escape else said
+
+    def prefix_of_json(self, spelled):
+        """Returns that of a slice that begins in a string that is JSON, of which so much passed."""
+        opened = json_before(read_string('"%s"' % spelled)) if self.restorer.redactor else ""
+        return b'"%b":%b' % (JSON_TEXTS[0].encode(), spell_string(opened)[:-1].encode())
 
     def apply_slice(self, data, prefix):
         """Handles a slice of JSON; `prefix` is that of the next one."""
