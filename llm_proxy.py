@@ -17513,10 +17513,10 @@ function keyForm(key) {
     form(save, null, !key && name, limits, h("div", "tools", EXAMPLES.map(example)),
     h("details", {open: key}, h("summary", null, "More"), more, h("label", null, small("Role"),
     role)), key ? answers("Save") : main("Make key"))); }
-async function keep(key) { // to be shown, with a model that it may call
+const keep = key => attempt("Asking for a model", async () => { // that it may call, to be shown
   made = key;
   const {models} = await post("upstreams", key.upstream ?? model.upstreams[0].name, "test");
-  key.model = models.find(name => name.startsWith((key.models ?? "").split(/[*?[,]/)[0])); }
+  key.model = models.find(name => name.startsWith((key.models ?? "").split(/[*?[,]/)[0])); });
 function curlLine(key, name) { // that makes a call here
   const known = model.upstreams.flatMap(({model, models, known}) => model ?? [...models, ...known]);
   const body = JSON.stringify({model: name ?? known.find(name => !/[*?[]/.test(name)) ?? "MODEL",

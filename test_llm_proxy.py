@@ -15652,6 +15652,14 @@ class PageTest(AdminCase):
         self.click("Audit")
         self.see("ADMIN_KEY", "ann")
 
+    def test_a_key_of_an_upstream_that_is_not_there_is_shown_and_that_is_said(self):
+        self.admin("POST", "/keys", {"name": "ann", "upstream": "misspelt"})
+        self.log_in("keys")
+        self.click("Rotate", self.KEY)
+        self.click("Rotate", self.KEY + "//form")
+        self.see("There is no upstream of this name")
+        self.made_key()
+
     def test_the_call_that_is_shown_with_a_new_key_goes_to_a_model_that_it_may_use(self):
         self.start(says(b'{"data": [{"id": "gpt-5"}, {"id": "gemma"}]}'))
         self.log_in("keys")
