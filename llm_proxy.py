@@ -83,7 +83,6 @@ import gc
 import getpass
 import hashlib
 import heapq
-import hmac
 import http.client
 import http.server
 import io
@@ -1228,8 +1227,7 @@ class Config(types.SimpleNamespace):
         chosen = {"HOST": self.host, "STORED": self.stored,
                   "CORS_ORIGINS": ",".join(self.cors_origins) or "off"}
         for name, text in {**self.texts, **chosen}.items():
-            secret = text is not None and find_setting(name).secret
-            yield name, "set, not shown" if secret else text
+            yield name, "set, not shown" if text and find_setting(name).secret else text
 
     def is_open(self) -> bool:
         """Tells whether other machines, or proxies on this one, may call without a key."""
@@ -1843,9 +1841,10 @@ class CallerGone(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# Callers: the one place that decides who is calling. Keys are known by digest and compared in
-# constant time. Elsewhere a raw key is seen only to show an upstream the caller's own, and to tell
-# a new one once. A stored key says what it may use; that it holds to that is for others to see.
+# Callers: the one place that decides who is calling. Keys are known by digest, and found in a time
+# that tells nothing of them. Elsewhere a raw key is seen only to show an upstream the caller's own,
+# and to tell a new one once. A stored key says what it may use; that it holds to that is for others
+# to see.
 # --------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
@@ -1979,7 +1978,7 @@ class Caller:
         return f"<Caller {self.label}>"
 
 
-Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
+Known = Dict[bytes, Caller]  # blinded digest of a secret -> whose it is
 
 
 def digest(secret: str) -> bytes:
@@ -2014,13 +2013,13 @@ class StoredKeys:
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
             ends = [end for end in (key.expires, valid_until) if end is not None]
-            self.known[blinded(one, secret)] = one, Caller(
+            self.known[blinded(one, secret)] = Caller(
                 ("key", key.subject), name, key_name=name, role=key.role, stored_key=key,
                 until=-1.0 if key.disabled else min(ends, default=None))
 
     def has_admin(self, wall: float) -> bool:
         return any(caller.role == "admin" and (caller.until or inf) > wall
-                   for _, caller in self.known.values())
+                   for caller in self.known.values())
 
 
 class Callers:
@@ -2044,7 +2043,7 @@ class Callers:
                 (config.admin_key, "ADMIN_KEY", "admin")):
             if key:
                 one = digest(key)
-                self.known[blinded(one, secret)] = one, Caller(
+                self.known[blinded(one, secret)] = Caller(
                     ("key", one), name, secret, name, role)
 
     def credential(self, fields: Fields, query: str) -> Optional[str]:
@@ -2114,12 +2113,11 @@ class Callers:
     def known_by(self, credential):
         """Returns the caller whose secret has this digest, None if there is none."""
         blind = blinded(credential, self.secret)
-        entry = self.known.get(blind) or self.stored.known.get(blind)
-        return entry[1] if entry and hmac.compare_digest(entry[0], credential) else None
+        return self.known.get(blind) or self.stored.known.get(blind)
 
     def everybody(self) -> List[Caller]:
         """Returns all whose keys were given out."""
-        return [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
+        return [*self.known.values(), *self.stored.known.values()]
 
     def named(self, label: str) -> List[Caller]:
         """Returns the callers with this label: several where PROXY_API_KEYS has a name twice. A
