@@ -3635,6 +3635,15 @@ def to_json_bytes(payload: Any) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode()
 
 
+def read_string(spelled):
+    """Returns what stands between the quotes of a string of JSON; what is no valid one is read as
+    it stands."""
+    if "\\" in spelled:
+        with suppress(ValueError):
+            return json.loads(f'"{spelled}"')
+    return spelled
+
+
 def dig(value, *names):
     """Returns what stands at these names in objects within objects, None where nothing does."""
     for name in names:
@@ -5040,15 +5049,7 @@ class Dialect:
         text = data.decode("utf-8", "replace")
         # What several keys say in the same words is said once: some mirror reasoning.
         said = {"".join(re.findall(TEXT_AT % key, text)) for key in keys if f'"{key}"' in text}
-        return list(map(self.without_escapes, said))
-
-    @staticmethod
-    def without_escapes(text):
-        """Returns what a string of JSON is."""
-        if "\\" in text:
-            with suppress(ValueError):
-                return json.loads(f'"{text}"')
-        return text
+        return list(map(read_string, said))
 
     def error(self, refusal: Refusal, status: int) -> bytes:
         """Returns the body of an error."""
@@ -5838,7 +5839,7 @@ class Dialects:
                 raise BadRequest("The name of the model is too long")
             call.model = model
             call.resolved_model = self.resolve(model)
-        call.large = bool(call.body) and len(call.body) > LARGE_BODY
+        call.large = len(call.body or b"") > LARGE_BODY
 
     def resolve(self, model: str) -> str:
         """Returns what a model's name stands for."""
@@ -6791,14 +6792,6 @@ class Redactor:
 spell_string = json.encoder.encode_basestring_ascii  # as dumps does, which takes ten times as long
 
 
-def read_string(spelled):
-    """Returns a string of JSON; what is no valid one is read as it stands."""
-    if "\\" in spelled:
-        with suppress(ValueError):
-            return json.loads(spelled)
-    return spelled[1:-1]
-
-
 class Masks:
     """The map of one call: which placeholder stands for which value. They are numbered by value, in
     order of appearance, so that the same history is the same text; numbers that the prompt has of
@@ -6840,7 +6833,7 @@ class Masks:
         if "\\" not in spelled:  # the usual case
             return spelled
         value = ESCAPED.sub(unescaped, spelled)
-        return read_string('"%s"' % value) if is_json else value
+        return read_string(value) if is_json else value
 
     def mask_strings(self, text: str) -> Iterator[None]:
         """Masks the strings of JSON; numbers stay."""
@@ -7077,7 +7070,7 @@ class Restorer:
         """Restores what stands between the quotes of a string."""
         if not is_json and "[[" not in spelled and "\\u005" not in spelled:
             return spelled
-        text = shown = read_string('"%s"' % spelled)
+        text = shown = read_string(spelled)
         if is_json and masks:
             shown = self.without_values(text, True, "")
         shown = self.with_values(shown, is_json or MAY_BE_JSON.match(text))
@@ -7205,7 +7198,7 @@ class Unmasking(Edit):
         if not match or len(self.blocks) > (self.usual_block in self.blocks):
             return self.apply_any(event)
         start, end = match.span(1)
-        came = read_string(event[start:end].decode("utf-8", "replace"))
+        came = read_string(event[start + 1:end - 1].decode("utf-8", "replace"))
         goes = self.feed(self.usual_block, came, event)
         if goes == came:
             return event
@@ -7308,7 +7301,7 @@ class Unmasking(Edit):
                 text = data[:end].decode("utf-8", "surrogateescape")
                 said = self.settled(text)
                 if said != text:
-                    self.blocks[block] = read_string('"%s"' % text[len(said):]), event
+                    self.blocks[block] = read_string(text[len(said):]), event
                 return said.encode("utf-8", "surrogateescape") + data[end:]
         return data
 
@@ -7343,7 +7336,7 @@ class Unmasking(Edit):
 
     def prefix_of_json(self, spelled):
         """Returns that of a slice that begins in a string that is JSON, of which so much passed."""
-        opened = json_before(read_string('"%s"' % spelled)) if self.restorer.redactor else ""
+        opened = json_before(read_string(spelled)) if self.restorer.redactor else ""
         return b'"%b":%b' % (JSON_TEXTS[0].encode(), spell_string(opened)[:-1].encode())
 
     def apply_slice(self, data, prefix):
