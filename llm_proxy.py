@@ -3934,7 +3934,6 @@ class Call:
     upstream_body: Optional[bytes] = None
     json_body: Optional[JsonBody] = None
     put_model: Optional[Callable[[str], bytes]] = None
-    made: Sequence[str] = ()  # names of the stored things that its response made
     trace: Optional["Trace"] = None
     stream = False
     usage_requested_by_us = False  # the caller did not ask for the usage
@@ -3942,13 +3941,7 @@ class Call:
     limit: Optional[Tuple[Optional[int], int]] = None
     large = False      # its body is large
     is_plain = False   # it asks for nothing but an answer to messages
-    forgotten = False  # large parts of the payload were dropped
     length = None      # of the prompt; computed when it is asked for
-    masked: Optional[JsonObject] = None  # the payload with placeholders
-    masks: Optional["Masks"] = None      # the values behind the placeholders
-    on_made = None  # callback: gets the names of what was made
-    # A call in the background whose usage nobody knows yet, where this asks for its answer
-    owes: Optional["Call"] = None
 
     def __init__(self, dialect: "Dialect", endpoint: Optional[str], path: str, query: str,
                  prefix: Optional[str] = None, stored: Optional[StoredPath] = None):
@@ -3960,6 +3953,14 @@ class Call:
         self.query = query
         self.payload: JsonObject = {}
         self.unmetered = endpoint in (None, "count")  # counting is read for its model alone
+        # What is read for every call is not left to the class: CPython would look there last.
+        self.forgotten = False  # large parts of the payload were dropped
+        self.masked: Optional[JsonObject] = None  # the payload with placeholders
+        self.masks: Optional["Masks"] = None      # the values behind the placeholders
+        self.made: Sequence[str] = ()  # names of the stored things that its response made
+        self.on_made = None            # callback: gets them
+        # A call in the background whose usage nobody knows yet, where this asks for its answer
+        self.owes: Optional["Call"] = None
 
     def __repr__(self) -> str:
         return "<Call %s %s, model %r as %r%s>" % (
@@ -6111,16 +6112,9 @@ class UsageReader:
     model: Optional[str] = None    # the model that served, if the response names it
     tier: Optional[str] = None     # the service tier, likewise
     counts: JsonObject = {}        # replaced as a whole, never changed
-    lost = False          # the amount of text is unknown
-    listed = ""           # key of the list, if the response is a list of answers
     ended = False         # the model has stopped
     closed = False        # the last event has passed, or the end was reported otherwise
-    cut = False           # the beginning of a line or of JSON was dropped
-    final: Optional[bool] = None  # whether nothing more will be reported, by is_final
     end_is_read = False
-    running = False       # the response says that the call still runs
-    fault = 0             # status of the error, if the response is one
-    said_nothing = False  # an error or a stream without an end that held no text
     # Characters of text in a byte: the rest of a long stream is taken to be like its beginning,
     # because counting all of it would cost 8 us an event.
     density = 0.0
@@ -6134,6 +6128,14 @@ class UsageReader:
         self.readable = readable
         self.inflater = Inflater() if packed else None
         self.kept = bytearray()
+        # As in Call:
+        self.lost = False     # the amount of text is unknown
+        self.listed = ""      # key of the list, if the response is a list of answers
+        self.cut = False      # the beginning of a line or of JSON was dropped
+        self.final: Optional[bool] = None  # whether nothing more will be reported, by is_final
+        self.running = False  # the response says that the call still runs
+        self.fault = 0        # status of the error, if the response is one
+        self.said_nothing = False  # an error or a stream without an end that held no text
         self.compact_above = 3 * self.LAST_EVENTS if streamed else self.MAX_KEPT
 
     def __repr__(self) -> str:
@@ -14538,7 +14540,13 @@ OUR_FIELD_PREFIX = "x-llm-proxy-"   # fields that begin like this are meant for 
 TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
 RATE_FIELDS = """X-RateLimit-Limit X-RateLimit-Remaining X-RateLimit-Refill-Tokens
     X-RateLimit-Refill-Seconds X-RateLimit-Reset-Seconds""".split()  # in the order of Quota
-RATE_LINES = "".join(name + ": %s\r\n" for name in RATE_FIELDS)
+
+@lru_cache(1000)
+def rate_lines(limit, *refill):
+    """Returns header lines with two gaps: for what is left, and for the time to the next refill."""
+    return "".join([name + ": %s\r\n" for name in RATE_FIELDS]) % (limit, "%s", *refill, "%s")
+
+
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: *\r\n"
 ONE_ORIGIN = "Access-Control-Allow-Origin: %s\r\nAccess-Control-Expose-Headers: *\r\n"
 VARY = "Vary: Origin\r\n"
@@ -15135,7 +15143,10 @@ class Reply:
             entry.request_id = f"{self.common.id_begin}{next(self.common.id_ends):012x}"
         if self.content is None and not self.body_is_taken():
             self.close_after = self.client.discarding = True
-        rate = RATE_LINES % hold.tightest.quota if hold and hold.tightest else ""
+        rate = ""
+        if hold and hold.tightest:
+            limit, left, *refill, reset = hold.tightest.quota
+            rate = rate_lines(limit, *refill) % (left, reset)
         cache = self.request.cache if self.request else {}
         cors = cache.get("cors")
         if cors is None:
