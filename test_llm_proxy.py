@@ -11198,8 +11198,16 @@ class RedisCase(TableCase):
     def setUp(self):
         self.patch_seconds(Redis_LONGEST_PAUSE=0.05)
         self.loop = llm_proxy.Loop()
-        self.addCleanup(self.loop.close)
+        self.addCleanup(self.end_loop)
         self.left = []
+
+    def end_loop(self):
+        """Ends what servers of the test still do."""
+        self.run_loop(asyncio.sleep(0.001))  # asyncio must not be stopped while it accepts
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self.run_loop(asyncio.sleep(0.001))  # transports are closed after that
+        self.loop.close()
 
     def client(self, url, tls=None):
         redis = Redis(llm_proxy.redis_url(url), tls, self.loop, "test")
