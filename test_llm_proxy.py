@@ -750,8 +750,8 @@ def measured(loop, callback, run, *arguments):
     """Runs what a loop calls, and keeps in its `held` what holds it too long.
 
     Who takes a second and little of the CPU has slept, unless it waited for Python's lock, which it
-    tries again and again, or was put off by the system. (A virtual machine that stands still for
-    a third of a second tells nobody.)"""
+    tries again and again, or was put off by the system. (A virtual machine that stands still tells
+    nobody, and nobody waits for it.)"""
     held = getattr(loop, "held", None)
     if held is None:
         return run(*arguments)
@@ -762,7 +762,7 @@ def measured(loop, callback, run, *arguments):
     slept = False
     if SWITCHES and took > 1:
         waited, put_off = map(int.__sub__, switches(), before)
-        slept = waited < 10 and not put_off and not is_busy()
+        slept = 0 < waited < 10 and not put_off and not is_busy()
     if cpu > CPU_SECONDS or slept:
         held.append("%s: %.3f s of CPU, %.3f s" % (callback, cpu, took))
 
