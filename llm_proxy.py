@@ -772,6 +772,13 @@ def linear_patterns(text):
 
 
 REDACTED = "email card iban phone ssn ip secrets".split()
+# Countries that are alike in how phone numbers are written at home
+PHONE_COUNTRIES = (
+    "CA PR US",
+    "AR AT AU BE BG BR CH DE EG FI FR GB HR ID IE IL IN IT JP KR MY NG NL NZ PH PK RO RS SE SI SK"
+    " TH TR TW UA VN ZA",
+    "CZ ES GR PL PT",
+    "DK NO SG")
 read_name = pattern("[A-Za-z0-9_.@-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 _ . @ -")
 redacted_kinds = listed(one_of(*REDACTED))
 read_kinds = word_or({"off": ()}, redacted_kinds)
@@ -850,7 +857,7 @@ READERS = {
     "patterns": linear_patterns,
     "values": listed(pattern(
         "[!-+.-~-]+", "must be what may leave, such as *@example.com, by commas, none empty")),
-    "countries": listed(pattern("[A-Z]{2}", "must be countries such as US or DE, by commas")),
+    "countries": listed(one_of(*" ".join(PHONE_COUNTRIES).split())),
     "certificates": ca_file,
     "CPU": word_or({"auto": -1, "off": None}, number_between(
         0, 9999, message="must be auto, off or the number of a CPU")),
@@ -6545,14 +6552,12 @@ PHONES = r"""\+(?<![A-Za-z0-9_+.].)(?:1[ .-]?\(?[2-9][0-9]{2}\)?[ .-]?[2-9][0-9]
     |(?:2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58])(?:[ ()./-]{0,2}[0-9]){7,11}
     |(?:2[1-689][0-9]|3[578][0-9]|42[0-9]|5[09][0-9]|6[789][0-9]|80[08]|85[0-9]|87[08]|88[0-9]
     |9[679][0-9])(?:[ ()./-]{0,2}[0-9]){6,11})"""
-# How numbers are written at home, by country.
-NATIONAL_PHONES = {
-    "CA PR US": r"(?:\([2-9][0-9]{2}\)\ ?|[2-9][0-9]{2}[.-])[2-9][0-9]{2}[.-][0-9]{4}",
-    "AR AT AU BE BG BR CH DE EG FI FR GB HR ID IE IL IN IT JP KR MY NG NL NZ PH PK RO RS SE SI SK"
-    " TH TR TW UA VN ZA": r"(?![0-9]{2}-[0-9]{2}-[0-9]{4})\(?0[1-9][0-9]{0,4}\)?[ /-]?[0-9]{2,9}"
-                          r"(?:[ -][0-9]{2,5}){0,4}",
-    "CZ ES GR PL PT": r"[2-9][0-9]{2}(?:\ [0-9]{3}){2}|[2-9][0-9]{2}(?:-[0-9]{3}){2}",
-    "DK NO SG": r"[2-9][0-9](?:\ ?[0-9]{2}){3}"}
+# How numbers are written at home, in each of PHONE_COUNTRIES
+NATIONAL_PHONES = (
+    r"(?:\([2-9][0-9]{2}\)\ ?|[2-9][0-9]{2}[.-])[2-9][0-9]{2}[.-][0-9]{4}",
+    r"(?![0-9]{2}-[0-9]{2}-[0-9]{4})\(?0[1-9][0-9]{0,4}\)?[ /-]?[0-9]{2,9}(?:[ -][0-9]{2,5}){0,4}",
+    r"[2-9][0-9]{2}(?:\ [0-9]{3}){2}|[2-9][0-9]{2}(?:-[0-9]{3}){2}",
+    r"[2-9][0-9](?:\ ?[0-9]{2}){3}")
 
 
 def end_of_phone(match: "re.Match[str]") -> int:
@@ -6699,7 +6704,7 @@ class Redactor:
         self.shapes += [
             shape("phone", r"(?<![A-Za-z0-9_+.-])(?:%s)(?![A-Za-z0-9_:-])" % pattern, end_of_phone,
                   hint="[0-9]{2}")
-            for names, pattern in NATIONAL_PHONES.items()
+            for names, pattern in zip(PHONE_COUNTRIES, NATIONAL_PHONES)
             if "phone" in kinds and not set(countries).isdisjoint(names.split())]
         self.shapes += patterns
         self.allow = [glob.lower() for glob in allow]

@@ -5562,6 +5562,11 @@ class RedactionTest(ProxyCase):
         found = pattern.search("%s,bob@corp.example" % ("x" * 99))
         self.assertTrue(found[0].endswith(",bob@corp.example"))
 
+    def test_a_country_whose_numbers_are_not_known_is_refused(self):
+        """UK was taken for one, and no number of GB was found."""
+        with self.assertRaisesRegex(ConfigFaults, "REDACT_COUNTRY must be .*GB.*number 2 is at f"):
+            read_config({"BASE_API_URL": "http://h", "REDACT_COUNTRY": "US,UK"})
+
     def test_a_fault_says_which_pattern_and_which_part(self):
         for text, said in self.each(r"""
                 order=\d+\d+ -> order must not have repetitions, .*, as in \\d\+\\d\+
