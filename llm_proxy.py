@@ -4910,7 +4910,8 @@ class Dialect:
                 report = merged(report, reduce(
                     lambda one, part: merged(one, self.counts_in(part), join), holders, {}))
         beside = {name: payload[name] for name in payload if name in self.COUNTS}
-        report = merged(self.amounts_in(beside), report)
+        if beside:
+            report = merged(self.amounts_in(beside), report)
         searches = self.searches(payload)
         return merged({"searches": searches}, report) if searches else report
 
