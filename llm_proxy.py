@@ -12038,8 +12038,6 @@ class Poster(Writer):
 OTHER = "other"  # label of names beyond those that have their own
 NONE = "-"       # label for no name
 CALL_LABELS = "caller model upstream dialect outcome".split()
-DETAILS = slice(2, 6)  # of Usage: cached, cache_write, reasoning, estimated
-NO_DETAILS = NO_USAGE[DETAILS]
 TOKEN_KINDS = "input cached cache_write output reasoning".split()
 WAITS = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
 # Of each its kind, and what it is.
@@ -12149,11 +12147,14 @@ class Series:
         self.labels = labels_of(**dict(zip(CALL_LABELS, values)))
         self.times = times
 
-    def add_details(self, usage):
-        self.estimated += usage.estimated
-        self.cached += usage.cached
-        self.cache_write += usage.cache_write
-        self.reasoning += usage.reasoning
+    def add_usage(self, usage):
+        prompt, output, cached, cache_write, reasoning, estimated = usage[:6]
+        self.input += prompt
+        self.output += output
+        self.cached += cached
+        self.cache_write += cache_write
+        self.reasoning += reasoning
+        self.estimated += estimated
 
 
 def samples_by(label, counts):
@@ -12189,14 +12190,9 @@ class Metrics(Watcher):
         started = entry.started
         times.duration.append(entry.ended - started)
         if usage:
-            series.input += usage.input
-            series.output += usage.output
-            if entry.priced:
-                series.picodollars += entry.picodollars
-            else:
-                series.unpriced += 1
-            if usage[DETAILS] != NO_DETAILS:
-                series.add_details(usage)
+            series.add_usage(usage)
+            series.picodollars += entry.picodollars
+            series.unpriced += not entry.priced
         first_byte = entry.first_byte
         if first_byte is not None:
             waited = first_byte - started
