@@ -14223,7 +14223,6 @@ class SharedKeys:
     on while Redis is away. The last change of a key counts, by the clocks of the boxes."""
     LOOK_SECONDS = 0.3
     AT_ONCE = 200      # keys that are told
-    timer: Optional[asyncio.TimerHandle] = None
 
     def __init__(self, redis: Redis, prefix: str, ledger: Ledger):
         self.redis = redis
@@ -14232,6 +14231,7 @@ class SharedKeys:
         self.here = {}   # KeyRecords
         self.news = {}   # of these, those that the others may not have
         redis.on_return.append(self.begin)
+        redis.loop.call_soon(self.exchange)
         ledger.on_records = partial(soon, redis.loop, self.note)
 
     def note(self, records: KeyRecords):
@@ -14240,15 +14240,12 @@ class SharedKeys:
         self.here = records
 
     def begin(self):
-        """Exchanges all keys, as Redis may have lost them."""
+        """Has all keys exchanged, as Redis may have lost them."""
         self.changes = b"?"
         self.news = dict(self.here)
-        if self.timer:
-            self.timer.cancel()
-        self.exchange()
 
     def exchange(self):
-        self.timer = self.redis.loop.call_later(self.LOOK_SECONDS, self.exchange)
+        self.redis.loop.call_later(self.LOOK_SECONDS, self.exchange)
         if self.redis.available:  # before, it may not be the database that is meant
             records = [(name, *self.news.pop(name))
                        for name in list(islice(self.news, self.AT_ONCE))]
@@ -14257,7 +14254,7 @@ class SharedKeys:
 
     def on_keys(self, reply):
         if isinstance(reply, RedisFault):
-            self.news = dict(self.here)
+            self.begin()
         if type(reply) is not list:  # there is nothing new
             return
         self.changes, rows = reply
