@@ -9110,7 +9110,10 @@ class NameReader:
     def feed(self, payload: bytes) -> bytes:
         if self.kept is not None and (self.kept or not self.of_all or self.may_name(payload)):
             self.kept += payload
-            if payload[-16:].rstrip().endswith(b"}") and self.tries < self.MAX_TRIES:
+            ends = self.events.ends if self.events else ()
+            may_be_whole = payload[-16:].rstrip().endswith(b"}") or any(
+                [end in payload for end in ends])
+            if may_be_whole and self.tries < self.MAX_TRIES:
                 self.look()
             if self.kept and len(self.kept) > self.MAX_KEPT:
                 self.name(names_made(front(bytes(self.kept))))

@@ -7943,18 +7943,20 @@ class StoredTest(ManyCase):
             self.assertEqual(self.create("/v1/responses", payload).status, 200)
 
     def test_a_stream_names_what_it_makes_in_its_first_event(self):
-        self.start(None, **self.KEYS)
-        client = self.send(request(
-            "POST", "/v1/responses", b'{"model": "m", "stream": true}', key="a"))
-        asked = self.stub.next()
+        """Wherever it is cut in pieces."""
         first = b'data: {"type": "response.created", "response": {"id": "resp_1"}}\n\n'
-        asked.stream(first[:30], first[30:])
-        client.head()
-        client.expect(first)
-        self.answers({})
-        self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
-        self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
-        asked.chunks(end=True)
+        for pieces in self.each(([first[:30], first[30:]], [first[:30], first[30:] + b"data: {"])):
+            self.start(None, **self.KEYS)
+            client = self.send(request(
+                "POST", "/v1/responses", b'{"model": "m", "stream": true}', key="a"))
+            asked = self.stub.next()
+            asked.stream(*pieces)
+            client.head()
+            client.expect(b"".join(pieces))
+            self.answers({})
+            self.assertEqual(self.status("GET", "/v1/responses/resp_1"), 200)
+            self.assertEqual(self.status("GET", "/v1/responses/resp_1", "b"), 404)
+            asked.chunks(end=True)
 
     def test_the_last_event_of_a_stream_names_its_items(self):
         response = {"id": "resp_1", "output": [{"type": "reasoning", "id": "rs_1"}]}
