@@ -3180,13 +3180,14 @@ class ModelHabits:
     others pay. What a caller has shown in few calls yet is taken for the one in the middle of all,
     within bounds."""
     CALLERS = 50
-    MEMORY = 50
+    MEMORY = 30
     FEW = 3
     OWN_RATIOS = 0.5, 8
     OTHERS_RATIOS = 2, 6
 
     def __init__(self):
-        self.callers: "OrderedDict[CallerKey, Dict[HabitName, deque]]" = OrderedDict()
+        # In arrays, as there may be many: of each caller who invents names.
+        self.callers: "OrderedDict[CallerKey, Dict[HabitName, array.array]]" = OrderedDict()
         self.usual: Dict[HabitName, float] = {}  # forgotten when somebody teaches
 
     def expect(self, caller: CallerKey, name: HabitName, default: float = 0) -> float:
@@ -3204,9 +3205,14 @@ class ModelHabits:
     def typical(self, name, values):
         """Returns the mean, or the peak, which only one in the last twenty exceeded."""
         if name == "peak":
-            last = sorted(list(values)[-20:])
-            return last[-1 - len(last) // 20]
+            last = sorted(values[-20:])
+            return int(last[-1 - len(last) // 20])
         return sum(values) / len(values)
+
+    def note(self, values, value):
+        """Adds a value to the last ones, and drops the first where there are too many."""
+        values.append(value)
+        del values[:-self.MEMORY]
 
 
 LEARN_SHARE = 0.05  # of the calls of a caller that is well known: counting takes time
@@ -3343,26 +3349,27 @@ class CostEstimator:
         name = fold_model(call.upstream_model)
         model = self.models.get(name) or put_newest(
             self.models, name, ModelHabits(), KNOWN_MODELS)
-        own = model.callers.get(caller) or put_newest(model.callers, caller, defaultdict(
-            partial(deque, maxlen=model.MEMORY)), model.CALLERS)
+        own = model.callers.get(caller) or put_newest(
+            model.callers, caller, defaultdict(partial(array.array, "d")), model.CALLERS)
         limit, outputs = call.output_limit()
         if self.needs_estimate and (
                 not limit or used.output > model.expect(caller, "peak") * outputs):
-            own["peak"].append(used.output // outputs)
+            model.note(own["peak"], used.output // outputs)
         if len(own["hidden"]) < model.MEMORY or random.random() < LEARN_SHARE:
             self.models.move_to_end(name)  # often enough for models that are called often
             model.callers.move_to_end(caller)
-            self.learn_ratios(call, own, used, source)
+            self.learn_ratios(call, model, own, used, source)
             model.usual.clear()
 
-    def learn_ratios(self, call, own, used, source):
+    def learn_ratios(self, call, model, own, used, source):
         """Learns from long texts alone: in short ones the words around them would count too
         much."""
-        bounds = ModelHabits.OWN_RATIOS
+        bounds = model.OWN_RATIOS
         if self.needs_estimate and used.input:
             weight, media, kind = call.prompt_length()
             if weight >= 64 and not media:
-                own["input", kind.number].append(clamp(weight / kind.scale / used.input, bounds))
+                ratio = weight / kind.scale / used.input
+                model.note(own["input", kind.number], clamp(ratio, bounds))
         weight = source.output_characters() / source.kind.scale if used.output >= 16 else 0
         if weight:
             seen = max(1, used.output - used.reasoning)
@@ -3370,8 +3377,8 @@ class CostEstimator:
                 seen = used.output  # reasoning is in the text, which is too long to be without
             elif weight < seen * bounds[0]:
                 seen = ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
-            own["hidden"].append(min(0.9999, 1 - seen / used.output))
-            own["output", source.kind.number].append(clamp(weight / seen, bounds))
+            model.note(own["hidden"], min(0.9999, 1 - seen / used.output))
+            model.note(own["output", source.kind.number], clamp(weight / seen, bounds))
 
 
 # --------------------------------------------------------------------------------------------------

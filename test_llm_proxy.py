@@ -3103,18 +3103,30 @@ class LearningTest(ProxyCase):
             gate.set()
         self.assertEqual(sum(used), 10160)
 
-    def test_what_is_known_of_models_and_callers_is_bounded(self):
+    def teach(self, calls):
+        """Returns what knows these calls, each a model and a caller."""
         config = read_config({**HERE, "IMAGE_TOKENS": "500"})
         estimator = llm_proxy.CostEstimator(config, Prices(None), {"tokens"})
         source = mock.Mock(most_characters=lambda: 400, output_characters=lambda: 400,
                            kind=llm_proxy.TextKind(),
                            reported_usage=lambda whole: (Usage(100, 100), True))
         asked = llm_proxy.Call(OpenAI(), "chat", CHAT, "")
-        for number in range(2000):
-            asked.upstream_model = "m%d" % number if number < 1500 else "m"
-            estimator.usage(asked, ("key", b"%d" % number), source, True, 0)
+        for asked.upstream_model, caller in calls:
+            estimator.usage(asked, ("key", b"%d" % caller), source, True, 0)
+        return estimator
+
+    def test_what_is_known_of_models_and_callers_is_bounded(self):
+        estimator = self.teach(("m%d" % number if number < 1500 else "m", number)
+                               for number in range(2000))
         self.assertEqual(len(estimator.models), llm_proxy.KNOWN_MODELS)
         self.assertEqual(len(estimator.models["m"].callers), llm_proxy.ModelHabits.CALLERS)
+
+    @unittest.skipUnless(CPYTHON, "it asks CPython for memory")
+    def test_what_is_known_of_a_caller_of_a_model_takes_little_memory(self):
+        for calls, most in self.each(((1, 500), (90, 1500))):
+            (known,), = [model.callers.values() for model in self.teach([("m", 1)] * calls)
+                         .models.values()]
+            self.assertLess(sum(map(sys.getsizeof, known.values())), most)
 
 
 class PricesTest(TableCase):
