@@ -13753,9 +13753,11 @@ class RedisBuckets(Buckets):
         """Charges so much soon, with the next batch or, after CHARGE_SECONDS, alone."""
         self.note_running(rule, key, amount)
         place, now = (key, 0.0), self.clock.monotonic()
-        _, _, since = self.unsent.get(place, (rule, 0, now))
-        if rule.window and since + self.SLACK_SECONDS < self.levels[key].refilled:
-            self.pending[key] -= self.unsent.pop(place)[1]  # of a window that is over
+        _, before, since = self.unsent.get(place, (rule, 0, now))
+        known = self.levels.get(key)
+        if rule.window and known and since + self.SLACK_SECONDS < known.refilled:
+            self.pending[key] -= before  # of a window that is over
+            self.unsent.pop(place, None)
             since = now
         if rule.window and amount < 0 and taken_at < since:
             place, since = (key, taken_at), taken_at
