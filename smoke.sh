@@ -225,9 +225,9 @@ nap() { sleep "$1" 2>/dev/null || sleep 1; }
 ask() { "$python" -c 'import json, sys
 print(json.dumps({"model": "demo", "messages": [{"role": "user", "content": sys.argv[1]}]}))' "$1"; }
 
-# expect NAME PATTERN TEXT: a call whose answer, its status and text, must look like this.
+# expect NAME PATTERN BODY: a call whose answer, its status and text, must look like this.
 expect() {
-    request "$key" /v1/chat/completions "$(ask "$3")"
+    request "$key" /v1/chat/completions "$3"
     found=$(judge told) || fail "$1: $found"
     say "$1: $found"
     case $found in $2) ;; *) fail "$1: that should be $2" ;; esac
@@ -235,17 +235,18 @@ expect() {
 
 part_quota() {
     start_demo MAX_TOKENS=2
-    expect "quota of 2, call 1" "200 one" "say: one"
-    expect "quota of 2, call 2" "200 two" "say: two"
-    expect "quota of 2, call 3" "200 limit reached*" "say: three"
+    expect "quota of 2, call 1" "200 one" "$(ask "say: one")"
+    expect "quota of 2, call 2" "200 two" "$(ask "say: two")"
+    expect "quota of 2, call 3" "200 limit reached*" "$(ask "say: three")"
 }
 
 part_rate() {
     start_demo LIMITS="each 1 requests per 5s" LIMIT_REPLY=error
-    expect "1 in 5 seconds, call 1" "200 one" "say: one"
-    expect "1 in 5 seconds, call 2" "429 *" "say: two"
+    one=$(ask "say: one") two=$(ask "say: two")  # before the 5 seconds begin
+    expect "1 in 5 seconds, call 1" "200 one" "$one"
+    expect "1 in 5 seconds, call 2" "429 *" "$two"
     sleep 5
-    expect "1 in 5 seconds, 5 seconds later" "200 three" "say: three"
+    expect "1 in 5 seconds, 5 seconds later" "200 three" "$(ask "say: three")"
 }
 
 part_shed() {
@@ -264,7 +265,7 @@ part_shed() {
 
 part_timeout() {
     start_demo DEMO_FIRST_MS=5000 FIRST_BYTE_TIMEOUT=0.5
-    expect "no first byte in half a second" "504 *" "say: too late"
+    expect "no first byte in half a second" "504 *" "$(ask "say: too late")"
 }
 
 # The demo as it is, but for a file that has what it was told to say.
@@ -284,17 +285,17 @@ part_redact() {
     told="ann@example.com pays by 4111 1111 1111 1111"
     spy=$seen
     start_demo MAX_TOKENS=100 REDACT=email,card REDACT_UPSTREAMS='*'
-    expect "redact, what came back" "200 $told" "say: $told"
+    expect "redact, what came back" "200 $told" "$(ask "say: $told")"
     say "redact, what was sent: $(cat "$dir/seen")"
     [ "$(cat "$dir/seen")" = "[[EMAIL_1]] pays by [[CARD_1]]" ] || fail "redact: that should be placeholders"
     spy=
     start_demo MAX_TOKENS=100 REDACT=email REDACT_UPSTREAMS='*' REDACT_MODE=block
-    expect "redact, where it is refused" "400 *must not leave*" "say: $told"
+    expect "redact, where it is refused" "400 *must not leave*" "$(ask "say: $told")"
 }
 
 part_stream() {
     start_demo MAX_TOKENS=100
-    printf %s "$(ask "say: word by word as they come" | sed 's/}$/, "stream": true}/')" >"$dir/sent"
+    printf %s "$(ask "say: word by word as they come from the model, one by one" | sed 's/}$/, "stream": true}/')" >"$dir/sent"
     "$python" -c '
 import json, subprocess, sys, time
 call = subprocess.Popen(["curl", "-q", "-sSN", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
@@ -305,8 +306,8 @@ for line in iter(call.stdout.readline, ""):
     if word:
         times.append(time.time() - began)
         print("stream: after %.2f s: %s" % (times[-1], word))
-sys.exit(len(times) != 6 or times[-1] - times[0] < 0.1)' -H "Authorization: Bearer $key" -H 'Content-Type: application/json' \
-        --data-binary "@$dir/sent" "$url/v1/chat/completions" || fail "stream: that should be six words, one after another"
+sys.exit(len(times) != 12 or times[-1] - times[0] < 0.1)' -H "Authorization: Bearer $key" -H 'Content-Type: application/json' \
+        --data-binary "@$dir/sent" "$url/v1/chat/completions" || fail "stream: that should be twelve words, one after another"
 }
 
 show() {
