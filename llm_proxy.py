@@ -3355,30 +3355,39 @@ class CostEstimator:
         if self.needs_estimate and (
                 not limit or used.output > model.expect(caller, "peak") * outputs):
             model.note(own["peak"], used.output // outputs)
-        if len(own["hidden"]) < model.MEMORY or random.random() < LEARN_SHARE:
+        lessons = list(self.lessons(call, own, used, source))
+        for habit, value in lessons:
+            model.note(own[habit], value)
+        if lessons or random.random() < LEARN_SHARE:
             self.models.move_to_end(name)  # often enough for models that are called often
             model.callers.move_to_end(caller)
-            self.learn_ratios(call, model, own, used, source)
             model.usual.clear()
 
-    def learn_ratios(self, call, model, own, used, source):
-        """Learns from long texts alone: in short ones the words around them would count too
-        much."""
-        bounds = model.OWN_RATIOS
+    @staticmethod
+    def teaches(values):
+        """Returns whether a call is of use, by what is known of its caller."""
+        return len(values) < ModelHabits.MEMORY or random.random() < LEARN_SHARE
+
+    def lessons(self, call, own, used, source):
+        """Yields (habit, value), from long texts alone: in short ones the words around them would
+        count too much."""
+        bounds = ModelHabits.OWN_RATIOS
         if self.needs_estimate and used.input:
             weight, media, kind = call.prompt_length()
-            if weight >= 64 and not media:
-                ratio = weight / kind.scale / used.input
-                model.note(own["input", kind.number], clamp(ratio, bounds))
-        weight = source.output_characters() / source.kind.scale if used.output >= 16 else 0
+            name = "input", kind.number
+            if weight >= 64 and not media and self.teaches(own[name]):
+                yield name, clamp(weight / kind.scale / used.input, bounds)
+        if used.output < 16 or not self.teaches(own["hidden"]):
+            return
+        weight = source.output_characters() / source.kind.scale
         if weight:
             seen = max(1, used.output - used.reasoning)
             if weight > CHARACTERS_PER_TOKEN * math.sqrt(seen * used.output):
                 seen = used.output  # reasoning is in the text, which is too long to be without
             elif weight < seen * bounds[0]:
                 seen = ceil(weight / CHARACTERS_PER_TOKEN)  # nobody told how much was hidden
-            model.note(own["hidden"], min(0.9999, 1 - seen / used.output))
-            model.note(own["output", source.kind.number], clamp(weight / seen, bounds))
+            yield "hidden", min(0.9999, 1 - seen / used.output)
+            yield ("output", source.kind.number), clamp(weight / seen, bounds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6275,7 +6284,7 @@ class UsageReader:
         what each answer used so far."""
         return self.endpoint == UNKNOWN and data.find(b'"meta_info"') >= 0
 
-    def note(self, payload: JsonObject) -> None:
+    def note(self, payload: JsonObject):
         """Notes what a response, an event or a part of one reports, if anything."""
         counts = self.note_answer(payload)
         if counts:

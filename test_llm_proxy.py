@@ -3128,6 +3128,24 @@ class LearningTest(ProxyCase):
                          .models.values()]
             self.assertLess(sum(map(sys.getsizeof, known.values())), most)
 
+    def test_a_caller_whose_prompts_are_known_well_teaches_by_its_answers_yet(self):
+        estimator = llm_proxy.CostEstimator(read_config(HERE), Prices(None), {"tokens"})
+        source = mock.Mock(output_characters=lambda: 400, kind=llm_proxy.TextKind())
+        asked = llm_proxy.Call(OpenAI(), "chat", CHAT, "")
+        asked.payload = {"messages": [{"role": "user", "content": "word " * 80}]}
+        own = defaultdict(list)
+
+        def taught(output):
+            lessons = list(estimator.lessons(asked, own, Usage(100, output), source))
+            for habit, value in lessons:
+                own[habit].append(value)
+            return [habit for habit, _ in lessons]
+
+        with patch.object(random, "random", return_value=1.0):
+            learned = [taught(2) for _ in range(60)]
+            self.assertEqual(learned, [[("input", 0)]] * 50 + [[]] * 10)
+            self.assertEqual(taught(100), ["hidden", ("output", 0)])
+
 
 class PricesTest(TableCase):
     USED = Usage(input=1000, output=10, cached=300, cache_write=200, reasoning=5)
