@@ -6712,7 +6712,7 @@ class Redactor:
     what may leave, and `countries` those whose numbers of phones are known without a code."""
     SLICE = 1 << 14  # characters of a text, and a quarter more for what begins in these
     LONGEST = 320    # characters of the last word, which may go on
-    LARGE = 4096  # characters: a text of more is searched in steps
+    LARGE = 4096  # characters: a text of more is searched without a look for hints
 
     def __init__(self, kinds: Collection[str], patterns: Sequence[Shape] = (),
                  allow: Sequence[str] = (), countries: Sequence[str] = ()):
