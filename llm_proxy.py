@@ -14391,8 +14391,8 @@ class SharedFeed(Feed):
                        self.redis.process, text)
         self.redis.ask(None, "EXPIRE", self.key, self.GONE_SECONDS)
         if self.read_to:
-            self.redis.ask(self.on_entries, "XREAD", "COUNT", self.MOST_READ, "STREAMS", self.key,
-                           self.read_to)
+            self.redis.ask(partial(self.on_entries, self.read_to), "XREAD", "COUNT",
+                           self.MOST_READ, "STREAMS", self.key, self.read_to)
 
     def note_interest(self):
         """Makes calls tell of their beginning while pages are open in other processes."""
@@ -14404,7 +14404,9 @@ class SharedFeed(Feed):
         if self.read_to is None and type(name) is bytes:
             self.read_to = name  # what was told before is not for us
 
-    def on_entries(self, reply):
+    def on_entries(self, after, reply):
+        if after != self.read_to:
+            return  # an answer that came late: the one before has told of these
         with suppress(ValueError, TypeError, LookupError, ArithmeticError):
             (_, entries), = reply  # None where there are none
             for self.read_to, (process, text) in entries:

@@ -15341,9 +15341,9 @@ class SharedEventsTest(AdminCase):
         """A feed that Redis has left."""
         return llm_proxy.SharedFeed(Clock(), SimpleNamespace(available=False, process=""), "x:")
 
-    def told_of_a_second(self, one, rows):
+    def told_of_a_second(self, one, rows, after=None):
         """What is told when others counted this meanwhile, (calls, dollars) each."""
-        one.on_entries([[b"x:pulses", [[b"7-%d" % number, [b"other", encoded({
+        one.on_entries(after or one.read_to, [[b"x:pulses", [[b"7-%d" % number, [b"other", encoded({
             "calls": calls, "tokens": 2 * calls, "failed": 0, "usd": usd, "looking": False,
             "happened": []})]] for number, (calls, usd) in enumerate(rows)]]])
         found = one.added_up({"calls": 0, "tokens": 0, "failed": 0, "usd": "0"})
@@ -15357,6 +15357,8 @@ class SharedEventsTest(AdminCase):
                 ([(0, "0"), (2, "0.5")], (2, 4, "0.5")), ([(9, "nan!")], (0, 0, "0")))):
             self.assertEqual(self.told_of_a_second(one, rows), told)
         self.told_of_a_second(one, [(10 ** 99, "1e9999999")])  # is no fault
+        asked_before, one.read_to = one.read_to, b"7-9"
+        self.assertEqual(self.told_of_a_second(one, [(5, "1")], asked_before), (0, 0, "0"))
 
     def test_what_others_count_while_redis_is_away_is_not_told_as_of_one_second(self):
         one = self.lone_feed()
