@@ -8069,10 +8069,10 @@ def run_alone(work: Awaitable) -> Any:
         try:
             return loop.run_until_complete(work)
         finally:
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            if tasks:  # what each of them was ended by is nobody's business
+            while tasks := asyncio.all_tasks(loop):
+                for task in tasks:
+                    task.cancel()
+                # What each of them was ended by is nobody's business.
                 loop.run_until_complete(asyncio.wait(tasks))
 
 
@@ -18502,9 +18502,13 @@ class Demo:
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
 
     async def serve(self):
+        running = set()  # nobody else holds them: a collection of garbage would end them
+
         def begin(*streams):
             # Of a coroutine that is cancelled before it runs Python 3.11 complains; not of a task.
-            asyncio.ensure_future(self.converse(*streams))
+            task = asyncio.ensure_future(self.converse(*streams))
+            running.add(task)
+            task.add_done_callback(running.discard)
 
         async with await asyncio.start_server(begin, sock=self.listening) as server:
             await server.serve_forever()
@@ -18590,11 +18594,6 @@ def in_milliseconds(seconds: Iterable[float]) -> Dict[str, float]:
         for name, share in SHARES.items()}}
 
 
-def jitter(arrivals: List[float]) -> List[float]:
-    """Returns by how much each time between two differs from the one before."""
-    return [abs(c - 2 * b + a) for a, b, c in zip(arrivals, arrivals[1:], arrivals[2:])]
-
-
 def upstream_at(url: str, key: Optional[str], environ: Texts) -> Upstream:
     """Returns what is at a URL, to be reached as the settings say, but with this key alone. Raises
     ConfigFaults."""
@@ -18658,7 +18657,9 @@ class Bench:
             self.times["proxy"].append(answered - began - upstream)
         if self.streamed:
             self.times["first byte"].extend(at - began for at in arrivals[:1])
-            self.times["jitter"].extend(jitter(arrivals))
+            # By how much each time between two of them differs from the one before
+            self.times["jitter"].extend(
+                abs(c - 2 * b + a) for a, b, c in zip(arrivals, arrivals[1:], arrivals[2:]))
         return response.status
 
     async def read(self, response, context):
@@ -18743,7 +18744,7 @@ runpy.run_path(sys.argv.pop(), run_name="__main__")"""
 
     async def run(self, environ: Texts):
         """Raises OSError, and Refusal where a call fails."""
-        asyncio.get_running_loop().create_task(self.demo.serve())
+        asyncio.ensure_future(self.demo.serve())
         with self.kept, tempfile.TemporaryDirectory(prefix="llm_proxy") as folder:
             with self.start(folder, environ):
                 await self.measure()

@@ -17783,6 +17783,19 @@ class CommandsTest(ProcessCase):
         self.assertGreater(chunks[-1]["usage"]["completion_tokens"], 0)
         self.assertIn(b"limit reached", self.ask().body)
 
+    def test_no_collection_of_garbage_ends_what_the_demo_says(self):
+        demo = llm_proxy.Demo()
+
+        async def talk():
+            asyncio.ensure_future(demo.serve())
+            reader, writer = await asyncio.open_connection(*demo.listening.getsockname())
+            with closing(writer):
+                for _ in range(2):
+                    writer.write(request("GET", "/v1/models"))
+                    self.assertIn(b" 200 OK", await reader.read(1 << 16))
+                    gc.collect()
+        llm_proxy.run_alone(talk())
+
     def test_an_answer_of_the_demo_begins_when_it_is_told_to(self):
         process = self.serve("--demo", DEMO_FIRST_MS=50_000, FIRST_BYTE_TIMEOUT=0.2)
         wait_for(lambda: process.said("curl -N"))
