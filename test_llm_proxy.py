@@ -9877,6 +9877,18 @@ class LedgerTest(LedgerCase):
             self.close_books()
             self.assertEqual(self.stored_levels(), [10 ** 6 - 22])
 
+    def test_where_a_full_disk_has_no_room_for_what_was_written_that_is_said(self):
+        """Or the next rows would take the room that is made for these."""
+        with self.small_disk() as folder:
+            if not folder:
+                self.skipTest("no disk may be mounted")
+            with closing(Database(os.path.join(folder, "llm_proxy.db"))) as database:
+                with database.transaction():
+                    database.add([columns_of({})] * 500)
+                with self.full_disk(folder):
+                    self.assertRaises(sqlite3.OperationalError, database.make_room)
+                database.make_room()
+
     @staticmethod
     def write_aside(path):
         """Fills the half of a small disk with what SQLite writes beside the database."""
