@@ -12295,13 +12295,16 @@ class SharedLimitsTest(ProxyCase):
             for buckets in stores:
                 loop = buckets.redis.loop
                 wait_for(lambda: buckets.beat_timer.when() > loop.time() + 1)
+                wait_for(lambda: not buckets.redis.asked)
             yield
 
     def notice_loss(self, buckets):
         lost, loop = buckets.redis.lost, buckets.redis.loop
         loop.call_soon_threadsafe(buckets.beat_timer.cancel)
         loop.call_soon_threadsafe(buckets.beat)
-        wait_for(lambda: buckets.redis.lost is not lost and is_done(buckets))
+        # Its next beat, too, has been answered, or that may notice what is lost next.
+        wait_for(lambda: buckets.redis.lost is not lost and is_done(buckets)
+                 and not (buckets.redis.asked or buckets.redis.unsent))
 
     def give_at(self, buckets, amount, seconds):
         """Gives more to the key of start_for_ann, at this proxy."""
