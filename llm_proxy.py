@@ -83,6 +83,7 @@ import gc
 import getpass
 import hashlib
 import heapq
+import hmac
 import http.client
 import http.server
 import io
@@ -1848,10 +1849,9 @@ class CallerGone(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# Callers: the one place that decides who is calling. Keys are known by digest, and found in a time
-# that tells nothing of them. Elsewhere a raw key is seen only to show an upstream the caller's own,
-# and to tell a new one once. A stored key says what it may use; that it holds to that is for others
-# to see.
+# Callers: the one place that decides who is calling. Keys are known by digest and compared in
+# constant time. Elsewhere a raw key is seen only to show an upstream the caller's own, and to tell
+# a new one once. A stored key says what it may use; that it holds to that is for others to see.
 # --------------------------------------------------------------------------------------------------
 
 CREDENTIAL_FIELDS = ("authorization", "x-api-key", "x-goog-api-key")
@@ -1985,7 +1985,7 @@ class Caller:
         return f"<Caller {self.label}>"
 
 
-Known = Dict[bytes, Caller]  # blinded digest of a secret -> whose it is
+Known = Dict[bytes, Tuple[bytes, Caller]]  # blinded digest of a secret -> that digest, and whose
 
 
 def digest(secret: str) -> bytes:
@@ -2020,13 +2020,13 @@ class StoredKeys:
         for one, name, valid_until in secrets:
             key = self.keys.get(name) or Key(name, disabled=True, subject=one)
             ends = [end for end in (key.expires, valid_until) if end is not None]
-            self.known[blinded(one, secret)] = Caller(
+            self.known[blinded(one, secret)] = one, Caller(
                 ("key", key.subject), name, key_name=name, role=key.role, stored_key=key,
                 until=-1.0 if key.disabled else min(ends, default=None))
 
     def has_admin(self, wall: float) -> bool:
         return any(caller.role == "admin" and (caller.until or inf) > wall
-                   for caller in self.known.values())
+                   for _, caller in self.known.values())
 
 
 class Callers:
@@ -2050,7 +2050,7 @@ class Callers:
                 (config.admin_key, "ADMIN_KEY", "admin")):
             if key:
                 one = digest(key)
-                self.known[blinded(one, secret)] = Caller(
+                self.known[blinded(one, secret)] = one, Caller(
                     ("key", one), name, secret, name, role)
 
     def credential(self, fields: Fields, query: str) -> Optional[str]:
@@ -2120,11 +2120,12 @@ class Callers:
     def known_by(self, credential):
         """Returns the caller whose secret has this digest, None if there is none."""
         blind = blinded(credential, self.secret)
-        return self.known.get(blind) or self.stored.known.get(blind)
+        entry = self.known.get(blind) or self.stored.known.get(blind)
+        return entry[1] if entry and hmac.compare_digest(entry[0], credential) else None
 
     def everybody(self) -> List[Caller]:
         """Returns all whose keys were given out."""
-        return [*self.known.values(), *self.stored.known.values()]
+        return [caller for _, caller in [*self.known.values(), *self.stored.known.values()]]
 
     def named(self, label: str) -> List[Caller]:
         """Returns the callers with this label: several where PROXY_API_KEYS has a name twice. A
