@@ -1196,6 +1196,18 @@ class Config(types.SimpleNamespace):
                               max_concurrency=self.max_concurrency)
         return ([base] if base.url else []) + self.upstreams
 
+    @property
+    def all_rules(self) -> List[Rule]:
+        """LIMITS, else the plain settings as a rule: whole intervals, several tokens each."""
+        if self.limits:
+            return self.limits
+        units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
+        rate = self.refill_tokens, self.refill_interval_seconds
+        text = "each %d tokens per %ds burst %d" % (*rate, self.max_tokens)
+        unit = units[self.token_cost_mode]
+        return [Rule(text, (("each", ""),), UNITS.index(unit), self.max_tokens, *rate, rate,
+                     (("caller",), unit, rate[1], ""))]
+
     # What a running proxy can go by without a new start.
     RELOADED = set_of("""
         PROXY_API_KEYS KEY_WEIGHTS LIMITS LIMIT_MESSAGE LIMIT_REPLY PRICES UNPRICED MAX_TOKENS
@@ -1285,11 +1297,15 @@ class Config(types.SimpleNamespace):
     def warnings(self) -> List[str]:
         """Returns sentences about what is allowed, but probably a mistake."""
         names = [upstream.name for upstream in self.all_upstreams]
+        reserve = self.response_token_reserve
         return [
             *map(unknown_setting, self.unknown),
             *(f"the rule '{rule.text}' speaks of no upstream there is: {', '.join(names)}"
-              for rule in self.limits or () for kind, glob in rule.scopes
+              for rule in self.all_rules for kind, glob in rule.scopes
               if kind == "upstream" and not fnmatch.filter(names, glob)),
+            *(f"RESPONSE_TOKEN_RESERVE {reserve} is above what '{rule.text}' holds: a call that"
+              " names no max_tokens can never be let in" for rule in self.all_rules
+              if rule.word in ("tokens", "output_tokens") and reserve > (rule.capacity or inf)),
             *(f"KEY_WEIGHTS speaks of '{name}', which no key in PROXY_API_KEYS is named"
               for name in self.key_weights or ()
               if name not in (self.proxy_api_keys or {}).values() and not self.keys_are_stored),
@@ -1312,7 +1328,6 @@ class Config(types.SimpleNamespace):
     def doubts(self):
         """Returns the warnings about all settings together, each once at most."""
         prefix = next((one.name for one in self.upstreams), "NAME")
-        is_fixed = self.token_cost_mode == "request"
         rows = (
             (not self.base_api_url and not any(one.models for one in self.upstreams),
              f"only paths with a prefix, such as /{prefix}/v1, lead anywhere: neither BASE_API_URL"
@@ -1337,18 +1352,16 @@ class Config(types.SimpleNamespace):
             (self.may_ignore_models(),
              "a rule names models or counts money, and BASE_MODEL is unset: where the endpoint"
              " answers any name with its one model, callers choose what the rule sees"),
-            (not self.limits and is_fixed and self.request_token_cost > self.max_tokens,
+            (not self.limits and self.token_cost_mode == "request"
+             and self.request_token_cost > self.max_tokens,
              f"REQUEST_TOKEN_COST {self.request_token_cost} is above MAX_TOKENS {self.max_tokens}:"
-             " no call can ever be let in"),
-            (not self.limits and not is_fixed and self.response_token_reserve > self.max_tokens,
-             f"RESPONSE_TOKEN_RESERVE {self.response_token_reserve} is above MAX_TOKENS"
-             f" {self.max_tokens}: a call that names no max_tokens can never be let in"))
+             " no call can ever be let in"))
         return [sentence for holds, sentence in rows if holds]
 
     def may_ignore_models(self):
         """Tells whether rules depend on models, and the base, which is no vendor's, may ignore
         them."""
-        by_model = [rule for rule in self.limits or ()
+        by_model = [rule for rule in self.all_rules
                     if UNITS[rule.unit] == "usd" or "model" in dict(rule.scopes)]
         hosts = {endpoints(url)[0].host for url in VENDORS.values()} - {"localhost"}
         return by_model and not self.base_model and any(
@@ -1356,9 +1369,7 @@ class Config(types.SimpleNamespace):
 
     def counts_requests(self):
         """Tells whether a call without any tokens costs something."""
-        if not self.limits:
-            return self.token_cost_mode != "usage"
-        return any(UNITS[rule.unit] in UNITS_OF_CALLS for rule in self.limits)
+        return any(UNITS[rule.unit] in (*UNITS_OF_CALLS, "estimate") for rule in self.all_rules)
 
     def contradictions(self):
         """Yields faults of settings that are right one by one, and wrong together."""
@@ -15766,16 +15777,6 @@ class Proxy:
         return request.end_to_end(NEVER_UPSTREAM.union(dropped))
 
 
-def default_rule(config):
-    """Returns the plain settings as a rule: whole intervals, several tokens each."""
-    units = {"request": "requests", "estimate": "estimate", "usage": "tokens"}
-    rate = config.refill_tokens, config.refill_interval_seconds
-    text = "each %d tokens per %ds burst %d" % (*rate, config.max_tokens)
-    unit = units[config.token_cost_mode]
-    return Rule(text, (("each", ""),), UNITS.index(unit), config.max_tokens, *rate, rate,
-                (("caller",), unit, rate[1], ""))
-
-
 def new_loop(clock, log):
     """Returns an event loop that reports what no task of ours has caught."""
     def report(_, context):
@@ -15940,7 +15941,7 @@ def renew_redaction(proxy):
 
 def build_limits(config: Config, buckets: Buckets, own: Dict[bytes, Tuple[Rule, ...]]) -> Limits:
     message = config.limit_message.replace("{me}", "%s/me" % config.public_url)
-    limits = Limits(config.limits or [default_rule(config)], buckets, message)
+    limits = Limits(config.all_rules, buckets, message)
     limits.own = own
     return limits
 
@@ -16203,12 +16204,11 @@ class Pages:
 
     def usual_quota(self, entry):
         """Returns the quota for a small call."""
-        config, limits = self.proxy.config, self.proxy.limits
-        amount = 1 if config.limits else config.request_token_cost
-        matching = limits.matching(entry.caller, entry.address, config.base_model)
+        proxy, limits = self.proxy, self.proxy.limits
+        matching = limits.matching(entry.caller, entry.address, proxy.config.base_model)
         if not matching:
             return {}
-        quota, wait = limits.buckets.peek(matching, amount)
+        quota, wait = limits.buckets.peek(matching, proxy.estimator.request_cost)
         return {"quota": {
             "limit": quota.limit, "remaining": quota.remaining,
             "refill_tokens": quota.refill_tokens,

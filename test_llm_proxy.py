@@ -1532,7 +1532,9 @@ r='', password='')
         CALLER_HEADER=X-User -> CALLER_HEADER is believed from nobody: TRUSTED_PROXIES is unset
         LIMITS=model:gpt* 9 requests per day -> callers choose what the rule sees
         LIMITS=all 5 usd per day;each 9 requests per day -> callers choose what the rule sees
-        TOKEN_COST_MODE=estimate -> RESPONSE_TOKEN_RESERVE 256 is above MAX_TOKENS 10
+        TOKEN_COST_MODE=estimate -> 256 is above what 'each 2 tokens per 300s burst 10' holds
+        LIMITS=each 9 running;each 255 tokens per day -> 256 is above what 'each 255 tokens per
+        LIMITS=each 9 running;all 9 output_tokens per 1d -> 256 is above what 'all 9 output
         REQUEST_TOKEN_COST=11 -> REQUEST_TOKEN_COST 11 is above MAX_TOKENS 10
         BASE_MODEL=m | UPSTREAM_OPENAI_KEY=k | LIMITS=upstream:opnai 5 usd per day;each 9 requests\
  per day ->\
