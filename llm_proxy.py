@@ -4303,11 +4303,12 @@ def media_texts(part):
 
 
 def without_images(part, media):
-    """Returns a part of a payload without its list of images; each adds no text to `media`."""
-    images = part.get(IMAGES_KEY)
-    if type(images) is not list:
+    """Returns a part of a payload without its images; each adds the weight of its text to
+    `media`."""
+    if IMAGES_KEY not in part:
         return part
-    media += [0] * len(images)
+    media += [text_weight(" ".join(media_texts({IMAGES_KEY: image})))
+              for image in as_list(part[IMAGES_KEY] or [])]
     return {key: part[key] for key in part if key != IMAGES_KEY}
 
 
@@ -5357,8 +5358,8 @@ class OpenAI(Dialect):
                 or event.count('"model"') != 1 or not (mark in event or spaced in event)
                 or self.tier_mark in text or '"status"' in event):
             return None
-        brace = event.find("{", start)
         try:
+            brace = event.index("{", start)
             counts, end = PLAIN_JSON.scan_once(event, brace)
         except (ValueError, StopIteration):
             return None
@@ -6090,7 +6091,8 @@ class Inflater:
     def feed(self, data: bytes, most: int) -> bytes:
         """Returns what is packed in a piece. Raises zlib.error for more than `most` bytes, too."""
         unpacked = []
-        while data:
+        # What follows the last part and begins none is padding.
+        while data and (data[0] == 0x1f or not (self.part and self.part.eof)):
             if self.has_ended():
                 # Some leave out the header of deflate (RFC 1950 2.2); nothing else begins with it.
                 headed = data[0] == 0x1f or data[0] & 15 == 8
@@ -6712,6 +6714,7 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 # A character that may be one of a value, spelled as in JSON, or in JSON in that; and any other one
 ESCAPED = re.compile(r"\\{1,8}u00([2-7][0-9a-fA-F])")
 OTHER_ESCAPED = re.compile(r"\\u(?!00[2-7])[0-9a-fA-F]{4}")
+CUT_ESCAPE = re.compile(r"\\{1,8}(?:u[0-9a-fA-F]{0,3})?\Z")
 LONGEST_ESCAPE = 14  # characters
 
 
@@ -6771,8 +6774,8 @@ class Redactor:
         start = 0
         while start < len(text):
             end = start + self.SLICE
-            cut = text.rfind("\\", end - LONGEST_ESCAPE, end)  # none is cut
-            end = cut if 0 < cut and end < len(text) else end
+            cut = CUT_ESCAPE.search(text, end - LONGEST_ESCAPE, end)  # none is cut
+            end = cut.start() if cut and end < len(text) else end
             part = text[start:end]
             for line_end in ("\\n", "\\r", "\\t"):
                 part = part.replace(line_end, "\n\n")

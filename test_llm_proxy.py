@@ -2846,8 +2846,10 @@ class UsageTest(ProxyCase):
         rows += ['/api/generate -> {"options": {"num_predict": 1}, "prompt": "text 12345",'
                  ' "images": [DATA, DATA]} -> 1004',
                  '/api/chat -> {"options": {"num_predict": 1}, "messages": [{"role": "user",'
-                 ' "content": "text 12345", "images": [DATA, DATA]}]} -> 1005']
+                 ' "content": "text 12345", "images": [DATA, DATA]}]} -> 1005',
+                 '{"max_tokens": 1, "messages": [{"input": {"images": [LONG, DATA]}}]} -> 5501']
         self.assert_estimates("\n".join(rows), TEXT={"type": "text", "text": "12345"},
+                              LONG="one " * 5000,
                               DATA="data:image/png;base64," + "x" * 100000)
 
     def test_text_in_what_looks_like_an_image_counts_where_it_is_more(self):
@@ -3979,6 +3981,7 @@ class UsageReaderTest(ProxyCase):
         {"model":"m","usage":{,TOLD_COUNTS}} -> False
         {"model":"m","usage":{TOLD_COUNTS,"cost":[[[}} -> False
         {"model":"m","choices":[],"usage":"prompt_tokens completion_tokens total_tokens"} -> False
+        {"model":"m",TOLD_COUNTS,"text":" -> False
         [{"model":"m","choices":[],TOLD}] -> False"""
 
     def test_the_end_of_an_answer_tells_what_all_of_it_does_or_all_of_it_is_read(self):
@@ -4632,7 +4635,7 @@ class UsageReaderTest(ProxyCase):
         packed = zlib.compress(data)
         for body, step in self.each(
                 (gzip.compress(data), gzip.compress(data[:99]) + gzip.compress(data[99:]),
-                 packed, packed[2:-4]), (None, 1, 1000)):
+                 gzip.compress(data) + bytes(40), packed, packed[2:-4]), (None, 1, 1000)):
             found = self.hear(body, step, packed=True)
             self.assertEqual(found, (body, (20, 4), True, 15000))
         for body in self.each((b"\x1f\x8b" + b"x" * 38, gzip.compress(bytes(5 << 20)))):
@@ -5377,6 +5380,9 @@ class RedactionTest(ProxyCase):
         for at in (0, size - len(value), size - 7, size - 1, size, 2 * size - 3):
             text = " " * at + value + " " * (3 * size - at)
             self.assertEqual([one[:2] for one in redactor.find(text)], [(at, at + len(value))])
+        value = r"bob\\\u0040example.com"
+        for at in self.each(range(size - 12, size - 2)):
+            self.assertEqual(redactor.find(" " * at + value), [(at, at + len(value), "email")])
 
     def test_placeholders_are_numbered_in_the_order_in_which_a_prompt_is_read(self):
         masks, sent = self.masked({
@@ -8778,7 +8784,8 @@ class BreakerTest(CallCase):
         ("br", OF_KEY, None), ("gzip, gzip", gzip.compress(gzip.compress(OF_KEY)), None),
         ("gzip", OF_KEY, None), ("gzip", gzip.compress(OF_KEY)[:-9], None),
         ("gzip", gzip.compress(70_000 * b"x"), None),
-        ("gzip", 2 * gzip.compress(40_000 * b"x"), None), ("deflate", b"\3\0" * 9999, None))
+        ("gzip", 2 * gzip.compress(40_000 * b"x"), None), ("gzip", 2000 * gzip.compress(b""), None),
+        ("gzip", gzip.compress(OF_KEY) + b"\0pad", OF_STARS))
 
     def test_an_error_that_is_packed_is_unpacked_or_keeps_its_status(self):
         for coding, data, text in self.each(self.PACKED):
