@@ -4307,9 +4307,10 @@ def without_images(part, media):
     `media`."""
     if IMAGES_KEY not in part:
         return part
+    part = dict(part)
     media += [text_weight(" ".join(media_texts({IMAGES_KEY: image})))
-              for image in as_list(part[IMAGES_KEY] or [])]
-    return {key: part[key] for key in part if key != IMAGES_KEY}
+              for image in as_list(part.pop(IMAGES_KEY) or [])]
+    return part
 
 
 def text_length(payload: JsonObject) -> Tuple[int, List[int], TextKind]:
@@ -6091,9 +6092,10 @@ class Inflater:
     def feed(self, data: bytes, most: int) -> bytes:
         """Returns what is packed in a piece. Raises zlib.error for more than `most` bytes, too."""
         unpacked = []
-        # What follows the last part and begins none is padding.
-        while data and (data[0] == 0x1f or not (self.part and self.part.eof)):
+        while data:
             if self.has_ended():
+                if self.part and data[0] != 0x1f:
+                    break  # padding
                 # Some leave out the header of deflate (RFC 1950 2.2); nothing else begins with it.
                 headed = data[0] == 0x1f or data[0] & 15 == 8
                 self.part = zlib.decompressobj(47 if headed else -15)
@@ -6715,7 +6717,6 @@ def shapes_of_keys(keys: Collection[str], knows: Callable[[str], bool]) -> List[
 ESCAPED = re.compile(r"\\{1,8}u00([2-7][0-9a-fA-F])")
 OTHER_ESCAPED = re.compile(r"\\u(?!00[2-7])[0-9a-fA-F]{4}")
 CUT_ESCAPE = re.compile(r"\\{1,8}(?:u[0-9a-fA-F]{0,3})?\Z")
-LONGEST_ESCAPE = 14  # characters
 
 
 def unescaped(match: "re.Match[str]") -> str:
@@ -6774,8 +6775,8 @@ class Redactor:
         start = 0
         while start < len(text):
             end = start + self.SLICE
-            cut = CUT_ESCAPE.search(text, end - LONGEST_ESCAPE, end)  # none is cut
-            end = cut.start() if cut and end < len(text) else end
+            cut = CUT_ESCAPE.search(text, end - 12, end)  # none is cut
+            end = cut.start() if cut else end
             part = text[start:end]
             for line_end in ("\\n", "\\r", "\\t"):
                 part = part.replace(line_end, "\n\n")
@@ -6869,8 +6870,6 @@ class Masks:
     @staticmethod
     def value_in(spelled, is_json):
         """Returns the value that stands so in a text, or in one that is JSON."""
-        if "\\" not in spelled:  # the usual case
-            return spelled
         value = ESCAPED.sub(unescaped, spelled)
         return read_string(value) if is_json else value
 
@@ -7375,7 +7374,7 @@ class Unmasking(Edit):
 
     def prefix_of_json(self, spelled):
         """Returns that of a slice that begins in a string that is JSON, of which so much passed."""
-        opened = json_before(read_string(spelled)) if self.restorer.redactor else ""
+        opened = json_before(read_string(spelled))
         return b'"%b":%b' % (JSON_TEXTS[0].encode(), spell_string(opened)[:-1].encode())
 
     def apply_slice(self, data, prefix):
