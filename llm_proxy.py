@@ -5010,7 +5010,7 @@ class Dialect:
                 return faults[0]
         return 0
 
-    def usual_usage(self, text, model, begin=0):
+    def usual_usage(self, text, model, begin):
         """Returns the usage of a response that is no error, where it can be told without parsing it
         that `model` served, and that nothing else is of interest. `begin` is where to look from: 0,
         or where a stream's last event begins."""
@@ -5350,12 +5350,12 @@ class OpenAI(Dialect):
             rest["choices"] = [{"index": 0, "delta": {}, "text": "", "finish_reason": None}]
         return rest
 
-    def usual_usage(self, text, model, begin=0):
+    def usual_usage(self, text, model, begin):
         """Finds three counts, as most servers tell no more, in what ends the response."""
         event = text[begin:]
         mark, spaced = model_marks(model)
-        start = event.rfind(self.usage_mark)
-        if (len(event) - start > MAX_USUAL or event.count("_tokens") != 3
+        start = text.find(self.usage_mark) - begin  # nothing is told before
+        if (start < max(0, len(event) - MAX_USUAL) or event.count("_tokens") != 3
                 or event.count('"model"') != 1 or not (mark in event or spaced in event)
                 or self.tier_mark in text or '"status"' in event):
             return None

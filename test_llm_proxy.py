@@ -3988,7 +3988,7 @@ class UsageReaderTest(ProxyCase):
         told = '"usage":{"prompt_tokens":20,"completion_tokens":4,"total_tokens":24}'
         for text, is_usual in self.each(self.USUAL_ENDS):
             data = text.replace("TOLD_COUNTS", told[9:-1]).replace("TOLD", told).encode()
-            usage = OpenAI().usual_usage(data.decode(), "m")
+            usage = OpenAI().usual_usage(data.decode(), "m", 0)
             self.assertEqual(str(usage is not None), is_usual)
             stream = events(delta("word")) + b"data: %b\n\ndata: [DONE]\n\n" % data
             for body in (data, stream):
@@ -4001,6 +4001,15 @@ class UsageReaderTest(ProxyCase):
                         told_usage = [reader.reported_usage(whole) for whole in (True, False)]
                     found.append((told_usage, reader.fault, reader.usual))
                 self.assertEqual(found[0], (*found[1][:2], usage))
+
+    def test_what_an_earlier_event_tells_of_usage_counts_beside_the_usual_end(self):
+        counts = {"prompt_tokens": 20, "completion_tokens": 4, "total_tokens": 24}
+        more = {**counts, "prompt_tokens_details": {"cached_tokens": 9}}
+        told = [{"model": "m", "choices": [], "usage": one} for one in (more, counts)]
+        reader = self.new_reader()
+        reader.call.upstream_model = "m"
+        reader.feed(events(delta("word"), *told, "[DONE]"))
+        self.assertEqual(reader.reported_usage(True)[0].cached, 9)
 
     def test_usage_is_read_in_every_dialect(self):
         for endpoint, told, expected in self.each(USAGE_TABLE):
