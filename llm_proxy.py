@@ -19489,14 +19489,16 @@ def bench_of(options, environ):
 def run_unless_stopped(work):
     """Runs a coroutine; returns whether it came to its end, before a signal."""
     async def run():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
+        with suppress(NotImplementedError):  # Windows, where ^C is a KeyboardInterrupt
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(
+                    number, asyncio.current_task().cancel)
         await work
         return True
 
     tune_interpreter()
     raise_descriptor_limit()
-    with suppress(asyncio.CancelledError):
+    with suppress(asyncio.CancelledError, KeyboardInterrupt):
         return run_alone(run())
 
 
@@ -19522,7 +19524,7 @@ def bench_command(options, environ):
         print(json.dumps(report, indent=2))
     else:
         statuses, times = report.pop("statuses"), report.pop("milliseconds")
-        print_table(list(report), [list(report.values())])
+        print_table(report, [report.values()])
         print()
         print_table(("answered", "calls"), statuses.items())
         if times:
@@ -19639,7 +19641,7 @@ def show_keys(options, result, settings):
         if options.json:
             print(json.dumps([key.as_dict() for key in result], indent=2))
         elif result:
-            print_table([*result[0].as_dict()], map(readable, result))
+            print_table(result[0].as_dict(), map(readable, result))
         else:
             print("no keys yet")
 

@@ -17189,6 +17189,17 @@ class BenchTest(ProcessCase):
             gc.collect()
         self.assertEqual(said.getvalue(), "")
 
+    def test_a_signal_ends_a_bench_where_a_loop_takes_none_as_on_windows(self):
+        async def work():
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(PATIENCE)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        with redirect_stderr(io.StringIO()), patch.object(
+                llm_proxy.Loop, "add_signal_handler", side_effect=NotImplementedError):
+            self.assertIsNone(llm_proxy.run_unless_stopped(work()))
+            gc.collect()
+
     def selftest(self, **patches):
         """Returns (exit code, standard output, standard error) of a short one; nothing of it is
         left."""
