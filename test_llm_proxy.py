@@ -17184,6 +17184,7 @@ class BenchTest(ProcessCase):
 
         async def work_all():
             await asyncio.gather(*map(work, range(3)))
+        gc.collect()  # what earlier tests left is not told of here
         with redirect_stderr(io.StringIO()) as said:
             self.assertIsNone(llm_proxy.run_unless_stopped(work_all()))
             gc.collect()
