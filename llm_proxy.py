@@ -14577,6 +14577,7 @@ TIMEOUT_FIELD = OUR_FIELD_PREFIX + "timeout-ms"
 RATE_FIELDS = """X-RateLimit-Limit X-RateLimit-Remaining X-RateLimit-Refill-Tokens
     X-RateLimit-Refill-Seconds X-RateLimit-Reset-Seconds""".split()  # in the order of Quota
 
+
 @lru_cache(1000)
 def rate_lines(limit, *refill):
     """Returns header lines with two gaps: for what is left, and for the time to the next refill."""
