@@ -17853,7 +17853,6 @@ class CommandsTest(ProcessCase):
         self.assert_status(504, call(stream=True))
 
 
-
 class WorkersTest(ProcessCase):
     """Several processes on one port."""
     PAUSE = 0.01
