@@ -15452,12 +15452,15 @@ class Browser:
 
     def __init__(self, folder):
         for _ in range(9):
+            # A port that the system gave it may be one of a connection that was closed lately,
+            # which it cannot have; those below are given to nobody.
+            port = random.randrange(20_000, 32_000)
             self.process = subprocess.Popen(
-                [self.DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+                [self.DRIVER, "--port=%d" % port], stdout=subprocess.PIPE, text=True)
             said = next((row for row in self.process.stdout if " successfully on port " in row), "")
             if said:
                 break
-            self.process.communicate()  # the port that IPv4 gave it was taken in IPv6
+            self.process.communicate()  # the port was taken
         self.port = int(said.split()[-1].rstrip("."))
         self.session = "/session"
         wait_for(self.is_ready, "chromedriver")
