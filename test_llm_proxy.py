@@ -984,6 +984,7 @@ class ProxyCase(TableCase):
         for piece in pieces:
             client.send(piece)
             wait_for(lambda: not self.unread(client), "the reading of %r" % piece)
+            self.on_loop(int)  # what it does with it is done
 
     def entry(self, number=0):
         """The access line of the call with this number.
@@ -16338,7 +16339,6 @@ class ClientConnectionTest(ServerCase):
             self.send_apart(client, start)
             self.pass_seconds(9)
             self.send_apart(client, more)
-            self.on_loop(bool)  # it has been taken
             self.assertEqual(self.expire(what), seconds)
             self.assert_last_answer(client, 408)
 
