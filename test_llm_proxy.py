@@ -8591,20 +8591,27 @@ class AddressesTest(CallCase):
         self.assertEqual(one.calls + other.calls, 1)
         self.assert_ending("upstream_failed", left=1000)
 
-    def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
-        """When it is back, it is used again."""
-        lost, kept = self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
-        workers, over = [[] for _ in range(8)], Event()
+    @contextmanager
+    def calling(self, workers):
+        """Has a thread for each of these lists make calls, and put their statuses there."""
+        over = Event()
 
         def work(statuses):
             client = self.connect()
             while not over.is_set():
                 statuses.append(client.exchange(call()).status)
+        with threads([partial(work, one) for one in workers]), ExitStack() as stack:
+            stack.callback(over.set)
+            yield
+
+    def test_when_one_of_two_boxes_is_killed_no_call_fails_but_those_that_ran_on_it(self):
+        """When it is back, it is used again."""
+        lost, kept = self.start_two(says(), says(), BREAKER_SECONDS="0.2", MAX_TOKENS=10 ** 9)
+        workers = [[] for _ in range(8)]
 
         def failed():
             return [one for statuses in workers for one in statuses if one != 200]
-        with threads([partial(work, one) for one in workers]), ExitStack() as stack:
-            stack.callback(over.set)
+        with self.calling(workers):
             wait_for(lambda: lost.calls > 20 and kept.calls > 20)
             lost.hang_up()
             seen, calls = [*map(len, workers)], lost.calls
